@@ -1,0 +1,62 @@
+"""Search pictures by text, by picture, or by both at once.
+
+The public names are loaded when they are first used (PEP 562): ``import mm_retriever`` loads no torch,
+transformers, pymilvus or llama_index, which together take about twenty seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mm_retriever.contact_sheet import before_after, contact_sheet
+    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.errors import MMRetrieverError
+    from mm_retriever.image import ImagePolicy, load_image
+    from mm_retriever.ingest import IngestReport, ingest_images
+    from mm_retriever.retriever import ComposedRetriever
+    from mm_retriever.store import ImageStore, open_store
+
+_HOME = {
+    "ComposedRetriever": "retriever",
+    "ImagePolicy": "image",
+    "ImageStore": "store",
+    "IngestReport": "ingest",
+    "MMRetrieverError": "errors",
+    "VisualizedBGEEmbedding": "embedding",
+    "before_after": "contact_sheet",
+    "contact_sheet": "contact_sheet",
+    "ingest_images": "ingest",
+    "load_image": "image",
+    "open_store": "store",
+}
+
+__all__ = [
+    "ComposedRetriever",
+    "ImagePolicy",
+    "ImageStore",
+    "IngestReport",
+    "MMRetrieverError",
+    "VisualizedBGEEmbedding",
+    "before_after",
+    "contact_sheet",
+    "ingest_images",
+    "load_image",
+    "open_store",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public object called `name`, imported on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'mm_retriever' has no attribute {name!r}")
+    value = getattr(import_module(f"mm_retriever.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

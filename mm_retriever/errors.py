@@ -1,0 +1,79 @@
+"""The error tree: everything this package raises on purpose, and nothing else.
+
+Every class also inherits the builtin it specialises, so that code that has never heard of this package
+(``except ValueError``, ``except ConnectionError``) does the right thing.
+
+    MMRetrieverError
+    ├── ImageLoadError          (ValueError)       a picture that cannot or must not be read
+    ├── CheckpointError         (ValueError)       weights that are missing, wrong, damaged or unsafe
+    │   └── ModelNotFoundError  (FileNotFoundError) a name that leads to no file, or a hub out of reach
+    ├── QueryError              (ValueError)       a query that cannot be asked: empty, mixed up, out of range
+    ├── FilterError             (ValueError)       a metadata filter that cannot be expressed safely
+    ├── PromptError             (ValueError)       pictures and text that do not fit together in one prompt
+    ├── RerankError             (RuntimeError)     a ranking that could not be obtained
+    ├── StoreError              (RuntimeError)     the vector store refused
+    │   ├── StoreMismatchError  (ValueError)       a collection made by another model, dimension or metric
+    │   ├── StoreLockedError    (BlockingIOError)  another process holds the Milvus Lite file
+    │   └── StoreUnavailableError (ConnectionError) no answer from the server in time
+    └── MissingExtraError       (ImportError)      an optional dependency; the message names the extra
+
+A message says what was given, what is accepted, and what to do. This file imports nothing.
+"""
+
+
+class MMRetrieverError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ImageLoadError(MMRetrieverError, ValueError):
+    """A picture that cannot or must not be read: the message names the source and the reason."""
+
+
+class CheckpointError(MMRetrieverError, ValueError):
+    """Weights that are missing keys, have keys too many, are damaged, or would run code."""
+
+
+class ModelNotFoundError(CheckpointError, FileNotFoundError):
+    """A model name that leads to no file, or a hub that cannot be reached."""
+
+    __str__ = Exception.__str__  # OSError formats by errno; these messages are plain
+
+
+class QueryError(MMRetrieverError, ValueError):
+    """A query that cannot be asked: no text and no picture, or a number out of range."""
+
+
+class FilterError(MMRetrieverError, ValueError):
+    """A metadata filter that cannot be expressed without changing its meaning."""
+
+
+class PromptError(MMRetrieverError, ValueError):
+    """Pictures and text that do not fit together in one prompt."""
+
+
+class RerankError(MMRetrieverError, RuntimeError):
+    """A ranking that could not be obtained."""
+
+
+class StoreError(MMRetrieverError, RuntimeError):
+    """The vector store refused a request."""
+
+
+class StoreMismatchError(StoreError, ValueError):
+    """An existing collection was made by another model, dimension or metric."""
+
+
+class StoreLockedError(StoreError, BlockingIOError):
+    """Another process holds the Milvus Lite file."""
+
+    __str__ = Exception.__str__
+
+
+class StoreUnavailableError(StoreError, ConnectionError):
+    """The server gave no answer in time."""
+
+    __str__ = Exception.__str__
+
+
+class MissingExtraError(MMRetrieverError, ImportError):
+    """An optional dependency is not installed; the message has the exact ``pip install``."""
