@@ -1,0 +1,225 @@
+"""The EVA02 vision tower: a batch of pictures in, all tokens after the last block out. Knows nothing of text or files.
+
+Only the branch that Visualized BGE runs: pre-norm blocks with sub-LayerNorm, rotary positions, SwiGLU; no final norm,
+no head, no pooling. Module attributes keep the checkpoint's names.
+
+Source: EVA-CLIP (github.com/baaivision/EVA, MIT; arXiv:2303.15389) as shipped in FlagEmbedding research/visual_bge
+(github.com/FlagOpen/FlagEmbedding at 7ed43d67, MIT; arXiv:2406.04292). Rewritten; checked against its outputs stage by
+stage.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaVisionConfig:
+    """Shape of the tower; the defaults are EVA02-CLIP-B-16 of bge-visualized-base-en-v1.5.
+
+    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) exists for the bundled tiny model only:
+    ``stem_channels`` has one entry per halving, so ``2 ** len(stem_channels) == patch_size``.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 2.6667
+    rope_sequence_length: int = 16
+    stem: str = "patch"
+    stem_channels: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stem_channels", tuple(self.stem_channels))
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.head_width or self.head_width % 4:
+            raise ValueError(f"width {self.width} needs heads of {self.head_width}, a multiple of 4, that divide it")
+        if self.stem not in ("patch", "conv"):
+            raise ValueError(f"stem {self.stem!r} is not one of 'patch', 'conv'")
+        if self.stem == "conv" and 2 ** len(self.stem_channels) != self.patch_size:
+            raise ValueError(f"stem_channels {self.stem_channels} do not halve down to patch_size {self.patch_size}")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of one picture, without CLS."""
+        return self.grid**2
+
+
+def rope_frequencies(config: EvaVisionConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every patch position, each (grid * grid, head_width), float32.
+
+    The first half of a head turns with the row, the second with the column; each angle stands twice, interleaved.
+
+    Source: ``VisionRotaryEmbeddingFast`` of EVA-CLIP rope.py.
+    """
+    half = config.head_width // 2
+    frequencies = 1.0 / (ROPE_BASE ** (torch.arange(0, half, 2)[: half // 2].float() / half))
+    positions = torch.arange(config.grid) / config.grid * config.rope_sequence_length
+    angles = (positions[:, None] * frequencies).repeat_interleave(2, dim=-1)  # (grid, half)
+    rows = angles[:, None, :].expand(config.grid, config.grid, half)
+    columns = angles[None, :, :].expand(config.grid, config.grid, half)
+    angles = torch.cat((rows, columns), dim=-1).reshape(config.patches, config.head_width)
+    return angles.cos(), angles.sin()
+
+
+class RotaryPositions(nn.Module):
+    """Turns queries and keys by their place in the picture; CLS, the first token, stays as it is."""
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        cos, sin = rope_frequencies(config)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        cls, patches = heads[:, :, :1], heads[:, :, 1:]
+        even, odd = patches.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+        cos, sin = self.freqs_cos.to(heads.dtype), self.freqs_sin.to(heads.dtype)
+        return torch.cat((cls, patches * cos + turned * sin), dim=2)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and a LayerNorm before the output projection; keys have no bias."""
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.head_width = config.head_width
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.inner_attn_ln = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor, rope: RotaryPositions) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # (B, H, N, head_width)
+
+        query = rope(heads(F.linear(hidden_states, self.q_proj.weight, self.q_bias)))
+        key = rope(heads(self.k_proj(hidden_states)))
+        value = heads(F.linear(hidden_states, self.v_proj.weight, self.v_bias))
+        context = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
+        projected: Tensor = self.proj(self.inner_attn_ln(context))
+        return projected
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP with a LayerNorm before the output projection."""
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.w1 = nn.Linear(config.width, hidden)
+        self.w2 = nn.Linear(config.width, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, eps=LAYER_NORM_EPS)
+        self.w3 = nn.Linear(hidden, config.width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        projected: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(hidden_states)) * self.w2(hidden_states)))
+        return projected
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then MLP, each added to what came in."""
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden_states: Tensor, rope: RotaryPositions) -> Tensor:
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rope)
+        hidden_states = hidden_states + self.mlp(self.norm2(hidden_states))
+        return hidden_states
+
+
+class PatchStem(nn.Module):
+    """One convolution as large as its stride: the original's patch embedding."""
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches: Tensor = self.proj(pixel_values).flatten(2).transpose(1, 2)  # (B, N, D), row-major
+        return patches
+
+
+class ConvStem(nn.Module):
+    """Stride-2 convolutions down to the patch stride: learns from little data what one large convolution does not.
+
+    Not in the original; the bundled tiny model only.
+    """
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        channels = (3, *config.stem_channels)
+        self.halvings = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()
+                )
+                for before, after in zip(channels, channels[1:], strict=False)
+            )
+        )
+        self.proj = nn.Conv2d(channels[-1], config.width, 1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches: Tensor = self.proj(self.halvings(pixel_values)).flatten(2).transpose(1, 2)  # (B, N, D), row-major
+        return patches
+
+
+class EvaVisionTower(nn.Module):
+    """``forward(pixel_values)`` -> (B, 1 + patches, width): CLS and patch tokens straight after the last block."""
+
+    def __init__(self, config: EvaVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, config.width))
+        self.patch_embed = ConvStem(config) if config.stem == "conv" else PatchStem(config)
+        self.rope = RotaryPositions(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        side = self.config.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}, expected (B, 3, {side}, {side})")
+        patches = self.patch_embed(pixel_values)
+        hidden_states = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
+        for block in self.blocks:
+            hidden_states = block(hidden_states, self.rope)
+        return hidden_states
+
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products for one picture (a multiply-add counts as two)."""
+        config = self.config
+        tokens, width, hidden = 1 + config.patches, config.width, int(config.width * config.mlp_ratio)
+        linear = tokens * (4 * width * width + 3 * width * hidden)
+        attention = 2 * tokens * tokens * width
+        stem = math.prod(self.patch_embed.proj.weight.shape) * config.patches
+        return 2 * (config.layers * (linear + attention) + stem)
