@@ -1,0 +1,275 @@
+"""Fetch one picture from a URL that nobody vouches for: checked addresses, pinned connections, hard limits.
+
+The only file of the package that opens a connection for a picture. Every address that a name resolves to is judged, and
+the connection goes to an address that was judged, with no second look-up in between. No proxy, cookie, credential or
+environment variable takes part. Knows nothing of pictures beyond the media type.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import ipaddress
+import queue
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from mm_retriever.errors import ImageLoadError
+
+Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
+"""A host name and port to all its addresses."""
+
+_Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+# What `is_global` lets through and no picture lives at: IPv6 that carries an IPv4 address inside (compatible, mapped,
+# NAT64, Teredo, 6to4: ways round a check of IPv4), the 6to4 relay, and a cloud's metadata service (Azure).
+_REFUSED = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        *("::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10"),
+        *("192.88.99.0/24", "168.63.129.16/32"),
+    )
+)
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_READ_BYTES = 1 << 16
+_LONGEST_URL = 8192
+
+
+def fetch_image(
+    url: str,
+    *,
+    max_bytes: int,
+    timeout: float,
+    max_redirects: int = 3,
+    allow_private_addresses: bool = False,
+    resolve: Resolve | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> bytes:
+    """Return the body of a picture's URL.
+
+    Args:
+        url: http or https.
+        max_bytes: limit of the body.
+        timeout: seconds for everything together: names, redirects, handshakes, body.
+        max_redirects: each target is checked like the first; from https never back to http.
+        allow_private_addresses: skip the check of addresses.
+        resolve: replaces the system's name resolution. Called once for each hop.
+        tls: replaces the default context (system certificates, host name checked).
+
+    Raises:
+        ImageLoadError: the reason, without the URL.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        for _ in range(max_redirects + 1):
+            target = _checked_url(url)
+            host, port = _host_and_port(target)
+            addresses = _addresses(host, port, resolve or _system_resolve, deadline)
+            if not allow_private_addresses:
+                for address in addresses:
+                    _refuse_private(host, address)
+            body, location = _get(target, addresses, max_bytes, deadline, tls)
+            if location is None:
+                return body
+            url = urljoin(url, location)
+            if target.scheme == "https" and urlsplit(url).scheme == "http":
+                raise ImageLoadError("redirected from https to http")
+    except TimeoutError as error:
+        raise ImageLoadError(f"no complete answer within {timeout:g} s (ImagePolicy.url_timeout)") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, ImageLoadError):
+            raise
+        raise ImageLoadError(
+            f"download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+    raise ImageLoadError(f"more than {max_redirects} redirects (ImagePolicy.max_redirects)")
+
+
+def _checked_url(url: str) -> SplitResult:
+    if len(url) > _LONGEST_URL:
+        raise ImageLoadError(f"a URL of {len(url)} characters; the limit is {_LONGEST_URL}")
+    if any(character <= " " or character in "\\\x7f" for character in url):
+        raise ImageLoadError("a URL holds no space, backslash or control character")
+    target = urlsplit(url)
+    if target.scheme not in ("http", "https"):
+        raise ImageLoadError(f"{target.scheme or 'no'} scheme; only http and https are fetched")
+    if "@" in target.netloc:
+        raise ImageLoadError("a URL with user name or password is not fetched")
+    if not target.hostname:
+        raise ImageLoadError("the URL names no host")
+    return target
+
+
+def _host_and_port(target: SplitResult) -> tuple[str, int]:
+    host = target.hostname or ""
+    if not host.isascii():
+        host = host.encode("idna").decode("ascii")
+    return host, target.port or (443 if target.scheme == "https" else 80)
+
+
+def _system_resolve(host: str, port: int) -> list[str]:
+    return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def _addresses(host: str, port: int, resolve: Resolve, deadline: float) -> list[_Address]:
+    """All addresses of a host, once each. In a thread: a system look-up knows no timeout of its own."""
+    answers: queue.SimpleQueue[Sequence[str] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(resolve(host, port))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=look_up, name="mm_retriever-resolve", daemon=True).start()
+    try:
+        answer = answers.get(timeout=_left(deadline))
+    except queue.Empty as error:
+        raise TimeoutError from error
+    if isinstance(answer, Exception):
+        raise ImageLoadError(f"the name {host!r} does not resolve ({answer})") from answer
+    if not answer:
+        raise ImageLoadError(f"the name {host!r} has no address")
+    return [ipaddress.ip_address(text) for text in dict.fromkeys(answer)]
+
+
+def _refuse_private(host: str, address: _Address) -> None:
+    public = address.is_global and not (
+        address.is_multicast
+        or address.is_reserved
+        or any(address in network for network in _REFUSED)
+        or getattr(address, "scope_id", None)
+    )
+    if not public:
+        raise ImageLoadError(
+            f"{host!r} leads to {address}, which is no public address (ImagePolicy.allow_private_addresses)"
+        )
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads until a moment, however slowly bytes drip in: a socket's own timeout starts anew at every byte."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._socket, self._deadline = sock, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._socket.settimeout(_left(self._deadline))
+        return self._socket.recv_into(buffer)
+
+
+class _DeadlineSocket:
+    """The three things that http.client asks of a socket."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._socket, self._deadline = sock, deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._socket.settimeout(_left(self._deadline))
+        self._socket.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_DeadlineReader(self._socket, self._deadline))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _connect(
+    host: str, port: int, addresses: Sequence[_Address], deadline: float, tls: ssl.SSLContext | None
+) -> socket.socket:
+    """A connection to the first of the judged addresses that answers; TLS proves that it is the host by name."""
+    for position, address in enumerate(addresses):
+        last = position == len(addresses) - 1
+        wait = _left(deadline) if last else _left(deadline) / 2
+        try:
+            sock = socket.create_connection((str(address), port), timeout=wait)
+        except OSError:
+            if last:
+                raise
+            continue
+        if tls is None:
+            return sock
+        try:
+            sock.settimeout(_left(deadline))
+            return tls.wrap_socket(sock, server_hostname=host)
+        except BaseException:
+            sock.close()
+            raise
+    raise ImageLoadError("no address to connect to")
+
+
+def _get(
+    target: SplitResult, addresses: Sequence[_Address], max_bytes: int, deadline: float, tls: ssl.SSLContext | None
+) -> tuple[bytes, str | None]:
+    """One request: the body, or where it redirects to."""
+    host, port = _host_and_port(target)
+    context = (tls or ssl.create_default_context()) if target.scheme == "https" else None
+    sock = _connect(host, port, addresses, deadline, context)
+    default_port = 443 if target.scheme == "https" else 80
+    connection = http.client.HTTPConnection(host, port)
+    connection.default_port = default_port  # the Host header leaves out a port that goes without saying
+    connection.sock = _DeadlineSocket(sock, deadline)
+    try:
+        path = quote(target.path or "/", safe="/%:@!$&'()*+,;=~") + (
+            "?" + quote(target.query, safe="/%:@!$&'()*+,;=~?[]") if target.query else ""
+        )
+        headers = {
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": "mm-retriever",
+            "Connection": "close",
+        }
+        connection.request("GET", path, headers=headers)
+        with connection.getresponse() as response:
+            if response.status in _REDIRECTS:
+                location = response.getheader("Location")
+                if not location:
+                    raise ImageLoadError(f"status {response.status} without a target")
+                return b"", location
+            _check_response(response, max_bytes)
+            return _read_body(response, max_bytes), None
+    finally:
+        connection.close()
+
+
+def _check_response(response: http.client.HTTPResponse, max_bytes: int) -> None:
+    if response.status != 200:
+        raise ImageLoadError(f"the server answers {response.status} {response.reason}"[:120])
+    media_type = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
+    if not media_type.startswith("image/") and media_type not in (
+        "",
+        "application/octet-stream",
+        "binary/octet-stream",
+    ):
+        raise ImageLoadError(f"the server sends {media_type[:60]!r}, not a picture")
+    if (response.getheader("Content-Encoding") or "identity").strip().lower() != "identity":
+        raise ImageLoadError("the server compresses although it was asked not to")
+    if response.length is not None and response.length > max_bytes:
+        raise ImageLoadError(f"{response.length} bytes, more than the limit of {max_bytes} (ImagePolicy.max_bytes)")
+
+
+def _read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
+    expected, body = response.length, bytearray()
+    while chunk := response.read1(_READ_BYTES):
+        body += chunk
+        if len(body) > max_bytes:
+            raise ImageLoadError(f"larger than the limit of {max_bytes} bytes (ImagePolicy.max_bytes)")
+    if expected is not None and len(body) < expected:
+        raise ImageLoadError(f"the download ended after {len(body)} of {expected} bytes")
+    return bytes(body)
