@@ -24,7 +24,14 @@ from transformers import BertConfig, PreTrainedModel, initialization
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from mm_retriever.models.eva_vit import EvaVisionConfig, EvaVisionTower, RotaryPositions, rope_frequencies
+from mm_retriever.models.eva_vit import (
+    EvaVisionConfig,
+    EvaVisionTower,
+    RotaryPositions,
+    attend,
+    rope_frequencies,
+    split_heads,
+)
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -150,22 +157,16 @@ class TextEncoder(nn.Module):
         return encoder_layer(self.layer[-1], hidden_states[:, :1], hidden_states, mask)[:, 0]
 
 
-def encoder_layer(layer: nn.Module, queries: Tensor, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+def encoder_layer(layer: Any, queries: Tensor, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     """One BERT layer for the rows in ``queries``, which look at all ``hidden_states``."""
-    attention: Any = layer.attention
-    own: Any = attention.self
+    own = layer.attention.self
 
-    def heads(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2)  # (B, H, T, head)
-
-    context = F.scaled_dot_product_attention(
-        heads(own.query(queries)),
-        heads(own.key(hidden_states)),
-        heads(own.value(hidden_states)),
-        attn_mask=mask,
-        dropout_p=own.dropout.p if layer.training else 0.0,
+    query, key, value = (
+        split_heads(projected, own.attention_head_size)
+        for projected in (own.query(queries), own.key(hidden_states), own.value(hidden_states))
     )
-    attended = attention.output(context.transpose(1, 2).flatten(2), queries)
+    context = attend(query, key, value, mask=mask, dropout=own.dropout.p if layer.training else 0.0)
+    attended = layer.attention.output(context, queries)
     hidden: Tensor = layer.output(layer.intermediate(attended), attended)
     return hidden
 
@@ -185,10 +186,10 @@ class VisualizedBGE(PreTrainedModel):
         self.bge_encoder = TextEncoder(text)
         self.model_visual = nn.ModuleDict({"visual": EvaVisionTower(vision)})
         self.visual_proj = nn.Linear(vision.width, text.hidden_size)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, EvaVisionTower):
             initialization.normal_(module.cls_token, std=0.02)
             initialization.normal_(module.pos_embed, std=0.02)
@@ -247,7 +248,7 @@ def key_mask(attention_mask: Tensor | None, *, image_tokens: int = 0) -> Tensor 
 
 
 class VisualizedBGEProcessor:
-    """Pictures to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``. Holds no state: threads may share it.
+    """Pictures to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``; threads may share it.
 
     Args:
         config: of the model that will read the output.
