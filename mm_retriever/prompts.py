@@ -33,35 +33,8 @@ ASK_REASON = "\nThis was found. Say in one sentence why it fits."
 
 RANK_SHEET = (
     "\nThis sheet shows {count} candidates, each with its number in red, and the query picture in a blue frame if "
-    "there is one. Rank all of them by how well they fit what is wanted, the best first. Answer with their numbers only."
-)
-RANK_PICTURES     then the ranking, under constraint
-    user       [the first one] ASK_REASON                  then the reason
-
-A conversation about one candidate, for its likelihood:
-
-    user       DESCRIBE [candidate picture]
-    assistant  the wanted description, scored and not generated
-"""
-
-from __future__ import annotations
-
-ASK_COMPOSED = "Someone shows this picture and asks: {query}\nSay what the picture shows, then what is wanted."
-ASK_PICTURE = "Someone shows this picture and asks for more like it.\nSay what the picture shows, then what is wanted."
-ASK_TEXT = "Someone asks: {query}\nSay what is wanted."
-
-ANSWER_PICTURE = "Picture:"
-ANSWER_WANTED = "\nWanted:"
-
-DESCRIBE = "Describe the picture in a few words.\n"
-DESCRIBE_TEXT = "Describe this in a few words: {text}\n"
-
-ASK_FITS = "\nDoes this picture show what is wanted? Answer yes or no."
-ASK_REASON = "\nThis was found. Say in one sentence why it fits."
-
-RANK_SHEET = (
-    "\nThis sheet shows {count} candidates, each with its number in red, and the query picture in a blue frame if there "
-    "is one. Rank all of them by how well they fit what is wanted, the best first. Answer with their numbers only."
+    "there is one. Rank all of them by how well they fit what is wanted, the best first. "
+    "Answer with their numbers only."
 )
 RANK_PICTURES = (
     "\nThese are {count} candidates, each with its number before it. Rank all of them by how well they fit what is "
