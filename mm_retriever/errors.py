@@ -11,7 +11,9 @@ Every class also inherits the builtin it specialises, so that code that has neve
     ├── FilterError             (ValueError)       a metadata filter that cannot be expressed safely
     ├── PromptError             (ValueError)       pictures and text that do not fit together in one prompt
     ├── RerankError             (RuntimeError)     a ranking that could not be obtained
+    ├── IngestError             (ValueError)       a source or sidecar that cannot be ingested
     ├── StoreError              (RuntimeError)     the vector store refused
+    │   ├── NodeError           (ValueError)       a node that cannot be stored as it is
     │   ├── StoreMismatchError  (ValueError)       a collection made by another model, dimension or metric
     │   ├── StoreLockedError    (BlockingIOError)  another process holds the Milvus Lite file
     │   └── StoreUnavailableError (ConnectionError) no answer from the server in time
@@ -55,8 +57,16 @@ class RerankError(MMRetrieverError, RuntimeError):
     """A ranking that could not be obtained."""
 
 
+class IngestError(MMRetrieverError, ValueError):
+    """A source or sidecar file that cannot be ingested at all."""
+
+
 class StoreError(MMRetrieverError, RuntimeError):
     """The vector store refused a request."""
+
+
+class NodeError(StoreError, ValueError):
+    """A node that cannot be stored as it is: no vector, a wrong one, or metadata that Milvus cannot hold."""
 
 
 class StoreMismatchError(StoreError, ValueError):

@@ -1,0 +1,15 @@
+"""Pictures and their vectors in Milvus: a local file, a server or Zilliz Cloud.
+
+Owns every request that this package sends to Milvus. Knows nothing of models beyond a name and a dimension, and nothing
+of picture files. One row goes through its files in this order:
+
+- `rows.py`: a LlamaIndex node to a row, and back; what may be stored.
+- `filters.py`: metadata filters to expressions that a value cannot break out of.
+- `connection.py`: where Milvus is, who else has it open, and what its failures mean.
+- `image_store.py`: `open_store` and `ImageStore`, on the three above.
+"""
+
+from mm_retriever.store.filters import filter_expression
+from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store
+
+__all__ = ["MAX_TOP_K", "EmbeddingIdentity", "ImageStore", "filter_expression", "open_store"]

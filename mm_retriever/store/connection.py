@@ -1,0 +1,176 @@
+"""Where Milvus is, who else has it open, and what its failures mean.
+
+Owns the rules for URIs and Milvus Lite paths, the locks of Milvus Lite files, and the one translation of what pymilvus
+and gRPC raise into our errors. Knows nothing of collections and rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import grpc
+from pymilvus import MilvusClient
+from pymilvus.exceptions import MilvusException
+
+from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
+
+_SERVER_URI = re.compile(r"(?:https?|tcp)://.+|unix:.+", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(//)[^/@]*@")
+_UNAVAILABLE = (2, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+class Connection:
+    """One connection to Milvus, dedicated to one store.
+
+    Attributes:
+        client: what requests go through, inside `request`.
+        lite_path: absolute path of the Milvus Lite file, None for a server.
+        where: the place, for people: a path, or a URI without credentials.
+        timeout: seconds for one request.
+        write_lock: held while writing; Milvus Lite takes one writer at a time, whichever store it comes from.
+    """
+
+    def __init__(self, uri: str | Path, *, token: str | None, timeout: float) -> None:
+        if not timeout > 0:
+            raise StoreError(f"timeout {timeout!r}: give seconds above 0")
+        place = str(uri)
+        self.timeout = timeout
+        self.lite_path = None if _SERVER_URI.fullmatch(place) else _lite_path(place)
+        self.where = self.lite_path or _CREDENTIALS.sub(r"\1", place)
+        self._open = True
+        self.write_lock = threading.RLock()
+        with self.request("connecting"):
+            if self.lite_path:
+                self.write_lock = _LITE_FILES.enter(self.lite_path)
+            try:
+                with _LITE_FILES.opening:
+                    self.client = MilvusClient(
+                        uri=self.lite_path or place, token=token or "", timeout=timeout, dedicated=True
+                    )
+            except BaseException:
+                if self.lite_path:
+                    _LITE_FILES.leave(self.lite_path)
+                raise
+
+    def close(self) -> None:
+        """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
+        if self._open:
+            self._open = False
+            self.client.close()
+            if self.lite_path:
+                _LITE_FILES.leave(self.lite_path)
+
+    @contextmanager
+    def request(self, doing: str) -> Iterator[None]:
+        """Run requests to Milvus: whatever goes wrong becomes one error of ours, and nothing is printed.
+
+        Raises:
+            StoreLockedError: another process has the Milvus Lite file open.
+            StoreUnavailableError: no answer within the timeout.
+            StoreError: any other failure.
+        """
+        if not self._open:
+            raise StoreError(f"the store at {self.where} is closed; open it again")
+        records: list[logging.LogRecord] = []
+        token = _CAPTURED.set(records)
+        try:
+            yield
+        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
+            raise self._explained(error, doing, records) from error
+        finally:
+            _CAPTURED.reset(token)
+
+    def _explained(self, error: Exception, doing: str, records: Sequence[logging.LogRecord]) -> StoreError:
+        causes = [record.exc_info[1] for record in records if record.exc_info and record.exc_info[1] is not None]
+        if any(type(cause).__name__ == "DataDirLockedError" for cause in causes):
+            return StoreLockedError(
+                f"{self.where} is open in another process, and a Milvus Lite file serves one at a time. "
+                "Close it there, or let both use a Milvus server"
+            )
+        code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
+        if isinstance(error, grpc.FutureTimeoutError) or code in _UNAVAILABLE:
+            return StoreUnavailableError(
+                f"no answer from Milvus at {self.where} within {self.timeout:g} s while {doing}: {_short(error)}"
+            )
+        reason = causes[-1] if doing == "connecting" and causes else error  # pymilvus logs why Milvus Lite did not open
+        return StoreError(f"Milvus at {self.where} failed while {doing}: {_short(reason)}")
+
+
+def _lite_path(place: str) -> str:
+    """Absolute path of a Milvus Lite file, its folder made."""
+    if "\0" in place:
+        raise StoreError("a path holds no NUL byte")
+    if not place.endswith(".db"):
+        raise StoreError(
+            f"{place!r} is neither a server (http://, https://, tcp://, unix:) nor a Milvus Lite file: Milvus knows "
+            f"its files by a name that ends in '.db', in small letters; try {place.rstrip('/') + '.db'!r}"
+        )
+    path = Path(place).expanduser().resolve()
+    if path.is_file():
+        raise StoreError(f"{path} is a file, as Milvus Lite 2 wrote it; Milvus Lite 3 keeps a folder: index anew")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder of {path}: {error.strerror or error}") from error
+    return str(path)
+
+
+def _short(error: BaseException) -> str:
+    if isinstance(error, MilvusException):
+        text = error.message
+    else:
+        text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
+    return " ".join(str(text or type(error).__name__).split())[:300]
+
+
+class _LiteFiles:
+    """The Milvus Lite files that stores of this process have open, and the lock that the writers of each share."""
+
+    def __init__(self) -> None:
+        self.opening = threading.RLock()  # two threads that open one file at once would lock each other out of it
+        self._users: Counter[str] = Counter()
+        self._write_locks: dict[str, threading.RLock] = {}
+
+    def enter(self, path: str) -> threading.RLock:
+        with self.opening:
+            self._users[path] += 1
+            return self._write_locks.setdefault(path, threading.RLock())
+
+    def leave(self, path: str) -> None:
+        from milvus_lite.server_manager import server_manager_instance
+
+        with self.opening:
+            self._users[path] -= 1
+            if not self._users[path]:
+                del self._users[path], self._write_locks[path]
+                server_manager_instance.release_server(path)
+
+
+_LITE_FILES = _LiteFiles()
+_CAPTURED: ContextVar[list[logging.LogRecord] | None] = ContextVar("captured", default=None)
+
+
+class _Capture(logging.Filter):
+    """Keeps what is logged about our own requests for our own error message, which says it once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        records = _CAPTURED.get()
+        if records is not None:
+            records.append(record)
+        return records is None
+
+
+for _name in (
+    "pymilvus.decorators",
+    "pymilvus.client.connection_manager",
+    "pymilvus.client.grpc_handler",
+    "milvus_lite.server_manager",
+):
+    logging.getLogger(_name).addFilter(_Capture())
