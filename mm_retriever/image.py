@@ -1,35 +1,40 @@
 """Pictures in: path, URL, data URI, base64, bytes, file object or PIL picture to a safe, upright RGB picture.
 
-Owns what may be read, from where, how large, and how every kind of pixel becomes 8-bit RGB. Knows nothing of models,
-stores or LlamaIndex. Colour profiles are not applied and no metadata survives: what a picture shows is its pixels.
+The public face of four files: `image_source` decides what may be read, `image_url` fetches, `image_format` looks at
+the bytes before a decoder does, and this one turns every kind of pixel into 8-bit RGB. Knows nothing of models or stores. Colour profiles are not applied and no metadata survives: what a picture shows is its pixels.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
-import errno
 import hashlib
 import importlib
 import io
 import os
-import re
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
-from urllib.parse import unquote_to_bytes
+from typing import cast
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image_format import FORMATS, describe_bytes, read_header, sniff_format
+from mm_retriever.image_format import FORMATS, describe_bytes, read_header
+from mm_retriever.image_source import DEFAULT_POLICY, ImagePolicy, ImageSource, read_source, source_name
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image
-"""A path, an http(s) URL, a data URI or base64 text; the bytes of a file; an open binary file; a PIL picture."""
+__all__ = [
+    "DEFAULT_POLICY",
+    "IMAGE_SUFFIXES",
+    "ImagePolicy",
+    "ImageSource",
+    "encode_thumbnail",
+    "is_image_path",
+    "load_image",
+    "pixel_digest",
+    "read_image_bytes",
+    "source_name",
+    "thumbnail_data_uri",
+]
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -39,6 +44,7 @@ IMAGE_SUFFIXES = frozenset({
 # fmt: on
 
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG = 0x0106
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -58,52 +64,7 @@ _READERS = {
     "PPM": "PpmImagePlugin.PpmImageFile",
     "AVIF": "AvifImagePlugin.AvifImageFile",
 }
-_LONGEST_PATH = 4096
-_READ_BYTES = 1 << 20
-_DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<options>(?:;[^;,]*)*),", re.IGNORECASE)
-_SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):", re.IGNORECASE)
-_URL = re.compile(r"(?P<scheme>https?://)(?:[^/?#]*@)?(?P<host>[^/?#@]*)(?P<path>[^?#]*)", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+=*\s*")
-
-
-@dataclass(frozen=True)
-class ImagePolicy:
-    """What `load_image` may read, and how much of it.
-
-    Args:
-        max_pixels: width times height, judged from the header before anything is decoded.
-        max_bytes: size of the encoded picture (a file, a download, decoded base64).
-        max_frames: frames of an animation; only the first is ever decoded.
-        roots: folders that files must lie in, symbolic links followed; None: anywhere. A relative path is looked for
-            from the working directory, then from each root.
-        allow_urls: whether http(s) URLs are fetched at all.
-        allow_private_addresses: whether a URL may lead into a private network (for tests and intranets only).
-        url_timeout: seconds for one URL, redirects and body included.
-        max_redirects: redirects that one URL may take; each target is checked like the first.
-    """
-
-    max_pixels: int = 89_478_485
-    max_bytes: int = 64 * 2**20
-    max_frames: int = 1_000
-    roots: tuple[Path, ...] | None = None
-    allow_urls: bool = False
-    allow_private_addresses: bool = False
-    url_timeout: float = 20.0
-    max_redirects: int = 3
-
-    def __post_init__(self) -> None:
-        """Check the limits and make the roots a tuple of paths."""
-        for name in ("max_pixels", "max_bytes", "max_frames", "url_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"ImagePolicy({name}={getattr(self, name)!r}): must be above 0")
-        if self.max_redirects < 0:
-            raise ValueError(f"ImagePolicy(max_redirects={self.max_redirects!r}): must be 0 or more")
-        if self.roots is not None:
-            roots = (self.roots,) if isinstance(self.roots, str | os.PathLike) else self.roots
-            object.__setattr__(self, "roots", tuple(Path(root) for root in roots))
-
-
-DEFAULT_POLICY = ImagePolicy()
+_LARGEST_EXIF = 2**20  # 16 times what a JPEG can hold; a tag of ten million numbers is no orientation
 
 
 def is_image_path(path: str | os.PathLike[str]) -> bool:
@@ -129,7 +90,7 @@ def load_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, kee
             _check_size(source.size, policy)
             source.load()
             return _normalised(source, rawmode="", keep_mode=keep_mode)
-        return _decode(_read(source, policy), policy, keep_mode)
+        return _decode(read_source(source, policy), policy, keep_mode)
 
 
 def read_image_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> bytes:
@@ -139,24 +100,7 @@ def read_image_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLIC
         ImageLoadError: the source must not be read, is too large, or is a PIL picture, which has no file bytes.
     """
     with _errors_name(source):
-        return _read(source, policy)
-
-
-def source_name(source: ImageSource) -> str:
-    """Return a short printable name of a source for messages: a path in quotes, never the contents."""
-    if isinstance(source, Image.Image):
-        return f"<{source.mode} picture of {source.width}x{source.height}>"
-    if isinstance(source, bytes | bytearray | memoryview):
-        return f"<{len(source)} bytes>"
-    if isinstance(source, str | os.PathLike):
-        text = os.fspath(source)
-        if isinstance(text, str) and (url := _URL.match(text)):  # without what may be secret: password, query
-            return repr(url["scheme"] + url["host"] + url["path"])[:200]
-        if isinstance(text, str) and (text[:5].lower() == "data:" or len(text) > 300):
-            return f"{text[:40]!r}... ({len(text)} characters)"
-        return repr(text)
-    name = getattr(source, "name", None)
-    return repr(name)[:300] if isinstance(name, str) else f"<{type(source).__name__}>"
+        return read_source(source, policy)
 
 
 def pixel_digest(image: Image.Image) -> str:
@@ -202,190 +146,14 @@ def _errors_name(source: ImageSource) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower() if error.errno else error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
     text = " ".join(str(error).split())[:300]
     if "truncated" in text.lower():
         return f"truncated ({text})"
+    if "unknown" in text or "unsupported" in text:
+        return f"a variant that is not supported ({text})"
     return f"damaged ({text or type(error).__name__})"
-
-
-def _read(source: ImageSource, policy: ImagePolicy) -> bytes:
-    """Bytes of the encoded picture, at most `policy.max_bytes` of them."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _limited(bytes(source), policy)
-    if isinstance(source, str):
-        return _read_text(source, policy)
-    if isinstance(source, os.PathLike):
-        return _read_file(os.fspath(source), policy)
-    if isinstance(source, Image.Image):
-        raise ImageLoadError("a PIL picture has no file bytes")
-    if callable(getattr(source, "read", None)):
-        if getattr(source, "seekable", lambda: False)():
-            source.seek(0)
-        return _limited(_read_stream(source.read, policy.max_bytes), policy)
-    raise ImageLoadError(
-        f"{type(source).__name__} is no picture; give a path, URL, data URI, base64, bytes, binary file or PIL picture"
-    )
-
-
-def _limited(data: bytes, policy: ImagePolicy) -> bytes:
-    if len(data) > policy.max_bytes:
-        raise ImageLoadError(f"larger than the limit of {policy.max_bytes} bytes (ImagePolicy.max_bytes)")
-    return data
-
-
-def _read_stream(read: Callable[[int], Any], max_bytes: int, expected: int = _READ_BYTES) -> bytes:
-    """Everything up to one byte above the limit; a short read is no end, an empty one is."""
-    chunks: list[bytes] = []
-    left = max_bytes + 1
-    while left > 0:
-        chunk = read(min(left, expected))
-        if not chunk:
-            break
-        if not isinstance(chunk, bytes):
-            raise ImageLoadError(f"the file gives {type(chunk).__name__}, not bytes: open it in binary mode")
-        chunks.append(chunk)
-        left -= len(chunk)
-        expected = _READ_BYTES
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def _read_text(text: str, policy: ImagePolicy) -> bytes:
-    """A string is a data URI, a URL, base64 of a picture, or a path: in that order, without looking at any disk."""
-    if match := _DATA_URI.match(text):
-        return _read_data_uri(text, match, policy)
-    scheme = _SCHEME.match(text)
-    if scheme and (text.startswith("//", scheme.end()) or scheme["scheme"].lower() in ("file", "data")):
-        if scheme["scheme"].lower() not in ("http", "https"):
-            raise ImageLoadError(f"{scheme['scheme']}: is not a scheme that is read; give a path, or an http(s) URL")
-        if not policy.allow_urls:
-            raise ImageLoadError("fetching URLs is off; ImagePolicy(allow_urls=True) turns it on")
-        from mm_retriever.image_url import fetch_image  # loads http and ssl, which few need
-
-        return fetch_image(
-            text,
-            max_bytes=policy.max_bytes,
-            timeout=policy.url_timeout,
-            max_redirects=policy.max_redirects,
-            allow_private_addresses=policy.allow_private_addresses,
-        )
-    if _looks_like_base64(text):
-        return _decode_base64(text, policy)
-    if len(text) > _LONGEST_PATH:
-        raise ImageLoadError("neither a path nor base64 of a supported picture")
-    return _read_file(text, policy)
-
-
-def _read_data_uri(text: str, match: re.Match[str], policy: ImagePolicy) -> bytes:
-    media_type = match["type"].strip().lower()
-    if media_type and not media_type.startswith("image/") and media_type != "application/octet-stream":
-        raise ImageLoadError(f"the data URI declares {media_type[:60]!r}, not a picture")
-    body = text[match.end() :]
-    if "base64" in (option.strip().lower() for option in match["options"].split(";")):
-        return _decode_base64(unquote_to_bytes(body).decode("latin-1") if "%" in body else body, policy)
-    if len(body) > 3 * policy.max_bytes:  # percent-encoding takes at most three characters a byte
-        raise ImageLoadError(f"larger than the limit of {policy.max_bytes} bytes (ImagePolicy.max_bytes)")
-    return _limited(unquote_to_bytes(body), policy)
-
-
-def _looks_like_base64(text: str) -> bool:
-    """Whether the text can only be base64: long, no dot, and its first bytes are those of a picture."""
-    head = "".join(text[:64].split())
-    if len(text) < 64 or not _BASE64.fullmatch(head):
-        return False
-    try:
-        return sniff_format(_from_base64(head[: len(head) // 4 * 4])) is not None
-    except (ValueError, binascii.Error):
-        return False
-
-
-def _decode_base64(text: str, policy: ImagePolicy) -> bytes:
-    text = "".join(text.split())
-    if len(text) // 4 * 3 > policy.max_bytes + 2:
-        raise ImageLoadError(f"larger than the limit of {policy.max_bytes} bytes (ImagePolicy.max_bytes)")
-    try:
-        return _limited(_from_base64(text + "=" * (-len(text) % 4)), policy)
-    except (ValueError, binascii.Error) as error:
-        raise ImageLoadError(f"not base64 ({error})") from error
-
-
-def _from_base64(text: str) -> bytes:
-    return base64.b64decode(text.replace("-", "+").replace("_", "/").encode("ascii"), validate=True)
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-def _read_file(path: str, policy: ImagePolicy) -> bytes:
-    """The bytes of a regular file inside the roots, opened so that nothing can be swapped between check and read."""
-    if "\0" in path:
-        raise ImageLoadError("a path holds no NUL byte")
-    if not path:
-        raise ImageLoadError("the path is empty")
-    descriptor = _open_anywhere(path) if policy.roots is None else _open_inside(path, policy.roots)
-    with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor, not a path
-        status = os.fstat(descriptor)
-        _check_regular(status)
-        if status.st_size > policy.max_bytes:
-            raise ImageLoadError(
-                f"{status.st_size} bytes, more than the limit of {policy.max_bytes} (ImagePolicy.max_bytes)"
-            )
-        return _limited(_read_stream(file.read, policy.max_bytes, status.st_size + 1), policy)
-
-
-# O_NONBLOCK: opening a pipe that nobody writes to returns at once. O_NOCTTY: opening a terminal never adopts it.
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-
-
-def _check_regular(status: os.stat_result) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageLoadError("a folder, not a picture")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageLoadError("a device, pipe or socket, not a file")
-
-
-def _open_anywhere(path: str) -> int:
-    _check_regular(os.stat(path))  # noqa: PTH116 - opening a device can already do something: look first
-    return os.open(path, _OPEN_FLAGS)
-
-
-def _open_inside(path: str, roots: tuple[Path, ...]) -> int:
-    """Open a file below one of the roots, or say that there is none."""
-    if ".." in Path(path).parts:
-        raise ImageLoadError("'..' is not allowed when reading is limited to given folders")
-    places = [os.path.abspath(path)] + [os.path.join(root, path) for root in roots if not os.path.isabs(path)]  # noqa: PTH100,PTH117,PTH118
-    missing: OSError | None = None
-    for place in dict.fromkeys(places):
-        real = os.path.realpath(place)
-        for root in (os.path.realpath(root) for root in roots):
-            if os.path.commonpath([root, real]) == root and real != root:
-                try:
-                    return _open_beneath(root, os.path.relpath(real, root))
-                except FileNotFoundError as error:
-                    missing = error
-    if missing is not None:
-        raise missing
-    raise ImageLoadError(f"outside the folders that may be read ({', '.join(map(str, roots)) or 'none'})")
-
-
-def _open_beneath(root: str, relative: str) -> int:
-    """Open one folder after the other without following links: a link put there after the check cannot lead out."""
-    if os.open not in os.supports_dir_fd:  # Windows
-        return _open_anywhere(os.path.join(root, relative))  # noqa: PTH118
-    *folders, name = Path(relative).parts
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for folder in folders:
-            inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
-        _check_regular(os.stat(name, dir_fd=descriptor, follow_symlinks=False))
-        return os.open(name, _OPEN_FLAGS | os.O_NOFOLLOW, dir_fd=descriptor)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise ImageLoadError("changed while it was being opened") from error
-        raise
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------- bytes to pixels
@@ -407,7 +175,11 @@ def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool) -> Image.Image:
             raise ImageLoadError(f"more than {policy.max_frames} frames (ImagePolicy.max_frames)")
         rawmode = _rawmode(image)
         image.load()
-        return _normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+        _scale_transparent_key(image, rawmode)
+        pixels = _normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+        if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0:
+            return ImageOps.invert(pixels)  # a TIFF of more than 8 bits where 0 is white, which Pillow leaves as it is
+        return pixels
 
 
 @cache
@@ -434,6 +206,15 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return first if isinstance(first, str) else ""
 
 
+def _scale_transparent_key(image: Image.Image, rawmode: str) -> None:
+    """Bring the transparent colour of a PNG, which Pillow leaves in the file's bit depth, to that of the pixels."""
+    key = image.info.get("transparency")
+    if isinstance(key, int) and rawmode in ("L;2", "L;4"):
+        image.info["transparency"] = key * (85 if rawmode == "L;2" else 17)
+    elif isinstance(key, tuple) and rawmode == "RGB;16B":
+        image.info["transparency"] = tuple(sample >> 8 for sample in key)
+
+
 def _normalised(image: Image.Image, *, rawmode: str, keep_mode: bool) -> Image.Image:
     """Upright, opaque, 8-bit, RGB (or L and CMYK with `keep_mode`), without metadata."""
     orientation = _orientation(image)
@@ -452,6 +233,8 @@ def _normalised(image: Image.Image, *, rawmode: str, keep_mode: bool) -> Image.I
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) where there is none or it cannot be understood: no reason to refuse the pixels."""
+    if len(image.info.get("exif") or b"") > _LARGEST_EXIF:
+        return 1
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # a parser of hostile bytes

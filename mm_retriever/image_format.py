@@ -1,20 +1,52 @@
-"""What the first bytes of a picture say, before any decoder sees them: format, size, frames, scans.
+"""What the bytes of a picture file say before any decoder sees them: format, size, number of frames.
 
 Pure bytes in, numbers out; knows nothing of Pillow, files or the network. Only the formats named here are ever handed
-to a decoder, and each check is here because the decoder itself would allocate, loop or warn before it could be asked.
+to a decoder. The checks are here because the decoder itself would allocate, loop or warn before it could be asked: a
+file of 60 MB made of empty blocks keeps Pillow busy for minutes, and fills gigabytes, without ever coming to a pixel.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 
+from mm_retriever.errors import ImageLoadError
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
-# An honest progressive JPEG has 10 to 20 scans. Every further one costs a pass over the whole picture.
-MAX_JPEG_SCANS = 100
+# Limits that no honest file comes near. Blocks: so many, plus one for every so many bytes of the file.
+MAX_JPEG_SCANS = 100  # 10 to 20 in a progressive file; each is a pass over the whole picture
+MAX_TIFF_TAGS = 1_000
+MAX_TIFF_VALUES = 200_000  # strips, mostly: one a row and channel; a 16-bit palette has 196,608
+MAX_FREE_TILE = (
+    2_048 * 2_048
+)  # a tile may be larger than the picture, but is allocated whole: 146 bytes could ask for 2 GB
+MAX_SLOW_BYTES = 4 * 2**20  # for what Pillow decodes in Python, at 3 to 6 MB/s: run-length BMP, PPM of odd depth
+_FREE_BLOCKS = 2_000
+_BYTES_A_BLOCK = {"JPEG": 1_024, "PNG": 512, "GIF": 128}
 
+_PPM_HEADER = re.compile(rb"P[456](?:\s|#[^\r\n]*[\r\n])+\d{1,10}(?:\s|#[^\r\n]*[\r\n])+\d{1,10}\s")
+_PPM_WHITE = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*(\d{1,10})\s")
+_FILL = re.compile(rb"\xff*")
+_FRAME = struct.Struct(">HHB")
 _AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
+
+
+@dataclass(frozen=True)
+class _TiffLayout:
+    first: int  # where the offset of the first directory stands
+    count: str
+    entry: str  # tag, type, number of values, value or its offset
+    offset: str
+
+
+_TIFF = _TiffLayout(first=4, count="H", entry="HHL4s", offset="L")
+_BIG_TIFF = _TiffLayout(first=8, count="Q", entry="HHQ8s", offset="Q")
+_TIFF_BYTES = frozenset({1, 2, 6, 7})
+_TIFF_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q"}
+_TIFF_SIZES = (0x100, 0x101, 0x142, 0x143)  # width and height of the picture and of a tile
+_TIFF_NESTED = frozenset({0x8769, 0x8825, 0xA005})  # EXIF, GPS, interoperability
 
 
 @dataclass(frozen=True)
@@ -40,7 +72,7 @@ def sniff_format(data: bytes) -> str | None:
         return "TIFF"
     if data.startswith(b"BM") and len(data) >= 18 and 12 <= int.from_bytes(data[14:18], "little") <= 124:
         return "BMP"
-    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():
+    if data[:1] == b"P" and data[1:2] in (b"4", b"5", b"6") and data[2:3].isspace():
         return "PPM"
     if data[4:8] == b"ftyp" and data[8:12] in _AVIF_BRANDS:
         return "AVIF"
@@ -69,38 +101,69 @@ def read_header(data: bytes, *, max_frames: int) -> PictureHeader | None:
         max_frames: counting stops one above this, so that a file of a million empty frames costs nothing.
 
     Raises:
-        ValueError: the structure is broken, or asks for more work than any honest picture does.
+        ImageLoadError: the structure is broken, or asks for more work than any honest picture does.
     """
     kind = sniff_format(data)
+    if kind == "JPEG":
+        return _jpeg_header(data)
+    if kind == "PNG":
+        return _png_header(data)
     if kind == "GIF":
-        size, frames = _gif_header(data, max_frames)
-        return PictureHeader(kind, size, frames)
+        return _gif_header(data, max_frames)
     if kind == "TIFF":
-        return PictureHeader(kind, None, _tiff_frames(data, max_frames))
+        return _tiff_header(data, max_frames)
     if kind == "WEBP":
         return PictureHeader(kind, _webp_size(data))
-    if kind == "JPEG" and _jpeg_takes_passes(data) and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-        raise ValueError(f"{scans} JPEG scans, more than the {MAX_JPEG_SCANS} that any honest file has")
+    if kind == "BMP":
+        _check_bmp(data)
+    if kind == "PPM":
+        _check_ppm(data)
     return PictureHeader(kind) if kind else None
 
 
-def _jpeg_takes_passes(data: bytes) -> bool:
-    """Whether every scan makes the decoder go over the whole picture: progressive, or components in separate scans."""
-    at, components = 2, 0
-    while at + 4 <= len(data) and data[at] == 0xFF:
+def _most_blocks(kind: str, data: bytes) -> int:
+    return _FREE_BLOCKS + len(data) // _BYTES_A_BLOCK[kind]
+
+
+def _jpeg_header(data: bytes) -> PictureHeader:
+    """Walk the segments up to the first scan. Source: ITU-T T.81, annex B."""
+    at, size, components, several_scans = 2, None, 0, False
+    for _ in range(_most_blocks("JPEG", data)):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            raise ImageLoadError("truncated or broken before the first scan")
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame: SOF0 to SOF15
-            if marker not in (0xC0, 0xC1):
-                return True
-            components = data[at + 9] if at + 9 < len(data) else 0
-        if marker == 0xDA:  # the first scan: how many components it holds
-            return data[at + 4 : at + 5] != bytes([components])
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return True  # lost the thread: count
+        if marker == 0xFF:  # fill bytes: any number of them
+            at = _FILL.match(data, at).end() - 1  # type: ignore[union-attr]
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # these stand alone
+            at += 2
+        elif marker == 0xDA:
+            several_scans |= data[at + 4] != components if at + 4 < len(data) else False
+            if several_scans and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+                raise ImageLoadError(f"{scans} scans, more than the {MAX_JPEG_SCANS} that any honest file has")
+            return PictureHeader("JPEG", size)
+        else:
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= len(data):  # the frame
+                height, width, components = _FRAME.unpack_from(data, at + 5)
+                size, several_scans = (width, height), marker > 0xC1
+            at += 2 + (data[at + 2] << 8 | data[at + 3] or 2)
+    raise ImageLoadError("more segments than any honest JPEG has")
+
+
+def _png_header(data: bytes) -> PictureHeader:
+    """Size from the header, and every chunk counted. Source: W3C PNG, section 5."""
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise ImageLoadError("truncated or broken header")
+    at = 8
+    for _ in range(_most_blocks("PNG", data)):
+        if at + 8 > len(data) or data.startswith(b"IEND", at + 4):
+            width, height = struct.unpack_from(">LL", data, 16)
+            return PictureHeader("PNG", (width, height))
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    raise ImageLoadError("more chunks than any honest PNG has")
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Canvas size. Source: RFC 9649 (WebP), sections 2.5 to 2.7; the decoder allocates the canvas as it is opened."""
+    """Canvas size. Source: RFC 9649, sections 2.5 to 2.7; the decoder allocates the canvas as it is opened."""
     kind = data[12:16]
     if kind == b"VP8X" and len(data) >= 30:
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -110,48 +173,97 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     if kind == b"VP8 " and len(data) >= 30:
         width, height = struct.unpack_from("<HH", data, 26)
         return width & 0x3FFF, height & 0x3FFF
-    return None
+    raise ImageLoadError("truncated or broken header")
 
 
-def _gif_header(data: bytes, max_frames: int) -> tuple[tuple[int, int], int]:
-    """Size of the screen grown to hold every frame, and the number of frames. Source: GIF89a specification."""
+def _gif_header(data: bytes, max_frames: int) -> PictureHeader:
+    """Size of the screen grown to hold every frame, and the number of frames. Source: GIF89a, section 17 on."""
     if len(data) < 13:
-        raise ValueError("truncated (no GIF screen)")
+        raise ImageLoadError("truncated (no GIF screen)")
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    frames = 0
-    while frames <= max_frames and at < len(data):
-        block, at = data[at], at + 1
-        if block == 0x2C and at + 9 <= len(data):  # a frame: its place and size, palette, code size
+    frames, blocks, most_blocks = 0, 0, _most_blocks("GIF", data)
+    while frames <= max_frames and at < len(data) and blocks <= most_blocks:
+        blocks += 1
+        kind, at = data[at], at + 1
+        if kind == 0x2C and at + 9 <= len(data):  # a frame: its place and size, palette, code size
             left, top, frame_width, frame_height, flags = struct.unpack_from("<HHHHB", data, at)
             width, height = max(width, left + frame_width), max(height, top + frame_height)
             frames += 1
             at += 9 + (3 << (flags & 7) + 1 if flags & 0x80 else 0) + 1
-        elif block == 0x21:  # an extension: its label
+        elif kind == 0x21:  # an extension: its label
             at += 1
-        elif block == 0x3B:  # the end
+        elif kind == 0x3B:  # the end
             break
         else:  # what decoders do too: pass over bytes that begin no block
             continue
-        while at < len(data) and data[at]:  # sub-blocks, each with its length in front
+        while at < len(data) and data[at] and blocks <= most_blocks:  # sub-blocks, each with its length in front
+            blocks += 1
             at += data[at] + 1
         at += 1
-    return (width, height), frames
+    if blocks > most_blocks:
+        raise ImageLoadError("more blocks than any honest GIF has")
+    return PictureHeader("GIF", (width, height), frames)
 
 
-def _tiff_frames(data: bytes, max_frames: int) -> int:
-    """Number of image directories. Source: TIFF 6.0, section 2, and the BigTIFF layout."""
+def _tiff_header(data: bytes, max_frames: int) -> PictureHeader:
+    """Number of image directories; the first one, which is decoded, must be modest. Source: TIFF 6.0, section 2."""
+    layout = _BIG_TIFF if data[2:4] in (b"+\0", b"\0+") else _TIFF
     order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    count_format, count_bytes, entry_bytes, offset_format = ("Q", 8, 20, "Q") if big else ("H", 2, 12, "L")
     frames, seen = 0, set[int]()
     try:
-        (at,) = struct.unpack_from(order + offset_format, data, 8 if big else 4)
+        (at,) = struct.unpack_from(order + layout.offset, data, layout.first)
+        if at < len(data):
+            _check_tiff_directory(data, at, order, layout)
         while at and at not in seen and frames <= max_frames:
             seen.add(at)
-            (entries,) = struct.unpack_from(order + count_format, data, at)
+            (entries,) = struct.unpack_from(order + layout.count, data, at)
             frames += 1
-            (at,) = struct.unpack_from(order + offset_format, data, at + count_bytes + entries * entry_bytes)
+            skipped = struct.calcsize("<" + layout.count) + entries * struct.calcsize("<" + layout.entry)
+            (at,) = struct.unpack_from(order + layout.offset, data, at + skipped)
     except (struct.error, OverflowError):  # the chain runs out of the file: what came before it counts
         pass
-    return frames
+    return PictureHeader("TIFF", None, frames)
+
+
+def _check_tiff_directory(data: bytes, at: int, order: str, layout: _TiffLayout, *, nested: bool = False) -> None:
+    """Refuse what makes the decoder allocate or loop: too many tags or values, or tiles larger than the picture."""
+    (entries,) = struct.unpack_from(order + layout.count, data, at)
+    if entries > MAX_TIFF_TAGS:
+        raise ImageLoadError(f"{entries} tags in a directory, more than the {MAX_TIFF_TAGS} that any honest TIFF has")
+    at += struct.calcsize("<" + layout.count)
+    values = {}
+    for tag, kind, count, value in struct.iter_unpack(
+        order + layout.entry, data[at : at + entries * struct.calcsize("<" + layout.entry)]
+    ):
+        if kind not in _TIFF_BYTES and count > MAX_TIFF_VALUES:
+            raise ImageLoadError(f"{count} values in one tag, more than the {MAX_TIFF_VALUES} that any honest TIFF has")
+        if tag in _TIFF_SIZES and tag in values:
+            raise ImageLoadError("a size is given twice")
+        number = _TIFF_NUMBERS.get(kind, "x")
+        if number != "x" and struct.calcsize("<" + number) <= len(value):
+            (values[tag],) = struct.unpack_from(order + number, value)
+        if tag in _TIFF_NESTED and not nested and 0 < values.get(tag, 0) < len(data):
+            _check_tiff_directory(data, values[tag], order, layout, nested=True)
+    width, height, tile_width, tile_height = (values.get(tag, 0) for tag in _TIFF_SIZES)
+    if tile_width * tile_height > max(MAX_FREE_TILE, 2 * width * height):
+        raise ImageLoadError(f"tiles of {tile_width}x{tile_height} in a picture of {width}x{height} pixels")
+
+
+def _check_bmp(data: bytes) -> None:
+    """Source: Microsoft, BITMAPINFOHEADER (biCompression: BI_RLE8 is 1, BI_RLE4 is 2)."""
+    if len(data) > MAX_SLOW_BYTES and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        raise ImageLoadError(f"a run-length coded BMP of over {MAX_SLOW_BYTES} bytes")
+
+
+def _check_ppm(data: bytes) -> None:
+    """Binary forms only, with a short header. Source: netpbm's pbm(5), pgm(5), ppm(5)."""
+    header = _PPM_HEADER.match(data[:4096])
+    if not header:
+        raise ImageLoadError("truncated or broken header")
+    if data[:2] == b"P4" or len(data) <= MAX_SLOW_BYTES:
+        return
+    white = _PPM_WHITE.match(data[header.end() : header.end() + 4096])
+    common = (b"255", b"65535") if data[:2] == b"P5" else (b"255",)
+    if not white or white[1] not in common:
+        raise ImageLoadError(f"a PPM of over {MAX_SLOW_BYTES} bytes whose white is not {b' or '.join(common).decode()}")
