@@ -192,7 +192,7 @@ def vocabulary() -> tuple[str, ...]:
     texts += [*_FULL, *_FULL_WITHOUT_COLOUR, *_FULL_PLAIN, *_IN_CAPTIONS.values(), *KINDS, *PATTERNS]
     looks = [Looks(kind, pattern, colours_of(pattern)[0]) for kind in KINDS for pattern in PATTERNS]
     texts += [caption(look) for look in looks] + [caption(look._replace(kind=None)) for look in looks]
-    texts += [reason(mode, look) for mode in MODES for look in looks]
+    texts += [reason(mode, look) for mode in MODES for look in looks if mode != "colour" or can_recolour(look)]
     words: set[str] = set()
     for text in texts:
         for mark in ("{K}", "{P}", "{C}"):
