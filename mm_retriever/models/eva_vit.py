@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,18 @@ from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
+MAX_LAYERS = 256
+MAX_SIZE = 10_000_000
 PLAIN_ATTENTION_SCORES = 2**25  # scores of one layer that may stand in memory at once: 64 MiB in bfloat16
+
+
+def check_sizes(config: Any) -> None:
+    """Raises ValueError for a size in a config dataclass that no model has: a config may come from a stranger."""
+    for name, value in vars(config).items():
+        most = MAX_LAYERS if name.endswith("layers") else MAX_SIZE
+        least = 0 if name.endswith("_id") else 1
+        if isinstance(value, bool) or (isinstance(value, int) and not least <= value <= most):
+            raise ValueError(f"{name} {value!r} is not between {least} and {most:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,7 @@ class EvaVisionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stem_channels", tuple(self.stem_channels))
+        check_sizes(self)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.head_width or self.head_width % 4:

@@ -9,32 +9,65 @@ MIT). Rewritten; checked against its outputs stage by stage.
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from tokenizers import Tokenizer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel, initialization
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
+from mm_retriever.errors import CheckpointError, ModelNotFoundError
+from mm_retriever.models.checkpoint import (
+    PUBLISHED,
+    SAFETENSORS,
+    ModelFiles,
+    fingerprint,
+    load_strict,
+    locate,
+    locate_tokenizer,
+    read_json,
+    read_state_dict,
+    warn_if_not_published,
+)
 from mm_retriever.models.eva_vit import (
     EvaVisionConfig,
     EvaVisionTower,
     RotaryPositions,
     attend,
+    check_sizes,
     rope_frequencies,
     split_heads,
 )
+from mm_retriever.models.visualized_bge_processor import PIXEL_MEAN, PIXEL_STD, VisualizedBGEProcessor, crop_square
 
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+__all__ = [
+    "PIXEL_MEAN",
+    "PIXEL_STD",
+    "VisualizedBGE",
+    "VisualizedBGEConfig",
+    "VisualizedBGEProcessor",
+    "convert_checkpoint",
+    "crop_square",
+    "load_visualized_bge",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OFFICIAL_HEAD_WIDTH = 64  # of both published models; no tensor tells it
+# in the official files, never used by the branch that runs
+DEAD_KEYS = re.compile(
+    r"bge_pooler\..*|bge_embeddings\.position_ids|model_visual\.logit_scale|model_visual\.visual\.(norm|head)\..*"
+    r"|model_visual\.visual\.blocks\.\d+\.attn\.rope\..*"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +89,9 @@ class BgeTextConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_sizes(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} attention heads do not divide hidden_size {self.hidden_size}")
         if self.model_type not in ("bert", "xlm-roberta"):
             raise ValueError(f"text model_type {self.model_type!r} is not one of 'bert', 'xlm-roberta'")
 
@@ -179,6 +215,8 @@ class VisualizedBGE(PreTrainedModel):
     main_input_name = "pixel_values"
     _no_split_modules = ["Block", "BertLayer"]  # noqa: RUF012
 
+    fingerprint: str = ""  # of the weights that were loaded: tells one set from another
+
     def __init__(self, config: VisualizedBGEConfig) -> None:
         super().__init__(config)
         vision, text = config.vision_shape, config.text_shape
@@ -247,59 +285,174 @@ def key_mask(attention_mask: Tensor | None, *, image_tokens: int = 0) -> Tensor 
     return torch.cat((mask[:, :1], seen, mask[:, 1:]), dim=1)[:, None, None, :]  # (B, 1, 1, T)
 
 
-class VisualizedBGEProcessor:
-    """Pictures to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``; threads may share it.
+def load_visualized_bge(
+    name: str | os.PathLike[str] = "BAAI/bge-visualized-base-en-v1.5",
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[VisualizedBGE, VisualizedBGEProcessor]:
+    """A model ready for inference and the processor that feeds it.
 
     Args:
-        config: of the model that will read the output.
-        tokenizer: a ``tokenizers.Tokenizer``, or the path of its ``tokenizer.json``.
+        name: "tiny", a local folder or weight file, a published name, or any hub repository in our layout.
+        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
+        revision: of the hub repository of the weights.
+        device: default: CUDA, else MPS, else the CPU.
+        dtype: of the computation; default float32.
+
+    Raises:
+        ModelNotFoundError: the name leads to no files.
+        CheckpointError: the files are damaged, unsafe, or of another model.
     """
-
-    def __init__(self, config: VisualizedBGEConfig, tokenizer: Tokenizer | str | Path) -> None:
-        self.config = config
-        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.from_file(str(tokenizer))
-        self.tokenizer.no_truncation()  # a file may carry both; lengths depend on what stands beside the text
-        self.tokenizer.no_padding()
-
-    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 3, H, W) float32 of pictures of any size and mode."""
-        side = self.config.vision_shape.image_size
-        pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
-        for row, image in enumerate(images):
-            pixels[row] = np.asarray(crop_square(image, side))
-        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()  # (B, 3, H, W)
-        mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (PIXEL_MEAN, PIXEL_STD))
-        return values.div_(255).sub_(mean).div_(std)
-
-    def tokens(self, texts: Sequence[str], *, beside_image: bool = False) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, each (B, T), padded on the right to the longest text.
-
-        A text too long for the room there is loses its end, as the tokenizer's own truncation would have it.
-        """
-        room = self.config.room(beside_image=beside_image)
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
-        rows = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in rows]
-        longest = max(map(len, rows), default=0)
-        input_ids = torch.full((len(rows), longest), self.config.text_shape.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+    files = locate(name, family="visualized_bge", revision=revision)
+    config, state = _read(files)
+    model = _filled(config, state, files, device=torch.device(device or default_device()), dtype=as_dtype(dtype))
+    tokens = _tokenizer(files, config, tokenizer)
+    return model, VisualizedBGEProcessor(config, tokens)
 
 
-def crop_square(image: Image.Image, side: int) -> Image.Image:
-    """RGB of ``side`` x ``side``: the short side resized to it, the middle cut out.
+def convert_checkpoint(
+    weights: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it.
 
-    Source: torchvision's Resize (bicubic, antialias) and CenterCrop, in the order of EVA-CLIP transform.py.
+    The floats keep the format that they have in the file unless ``dtype`` is given.
     """
-    if image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = int(side * long / short)
-    # parity: the original resizes in the file's own mode and converts to RGB only afterwards
-    size = (side, resized_long) if width <= height else (resized_long, side)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
-    return image.crop((left, top, left + side, top + side)).convert("RGB")
+    files = locate(weights, family="visualized_bge", revision=revision)
+    config, state = _read(files)
+    stored = state["visual_proj.weight"].dtype if "visual_proj.weight" in state else torch.float32
+    model = _filled(config, state, files, device=torch.device("cpu"), dtype=as_dtype(dtype, default=stored))
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{SAFETENSORS}.part"
+    save_file(model.state_dict(), part, metadata={"format": "pt"})
+    part.replace(folder / SAFETENSORS)
+    config.architectures = [VisualizedBGE.__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    try:
+        source = _tokenizer(files, config, tokenizer)
+    except ModelNotFoundError as error:
+        warnings.warn(f"{folder} has no tokenizer.json: {error}", UserWarning, stacklevel=2)
+    else:
+        if source.resolve() != (folder / "tokenizer.json").resolve():
+            shutil.copyfile(source, folder / "tokenizer.json")
+    return folder
+
+
+def default_device() -> str:
+    """The fastest kind of device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def as_dtype(dtype: torch.dtype | str | None, *, default: torch.dtype = torch.float32) -> torch.dtype:
+    """One of :data:`DTYPES`, by name or as it is."""
+    chosen = default if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def _read(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
+    warn_if_not_published(files.weights)
+    state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not DEAD_KEYS.fullmatch(key)}
+    if files.config is None:
+        return _config_of(state, files.weights), state
+    content = read_json(files.config)
+    if content.get("model_type") != VisualizedBGEConfig.model_type:
+        kind = content.get("model_type")
+        raise CheckpointError(f"{files.config} is of model_type {kind!r}, expected {VisualizedBGEConfig.model_type!r}")
+    try:
+        return VisualizedBGEConfig(vision=content.get("vision"), text=content.get("text")), state
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{files.config} does not describe a Visualized BGE model: {error}") from error
+
+
+def _config_of(state: Mapping[str, Tensor], source: Path) -> VisualizedBGEConfig:
+    """The shape of an official checkpoint, which comes without a config, told from its tensors."""
+
+    def shape(key: str) -> Sequence[int]:
+        if key not in state:
+            raise CheckpointError(f"{source} is not a Visualized BGE checkpoint: it has no tensor {key!r}")
+        return (*state[key].shape, 0, 0, 0, 0)
+
+    def layers(pattern: str) -> int:
+        return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
+
+    vocab_size, hidden_size = shape("bge_embeddings.word_embeddings.weight")[:2]
+    width, _, patch_size = shape("model_visual.visual.patch_embed.proj.weight")[:3]
+    patches, head_width = shape("model_visual.visual.rope.freqs_cos")[:2]
+    types = shape("bge_embeddings.token_type_embeddings.weight")[0]
+    family = (
+        {"model_type": "xlm-roberta", "layer_norm_eps": 1e-5, "pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 2}
+        if types == 1
+        else {"model_type": "bert"}
+    )
+    try:
+        return VisualizedBGEConfig(
+            vision={
+                "image_size": patch_size * round(patches**0.5),
+                "patch_size": patch_size,
+                "width": width,
+                "layers": layers(r"model_visual\.visual\.blocks\.(\d{1,4})\."),
+                "head_width": head_width,
+            },
+            text={
+                "vocab_size": vocab_size,
+                "hidden_size": hidden_size,
+                "num_hidden_layers": layers(r"bge_encoder\.layer\.(\d{1,4})\."),
+                "num_attention_heads": hidden_size // OFFICIAL_HEAD_WIDTH,
+                "intermediate_size": shape("bge_encoder.layer.0.intermediate.dense.weight")[0],
+                "max_position_embeddings": shape("bge_embeddings.position_embeddings.weight")[0],
+                "type_vocab_size": types,
+                **family,
+            },
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{source} is not in the official layout ({error}); put a config.json beside it"
+        ) from error
+
+
+def _filled(
+    config: VisualizedBGEConfig,
+    state: Mapping[str, Tensor],
+    files: ModelFiles,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> VisualizedBGE:
+    with torch.device("meta"):
+        model = VisualizedBGE(config)
+    load_strict(model, state, source=files.weights, device=device, dtype=dtype)
+    model.fingerprint = fingerprint(state)
+    model.train(False)
+    return model
+
+
+def _tokenizer(files: ModelFiles, config: VisualizedBGEConfig, given: str | os.PathLike[str] | None) -> Path:
+    """Given, else beside the weights, else the published one of this kind of text side."""
+    if given is not None:
+        return locate_tokenizer(given)
+    if files.tokenizer is not None:
+        return files.tokenizer
+    kind = (
+        "BAAI/bge-visualized-m3" if config.text["model_type"] == "xlm-roberta" else "BAAI/bge-visualized-base-en-v1.5"
+    )
+    repo = PUBLISHED[kind].tokenizer_repo
+    try:
+        return locate_tokenizer(repo)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"no tokenizer.json beside {files.weights}, and the model hub cannot be reached for that of {repo!r}; "
+            "put the file there or name it with tokenizer="
+        ) from error

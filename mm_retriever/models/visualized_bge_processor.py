@@ -1,0 +1,99 @@
+"""Pictures and texts to the tensors that Visualized BGE reads, as the original prepares them. Knows no model.
+
+Source: EVA-CLIP transform.py (torchvision's Resize, CenterCrop, Normalize) as used by FlagEmbedding
+research/visual_bge (github.com/FlagOpen/FlagEmbedding at 7ed43d67, MIT); equal to it bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mm_retriever.errors import CheckpointError
+from mm_retriever.models.checkpoint import MAX_JSON_BYTES
+
+if TYPE_CHECKING:
+    from mm_retriever.models.visualized_bge import VisualizedBGEConfig
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisualizedBGEProcessor:
+    """Pictures to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``; threads may share it.
+
+    Args:
+        config: of the model that will read the output.
+        tokenizer: a ``tokenizers.Tokenizer``, or the path of its ``tokenizer.json``.
+    """
+
+    def __init__(self, config: VisualizedBGEConfig, tokenizer: Tokenizer | str | Path) -> None:
+        self.config = config
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(Path(tokenizer), config)
+        self.tokenizer.no_truncation()  # a file may carry both; lengths depend on what stands beside the text
+        self.tokenizer.no_padding()
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
+        """(B, 3, H, W) float32 of pictures of any size and mode."""
+        side = self.config.vision_shape.image_size
+        pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
+        for row, image in enumerate(images):
+            pixels[row] = np.asarray(crop_square(image, side))
+        values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()  # (B, 3, H, W)
+        mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (PIXEL_MEAN, PIXEL_STD))
+        return values.div_(255).sub_(mean).div_(std)
+
+    def tokens(self, texts: Sequence[str], *, beside_image: bool = False) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, each (B, T), padded on the right to the longest text.
+
+        A text too long for the room there is loses its end, as the tokenizer's own truncation would have it.
+        """
+        room = self.config.room(beside_image=beside_image)
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        rows = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in rows]
+        longest = max(map(len, rows), default=0)
+        input_ids = torch.full((len(rows), longest), self.config.text_shape.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _read_tokenizer(path: Path, config: VisualizedBGEConfig) -> Tokenizer:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; more than {MAX_JSON_BYTES:,} is not read")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    text = config.text_shape
+    if (size := tokenizer.get_vocab_size()) > text.vocab_size:
+        raise CheckpointError(f"{path} has {size:,} entries, the model {text.vocab_size:,}: not its tokenizer")
+    if (empty := tokenizer.encode("").ids) != [text.cls_token_id, text.sep_token_id]:
+        expected = [text.cls_token_id, text.sep_token_id]
+        raise CheckpointError(
+            f"{path} writes an empty text as {empty}, the model expects {expected}: not its tokenizer"
+        )
+    return tokenizer
+
+
+def crop_square(image: Image.Image, side: int) -> Image.Image:
+    """RGB of ``side`` x ``side``: the short side resized to it, the middle cut out."""
+    if image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    resized_long = int(side * long / short)
+    # parity: the original resizes in the file's own mode and converts to RGB only afterwards
+    size = (side, resized_long) if width <= height else (resized_long, side)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return image.crop((left, top, left + side, top + side)).convert("RGB")
