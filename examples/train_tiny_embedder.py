@@ -1,0 +1,364 @@
+"""Train the bundled tiny embedder from scratch on drawn products: about an hour on one CPU core.
+
+    python examples/train_tiny_embedder.py --out tiny-embedder
+
+Two stages. First the vision tower learns to name kind, pattern and colour of a picture; then tower and text encoder
+learn together to place a picture, a text, or a picture with a text where the wanted product lies (multi-positive
+InfoNCE, and kind, pattern and colour of every vector as a second task). The (kind, pattern) pairs of
+``mm_retriever.catalogue.HELD_OUT`` appear in no picture, source or text of the training.
+
+``python benchmarks/tiny_quality.py --model tiny-embedder`` measures the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny_training import (
+    NEVER,
+    SEEN_PAIRS,
+    SPECIAL_TOKENS,
+    LayerCache,
+    augmented,
+    build_tokenizer,
+    enlarged_crops,
+    labels_of,
+    normalised,
+    random_colour,
+    reworded,
+)
+from torch import Tensor, nn
+
+from mm_retriever.catalogue import (
+    COLOURS,
+    HELD_OUT,
+    KINDS,
+    PATTERNS,
+    ComposedQuery,
+    Looks,
+    catalogue,
+    compose_query,
+    full_text,
+)
+from mm_retriever.models.visualized_bge import VisualizedBGE, VisualizedBGEConfig, VisualizedBGEProcessor, crop_square
+
+TEMPERATURE = 0.05
+HEADS = (len(KINDS) + 1, len(PATTERNS), len(COLOURS))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("tiny-embedder"), help="folder for weights, config, tokenizer")
+    parser.add_argument("--cache", type=Path, default=Path("tiny-layers"), help="folder for the drawn layers")
+    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
+    parser.add_argument("--stem", choices=("patch", "conv"), default="patch")
+    parser.add_argument("--tower-layers", type=int, default=4)
+    parser.add_argument("--shapes", type=int, default=64, help="drawings of each kind")
+    parser.add_argument("--textures", type=int, default=96, help="windows on each pattern")
+    parser.add_argument("--tower-steps", type=int, default=4000)
+    parser.add_argument("--tower-batch", type=int, default=64)
+    parser.add_argument("--tower-lr", type=float, default=2e-3)
+    parser.add_argument("--crops", type=float, default=0.35, help="share of enlarged crops in the first stage")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch", type=int, default=64, help="wanted products a step")
+    parser.add_argument("--lr", type=float, default=1.2e-3, help="of the text side; the tower gets --tower-share of it")
+    parser.add_argument("--tower-share", type=float, default=0.33)
+    parser.add_argument("--adjust", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tower-from", type=Path, help="skip the first stage and start from this tower.pt")
+    parser.add_argument("--seconds", type=float, help="length of each stage instead of steps: for controlled pairs")
+    return parser.parse_args()
+
+
+def build_model(arguments: argparse.Namespace, vocab_size: int) -> VisualizedBGE:
+    """An untrained tiny model of width 128 with three text layers."""
+    channels = (24, 48, 96, 128) if arguments.stem == "conv" else ()
+    patches = (arguments.size // 16) ** 2
+    vision = {
+        "image_size": arguments.size, "patch_size": 16, "width": 128, "layers": arguments.tower_layers, "head_width": 32,
+        "rope_sequence_length": 8, "stem": arguments.stem, "stem_channels": channels,
+    }  # fmt: skip
+    text = {
+        "vocab_size": vocab_size, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "intermediate_size": 512, "max_position_embeddings": patches + 48,
+        **{f"{name}_token_id": SPECIAL_TOKENS.index(f"[{name.upper()}]") for name in ("pad", "cls", "sep")},
+    }  # fmt: skip
+    return VisualizedBGE(VisualizedBGEConfig(vision=vision, text=text))
+
+
+def attribute_loss(
+    logits: Tensor, labels: Tensor, *, adjust: bool, scored: tuple[Tensor | None, ...] = (None,) * 3
+) -> Tensor:
+    """Cross-entropy of kind, pattern and colour.
+
+    With ``adjust``, what training never shows together is no evidence against it: pairs of ``HELD_OUT`` stay out of
+    the softmax over patterns of their kind and over kinds of their pattern.
+    """
+    kind, pattern, colour = logits.float().split(HEADS, dim=1)
+    if adjust:
+        pattern = pattern.masked_fill(NEVER[labels[:, 0]], -1e4)
+        kind = kind.masked_fill(NEVER.T[labels[:, 1]], -1e4)
+    total = torch.zeros(())
+    for column, (head, weight) in enumerate(zip((kind, pattern, colour), scored, strict=True)):
+        losses = F.cross_entropy(head, labels[:, column], reduction="none")
+        total = total + (losses.mean() if weight is None else (losses * weight).sum() / weight.sum().clamp(min=1))
+    return total
+
+
+def schedule(optimizer: torch.optim.Optimizer, share: float, step: int, floor: float = 0.02) -> None:
+    """Linear warm-up over 40 steps, then linear decay with the ``share`` of the training that is done."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["top"] * min(1.0, (step + 1) / 40) * max(floor, 1 - share)
+
+
+class Progress:
+    """Means of the last steps, printed twice a minute."""
+
+    def __init__(self, stage: str, steps: int, seconds: float | None) -> None:
+        self.stage, self.steps, self.seconds, self.rows = stage, steps, seconds, []
+        self.start = self.last = time.monotonic()
+
+    def share(self, step: int) -> float:
+        """How much of the stage is done, by steps or by time."""
+        return step / self.steps if self.seconds is None else (time.monotonic() - self.start) / self.seconds
+
+    def note(self, step: int, **values: float) -> None:
+        """Keeps a step's figures."""
+        self.rows.append(values)
+        now = time.monotonic()
+        if now - self.last > 30:
+            shown = " ".join(f"{key} {np.mean([row[key] for row in self.rows[-40:]]):.3f}" for key in values)
+            print(f"{self.stage} step {step}/{self.steps} {now - self.start:.0f} s  {shown}", flush=True)
+            self.last = now
+
+
+def train_tower(
+    model: VisualizedBGE, layers: LayerCache, arguments: argparse.Namespace, rng: np.random.Generator
+) -> None:
+    """First stage: kind, pattern and colour of a picture from its tokens."""
+    head = nn.Linear(2 * model.config.dimension, sum(HEADS))
+    parameters = [*model.model_visual.parameters(), *model.visual_proj.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "top": arguments.tower_lr}], weight_decay=0.03, betas=(0.9, 0.98)
+    )
+    progress, step = Progress("tower", arguments.tower_steps, arguments.seconds), 0
+    while progress.share(step) < 1:
+        looks = []
+        for number in range(arguments.tower_batch):
+            kind, pattern = SEEN_PAIRS[int(rng.integers(len(SEEN_PAIRS)))]
+            if number % 4 == 0:
+                kind, pattern = None, PATTERNS[int(rng.integers(len(PATTERNS)))]
+            looks.append(Looks(kind, pattern, random_colour(pattern, rng)))
+        labels = labels_of(looks)
+        pictures = layers.render(labels, rng)
+        cropped = torch.from_numpy(rng.random(len(labels)) < arguments.crops)
+        pictures[cropped] = enlarged_crops(pictures[cropped], rng)
+        schedule(optimizer, progress.share(step), step)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = model.image_tokens(normalised(augmented(pictures, rng)))
+            logits = head(torch.cat((tokens.mean(1), tokens.amax(1)), dim=1))
+        loss = attribute_loss(logits, labels, adjust=arguments.adjust, scored=((~cropped).float(), None, None))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        kind_right, pattern_right, colour_right = correct(logits, labels).float().unbind(1)
+        progress.note(
+            step,
+            loss=loss.item(),
+            kind=kind_right[~cropped].mean().item(),
+            pattern=pattern_right.mean().item(),
+            colour=colour_right.mean().item(),
+        )
+        step += 1
+    print(f"tower done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
+    report_tower(model, head)
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, 3) whether kind, pattern and colour come out right."""
+    return torch.stack([head.argmax(1) for head in logits.split(HEADS, dim=1)], dim=1) == labels
+
+
+@torch.inference_mode()
+def report_tower(model: VisualizedBGE, head: nn.Module) -> None:
+    """Prints how many of 450 products, drawn by the catalogue's own code, the tower names rightly."""
+    model.eval()
+    products = catalogue(450, seed=1)
+    side = model.config.vision_shape.image_size
+    pixels = torch.from_numpy(np.stack([np.asarray(crop_square(product.draw(), side)) for product in products]))
+    right = []
+    for some in pixels.permute(0, 3, 1, 2).float().split(64):
+        tokens = model.image_tokens(normalised(some))
+        right.append(head(torch.cat((tokens.mean(1), tokens.amax(1)), dim=1)))
+    right = correct(torch.cat(right), labels_of([product.looks for product in products])).float()
+    held_out = torch.tensor([product.held_out for product in products])
+    for name, rows in (("seen", ~held_out), ("held out", held_out)):
+        figures = [f"{share:.3f}" for share in [*right[rows].mean(0).tolist(), right[rows].prod(1).mean().item()]]
+        print(f"tower on {int(rows.sum())} {name} products: kind, pattern, colour, all", *figures, flush=True)
+    model.train()
+
+
+def draw_queries(count: int, rng: np.random.Generator) -> list[ComposedQuery]:
+    """Queries for products of seen pairs; every second batch from a small grid, where products differ in one thing."""
+    hard = rng.random() < 0.5
+    kinds = set(rng.permutation(KINDS)[: 6 if hard else None])
+    patterns = set(rng.permutation(PATTERNS)[: 6 if hard else None])
+    colours = {COLOURS[0], *rng.permutation(COLOURS[1:])[: 3 if hard else None]}
+    pairs = [pair for pair in SEEN_PAIRS if pair[0] in kinds and pair[1] in patterns]
+    queries: list[ComposedQuery] = []
+    while len(queries) < count:
+        kind, pattern = pairs[int(rng.integers(len(pairs)))]
+        colour = random_colour(pattern, rng)
+        if colour not in colours and rng.random() < 0.8:
+            continue
+        chance = rng.random()
+        mode = "theme" if chance < 0.34 else "kind" if chance < 0.56 else "pattern" if chance < 0.8 else "colour"
+        query = compose_query(Looks(kind, pattern, colour), mode, rng, never=HELD_OUT)
+        if query is not None:
+            queries.append(query)
+    return queries
+
+
+def multi_positive(left: Tensor, right: Tensor, same: Tensor) -> Tensor:
+    """InfoNCE where every column of ``same`` is right: -log of the probability mass on all of them."""
+    logits = left @ right.T / TEMPERATURE
+    return (logits.logsumexp(1) - logits.masked_fill(~same, -1e4).logsumexp(1)).mean()
+
+
+class Joint(nn.Module):
+    """The model with the heads of the second task: kind, pattern and colour by their own directions."""
+
+    def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor) -> None:
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.directions = nn.Linear(model.config.dimension, sum(HEADS), bias=False)
+
+    def encode(self, tokens: Tensor | None, texts: list[str]) -> Tensor:
+        """As ``VisualizedBGE.encode_*`` from the tower's tokens, normalised in float32."""
+        words = self.processor.tokens(texts, beside_image=tokens is not None)
+        mask = words["attention_mask"].bool()
+        if tokens is not None:
+            mask = torch.cat((mask[:, :1], mask.new_ones(tokens.shape[:2]), mask[:, 1:]), dim=1)
+        embedded = self.model.bge_embeddings(words["input_ids"], tokens)
+        return F.normalize(self.model.bge_encoder(embedded, mask[:, None, None]).float(), dim=-1)
+
+    def attributes(self, vectors: Tensor) -> Tensor:
+        """Logits of the second task."""
+        return self.directions(vectors) * 8
+
+
+def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespace, rng: np.random.Generator) -> None:
+    """Second stage: pictures, texts and composed queries into one space."""
+    tower = [*joint.model.model_visual.parameters(), *joint.model.visual_proj.parameters()]
+    known = {id(parameter) for parameter in tower}
+    rest = [parameter for parameter in joint.parameters() if id(parameter) not in known]
+    groups = [{"params": rest, "top": arguments.lr}, {"params": tower, "top": arguments.lr * arguments.tower_share}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
+    progress, step = Progress("joint", arguments.steps, arguments.seconds), 0
+    empty = [""] * (2 * arguments.batch)
+    while progress.share(step) < 1:
+        queries = draw_queries(arguments.batch, rng)
+        wanted = labels_of([query.wanted for query in queries])
+        sources = labels_of([query.source for query in queries])
+        colourless = [rng.random() < 0.15 for _ in queries]
+        full = [full_text(q.wanted, rng, with_colour=not bare) for q, bare in zip(queries, colourless, strict=True)]
+        bare = torch.tensor(
+            [
+                b and q.wanted.colour != COLOURS[0] and q.wanted.pattern != "plain"
+                for b, q in zip(colourless, queries, strict=True)
+            ]
+        )
+        pictures = augmented(layers.render(torch.cat((wanted, sources)), rng), rng)
+        schedule(optimizer, progress.share(step), step)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = joint.model.image_tokens(normalised(pictures))
+            shown = joint.encode(tokens, empty)  # the wanted products, then the query pictures as more to tell apart
+            composed = joint.encode(tokens[len(wanted) :], [reworded(query.text, rng) for query in queries])
+            text = joint.encode(None, [reworded(phrase, rng) for phrase in full])
+        labels = torch.cat((wanted, sources))
+        same = (wanted[:, None] == labels[None]).all(-1)
+        same_text = torch.where(bare[:, None], (wanted[:, None, :2] == labels[None, :, :2]).all(-1), same)
+        contrast = multi_positive(composed, shown, same) + multi_positive(text, shown, same_text)
+        targets = shown[: len(wanted)]
+        contrast = contrast + 0.5 * multi_positive(targets, composed, same[:, : len(wanted)])
+        second = attribute_loss(joint.attributes(shown), labels, adjust=arguments.adjust)
+        second = second + attribute_loss(joint.attributes(composed), wanted, adjust=arguments.adjust)
+        second = second + attribute_loss(
+            joint.attributes(text), wanted, adjust=arguments.adjust, scored=(None, None, (~bare).float())
+        )
+        loss = contrast + 0.5 * second
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*rest, *tower], 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            first = same[torch.arange(len(same)), (composed @ shown.T).argmax(1)].float().mean().item()
+            kind, pattern, colour = correct(joint.attributes(composed), wanted).float().mean(0).tolist()
+        progress.note(
+            step, contrast=contrast.item(), second=second.item(), first=first, kind=kind, pattern=pattern, colour=colour
+        )
+        step += 1
+        if step % 500 == 0:
+            save(joint.model, joint.processor, arguments.out)
+    print(f"joint done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
+
+
+def save(model: VisualizedBGE, processor: VisualizedBGEProcessor, folder: Path) -> None:
+    """Writes weights in half precision, config and tokenizer, as ``load_visualized_bge`` reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {
+        name: tensor.detach().to(torch.float16 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    processor.tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.room(),
+        "do_lower_case": True,
+    }
+    settings |= {f"{token[1:-1].lower()}_token": token for token in SPECIAL_TOKENS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    rng = np.random.default_rng(arguments.seed)
+    started = time.monotonic()
+    layers = LayerCache.load(
+        arguments.cache, arguments.size, shapes=arguments.shapes, textures=arguments.textures, seed=arguments.seed
+    )
+    print(f"layers after {time.monotonic() - started:.0f} s; {vars(arguments)}", flush=True)
+    tokenizer = build_tokenizer()
+    model = build_model(arguments, tokenizer.get_vocab_size()).to(memory_format=torch.channels_last)
+    processor = VisualizedBGEProcessor(model.config, tokenizer)
+    parts = {"tower": model.model_visual, "text": nn.ModuleList([model.bge_embeddings, model.bge_encoder])}
+    print({name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}, flush=True)
+    model.train()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tower = nn.ModuleList([model.model_visual, model.visual_proj])
+    if arguments.tower_from:
+        tower.load_state_dict(torch.load(arguments.tower_from, weights_only=True))
+    else:
+        train_tower(model, layers, arguments, rng)
+        torch.save(tower.state_dict(), arguments.out / "tower.pt")
+    if arguments.steps:
+        train_together(Joint(model, processor), layers, arguments, rng)
+    save(model, processor, arguments.out)
+    print(f"wrote {arguments.out} after {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
