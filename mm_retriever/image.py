@@ -1,7 +1,8 @@
 """Pictures in: path, URL, data URI, base64, bytes, file object or PIL picture to a safe, upright RGB picture.
 
 The public face of four files: `image_source` decides what may be read, `image_url` fetches, `image_format` looks at
-the bytes before a decoder does, and this one turns every kind of pixel into 8-bit RGB. Knows nothing of models or stores. Colour profiles are not applied and no metadata survives: what a picture shows is its pixels.
+the bytes before a decoder does, and this one turns every kind of pixel into 8-bit RGB. Knows nothing of models or
+stores. Colour profiles are not applied and no metadata survives: what a picture shows is its pixels.
 """
 
 from __future__ import annotations
