@@ -74,7 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tower-from", type=Path, help="skip the first stage and start from this tower.pt")
-    parser.add_argument("--seconds", type=float, help="length of each stage instead of steps: for controlled pairs")
+    parser.add_argument("--report", type=int, default=450, help="products drawn to see what the tower has learnt")
+    parser.add_argument("--seconds", type=float, help="length of each stage, instead of steps")
     return parser.parse_args()
 
 
@@ -180,7 +181,7 @@ def train_tower(
         )
         step += 1
     print(f"tower done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
-    report_tower(model, head)
+    report_tower(model, head, arguments.report)
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -189,10 +190,10 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def report_tower(model: VisualizedBGE, head: nn.Module) -> None:
-    """Prints how many of 450 products, drawn by the catalogue's own code, the tower names rightly."""
+def report_tower(model: VisualizedBGE, head: nn.Module, count: int) -> None:
+    """Prints how many products, drawn by the catalogue's own code, the tower names rightly."""
     model.eval()
-    products = catalogue(450, seed=1)
+    products = catalogue(count, seed=1)
     side = model.config.vision_shape.image_size
     pixels = torch.from_numpy(np.stack([np.asarray(crop_square(product.draw(), side)) for product in products]))
     right = []
