@@ -84,8 +84,8 @@ def build_model(arguments: argparse.Namespace, vocab_size: int) -> VisualizedBGE
     channels = (24, 48, 96, 128) if arguments.stem == "conv" else ()
     patches = (arguments.size // 16) ** 2
     vision = {
-        "image_size": arguments.size, "patch_size": 16, "width": 128, "layers": arguments.tower_layers, "head_width": 32,
-        "rope_sequence_length": 8, "stem": arguments.stem, "stem_channels": channels,
+        "image_size": arguments.size, "patch_size": 16, "width": 128, "layers": arguments.tower_layers,
+        "head_width": 32, "rope_sequence_length": 8, "stem": arguments.stem, "stem_channels": channels,
     }  # fmt: skip
     text = {
         "vocab_size": vocab_size, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
