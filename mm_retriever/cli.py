@@ -224,6 +224,7 @@ def demo(
         model or ("tiny" if photos is None and not amazon else REAL_MODEL), device=device, dtype=dtype
     )
     out.mkdir(parents=True, exist_ok=True)
+    sidecar: Path | None = None
     if amazon:
         source, leopard = scenes.extract_amazon(archive or _download(out, yes=yes), out / "amazon")
         queries = [
@@ -235,11 +236,10 @@ def demo(
     else:
         from mm_retriever.catalogue import write_catalogue
 
-        source, db = out / "catalogue", out / "catalogue.db"
-        typer.echo("Drawing 900 products")
-        write_catalogue(source, show_progress=True)
+        written = write_catalogue(out / "catalogue", show_progress=True)
+        source, sidecar, db = written.products, written.labels, out / "catalogue.db"
         queries = scenes.catalogue_queries(out / "queries")
-    _run_demo(source, db, queries, embed_model, out)
+    _run_demo(source, db, queries, embed_model, out, sidecar)
     typer.echo(
         "\nYour own photos, with BAAI's weights (downloaded once, 400 MB):\n"
         "  mm-retriever index ~/Pictures --db photos.db\n"
@@ -380,14 +380,19 @@ def _download(out: Path, *, yes: bool) -> Path:
 
 
 def _run_demo(
-    source: Path, db: Path, queries: Sequence[DemoQuery], embed_model: VisualizedBGEEmbedding, out: Path
+    source: Path,
+    db: Path,
+    queries: Sequence[DemoQuery],
+    embed_model: VisualizedBGEEmbedding,
+    out: Path,
+    sidecar: Path | None,
 ) -> None:
     from mm_retriever.ingest import ingest_images
     from mm_retriever.report import write_html, write_png
     from mm_retriever.retriever import ComposedRetriever
 
     with _opened(db, embed_model) as store:
-        typer.echo(str(ingest_images(source, store, embed_model)))
+        typer.echo(str(ingest_images(source, store, embed_model, sidecar=sidecar)))
         retriever = ComposedRetriever(store, embed_model, top_k=9)
         reports = []
         for query in queries:

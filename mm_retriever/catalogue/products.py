@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mm_retriever.catalogue.colours import NATURAL, PATTERNS, colours_of
 from mm_retriever.catalogue.drawing import NATIVE_SIZE, SEED_BLOCK, draw_product, draw_theme
@@ -122,7 +123,13 @@ class WrittenCatalogue:
 
 
 def write_catalogue(
-    folder: str | os.PathLike[str], *, count: int = 900, seed: int = 0, size: int = NATIVE_SIZE, quality: int = 90
+    folder: str | os.PathLike[str],
+    *,
+    count: int = 900,
+    seed: int = 0,
+    size: int = NATIVE_SIZE,
+    quality: int = 90,
+    show_progress: bool = False,
 ) -> WrittenCatalogue:
     """Draws a catalogue into ``folder``: product pictures, theme pictures and a sidecar of truth labels.
 
@@ -140,7 +147,8 @@ def write_catalogue(
 
     in_map_order = sorted(products, key=lambda product: PATTERNS.index(product.pattern))  # each map is drawn once
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # numpy and Pillow let go of the lock
-        list(pool.map(save, in_map_order))
+        drawn = pool.map(save, in_map_order)
+        list(tqdm(drawn, total=count, desc="Drawing", unit="picture", disable=not show_progress))
     for number, (pattern, colour) in enumerate(_DEMO_THEMES):
         name = pattern if colour == NATURAL else f"{colour} {pattern}"
         picture = draw_theme(pattern, colour, seed * SEED_BLOCK + number, size)
