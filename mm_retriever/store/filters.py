@@ -48,6 +48,8 @@ MAX_CONDITIONS = 4096
 MAX_TEXT_BYTES = 65_535
 MAX_INTEGER = 2**63 - 1
 
+_EXACT_INTEGER = 2**53
+
 _KEY = re.compile(r"\w[\w .-]{0,127}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _KEYWORDS = frozenset(("and", "or", "not", "in", "like", "is", "null", "exists", "iso", "interval", "true", "false"))
@@ -60,7 +62,7 @@ _COMPARISONS = {
     FilterOperator.LTE: "<=",
 }
 _COMPLEMENTS = {FilterOperator.NE: FilterOperator.EQ, FilterOperator.NIN: FilterOperator.IN}
-_LIST_FUNCTIONS = {FilterOperator.ANY: "json_contains_any", FilterOperator.ALL: "json_contains_all"}
+_LIST_OPERATORS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
 
 
 def filter_expression(filters: MetadataFilters | None) -> str:
@@ -82,12 +84,12 @@ def filter_expression(filters: MetadataFilters | None) -> str:
 def quoted(text: str) -> str:
     """Return a Milvus string literal that stands for exactly this text, whatever is in it."""
     try:
-        size = len(text.encode())
+        size = len(str.encode(text))  # str's own methods: a subclass has no say in what is written
     except UnicodeEncodeError:
         raise FilterError(f"{text[:60]!r} holds half a surrogate pair, which is not Unicode text") from None
     if size > MAX_TEXT_BYTES:
         raise FilterError(f"a text of {size} bytes in a filter: at most {MAX_TEXT_BYTES} are taken")
-    return f'"{text.translate(_ESCAPES)}"'
+    return f'"{str.translate(text, _ESCAPES)}"'
 
 
 def one_of(column: str, values: Iterable[str]) -> str:
@@ -221,7 +223,7 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: coun
             raise FilterError(f"is_empty takes no value (None), got {value!r}")
         empty = f'({column.expression} == "")'
         return _Leaf(empty if column.own else f"((not (exists {column.expression})) or {empty})", ())
-    if operator is FilterOperator.CONTAINS or operator in _LIST_FUNCTIONS:
+    if operator in _LIST_OPERATORS:
         return _list_leaf(column, operator, value, exists)
     if operator is FilterOperator.TEXT_MATCH_INSENSITIVE:
         raise FilterError("text_match_insensitive: Milvus compares text by case; store a lower-cased column instead")
@@ -241,13 +243,22 @@ def _list_leaf(column: _Column, operator: FilterOperator, value: object, exists:
     column.require_metadata(operator)
     if not takes_lists(column.name):
         raise FilterError(f"{operator.value!r} needs a key of ASCII letters, digits and '_', got {column.name!r}")
-    if operator is FilterOperator.CONTAINS:
-        call = f"json_contains({column.name}, {_scalar(column, operator, value)})"
+    values = [value] if operator is FilterOperator.CONTAINS else _values(operator, value)
+    # Not json_contains: Milvus Lite's takes no minus. A server finds 1.0 in a list only as 1.0, so both are looked for.
+    spellings = [_spellings(column, operator, one) for one in values]
+    if operator is FilterOperator.ALL:
+        tests = [f"json_contains_any({column.name}, [{', '.join(one)}])" for one in spellings]
     else:
-        literals = ", ".join(_scalar(column, operator, one) for one in _values(operator, value))
-        call = f"{_LIST_FUNCTIONS[operator]}({column.name}, [{literals}])"
+        tests = [f"json_contains_any({column.name}, [{', '.join(literal for one in spellings for literal in one)}])"]
     # Milvus Lite reads a text that looks like a JSON list as a list: a text is none
-    return _Leaf(f"((not {column.has_text()}) and {call})", exists)
+    return _Leaf(joined([f"(not {column.has_text()})", *tests], "and"), exists)
+
+
+def _spellings(column: _Column, operator: FilterOperator, value: object) -> list[str]:
+    literals = [_scalar(column, operator, value)]
+    if isinstance(value, int | float) and abs(value) <= _EXACT_INTEGER and value == int(value):
+        literals.append(float.__repr__(float(value)) if isinstance(value, int) else int.__repr__(int(value)))
+    return literals
 
 
 def _values(operator: FilterOperator, value: object) -> Sequence[object]:
@@ -264,14 +275,16 @@ def _scalar(column: _Column, operator: FilterOperator, value: object) -> str:
         return quoted(value)
     if column.own:
         raise FilterError(f"{column.name!r} is a text column and cannot be compared with {value!r}")
-    if isinstance(value, int):  # a bool too: it is stored as 1 or 0
+    if isinstance(value, bool):  # stored as 1 or 0
+        return "1" if value else "0"
+    if isinstance(value, int):
         if not -MAX_INTEGER <= value <= MAX_INTEGER:
             raise FilterError(f"{value} does not fit into 64 bits")
-        return str(int(value))
+        return int.__repr__(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise FilterError(f"{value!r} is not a number that can be compared")
-        return repr(float(value))
+        return float.__repr__(value)
     if value is None:
         raise FilterError(f"{column.name!r} {operator.value} None: use the operator is_empty")
     raise FilterError(f"{column.name!r} {operator.value}: text or a number is needed, got {type(value).__name__}")

@@ -238,7 +238,8 @@ class ImageStore(MilvusVectorStore):
         params.add_index(
             VECTOR_FIELD, index_name=VECTOR_FIELD, index_type=index, metric_type=self.similarity_metric, **build
         )
-        self._ask(self.client.create_index, index_params=params)
+        # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
+        self._ask(self.client.create_index, index_params=params, sync=False)
 
     def _check(self, model_id: str) -> None:
         description = self._ask(self.client.describe_collection)
@@ -405,7 +406,7 @@ class ImageStore(MilvusVectorStore):
     ) -> list[Mapping[str, Any]]:
         breadth = {"params": {"ef": min(32_768, max(256, 4 * limit))}} if self._index_type == "HNSW" else {}
         # A server hides a row from weaker reads only some time after it was deleted; a strong read waits for that.
-        strong = time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS
+        deleted_lately = time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS
         with self._connection.request("searching"):
             found = self._read(
                 self.client.search,
@@ -415,7 +416,7 @@ class ImageStore(MilvusVectorStore):
                 output_fields=list(names),
                 search_params={"metric_type": self.similarity_metric, **breadth},
                 anns_field=VECTOR_FIELD,
-                consistency_level="Strong" if strong else "Session",
+                **(self._strong if deleted_lately else {}),
             )
         return list(found[0]) if found else []
 
@@ -487,7 +488,7 @@ class ImageStore(MilvusVectorStore):
                 self.client.query,
                 filter=expression,
                 output_fields=list(names) or [ID_FIELD],
-                consistency_level="Strong",
+                **self._strong,
                 **options,
             )
         return rows
@@ -504,6 +505,11 @@ class ImageStore(MilvusVectorStore):
 
     def _ask(self, call: Callable[..., Any], **options: Any) -> Any:
         return call(collection_name=self.collection_name, timeout=self._connection.timeout, **options)
+
+    @property
+    def _strong(self) -> dict[str, str]:
+        # Milvus Lite always reads what was written last, and knows nothing of levels
+        return {} if self._connection.lite_path else {"consistency_level": "Strong"}
 
     @property
     def _dimension(self) -> int:

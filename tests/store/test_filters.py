@@ -1,0 +1,328 @@
+"""Filters: what they mean is held against a pure-Python evaluator, on the same rows in a real Milvus Lite."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from llama_index.core.schema import ImageNode
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQuery,
+)
+
+from mm_retriever.errors import FilterError
+from mm_retriever.store import ImageStore, filter_expression, open_store
+
+MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
+Op = FilterOperator
+
+
+def where(key: str, operator: str, value: Any = None) -> MetadataFilter:
+    return MetadataFilter(key=key, operator=FilterOperator(operator), value=value)
+
+
+def group(*items: MetadataFilter | MetadataFilters, condition: str = "and") -> MetadataFilters:
+    return MetadataFilters(filters=list(items), condition=FilterCondition(condition))
+
+
+def matches(item: MetadataFilter | MetadataFilters, row: dict[str, Any]) -> bool:
+    """The meaning of a filter, as the docstring of `mm_retriever.store.filters` gives it."""
+    if isinstance(item, MetadataFilters):
+        results = [matches(one, row) for one in item.filters]
+        condition = item.condition or FilterCondition.AND
+        if condition is FilterCondition.NOT:
+            return not any(results)
+        return all(results) if condition is FilterCondition.AND else any(results)
+    stored, value, operator = row.get(item.key), item.value, item.operator
+    nothing = stored is None or stored == []
+    if operator is Op.IS_EMPTY:
+        return nothing or stored == ""
+    if operator in (Op.NE, Op.NIN):
+        return not matches(
+            MetadataFilter(key=item.key, operator=Op.EQ if operator is Op.NE else Op.IN, value=value), row
+        )
+    if nothing:
+        return False
+    if operator is Op.EQ:
+        return bool(stored == value)
+    if operator is Op.IN:
+        return any(stored == one for one in value)
+    if operator is Op.TEXT_MATCH:
+        return isinstance(stored, str) and value in stored
+    if operator in (Op.CONTAINS, Op.ANY, Op.ALL):
+        if not isinstance(stored, list):
+            return False
+        wanted = [value] if operator is Op.CONTAINS else value
+        return (all if operator is Op.ALL else any)(one in stored for one in wanted)
+    if isinstance(stored, list) or isinstance(stored, str) != isinstance(value, str):
+        return False
+    return {
+        Op.GT: stored > value,
+        Op.GTE: stored >= value,
+        Op.LT: stored < value,
+        Op.LTE: stored <= value,
+    }[operator]
+
+
+# ------------------------------------------------------------------------------------------ strategies
+
+KEYS = ("year", "owner", "tags", "mixed", "in", "Größe", "file path", "a.b-c")
+LIST_KEYS = ("year", "owner", "tags", "mixed")
+NASTY = (
+    "", "a", "b", "5", "1", '["a"]', "[1]", "null", "true",
+    "it's", 'say "no"', "back\\slash", "\\", '"', "'", '\\"', "line\nbreak", "carriage\rreturn", "tab\tstop",
+    "nul\0byte", "\x1b[31m", "\u2028", "\ufeffbom", "漢字", "é", "e\u0301", "😀", "x\") or (id != \"",
+    'x" or id like "%', "\\n", "\\u0041", "$meta", "%", "_", "50%", "a_b",
+)  # fmt: skip
+
+numbers = st.one_of(
+    st.integers(-5, 5),
+    st.integers(-(2**53), 2**53),
+    st.sampled_from([0.5, -1.5, 1.0, 5.0, 1e-7, -1e300, 1e300, 5e-324, -0.0]),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+scalars = st.one_of(numbers, texts)
+stored_values = st.one_of(
+    st.none(),
+    scalars,
+    st.booleans(),
+    st.lists(texts, max_size=3),
+    st.lists(st.one_of(numbers, st.booleans()), max_size=3),
+)
+
+
+@st.composite
+def metadata(draw: st.DrawFn) -> dict[str, Any]:
+    keys = draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
+    return {key: draw(stored_values if key in LIST_KEYS else st.one_of(scalars, st.none())) for key in keys}
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> MetadataFilter:
+    operator = draw(st.sampled_from([op for op in Op if op is not Op.TEXT_MATCH_INSENSITIVE]))
+    in_lists = operator in (Op.CONTAINS, Op.ANY, Op.ALL)
+    key = draw(st.sampled_from(LIST_KEYS if in_lists else KEYS))
+    value: Any
+    if operator is Op.IS_EMPTY:
+        value = None
+    elif operator in (Op.IN, Op.NIN, Op.ANY, Op.ALL):
+        value = draw(st.one_of(st.lists(texts, min_size=1, max_size=4), st.lists(numbers, min_size=1, max_size=4)))
+        value = [float(one) for one in value] if any(isinstance(one, float) for one in value) else value
+    elif operator is Op.TEXT_MATCH:
+        value = draw(texts.filter(lambda text: not set(text) & set("%_\\")))
+    else:
+        value = draw(scalars)
+    return MetadataFilter(key=key, operator=operator, value=value)
+
+
+filters = st.recursive(
+    conditions(),
+    lambda inner: st.builds(
+        lambda items, condition: MetadataFilters(filters=items, condition=condition),
+        st.lists(inner, min_size=1, max_size=3),
+        st.sampled_from(list(FilterCondition)),
+    ),
+    max_leaves=6,
+).map(lambda item: item if isinstance(item, MetadataFilters) else MetadataFilters(filters=[item]))
+
+
+# ------------------------------------------------------------------------------------------ the property
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory):
+    with open_store(tmp_path_factory.mktemp("filters") / "rows.db", MODEL) as opened:
+        yield opened
+
+
+def put(store: ImageStore, rows: list[dict[str, Any]]) -> None:
+    store.clear()
+    store.add(
+        [
+            ImageNode(id_=f"row {number}", image_path=f"/{number}.png", metadata=row, embedding=[1.0, 0.0, 0.0])
+            for number, row in enumerate(rows)
+        ]
+    )
+
+
+def found(store: ImageStore, item: MetadataFilters) -> set[int]:
+    return {int(row["id"].split()[1]) for page in store.scan(filters=item) for row in page}
+
+
+PINNED_ROWS: list[dict[str, Any]] = [
+    {},
+    {"year": 2020, "owner": "ann", "tags": ["a", "b"], "mixed": 5},
+    {"year": 2021.5, "owner": "bob", "tags": ["b"], "mixed": "5"},
+    {"year": -1, "owner": 'say "no"', "tags": [], "mixed": True},
+    {"year": 0, "owner": "back\\slash", "tags": ["5"], "mixed": [5, 1]},
+    {"year": None, "owner": "", "tags": [1, 2], "mixed": ["5"]},
+    {"owner": "line\nbreak", "mixed": '["5"]'},
+    {"owner": 'x") or (id != "', "mixed": 5.0},
+    {"owner": "漢字", "Größe": 5, "file path": "/a b/c", "a.b-c": "x", "in": 1},
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(metadata(), max_size=8), item=filters)
+@example(rows=[], item=group(group(where("mixed", ">", 4)), condition="not"))
+@example(rows=[], item=group(group(where("mixed", ">", "4")), condition="not"))
+@example(rows=[], item=group(where("mixed", "contains", "5"), condition="not"))
+@example(rows=[], item=group(group(where("year", ">", 0), condition="not"), condition="not"))
+def test_a_filter_matches_what_its_definition_says(
+    store: ImageStore, rows: list[dict[str, Any]], item: MetadataFilters
+):
+    """Truth: `matches` above, in plain Python; missing keys and mixed types included."""
+    rows = PINNED_ROWS + rows
+    put(store, rows)
+    assert found(store, item) == {number for number, row in enumerate(rows) if matches(item, row)}
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_every_text_is_found_by_itself_and_by_nothing_else(store: ImageStore, text: str):
+    """Our choice: a literal stands for exactly its text. Through the public query, with a vector."""
+    put(store, [{"owner": one} for one in NASTY])
+    item = group(where("owner", "==", text))
+    result = store.query(VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], similarity_top_k=100, filters=item))
+    assert [node.metadata["owner"] for node in result.nodes] == [text]
+
+
+def test_the_conditions_of_llamaindex_mean_what_its_own_store_says(store: ImageStore):
+    """Truth: llama_index.core.vector_stores.utils.build_metadata_filter_fn, where it is defined (no mixed types)."""
+    from llama_index.core.vector_stores.utils import build_metadata_filter_fn
+
+    rows = [{"year": 1, "owner": "ann"}, {"year": 2, "owner": "bob"}, {"year": 3}, {"owner": ""}, {}]
+    put(store, rows)
+    leaves = [
+        where("year", "==", 2), where("year", "!=", 2), where("year", ">=", 2), where("year", "<", 3),
+        where("owner", "in", ["ann", "x"]), where("owner", "nin", ["ann", "x"]), where("owner", "text_match", "o"),
+        where("owner", "is_empty"),
+    ]  # fmt: skip
+    for condition in ("and", "or", "not"):
+        for first in leaves:
+            for second in leaves:
+                item = group(first, second, condition=condition)
+                reference = build_metadata_filter_fn(lambda number: rows[int(number)], item)
+                assert found(store, item) == {n for n in range(len(rows)) if reference(str(n))}, item
+
+
+# ------------------------------------------------------------------------------------------ nothing gets out
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["year > 0 or owner", "year]", 'x" or id', "a'b", "a\\b", "a\nb", "$meta", "a[0]", "", " a", "-a", "x" * 129,
+     "a/b", "a~b", "_node_content", "_node_type", "embedding", "_seq", "count(*)"],
+)  # fmt: skip
+def test_a_key_that_is_no_name_is_refused(key: str):
+    """Our choice; the first is the injection through keys that the MilvusVectorStore of LlamaIndex lets through."""
+    with pytest.raises(FilterError, match="cannot filter"):
+        filter_expression(group(where(key, "==", 1)))
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        (where("a", "==", None), "use the operator is_empty"),
+        (where("a", "in", []), "empty list"),
+        (where("a", "nin", []), "empty list"),
+        (where("a", "any", []), "empty list"),
+        (where("a", "in", "text"), "needs a list"),
+        (where("a", "all", 1), "needs a list"),
+        (where("a", "==", ["x"]), "text or a number is needed"),
+        (where("a", ">", ["x"]), "text or a number is needed"),
+        (where("a", "==", math.nan), "not a number that can be compared"),
+        (where("a", "<", math.inf), "not a number that can be compared"),
+        (where("a", "==", 2**63), "64 bits"),
+        (where("a", "is_empty", 1), "takes no value"),
+        (where("a", "text_match", 5), "needs text"),
+        (where("a", "text_match", "50%"), "wildcards"),
+        (where("a", "text_match", "a_b"), "wildcards"),
+        (where("a", "text_match", "a\\b"), "wildcards"),
+        (where("a", "text_match_insensitive", "x"), "compares text by case"),
+        (where("file path", "contains", "x"), "ASCII letters"),
+        (where("in", "contains", "x"), "ASCII letters"),
+        (where("id", "contains", "x"), "text column"),
+        (where("ref_doc_id", "==", 5), "text column"),
+        (where("a", "==", "\ud800"), "surrogate"),
+        (where("a", "==", "x" * 65_536), "at most"),
+        (MetadataFilters(filters=[]), "says nothing"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(item: MetadataFilter | MetadataFilters, reason: str):
+    """Our choice: refused with the reason, where LlamaIndex's MilvusVectorStore drops the filter or sends it broken."""
+    with pytest.raises(FilterError, match=reason):
+        filter_expression(MetadataFilters(filters=[item]))
+
+
+def test_no_filter_is_the_empty_expression():
+    assert filter_expression(None) == filter_expression(MetadataFilters(filters=[])) == ""
+
+
+def test_deep_and_wide_filters_are_refused_before_they_reach_milvus():
+    """Our choice: a server overflows on deeply nested expressions; wide ones are joined as a balanced tree."""
+    item = group(where("a", "==", 1))
+    for _ in range(16):
+        item = group(item)
+    with pytest.raises(FilterError, match="nested more than 16 deep"):
+        filter_expression(item)
+    with pytest.raises(FilterError, match="more than 4096"):
+        filter_expression(group(where("a", "in", list(range(4097)))))
+    with pytest.raises(FilterError, match="more than 4096"):
+        filter_expression(group(*[where("a", "==", 1)] * 4097))
+    wide = filter_expression(group(where("a", "in", list(range(4000)))))
+    assert max(accumulate({"(": 1, ")": -1}.get(sign, 0) for sign in wide)) <= 14
+
+
+def test_a_wide_filter_works(store: ImageStore):
+    put(store, [{"year": 3999}, {"year": 4000}])
+    assert found(store, group(where("year", "in", list(range(4000))))) == {0}
+
+
+def test_unvalidated_filters_get_no_further(store: ImageStore):
+    """Objects that skip pydantic's validation are checked all the same."""
+    strange = [
+        MetadataFilters.model_construct(filters=["id != ''"], condition=FilterCondition.AND),
+        MetadataFilters.model_construct(filters=[where("a", "==", 1)], condition="xor"),
+        MetadataFilters(filters=[]).model_copy(
+            update={"filters": [MetadataFilter.model_construct(key="a", value=1, operator="~")]}
+        ),
+        MetadataFilters(filters=[]).model_copy(
+            update={"filters": [MetadataFilter.model_construct(key="a", value={"x": 1}, operator=Op.EQ)]}
+        ),
+        MetadataFilters(filters=[]).model_copy(
+            update={"filters": [MetadataFilter.model_construct(key=5, value=1, operator=Op.EQ)]}
+        ),
+        "id != ''",
+    ]
+    for item in strange:
+        with pytest.raises(FilterError):
+            filter_expression(item)  # type: ignore[arg-type]
+    text_condition = MetadataFilters.model_construct(filters=[where("a", "==", 1)], condition="not")
+    assert filter_expression(text_condition) == filter_expression(group(where("a", "==", 1), condition="not"))
+
+
+def test_a_subclass_of_a_number_or_text_prints_as_its_value():
+    """An enum or numpy scalar must not bring its own repr into an expression."""
+
+    class Evil(str):
+        def translate(self, table):
+            return '" or id != "'
+
+    class Loud(int):
+        def __str__(self):
+            return "1 or id != ''"
+
+    for value in (Evil("x"), Loud(1)):
+        item = MetadataFilter.model_construct(key="a", value=value, operator=Op.EQ)
+        expression = filter_expression(MetadataFilters.model_construct(filters=[item], condition=FilterCondition.AND))
+        assert "id" not in expression
