@@ -207,14 +207,17 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, is something else, or would run code.
     """
     path = Path(path)
-    try:
-        if path.name.endswith(".index.json"):
-            return _read_shards(path)
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        return _read_torch(path)
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{path} does not exist") from error
+    if path.name.endswith(".index.json"):
+        return _read_shards(_existing(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(_existing(path))
+    return _read_torch(_existing(path))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelNotFoundError(f"{path} does not exist")
+    return path
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -237,7 +240,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{index} names the shard {shard!r}; only *.safetensors files beside it are read")
     state: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        tensors = _read_safetensors(index.parent / shard)
+        tensors = _read_safetensors(_existing(index.parent / shard))
         expected = {key for key, name in weight_map.items() if name == shard}
         if tensors.keys() != expected:
             differ = _listed(tensors.keys() ^ expected)

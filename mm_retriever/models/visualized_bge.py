@@ -208,7 +208,7 @@ def encoder_layer(layer: Any, queries: Tensor, hidden_states: Tensor, mask: Tens
 
 
 class VisualizedBGE(PreTrainedModel):
-    """Every ``encode_*`` returns (B, D), L2-normalised, differentiable."""
+    """Every ``encode_*`` returns (B, D), float32, L2-normalised, differentiable."""
 
     config_class = VisualizedBGEConfig
     base_model_prefix = ""
@@ -243,8 +243,7 @@ class VisualizedBGE(PreTrainedModel):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Vectors of texts; ``attention_mask`` is 0 behind the end of a text."""
-        cls = self.bge_encoder(self.bge_embeddings(input_ids), key_mask(attention_mask))
-        return F.normalize(cls, dim=-1)
+        return normalized(self.bge_encoder(self.bge_embeddings(input_ids), key_mask(attention_mask)))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Vectors of pictures: the original's picture alone is a picture beside an empty text."""
@@ -258,7 +257,7 @@ class VisualizedBGE(PreTrainedModel):
         """Vectors of picture-and-text pairs, row by row."""
         tokens = self.image_tokens(pixel_values)
         mask = key_mask(attention_mask, image_tokens=tokens.shape[1])
-        return F.normalize(self.bge_encoder(self.bge_embeddings(input_ids, tokens), mask), dim=-1)
+        return normalized(self.bge_encoder(self.bge_embeddings(input_ids, tokens), mask))
 
     def forward(
         self,
@@ -274,6 +273,11 @@ class VisualizedBGE(PreTrainedModel):
         if input_ids is None:
             return self.encode_image(pixel_values)
         return self.encode_multimodal(pixel_values, input_ids, attention_mask)
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """Rows of length 1, float32 whatever the model computes in: a half-precision row would not have length 1."""
+    return F.normalize(vectors.float(), dim=-1)
 
 
 def key_mask(attention_mask: Tensor | None, *, image_tokens: int = 0) -> Tensor | None:

@@ -56,7 +56,7 @@ class VisualizedBGEProcessor:
         A text too long for the room there is loses its end, as the tokenizer's own truncation would have it.
         """
         room = self.config.room(beside_image=beside_image)
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch([_sound(text) for text in texts])]
         rows = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in rows]
         longest = max(map(len, rows), default=0)
         input_ids = torch.full((len(rows), longest), self.config.text_shape.pad_token_id)
@@ -65,6 +65,11 @@ class VisualizedBGEProcessor:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             attention_mask[row, : len(ids)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def _sound(text: str) -> str:
+    """The text without lone surrogates, which the tokenizer would refuse."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _read_tokenizer(path: Path, config: VisualizedBGEConfig) -> Tokenizer:
