@@ -42,8 +42,8 @@ class Continues(Protocol[B]):
 
 def finite(logits: Tensor) -> Tensor:
     """The same order without surprises: nan is the least likely, infinities are very large."""
-    limit = torch.finfo(torch.float32).max
-    return logits.float().nan_to_num(nan=-limit, posinf=limit, neginf=-limit)
+    limit = 1e30  # above what :class:`Suppress` writes, so that what is suppressed stays last
+    return logits.float().nan_to_num(nan=-limit).clamp(-limit, limit)
 
 
 # ------------------------------------------------------------------ labels
@@ -60,7 +60,7 @@ def label_sequences(
     Raises:
         ValueError: Two labels have the same ids, or one's are the beginning of another's.
     """
-    sequences = [tuple(_behind(encode, separator, f" {label}{separator}")) for label in labels]
+    sequences = [tuple(ids_behind(encode, separator, f" {label}{separator}")) for label in labels]
     for shorter, longer in zip(sorted(sequences), sorted(sequences)[1:], strict=False):
         if longer[: len(shorter)] == shorter:
             clash = [label for label, ids in zip(labels, sequences, strict=True) if ids in (shorter, longer)]
@@ -68,8 +68,8 @@ def label_sequences(
     return sequences
 
 
-def _behind(encode: Callable[[str], list[int]], before: str, text: str) -> list[int]:
-    """Ids of `text` where it stands behind `before`."""
+def ids_behind(encode: Callable[[str], list[int]], before: str, text: str) -> list[int]:
+    """Ids of `text` where it stands behind `before`, rather than at the beginning of a text."""
     start, whole = encode(before), encode(before + text)
     return whole[len(start) :] if whole[: len(start)] == start else encode(text)
 
@@ -224,7 +224,7 @@ class Suppress:
 
     def __call__(self, logits: Tensor, written: Sequence[int]) -> Tensor:
         """The logits with these ids least likely."""
-        return logits.index_fill(0, self.ids.to(logits.device), -torch.finfo(logits.dtype).max)
+        return logits.index_fill(0, self.ids.to(logits.device), -torch.inf)
 
 
 class NoRepeat:

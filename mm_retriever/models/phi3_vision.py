@@ -15,21 +15,29 @@ report arXiv:2404.14219), rewritten; checked against their outputs. Rotary facto
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
 
-from mm_retriever.errors import PromptError
+from mm_retriever.errors import CheckpointError, PromptError
+from mm_retriever.models.checkpoint import ModelFiles, load_strict, locate, read_json, read_state_dict
+from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
 from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig, Phi3VisionEmbeddings
+
+DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 
 _LONG_ROPE: ContextVar[bool | None] = ContextVar("long_rope", default=None)
 
@@ -353,6 +361,94 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
             outputs = self.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
+
+
+def load_phi3_vision(
+    name: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    num_crops: int | None = None,
+) -> tuple[Phi3Vision, Phi3VisionProcessor]:
+    """Model, ready to answer, and processor. For quantisation or a device map, call ``Phi3Vision.from_pretrained``.
+
+    Args:
+        name: Hub id, local folder with the official files, or "tiny", which comes with the package.
+        revision: Of the hub repository.
+        device: By default a GPU if there is one.
+        dtype: By default what the weights are stored in; float32 where that is float16 and the device a CPU.
+        num_crops: Most crops per picture; by default what ``preprocessor_config.json`` says (16 or 4).
+
+    Raises:
+        ModelNotFoundError: The name leads nowhere.
+        CheckpointError: Weights are missing, do not fit, or are none too many.
+    """
+    files = locate(name, family="phi3_vision", revision=revision)
+    config = _read_config(files)
+    if files.tokenizer is None:
+        raise CheckpointError(f"{name!r} has no tokenizer.json; Phi-3 Vision needs it beside the weights")
+    processor = processor_for(config, files.tokenizer, num_crops=num_crops or _stored_num_crops(files))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = _load_weights(files, config, _choose_dtype(dtype, config, device))
+    model.generation_config.eos_token_id = list(processor.stop_ids)
+    model.generation_config.pad_token_id = config.pad_token_id
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), processor
+
+
+def _read_config(files: ModelFiles) -> Phi3VisionConfig:
+    if files.config is None:
+        raise CheckpointError(f"{files.name!r} has no config.json; Phi-3 Vision needs it beside the weights")
+    stored = read_json(files.config)
+    if stored.get("model_type") != Phi3VisionConfig.model_type:
+        raise CheckpointError(
+            f"{str(files.config)!r} describes a model of type {stored.get('model_type')!r}; Phi-3 Vision's is 'phi3_v'"
+        )
+    try:
+        config = Phi3VisionConfig.from_dict(stored)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(f"{str(files.config)!r} does not describe a Phi-3 Vision model: {error}") from error
+    assert isinstance(config, Phi3VisionConfig)
+    return config
+
+
+def _choose_dtype(wanted: str | torch.dtype | None, config: Phi3VisionConfig, device: torch.device) -> torch.dtype:
+    dtype: Any = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted or config.dtype or torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"dtype={wanted!r} is not a floating-point type such as 'float32' or 'bfloat16'")
+    slow = wanted is None and dtype == torch.float16 and device.type == "cpu"
+    return torch.float32 if slow else dtype
+
+
+def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtype) -> Phi3Vision:
+    with torch.device("meta"):
+        skeleton = Phi3Vision(config)
+    unused = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected))
+    state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not unused.search(key)}
+    load_strict(skeleton, state, source=files.weights, device="meta")  # compares names and shapes, copies nothing
+    model = Phi3Vision.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    assert isinstance(model, Phi3Vision)
+    return model
+
+
+def processor_for(
+    config: Phi3VisionConfig, tokenizer: Tokenizer | str | Path, *, num_crops: int = 16
+) -> Phi3VisionProcessor:
+    """The processor that fits a model of this configuration."""
+    vision: Any = config.vision_config
+    return Phi3VisionProcessor(
+        tokenizer,
+        num_crops=num_crops,
+        image_size=vision.image_size,
+        tokens_per_side=vision.grid // 2,
+        use_hd_transform=config.use_hd_transform,
+    )
+
+
+def _stored_num_crops(files: ModelFiles) -> int:
+    stored = files.weights.parent / "preprocessor_config.json"
+    return int(read_json(stored).get("num_crops", 16)) if stored.is_file() else 16
 
 
 def _input_device(parameter: Tensor) -> torch.device:

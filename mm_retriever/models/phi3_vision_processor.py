@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -75,10 +75,13 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class _Special:
-    """A token of the template, as opposed to the same characters in somebody's text."""
+class Control:
+    """A control token such as ``<|end|>``, as opposed to the same characters in somebody's text."""
 
     content: str
+
+
+Piece: TypeAlias = str | Slot | Control
 
 
 def crop_grid(width: int, height: int, num_crops: int, side: int = 336) -> tuple[int, int]:
@@ -196,16 +199,54 @@ class Phi3VisionProcessor:
             ids += [-tag] * token_counts[tag - 1] + self.tokenizer.encode(text).ids
         return ids
 
-    def encode_turns(self, turns: Iterable[Turn], *, answer: bool = True) -> list[int]:
-        """Ids of a conversation; the slots of its k-th picture are ``-k``. ``answer``: open the assistant's turn."""
-        pieces: list[str | Slot | _Special] = []
+    def encode_turns(self, turns: Iterable[Turn], *, answer: bool | str = True, first: bool = True) -> list[int]:
+        """Ids of a conversation; the slots of its k-th picture are ``-k``.
+
+        Args:
+            turns: In order.
+            answer: True opens the assistant's turn at the end; a text is put into its mouth.
+            first: False: the ids continue a conversation in which the assistant was speaking; pictures count from 1
+                again, as each piece of a conversation is embedded on its own.
+        """
+        pieces: list[Piece] = [] if first else [Control("<|end|>"), "\n"]
         for turn in turns:
             if f"<|{turn.role}|>" not in self._added:
                 raise PromptError(f"this tokenizer has no <|{turn.role}|>: it knows no {turn.role} turns")
-            pieces += [_Special(f"<|{turn.role}|>"), "\n", *turn.parts, _Special("<|end|>"), "\n"]
-        if answer:
-            pieces += [_Special("<|assistant|>"), "\n"]
-        return self.bos_ids + self._encode_pieces(pieces)
+            pieces += [Control(f"<|{turn.role}|>"), "\n", *turn.parts, Control("<|end|>"), "\n"]
+        if answer is not False:
+            pieces += [Control("<|assistant|>"), "\n", "" if answer is True else answer]
+        return self.encode_pieces(pieces, first=first)
+
+    def encode_pieces(self, pieces: Sequence[Piece], *, first: bool = True) -> list[int]:
+        """Ids of any run of texts, slots and control tokens; ``first``: with the BOS a prompt starts with.
+
+        Each run of text is tokenised on its own, as the tokenizer itself would between control tokens. So a prompt may
+        be cut before or behind a slot or control token, and its parts encoded apart.
+        """
+        ids: list[int] = [*self.bos_ids] if first else []
+        text, swallow, picture = "", False, 0
+
+        def flush() -> None:
+            nonlocal text
+            ids.extend(self.encode_literal(text.lstrip() if swallow else text))
+            text = ""
+
+        for piece in pieces:
+            if isinstance(piece, str):
+                text += piece
+                continue
+            if isinstance(piece, Control) and self._added[piece.content].lstrip:
+                text = text.rstrip()
+            flush()
+            if isinstance(piece, Slot):
+                picture += 1
+                # parity: a BOS stands behind every picture
+                ids += [-picture] * piece.tokens + self.bos_ids
+            else:
+                ids.append(self.token_id(piece.content))
+            swallow = isinstance(piece, Control) and self._added[piece.content].rstrip
+        flush()
+        return ids
 
     def encode_literal(self, text: str) -> list[int]:
         """Ids of a text with no BOS, in which nothing is a control token."""
@@ -236,33 +277,6 @@ class Phi3VisionProcessor:
         if len(pictures):
             inputs |= {"pixel_values": pictures.pixel_values, "image_sizes": pictures.image_sizes}
         return inputs
-
-    def _encode_pieces(self, pieces: Sequence[str | Slot | _Special]) -> list[int]:
-        """Texts between control tokens and slots, each run tokenised on its own, as the tokenizer itself would."""
-        ids: list[int] = []
-        text, swallow, picture = "", False, 0
-
-        def flush() -> None:
-            nonlocal text
-            ids.extend(self.encode_literal(text.lstrip() if swallow else text))
-            text = ""
-
-        for piece in pieces:
-            if isinstance(piece, str):
-                text += piece
-                continue
-            if isinstance(piece, _Special) and self._added[piece.content].lstrip:
-                text = text.rstrip()
-            flush()
-            if isinstance(piece, Slot):
-                picture += 1
-                # parity: a BOS stands behind every picture
-                ids += [-picture] * piece.tokens + self.bos_ids
-            else:
-                ids.append(self.token_id(piece.content))
-            swallow = isinstance(piece, _Special) and self._added[piece.content].rstrip
-        flush()
-        return ids
 
 
 def read_tokenizer(path: str | Path) -> Any:
