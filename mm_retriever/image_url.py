@@ -7,6 +7,7 @@ environment variable takes part. Knows nothing of pictures beyond the media type
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -24,15 +25,29 @@ from mm_retriever.errors import ImageLoadError
 Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
 """A host name and port to all its addresses."""
 
+Connect: TypeAlias = Callable[[str, int, float], socket.socket]
+"""An address, a port and a timeout in seconds to a connection."""
+
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# What `is_global` lets through and no picture lives at: IPv6 that carries an IPv4 address inside (compatible, mapped,
-# NAT64, Teredo, 6to4: ways round a check of IPv4), the 6to4 relay, and a cloud's metadata service (Azure).
+# What some versions of Python call global although no picture lives there. Source: IANA special-purpose registries.
+# Among them IPv6 that carries an IPv4 address inside (compatible, mapped, NAT64, Teredo, 6to4), which would lead round
+# a check of IPv4, and the metadata service that one cloud (Azure) keeps at a public address.
 _REFUSED = tuple(
     ipaddress.ip_network(network)
     for network in (
-        *("::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "fec0::/10"),
-        *("192.88.99.0/24", "168.63.129.16/32"),
+        *("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32"),
+        *(
+            "::/96",
+            "::ffff:0:0/96",
+            "64:ff9b::/96",
+            "64:ff9b:1::/48",
+            "100::/64",
+            "2001::/23",
+            "2002::/16",
+            "3fff::/20",
+        ),
+        *("5f00::/16", "fec0::/10"),
     )
 )
 
@@ -49,6 +64,7 @@ def fetch_image(
     max_redirects: int = 3,
     allow_private_addresses: bool = False,
     resolve: Resolve | None = None,
+    connect: Connect | None = None,
     tls: ssl.SSLContext | None = None,
 ) -> bytes:
     """Return the body of a picture's URL.
@@ -60,6 +76,7 @@ def fetch_image(
         max_redirects: each target is checked like the first; from https never back to http.
         allow_private_addresses: skip the check of addresses.
         resolve: replaces the system's name resolution. Called once for each hop.
+        connect: replaces the system's connections. Called with nothing but addresses that were judged.
         tls: replaces the default context (system certificates, host name checked).
 
     Raises:
@@ -74,7 +91,10 @@ def fetch_image(
             if not allow_private_addresses:
                 for address in addresses:
                     _refuse_private(host, address)
-            body, location = _get(target, addresses, max_bytes, deadline, tls)
+            context = (tls or ssl.create_default_context()) if target.scheme == "https" else None
+            sock = _connect(addresses, host, port, deadline, connect or _system_connect, context)
+            with contextlib.closing(sock):
+                body, location = _get(target, _DeadlineSocket(sock, deadline), max_bytes)
             if location is None:
                 return body
             url = urljoin(url, location)
@@ -115,6 +135,10 @@ def _host_and_port(target: SplitResult) -> tuple[str, int]:
 
 def _system_resolve(host: str, port: int) -> list[str]:
     return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def _system_connect(address: str, port: int, timeout: float) -> socket.socket:
+    return socket.create_connection((address, port), timeout=timeout)
 
 
 def _addresses(host: str, port: int, resolve: Resolve, deadline: float) -> list[_Address]:
@@ -187,18 +211,22 @@ class _DeadlineSocket:
         return io.BufferedReader(_DeadlineReader(self._socket, self._deadline))
 
     def close(self) -> None:
-        self._socket.close()
+        """Nothing: http.client closes its side as soon as the head has come; `fetch_image` closes when the body has."""
 
 
 def _connect(
-    host: str, port: int, addresses: Sequence[_Address], deadline: float, tls: ssl.SSLContext | None
+    addresses: Sequence[_Address],
+    host: str,
+    port: int,
+    deadline: float,
+    connect: Connect,
+    tls: ssl.SSLContext | None,
 ) -> socket.socket:
     """A connection to the first of the judged addresses that answers; TLS proves that it is the host by name."""
-    for position, address in enumerate(addresses):
-        last = position == len(addresses) - 1
-        wait = _left(deadline) if last else _left(deadline) / 2
+    for position, address in enumerate(addresses, start=1):
+        last = position == len(addresses)
         try:
-            sock = socket.create_connection((str(address), port), timeout=wait)
+            sock = connect(str(address), port, _left(deadline) if last else _left(deadline) / 2)
         except OSError:
             if last:
                 raise
@@ -214,38 +242,24 @@ def _connect(
     raise ImageLoadError("no address to connect to")
 
 
-def _get(
-    target: SplitResult, addresses: Sequence[_Address], max_bytes: int, deadline: float, tls: ssl.SSLContext | None
-) -> tuple[bytes, str | None]:
-    """One request: the body, or where it redirects to."""
+def _get(target: SplitResult, sock: _DeadlineSocket, max_bytes: int) -> tuple[bytes, str | None]:
+    """One request on an open connection: the body, or where it redirects to."""
     host, port = _host_and_port(target)
-    context = (tls or ssl.create_default_context()) if target.scheme == "https" else None
-    sock = _connect(host, port, addresses, deadline, context)
-    default_port = 443 if target.scheme == "https" else 80
     connection = http.client.HTTPConnection(host, port)
-    connection.default_port = default_port  # the Host header leaves out a port that goes without saying
-    connection.sock = _DeadlineSocket(sock, deadline)
-    try:
-        path = quote(target.path or "/", safe="/%:@!$&'()*+,;=~") + (
-            "?" + quote(target.query, safe="/%:@!$&'()*+,;=~?[]") if target.query else ""
-        )
-        headers = {
-            "Accept": "image/*",
-            "Accept-Encoding": "identity",
-            "User-Agent": "mm-retriever",
-            "Connection": "close",
-        }
-        connection.request("GET", path, headers=headers)
-        with connection.getresponse() as response:
-            if response.status in _REDIRECTS:
-                location = response.getheader("Location")
-                if not location:
-                    raise ImageLoadError(f"status {response.status} without a target")
-                return b"", location
-            _check_response(response, max_bytes)
-            return _read_body(response, max_bytes), None
-    finally:
-        connection.close()
+    connection.default_port = 443 if target.scheme == "https" else 80  # which the Host header leaves out
+    connection.sock = sock
+    path = quote(target.path or "/", safe="/%:@!$&'()*+,;=~")
+    query = "?" + quote(target.query, safe="/%:@!$&'()*+,;=~?[]") if target.query else ""
+    headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "mm-retriever", "Connection": "close"}
+    connection.request("GET", path + query, headers=headers)
+    with connection.getresponse() as response:
+        if response.status in _REDIRECTS:
+            location = response.getheader("Location")
+            if not location:
+                raise ImageLoadError(f"status {response.status} without a target")
+            return b"", location
+        _check_response(response, max_bytes)
+        return _read_body(response, max_bytes), None
 
 
 def _check_response(response: http.client.HTTPResponse, max_bytes: int) -> None:
