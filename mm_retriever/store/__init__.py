@@ -11,5 +11,14 @@ of picture files. One row goes through its files in this order:
 
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store
+from mm_retriever.store.rows import metadata_columns, storable_node
 
-__all__ = ["MAX_TOP_K", "EmbeddingIdentity", "ImageStore", "filter_expression", "open_store"]
+__all__ = [
+    "MAX_TOP_K",
+    "EmbeddingIdentity",
+    "ImageStore",
+    "filter_expression",
+    "metadata_columns",
+    "open_store",
+    "storable_node",
+]

@@ -137,6 +137,7 @@ class ImageStore(MilvusVectorStore):
     """
 
     _connection: Connection = PrivateAttr()
+    _model_id: str = PrivateAttr()
     _index_type: str = PrivateAttr(default="FLAT")
     _last_delete: float = PrivateAttr(default=-_STRONG_AFTER_DELETE_SECONDS)
 
@@ -173,10 +174,11 @@ class ImageStore(MilvusVectorStore):
         # Not MilvusVectorStore's constructor: it would connect and create without timeouts, checks or our schema.
         super(MilvusVectorStore, self).__init__(**fields)
         self._connection = connection
+        self._model_id = model_id
         self._milvusclient = connection.client
         self._async_milvusclient = None
         try:
-            self._prepare(model_id, index, overwrite=overwrite)
+            self._prepare(index, overwrite=overwrite)
         except BaseException:
             self.close()
             raise
@@ -185,6 +187,11 @@ class ImageStore(MilvusVectorStore):
     def class_name(cls) -> str:
         """Return the name under which LlamaIndex serialises the class."""
         return "ImageStore"
+
+    @property
+    def model_id(self) -> str:
+        """The model whose vectors are in the collection."""
+        return self._model_id
 
     def close(self) -> None:
         """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
@@ -200,7 +207,7 @@ class ImageStore(MilvusVectorStore):
 
     # ------------------------------------------------------------------------------------------ the collection
 
-    def _prepare(self, model_id: str, index: str, *, overwrite: bool) -> None:
+    def _prepare(self, index: str, *, overwrite: bool) -> None:
         """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
         with self._connection.request("opening the collection"):
             exists = self._ask(self.client.has_collection)
@@ -208,25 +215,25 @@ class ImageStore(MilvusVectorStore):
                 self._ask(self.client.drop_collection)
                 exists = False
             if exists:
-                self._check(model_id)
+                self._check()
             else:
-                self._create(model_id)
+                self._create()
             if not self._ask(self.client.list_indexes, field_name=VECTOR_FIELD):
                 self._create_index(index)
             self._check_index(index)
             self._ask(self.client.load_collection)
         self._collection_initialized = True
 
-    def _create(self, model_id: str) -> None:
+    def _create(self) -> None:
         lite = self._connection.lite_path is not None
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
-        identity = "" if lite else json.dumps({_MODEL_PROPERTY: model_id})
+        identity = "" if lite else json.dumps({_MODEL_PROPERTY: self._model_id})
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=True, description=identity)
         schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_TEXT_BYTES)
         schema.add_field(DOC_ID_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field(TEXT_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=self._dimension)
-        properties = {"properties": {_MODEL_PROPERTY: model_id}} if lite else {}
+        properties = {"properties": {_MODEL_PROPERTY: self._model_id}} if lite else {}
         self._ask(self.client.create_collection, schema=schema, consistency_level="Session", **properties)
 
     def _create_index(self, index: str) -> None:
@@ -241,7 +248,7 @@ class ImageStore(MilvusVectorStore):
         # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
         self._ask(self.client.create_index, index_params=params, sync=False)
 
-    def _check(self, model_id: str) -> None:
+    def _check(self) -> None:
         description = self._ask(self.client.describe_collection)
         fields = {field["name"]: field for field in description["fields"]}
         missing = {ID_FIELD, DOC_ID_FIELD, TEXT_FIELD, VECTOR_FIELD} - fields.keys()
@@ -257,10 +264,10 @@ class ImageStore(MilvusVectorStore):
                 "collection %r at %s does not say which model its vectors come from; it is taken to be %r",
                 self.collection_name,
                 self.uri,
-                model_id,
+                self._model_id,
             )
-        elif stored != model_id:
-            raise self._mismatch(f"holds vectors of the model {stored!r}, the model given is {model_id!r}")
+        elif stored != self._model_id:
+            raise self._mismatch(f"holds vectors of the model {stored!r}, the model given is {self._model_id!r}")
 
     def _check_index(self, index: str) -> None:
         name = self._ask(self.client.list_indexes, field_name=VECTOR_FIELD)[0]
@@ -339,9 +346,8 @@ class ImageStore(MilvusVectorStore):
     def clear(self) -> None:
         """Remove every row; the store stays open and ready."""
         with self._connection.write_lock, self._connection.request("clearing the collection"):
-            model_id = _stored_model(self._ask(self.client.describe_collection))
             self._ask(self.client.drop_collection)
-            self._create(model_id or "")
+            self._create()
             self._create_index(self._index_type)
             self._ask(self.client.load_collection)
 

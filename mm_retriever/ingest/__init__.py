@@ -1,0 +1,16 @@
+"""Pictures from a folder, a list or LlamaIndex documents into the store; a run may be broken off and repeated at will.
+
+One picture goes through its files in this order:
+
+- `sources.py`: which things there are, and the id that each keeps.
+- `sidecar.py`: the columns that lie beside them in a JSON or CSV file.
+- `reading.py`: read and decoded ahead of the model, in flat memory.
+- `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
+- `report.py`: what was done.
+"""
+
+from mm_retriever.ingest.pipeline import ingest_images
+from mm_retriever.ingest.report import IngestReport, SkippedImage
+from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
+
+__all__ = ["IngestReport", "Sidecar", "SkippedImage", "ingest_images", "read_sidecar"]

@@ -1,0 +1,78 @@
+"""Pictures read, decoded and cut to what the model sees, ahead of it, by a few threads.
+
+Owns the look-ahead: however many and however large the pictures of a run are, one for each thread is in memory whole.
+Knows nothing of stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from mm_retriever.errors import ImageLoadError
+from mm_retriever.image import ImagePolicy, ImageSource, load_image, read_image_bytes
+
+THREADS = min(4, os.cpu_count() or 1)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReadPicture:
+    """What came of reading one picture file.
+
+    Attributes:
+        digest: SHA-256 of the file.
+        size: width and height, upright.
+        prepared: what the model needs of the pixels; None if the digest is the known one.
+        error: why there is none of this; "" if there is.
+    """
+
+    digest: str = ""
+    size: tuple[int, int] = (0, 0)
+    prepared: Any = None
+    error: str = ""
+
+
+def read_picture(
+    source: ImageSource, known_digest: str, prepare: Callable[[Image.Image], Any], policy: ImagePolicy
+) -> ReadPicture:
+    """Read a picture file once, for its digest and for the model; one of a known digest is not decoded again."""
+    try:
+        data = read_image_bytes(source, policy=policy)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest == known_digest:
+            return ReadPicture(digest)
+        image = load_image(data, policy=policy, keep_mode=True)  # the model resizes grey and CMYK in their own mode
+        return ReadPicture(digest, image.size, prepare(image))
+    except ImageLoadError as error:
+        # without the name of the source, which stands beside the reason in a report
+        return ReadPicture(error=str(error).partition(": ")[2] or str(error))
+    except Exception as error:  # one picture, whatever is wrong with it, must not end the run
+        return ReadPicture(error=f"{type(error).__name__}: {error}"[:300])
+
+
+def read_ahead(
+    tasks: Iterator[T], read: Callable[[T], ReadPicture], *, ahead: int
+) -> Generator[tuple[T, ReadPicture], None, None]:
+    """Yield each task with its picture, in order, while up to `ahead` more are being read."""
+    waiting: deque[tuple[T, Future[ReadPicture]]] = deque()
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read-picture")
+    try:
+        for task in tasks:
+            waiting.append((task, pool.submit(read, task)))
+            if len(waiting) > ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,76 @@
+"""What a run of ingestion did."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """A picture or document that is not in the store, and why.
+
+    Args:
+        path: path, URL or node id.
+        reason: one line.
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What one call of `ingest_images` did.
+
+    Args:
+        indexed: new in the store.
+        replaced: changed since they were stored, embedded again.
+        updated: the same pictures with other metadata; stored again, not embedded again.
+        unchanged: stored already.
+        removed: rows whose file is gone or spoiled, taken out (`prune=True` only).
+        skipped: not stored, with reasons.
+        seconds: wall clock of the whole call.
+    """
+
+    indexed: int
+    replaced: int
+    updated: int
+    unchanged: int
+    removed: int
+    skipped: tuple[SkippedImage, ...]
+    seconds: float
+
+    @property
+    def embedded(self) -> int:
+        """How many went through the model: 0 in a second run."""
+        return self.indexed + self.replaced
+
+    @property
+    def pictures_per_second(self) -> float:
+        """Embedded pictures (and texts) per second of the whole call."""
+        return self.embedded / self.seconds if self.seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        counts = ("indexed", "replaced", "updated", "unchanged", "removed")
+        parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
+        parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        return f"{', '.join(parts)} in {self.seconds:.1f} s ({self.pictures_per_second:.1f} pictures/s)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
+        return {**asdict(self), "embedded": self.embedded, "pictures_per_second": self.pictures_per_second}
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON; a reader sees the old file or the whole new one, never half of it."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            draft.replace(target)
+        finally:
+            draft.unlink(missing_ok=True)
