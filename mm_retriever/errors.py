@@ -12,6 +12,7 @@ Every class also inherits the builtin it specialises, so that code that has neve
     ├── PromptError             (ValueError)       pictures and text that do not fit together in one prompt
     ├── RerankError             (RuntimeError)     a ranking that could not be obtained
     ├── IngestError             (ValueError)       a source or sidecar that cannot be ingested
+    ├── VectorCacheError        (OSError)          a cache file of vectors that cannot be used
     ├── StoreError              (RuntimeError)     the vector store refused
     │   ├── NodeError           (ValueError)       a node that cannot be stored as it is
     │   ├── StoreMismatchError  (ValueError)       a collection made by another model, dimension or metric
@@ -59,6 +60,12 @@ class RerankError(MMRetrieverError, RuntimeError):
 
 class IngestError(MMRetrieverError, ValueError):
     """A source or sidecar file that cannot be ingested at all."""
+
+
+class VectorCacheError(MMRetrieverError, OSError):
+    """A cache file of vectors that cannot be opened, read or written."""
+
+    __str__ = Exception.__str__
 
 
 class StoreError(MMRetrieverError, RuntimeError):

@@ -255,9 +255,12 @@ class VisualizedBGE(PreTrainedModel):
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """Vectors of picture-and-text pairs, row by row."""
-        tokens = self.image_tokens(pixel_values)
-        mask = key_mask(attention_mask, image_tokens=tokens.shape[1])
-        return normalized(self.bge_encoder(self.bge_embeddings(input_ids, tokens), mask))
+        return self.encode_beside(self.image_tokens(pixel_values), input_ids, attention_mask)
+
+    def encode_beside(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """As :meth:`encode_multimodal`, from :meth:`image_tokens`: one picture beside many texts is looked at once."""
+        mask = key_mask(attention_mask, image_tokens=image_tokens.shape[1])
+        return normalized(self.bge_encoder(self.bge_embeddings(input_ids, image_tokens), mask))
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -40,31 +41,41 @@ class VisualizedBGEProcessor:
         self.tokenizer.no_truncation()  # a file may carry both; lengths depend on what stands beside the text
         self.tokenizer.no_padding()
 
-    def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 3, H, W) float32 of pictures of any size and mode."""
+    def square(self, image: Image.Image) -> NDArray[np.uint8]:
+        """(H, W, 3) of one picture of any size and mode: all that the model will see of it."""
+        return np.asarray(crop_square(image, self.config.vision_shape.image_size))
+
+    def pixel_values(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
+        """(B, 3, H, W) float32 of pictures, or of what :meth:`square` made of them."""
         side = self.config.vision_shape.image_size
         pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
         for row, image in enumerate(images):
-            pixels[row] = np.asarray(crop_square(image, side))
+            pixels[row] = self.square(image) if isinstance(image, Image.Image) else image
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()  # (B, 3, H, W)
         mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (PIXEL_MEAN, PIXEL_STD))
         return values.div_(255).sub_(mean).div_(std)
 
-    def tokens(self, texts: Sequence[str], *, beside_image: bool = False) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask``, each (B, T), padded on the right to the longest text.
+    def token_ids(self, texts: Sequence[str], *, beside_image: bool = False) -> list[list[int]]:
+        """Ids of every text, [CLS] and [SEP] included.
 
         A text too long for the room there is loses its end, as the tokenizer's own truncation would have it.
         """
         room = self.config.room(beside_image=beside_image)
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch([_sound(text) for text in texts])]
-        rows = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in rows]
-        longest = max(map(len, rows), default=0)
-        input_ids = torch.full((len(rows), longest), self.config.text_shape.pad_token_id)
+        return [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in rows]
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, each (B, T), padded on the right to the longest row."""
+        input_ids = torch.full((len(rows), max(map(len, rows), default=0)), self.config.text_shape.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(rows):
             input_ids[row, : len(ids)] = torch.tensor(ids)
             attention_mask[row, : len(ids)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def tokens(self, texts: Sequence[str], *, beside_image: bool = False) -> dict[str, Tensor]:
+        """:meth:`token_ids`, padded: what ``encode_text`` and ``encode_multimodal`` take."""
+        return self.pad(self.token_ids(texts, beside_image=beside_image))
 
 
 def _sound(text: str) -> str:

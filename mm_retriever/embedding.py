@@ -1,0 +1,442 @@
+"""`VisualizedBGEEmbedding`: LlamaIndex's multi-modal embedding over Visualized BGE. Knows nothing of stores.
+
+Every public call ends in one place, `_vectors`: look into the cache, compute what is not there, each content once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from llama_index.core.base.embeddings.base import Embedding
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+from llama_index.core.embeddings import MultiModalEmbedding
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
+from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, QueryBundle
+from llama_index.core.utils import get_tqdm_iterable
+from numpy.typing import NDArray
+from PIL import Image
+
+from mm_retriever.errors import QueryError
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, source_name
+from mm_retriever.vector_cache import VectorCache
+
+if TYPE_CHECKING:
+    import torch
+
+    from mm_retriever.models.visualized_bge_encoder import Content, VisualizedBGEEncoder
+
+DEFAULT_MODEL = "BAAI/bge-visualized-base-en-v1.5"
+_READERS = min(8, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
+_LONGEST_PATH = 1024  # a longer string is a picture in base64, not the place of one
+_UNSTABLE = ("model_id", "pictures")  # what `to_dict` adds to the fields
+
+dispatcher = get_dispatcher(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What someone wants a vector of: a text, a picture, or both."""
+
+    text: str | None = None
+    image: ImageSource | None = None
+
+    @property
+    def label(self) -> str:
+        """For events: the text, and the picture's name."""
+        named = [] if self.image is None else [source_name(self.image)]
+        return " + ".join(named + ([] if self.text is None else [self.text]))
+
+
+class VisualizedBGEEmbedding(MultiModalEmbedding):
+    """Texts, pictures and picture-and-text pairs to vectors of length 1 in one space.
+
+    One object may serve many threads and event loops. Loading happens here, not at the first call.
+
+    Args:
+        model_name: a published name, "tiny" (bundled; drawn products only), a local folder or weight file.
+        device: "cpu", "cuda", "mps", ...; default: the fastest there is.
+        dtype: "float32" (default), "bfloat16" or "float16".
+        revision: of the hub repository.
+        tokenizer: path of ``tokenizer.json`` when it is not beside the weights.
+        embed_batch_size: inputs from one event and progress step to the next; the model takes as many as fit.
+        cache_dir: a folder that keeps vectors by content, model and dtype; default: none are kept.
+        image_policy: which pictures may be read: folders, sizes, network.
+        compose_nodes: as a transformation, embed a node that has picture and text as both together; default: a
+            picture node is its picture.
+
+    Raises:
+        ModelNotFoundError: the name leads to no files, or the hub is out of reach.
+        CheckpointError: the files are damaged, unsafe, or of another model.
+    """
+
+    model_name: str = DEFAULT_MODEL
+    device: str = "cpu"
+    dtype: str = "float32"
+    revision: str | None = None
+    tokenizer: str | None = None
+    cache_dir: str | None = None
+    image_policy: ImagePolicy = Field(default=DEFAULT_POLICY)
+    compose_nodes: bool = False
+
+    _encoder: Any = PrivateAttr(default=None)
+    _cache: VectorCache | None = PrivateAttr(default=None)
+    _model_id: str = PrivateAttr(default="")
+
+    def __init__(
+        self,
+        model_name: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        embed_batch_size: int = 32,
+        cache_dir: str | os.PathLike[str] | None = None,
+        image_policy: ImagePolicy = DEFAULT_POLICY,
+        compose_nodes: bool = False,
+        callback_manager: CallbackManager | None = None,
+        num_workers: int | None = None,
+        embeddings_cache: Any | None = None,
+        rate_limiter: Any | None = None,
+    ) -> None:
+        from mm_retriever.models.visualized_bge import as_dtype, default_device, load_visualized_bge
+        from mm_retriever.models.visualized_bge_encoder import VisualizedBGEEncoder
+
+        device = str(device or default_device())
+        computed = as_dtype(dtype)
+        given: dict[str, Any] = {
+            "model_name": os.fspath(model_name),
+            "device": device,
+            "dtype": str(computed).removeprefix("torch."),
+            "revision": revision,
+            "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
+            "embed_batch_size": embed_batch_size,
+            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+            "image_policy": image_policy,
+            "compose_nodes": compose_nodes,
+            "callback_manager": callback_manager or CallbackManager([]),
+            "num_workers": num_workers,
+            "embeddings_cache": embeddings_cache,
+            "rate_limiter": rate_limiter,
+        }
+        super().__init__(**given)
+        model, processor = load_visualized_bge(
+            model_name, tokenizer=tokenizer, revision=revision, device=device, dtype=computed
+        )
+        self._encoder = VisualizedBGEEncoder(model, processor)
+        path = Path(self.model_name).expanduser()
+        name = path.resolve().name if path.exists() else self.model_name
+        self._model_id = f"{name}@{model.fingerprint}/{self.dtype}"
+        if self.cache_dir is not None:
+            self._cache = VectorCache(self.cache_dir, self.dimension)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name under which LlamaIndex serialises this class."""
+        return "VisualizedBGEEmbedding"
+
+    @property
+    def dimension(self) -> int:
+        """Length of every vector."""
+        return int(self.encoder.model.config.dimension)
+
+    @property
+    def model_id(self) -> str:
+        """Name, weights and dtype in one line, the same wherever the files lie: kept with a collection."""
+        return self._model_id
+
+    @property
+    def encoder(self) -> VisualizedBGEEncoder:
+        """The model and its processor, without LlamaIndex around them."""
+        encoder: VisualizedBGEEncoder = self._encoder
+        return encoder
+
+    # -------------------------------------------------------------------------------------------- the one place
+
+    def _vectors(self, contents: Sequence[Content]) -> NDArray[np.float32]:
+        """(B, D) float32, row by row; equal contents are computed once."""
+        identity = f"{self.encoder.model.fingerprint}/{self.dtype}"
+        keys = [content.key(identity) for content in contents]
+        wanted = dict(zip(keys, contents, strict=True))
+        known: dict[bytes, NDArray[np.float32]] = {} if self._cache is None else self._cache.get(wanted)
+        missing = [key for key in wanted if key not in known]
+        if missing:
+            fresh = dict(zip(missing, self.encoder.encode([wanted[key] for key in missing]), strict=True))
+            if self._cache is not None:
+                self._cache.put(fresh)
+            known |= fresh
+        vectors = np.empty((len(keys), self.dimension), dtype=np.float32)
+        for row, key in enumerate(keys):
+            vectors[row] = known[key]
+        return vectors
+
+    def _content(self, request: Request) -> Content:
+        from mm_retriever.models.visualized_bge_encoder import Content
+
+        if request.image is None:
+            return Content(request.text or "")
+        image = load_image(request.image, policy=self.image_policy, keep_mode=True)
+        return Content(request.text or "", self.prepare_image(image))
+
+    def _embedding(self, request: Request) -> Embedding:
+        vector: Embedding = self._vectors([self._content(request)])[0].tolist()
+        return vector
+
+    # --------------------------------------------------------------------------------------- batches and events
+
+    def _batch(self, requests: Sequence[Request], *, show_progress: bool, name: str) -> list[Embedding]:
+        """Vectors in the order of the requests; pictures of the next batch are read while the model works on this."""
+        order = sorted(range(len(requests)), key=lambda row: len(requests[row].text or ""))
+        embeddings: list[Embedding] = [[]] * len(requests)
+        bar: Any = get_tqdm_iterable(order, show_progress, name)
+        rows = iter(bar)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-picture") as readers:
+
+            def read(start: int) -> list[Callable[[], Content]]:
+                batch = [requests[row] for row in order[start : start + self.embed_batch_size]]
+                return [
+                    partial(self._content, request)
+                    if request.image is None
+                    else readers.submit(self._content, request).result
+                    for request in batch
+                ]
+
+            reading = read(0)
+            try:
+                for start in range(0, len(order), self.embed_batch_size):
+                    batch = list(islice(rows, self.embed_batch_size))
+                    contents = [content() for content in reading]
+                    reading = read(start + self.embed_batch_size)
+                    computed = self._announced([requests[row].label for row in batch], contents)
+                    for row, embedding in zip(batch, computed, strict=True):
+                        embeddings[row] = embedding
+            finally:
+                readers.shutdown(wait=True, cancel_futures=True)
+                if show_progress:
+                    bar.close()
+        return embeddings
+
+    def _announced(self, labels: list[str], contents: Sequence[Content]) -> list[Embedding]:
+        """The vectors of the contents, with the events that LlamaIndex's own text methods send."""
+        payload = self.to_payload()
+        dispatcher.event(EmbeddingStartEvent(model_dict=payload))
+        with self.callback_manager.event(CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload}) as event:
+            if self.rate_limiter is not None:
+                self.rate_limiter.acquire()
+            embeddings: list[Embedding] = self._vectors(contents).tolist()
+            event.on_end(payload={EventPayload.CHUNKS: labels, EventPayload.EMBEDDINGS: embeddings})
+        dispatcher.event(EmbeddingEndEvent(chunks=labels, embeddings=embeddings))
+        return embeddings
+
+    def _single(self, request: Request) -> Embedding:
+        return self._announced([request.label], [self._content(request)])[0]
+
+    # ------------------------------------------------------------------------------------------------------- texts
+
+    def _get_text_embedding(self, text: str) -> Embedding:
+        return self._embedding(Request(text))
+
+    def _get_query_embedding(self, query: str) -> Embedding:
+        return self._embedding(Request(query))
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        vectors: list[Embedding] = self._vectors([self._content(Request(text)) for text in texts]).tolist()
+        return vectors
+
+    async def _aget_text_embedding(self, text: str) -> Embedding:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    async def _aget_query_embedding(self, query: str) -> Embedding:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+    def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
+        """Vectors of texts, short ones with short ones, in the order given."""
+        if self.embeddings_cache is not None:  # LlamaIndex's own cache: by its own rules
+            return super().get_text_embedding_batch(texts, show_progress, **kwargs)
+        requests = [Request(text) for text in texts]
+        return self._batch(requests, show_progress=show_progress, name="Embedding texts")
+
+    async def aget_text_embedding_batch(
+        self, texts: list[str], show_progress: bool = False, **kwargs: Any
+    ) -> list[Embedding]:
+        """As :meth:`get_text_embedding_batch`; the event loop stays free."""
+        return await asyncio.to_thread(self.get_text_embedding_batch, texts, show_progress, **kwargs)
+
+    # ---------------------------------------------------------------------------------------------------- pictures
+
+    def _get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
+        return self._embedding(Request(image=img_file_path))
+
+    async def _aget_image_embedding(self, img_file_path: ImageSource) -> Embedding:
+        return await asyncio.to_thread(self._get_image_embedding, img_file_path)
+
+    def get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
+        """Vector of a picture: a path, bytes, a file object, a PIL picture, ... (see :func:`load_image`).
+
+        Raises:
+            ImageLoadError: the picture cannot or must not be read.
+        """
+        return self._single(Request(image=img_file_path))
+
+    async def aget_image_embedding(self, img_file_path: ImageSource) -> Embedding:
+        """As :meth:`get_image_embedding`; the event loop stays free."""
+        return await asyncio.to_thread(self.get_image_embedding, img_file_path)
+
+    def get_image_embedding_batch(
+        self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
+    ) -> list[Embedding]:
+        """Vectors of pictures, in the order given.
+
+        Raises:
+            ImageLoadError: names the first picture that cannot or must not be read.
+        """
+        requests = [Request(image=image) for image in img_file_paths]
+        return self._batch(requests, show_progress=show_progress, name="Embedding pictures")
+
+    async def aget_image_embedding_batch(
+        self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
+    ) -> list[Embedding]:
+        """As :meth:`get_image_embedding_batch`; the event loop stays free."""
+        return await asyncio.to_thread(self.get_image_embedding_batch, img_file_paths, show_progress)
+
+    def prepare_image(self, image: Image.Image) -> NDArray[np.uint8]:
+        """(H, W, 3): all that the model sees of a picture, to be made in a reading thread and kept in little memory."""
+        return self.encoder.processor.square(image)
+
+    def embed_images(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """(B, D) of loaded pictures, or of what :meth:`prepare_image` made of them: the fast path, without events."""
+        from mm_retriever.models.visualized_bge_encoder import Content
+
+        squares = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
+        return self._vectors([Content(square=square) for square in squares])
+
+    # --------------------------------------------------------------------------------- picture and text at once
+
+    def get_composed_embedding(self, text: str, image: ImageSource) -> Embedding:
+        """Vector of a picture and a text about it ("the same in red") together.
+
+        Raises:
+            ImageLoadError: the picture cannot or must not be read.
+        """
+        return self._single(Request(text, image))
+
+    async def aget_composed_embedding(self, text: str, image: ImageSource) -> Embedding:
+        """As :meth:`get_composed_embedding`; the event loop stays free."""
+        return await asyncio.to_thread(self.get_composed_embedding, text, image)
+
+    def get_composed_embedding_batch(
+        self, texts: Sequence[str], images: Sequence[ImageSource], show_progress: bool = False
+    ) -> list[Embedding]:
+        """Vectors of pairs, text by text and picture by picture, in the order given.
+
+        Raises:
+            QueryError: there are not as many texts as pictures.
+            ImageLoadError: names the first picture that cannot or must not be read.
+        """
+        if len(texts) != len(images):
+            raise QueryError(f"{len(texts)} texts and {len(images)} pictures: give one text for each picture")
+        requests = [Request(text, image) for text, image in zip(texts, images, strict=True)]
+        return self._batch(requests, show_progress=show_progress, name="Embedding pairs")
+
+    async def aget_composed_embedding_batch(
+        self, texts: Sequence[str], images: Sequence[ImageSource], show_progress: bool = False
+    ) -> list[Embedding]:
+        """As :meth:`get_composed_embedding_batch`; the event loop stays free."""
+        return await asyncio.to_thread(self.get_composed_embedding_batch, texts, images, show_progress)
+
+    def get_query_bundle(self, text: str | None = None, image: ImageSource | None = None) -> QueryBundle:
+        """A query that carries its vector: any LlamaIndex retriever or engine answers it, composed or not.
+
+        Raises:
+            QueryError: neither text nor picture.
+            ImageLoadError: the picture cannot or must not be read.
+        """
+        if image is None and not (text and text.strip()):
+            raise QueryError("nothing to search for: give a text, a picture, or both")
+        named = os.fspath(image) if isinstance(image, str | os.PathLike) else ""
+        path = named if len(named) <= _LONGEST_PATH and not named.startswith("data:") else ""
+        if image is None:
+            embedding = self.get_query_embedding(text or "")
+        else:
+            embedding = self.get_composed_embedding(text, image) if text else self.get_image_embedding(image)
+        return QueryBundle(query_str=text or "", image_path=path or None, embedding=embedding)
+
+    async def aget_query_bundle(self, text: str | None = None, image: ImageSource | None = None) -> QueryBundle:
+        """As :meth:`get_query_bundle`; the event loop stays free."""
+        return await asyncio.to_thread(self.get_query_bundle, text, image)
+
+    # --------------------------------------------------------------------------- as a pipeline's transformation
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """Gives every node its vector: a picture's from its pixels, a text's from its text."""
+        show_progress = bool(kwargs.get("show_progress", False))
+        requests = [self._node_request(node) for node in nodes]
+        for node, embedding in zip(
+            nodes, self._batch(requests, show_progress=show_progress, name="Embedding nodes"), strict=True
+        ):
+            node.embedding = embedding
+        return nodes
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        """As calling it; the event loop stays free."""
+        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
+
+    def _node_request(self, node: BaseNode) -> Request:
+        image = node_image(node)
+        if image is None:
+            return Request(node.get_content(metadata_mode=MetadataMode.EMBED))
+        if self.compose_nodes and node.get_content(metadata_mode=MetadataMode.NONE).strip():
+            return Request(node.get_content(metadata_mode=MetadataMode.EMBED), image)
+        return Request(image=image)
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """The fields, the model's identity, and a number that is never the same twice.
+
+        An IngestionPipeline with a cache takes nodes for equal when their text and this dict are: two pictures without
+        text would get one vector. So no cached result of it may ever stand in for ours; ``cache_dir`` keeps vectors by
+        pixels instead.
+        """
+        return {**super().to_dict(**kwargs), "model_id": self.model_id, "pictures": uuid.uuid4().hex}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> VisualizedBGEEmbedding:
+        """The object that :meth:`to_dict` described, loaded again."""
+        return super().from_dict({key: value for key, value in data.items() if key not in _UNSTABLE}, **kwargs)
+
+    @field_serializer("image_policy")
+    def _plain_policy(self, policy: ImagePolicy) -> dict[str, Any]:
+        plain = {field.name: getattr(policy, field.name) for field in fields(policy)}
+        return plain | {"roots": None if policy.roots is None else [str(root) for root in policy.roots]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: the fields; they load the model themselves."""
+        kept = type(self).model_fields.keys() - {"callback_manager", "rate_limiter"}  # they hold locks
+        return {"__dict__": {name: getattr(self, name) for name in kept}}
+
+
+def node_image(node: BaseNode) -> ImageSource | None:
+    """The picture of a LlamaIndex node or document, unread, or None. URLs are fetched only where a policy allows it."""
+    resource = getattr(node, "image_resource", None)
+    if isinstance(node, ImageNode):
+        return node.image.encode() if node.image else node.image_path or node.image_url
+    if resource is None:
+        return None
+    if resource.data:
+        data: bytes = resource.data
+        return data
+    return str(resource.path or resource.url or "") or None
