@@ -57,11 +57,11 @@ def contact_sheet(
     width = left + (columns * cell if candidates else 0)
     sheet = Image.new("RGB", (width, rows * cell), _PAPER)
     if query is not None:
-        square = _query_cell(query, cell)
-        top = (rows - 1) * cell // 2
-        sheet.paste(square, (0, top))
+        frame = _query_frame(query, cell)
+        top = (sheet.height - frame.height) // 2
+        sheet.paste(frame, ((cell - frame.width) // 2, top))
         if rows > 1:  # there is room above it
-            at = (cell // 2, top - cell // 20)
+            at = (cell // 2, top - cell // 12)
             ImageDraw.Draw(sheet).text(at, "query", fill=_BLUE, font=_font(cell // 10), anchor="mm")
     for position, (candidate, label) in enumerate(zip(candidates, labels, strict=True)):
         row, column = divmod(position, columns)
@@ -146,14 +146,12 @@ def with_text(picture: Image.Image, *, above: str = "", below: Sequence[tuple[st
     return sheet
 
 
-def _query_cell(query: Image.Image, cell: int) -> Image.Image:
+def _query_frame(query: Image.Image, cell: int) -> Image.Image:
     border = max(4, cell // 30)
-    square = Image.new("RGB", (cell, cell), _PAPER)
     inner = _fitted(query, cell - 4 * border)
     frame = Image.new("RGB", (inner.width + 2 * border, inner.height + 2 * border), _BLUE)
     frame.paste(inner, (border, border))
-    square.paste(frame, ((cell - frame.width) // 2, (cell - frame.height) // 2))
-    return square
+    return frame
 
 
 def _candidate_cell(candidate: Image.Image | None, label: str, cell: int) -> Image.Image:
