@@ -1,8 +1,8 @@
 """A small Phi-3 Vision with seeded random weights, and a small tokenizer built like the original's.
 
 The tokenizer is byte-fallback BPE with the same normaliser, post-processor and control tokens, and the original's ids
-for the words of the golden prompts; other text falls apart into characters and bytes. Sizes are odd and distinct, so
-that a swapped axis cannot pass.
+for the words of the golden prompts; other text falls apart into characters and bytes, and ids without a use of their
+own are words such as w4711. Sizes are odd and distinct, so that a swapped axis cannot pass.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def small_tokenizer() -> Tokenizer:
         for cut in range(1, len(word)):
             merges.append((word[:cut], word[cut]))
             vocabulary.setdefault(word[: cut + 1], next(free))
+    taken = set(vocabulary.values())
+    vocabulary |= {f"▁w{i}": i for i in range(3, 32_000) if i not in taken}  # so that whatever it writes is words
     added = [
         {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": name in SWALLOW_SPACE,
          "normalized": False, "special": name != "</s>"}
@@ -102,6 +104,7 @@ def seeded(config: Phi3VisionConfig, seed: int = 0) -> Phi3Vision:
     return model
 
 
-def small_processor(num_crops: int = 4, config: Phi3VisionConfig | None = None) -> Phi3VisionProcessor:
+@cache
+def small_processor(num_crops: int = 4) -> Phi3VisionProcessor:
     """The processor that fits `small_model`."""
-    return processor_for(config or small_config(), small_tokenizer(), num_crops=num_crops)
+    return processor_for(small_config(), small_tokenizer(), num_crops=num_crops)

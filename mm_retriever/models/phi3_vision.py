@@ -393,8 +393,8 @@ def load_phi3_vision(
     model = _load_weights(files, config, _choose_dtype(dtype, config, device))
     model.generation_config.eos_token_id = list(processor.stop_ids)
     model.generation_config.pad_token_id = config.pad_token_id
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval(), processor
+    model.to(device).eval()  # type: ignore[arg-type]
+    return model, processor
 
 
 def _read_config(files: ModelFiles) -> Phi3VisionConfig:
@@ -424,7 +424,7 @@ def _choose_dtype(wanted: str | torch.dtype | None, config: Phi3VisionConfig, de
 def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtype) -> Phi3Vision:
     with torch.device("meta"):
         skeleton = Phi3Vision(config)
-    unused = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected))
+    unused = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ()))
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not unused.search(key)}
     load_strict(skeleton, state, source=files.weights, device="meta")  # compares names and shapes, copies nothing
     model = Phi3Vision.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

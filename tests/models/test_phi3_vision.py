@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, PromptError
-from mm_retriever.models.phi3_vision import Phi3Vision, load_phi3_vision
+from mm_retriever.models.phi3_vision import Phi3Vision, load_phi3_vision, processor_for
 from mm_retriever.models.phi3_vision_processor import Control, Phi3VisionProcessor, Slot, Turn, crop_grid
 from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig
 from tests.phi3_vision_small import (
@@ -344,7 +344,7 @@ def test_a_small_model_may_have_a_conv_stem_one_view_and_ordinary_rope(feature_l
                        "image_size": 48, "patch_size": 8, "stem": "conv", "stem_channels": [6, 10, 14],
                        "feature_layer": feature_layer},
     )  # fmt: skip
-    model, processor = seeded(config), small_processor(config=config)
+    model, processor = seeded(config), processor_for(config, small_tokenizer(), num_crops=4)
     assert len(model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers) == 4 + feature_layer
     assert "model.vision_embed_tokens.glb_GN" not in model.state_dict()
     inputs = processor(ASK, [picture(90, 40)])
