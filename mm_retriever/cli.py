@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from mm_retriever.demo import DemoQuery
     from mm_retriever.embedding import VisualizedBGEEmbedding
-    from mm_retriever.report import SearchReport
+    from mm_retriever.report import Hit, SearchReport
     from mm_retriever.store import ImageStore
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
@@ -195,6 +195,8 @@ def info(
     if db is not None:
         from mm_retriever.store import describe_store
 
+        _must_exist(db)
+
         for name, facts in describe_store(db, token=token).items():
             table.add_row(f"collection {name}", ", ".join(f"{key} {value}" for key, value in facts.items()))
     Console().print(table)
@@ -298,13 +300,18 @@ def _opened(
 ) -> Iterator[ImageStore]:
     from mm_retriever.store import open_store
 
-    if must_exist and "://" not in str(db) and not Path(db).exists():
-        raise QueryError(f"there is no store {str(db)!r}; make it with: mm-retriever index FOLDER --db {db}")
+    if must_exist:
+        _must_exist(db)
     store = open_store(db, embed_model, collection=collection, token=token)
     try:
         yield store
     finally:
         store.close()
+
+
+def _must_exist(db: str | Path) -> None:
+    if str(db).endswith(".db") and "://" not in str(db) and not Path(db).exists():
+        raise QueryError(f"there is no store {str(db)!r}; make it with: mm-retriever index FOLDER --db {db}")
 
 
 def _filters(conditions: Sequence[str]) -> MetadataFilters | None:
@@ -338,9 +345,24 @@ def _row(rank: int, node: NodeWithScore) -> dict[str, Any]:
 
 
 def _report(text: str | None, image: Path | None, nodes: Sequence[NodeWithScore], title: str = "") -> SearchReport:
-    from mm_retriever.report import report_of_nodes
+    from mm_retriever.report import SearchReport
 
-    return report_of_nodes(nodes, query_text=text, query_image=image, title=title)
+    hits = tuple(_hit(rank, node) for rank, node in enumerate(nodes, 1))
+    return SearchReport(query_text=text or "", query_image=image, hits=hits, title=title)
+
+
+def _hit(rank: int, node: NodeWithScore) -> Hit:
+    from mm_retriever.report import Hit
+
+    facts = node.node.metadata
+    label = facts.get("description") or facts.get("label") or ""
+    return Hit(rank, node.node.node_id, score=node.score, path=str(facts.get("file_path", "")), label=str(label))
+
+
+def _asked(report: SearchReport) -> str:
+    picture = f"[{Path(str(report.query_image)).name}]" if report.query_image is not None else ""
+    asked = " ".join(part for part in (picture, report.query_text) if part)
+    return f"{report.title}: {asked}" if report.title else asked
 
 
 def _print_table(report: SearchReport) -> None:
@@ -348,9 +370,12 @@ def _print_table(report: SearchReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("#", "score", "label", "file", title=Text(report.heading), title_justify="left", box=None)
+    table = Table("#", "score", "label", title=Text(_asked(report)), title_justify="left", box=None)
+    table.add_column("file", overflow="fold")
     for hit in report.hits:
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", Text(hit.label or ""), Text(str(hit.path or hit.id)))
+        table.add_row(
+            str(hit.rank), "" if hit.score is None else f"{hit.score:.3f}", Text(hit.label), Text(hit.path or hit.id)
+        )
     console = Console()
     console.print(table)
     if not report.hits:

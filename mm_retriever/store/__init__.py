@@ -9,6 +9,7 @@ of picture files. One row goes through its files in this order:
 - `image_store.py`: `open_store` and `ImageStore`, on the three above.
 """
 
+from mm_retriever.store.description import describe_store
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store
 from mm_retriever.store.rows import metadata_columns, storable_node
@@ -17,6 +18,7 @@ __all__ = [
     "MAX_TOP_K",
     "EmbeddingIdentity",
     "ImageStore",
+    "describe_store",
     "filter_expression",
     "metadata_columns",
     "open_store",

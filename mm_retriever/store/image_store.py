@@ -209,7 +209,7 @@ class ImageStore(MilvusVectorStore):
 
     def _prepare(self, index: str, *, overwrite: bool) -> None:
         """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
-        with self._connection.request("opening the collection"):
+        with self._connection.write_lock, self._connection.request("opening the collection"):
             exists = self._ask(self.client.has_collection)
             if exists and overwrite:
                 self._ask(self.client.drop_collection)
@@ -258,7 +258,7 @@ class ImageStore(MilvusVectorStore):
         dimension = int(fields[VECTOR_FIELD]["params"]["dim"])
         if dimension != self._dimension:
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self._dimension}")
-        stored = _stored_model(description)
+        stored = stored_model(description)
         if stored is None:
             logger.warning(
                 "collection %r at %s does not say which model its vectors come from; it is taken to be %r",
@@ -357,7 +357,7 @@ class ImageStore(MilvusVectorStore):
         """Return the nearest nodes, best first; similarities are inner products (-1 to 1 for unit vectors).
 
         Takes the modes DEFAULT and MMR (options `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`). An empty
-        list of doc_ids or node_ids matches nothing.
+        list of doc_ids matches nothing; an empty list of node_ids is what a VectorStoreIndex sends for no restriction.
 
         Raises:
             FilterError: a filter that cannot be expressed.
@@ -429,7 +429,8 @@ class ImageStore(MilvusVectorStore):
     def _query_vector(self, embedding: Sequence[float] | None) -> list[float]:
         if embedding is None:
             raise QueryError("a query without a vector: set query_embedding")
-        vector = np.asarray(embedding, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+            vector = np.asarray(embedding, dtype=np.float32)
         if vector.shape != (self._dimension,):
             raise QueryError(f"a query vector of {vector.size} numbers; the collection holds {self._dimension}")
         if not np.isfinite(vector).all():
@@ -588,12 +589,11 @@ def _refuse_options(method: str, options: Mapping[str, Any]) -> None:
 def _restriction(query: VectorStoreQuery) -> str | None:
     """The expression of all that limits the query; None where nothing can match."""
     expression = filter_expression(query.filters)
-    for column, values in ((DOC_ID_FIELD, query.doc_ids), (ID_FIELD, query.node_ids)):
-        if values is not None:
-            if not values:
-                return None
-            expression = _all_of(expression, one_of(column, values))
-    return expression
+    if query.doc_ids is not None:
+        if not query.doc_ids:
+            return None
+        expression = _all_of(expression, one_of(DOC_ID_FIELD, query.doc_ids))
+    return _all_of(expression, one_of(ID_FIELD, query.node_ids)) if query.node_ids else expression
 
 
 def _all_of(*expressions: str) -> str:
@@ -601,7 +601,7 @@ def _all_of(*expressions: str) -> str:
     return joined(parts, "and") if parts else ""
 
 
-def _stored_model(description: Mapping[str, Any]) -> str | None:
+def stored_model(description: Mapping[str, Any]) -> str | None:
     """The model name that `_create` left with the collection."""
     properties = description.get("properties") or {}
     if _MODEL_PROPERTY in properties:
