@@ -1,0 +1,585 @@
+"""`VisualizedBGEEmbedding` inside LlamaIndex: the same vectors on every path, right pictures, free event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import multiprocessing
+import pickle
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_index.core import QueryBundle, VectorStoreIndex
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
+from llama_index.core.callbacks.base_handler import BaseCallbackHandler
+from llama_index.core.embeddings import MultiModalEmbedding
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
+from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
+from llama_index.core.storage.kvstore import SimpleKVStore
+from PIL import Image, ImageDraw
+
+from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
+from mm_retriever.errors import ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
+from mm_retriever.image import ImagePolicy
+from mm_retriever.models import visualized_bge_encoder
+from mm_retriever.vector_cache import VectorCache
+from tests.models.golden import small_model, word_tokenizer
+
+WORDS = ["red", "blue", "shoe", "mug", "with", "stars"]
+TEXTS = ["red shoe", "mug", "", "blue mug with stars " * 4, "red", "red shoe", "unknown words"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded model of odd sizes, saved as the real one is."""
+    path = tmp_path_factory.mktemp("model")
+    model = small_model()
+    model.save_pretrained(path)
+    word_tokenizer(model.config, WORDS).save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> VisualizedBGEEmbedding:
+    return VisualizedBGEEmbedding(folder, device="cpu", embed_batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Seven pictures of different sizes, modes and formats."""
+    path = tmp_path_factory.mktemp("pictures")
+    made = []
+    for number, (size, mode, suffix) in enumerate(
+        [
+            ((60, 80), "RGB", "png"),
+            ((48, 48), "L", "png"),
+            ((130, 50), "CMYK", "jpg"),
+            ((90, 61), "RGBA", "png"),
+            ((50, 99), "P", "gif"),
+            ((70, 70), "RGB", "webp"),
+            ((49, 200), "RGB", "jpg"),
+        ]
+    ):
+        image = Image.new("RGB", size, (30 * number, 255 - 30 * number, 80))
+        ImageDraw.Draw(image).ellipse((5, 5, 20 + 4 * number, 40), fill=(255, 20 * number, 0))
+        made.append(path / f"{number}.{suffix}")
+        image.convert(mode).save(made[-1])
+    return made
+
+
+def close(ours: Any, theirs: Any) -> bool:
+    return bool(np.abs(np.asarray(ours) - np.asarray(theirs)).max() < 2e-6)
+
+
+def test_every_path_gives_the_same_vectors(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """One by one, in batches with others of any length, async: the same numbers, in the order given."""
+    images: list[Any] = list(pictures)
+    singles = {
+        "text": [model.get_text_embedding(text) for text in TEXTS],
+        "query": [model.get_query_embedding(text) for text in TEXTS],
+        "image": [model.get_image_embedding(image) for image in images],
+        "composed": [model.get_composed_embedding(text, image) for text, image in zip(TEXTS, images, strict=True)],
+    }
+    batches = {
+        "text": model.get_text_embedding_batch(TEXTS),
+        "query": model.get_text_embedding_batch(TEXTS),
+        "image": model.get_image_embedding_batch(images),
+        "composed": model.get_composed_embedding_batch(TEXTS, images),
+    }
+
+    async def concurrently() -> dict[str, Any]:
+        return {
+            "text": await model.aget_text_embedding_batch(TEXTS),
+            "query": await asyncio.gather(*(model.aget_query_embedding(text) for text in TEXTS)),
+            "image": await model.aget_image_embedding_batch(images),
+            "composed": await model.aget_composed_embedding_batch(TEXTS, images),
+        }
+
+    later = asyncio.run(concurrently())
+    for kind, expected in singles.items():
+        assert close(batches[kind], expected), kind
+        assert close(later[kind], expected), kind
+        assert np.asarray(expected).shape == (7, model.dimension) == (7, 40)
+        assert close(np.linalg.norm(expected, axis=1), np.ones(7))
+    assert close(
+        asyncio.run(model.aget_composed_embedding(TEXTS[0], images[0])),
+        singles["composed"][0],
+    )
+    assert close(asyncio.run(model.aget_image_embedding(images[1])), singles["image"][1])
+    assert close(asyncio.run(model.aget_text_embedding(TEXTS[3])), singles["text"][3])
+
+
+def test_a_picture_with_an_empty_text_is_the_picture(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Definition in the original; and text moves the vector."""
+    alone = model.get_image_embedding(pictures[0])
+    assert close(model.get_composed_embedding("", pictures[0]), alone)
+    assert not close(model.get_composed_embedding("red", pictures[0]), alone)
+
+
+def test_every_kind_of_source_is_the_same_picture(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Path, string, bytes, file object, PIL, and the fast path that ingestion takes."""
+    path = pictures[2]
+    with Image.open(path) as opened:
+        opened.load()
+        sources: list[Any] = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), opened]
+        vectors = model.get_image_embedding_batch(sources)
+        fast = model.embed_images([opened, model.prepare_image(opened)])
+    assert fast.dtype == np.float32
+    assert close([*vectors, *fast], [vectors[0]] * 7)
+
+
+def test_passes_of_any_size_give_the_same_vectors(
+    model: VisualizedBGEEmbedding, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass holds as many rows as fit, one at least; a picture beside several texts is looked at once."""
+    texts, images = TEXTS * 2, [*pictures, *[pictures[0]] * 7]
+    expected = model.get_composed_embedding_batch(texts, images)
+    for values in (1, 3000, 10**9):
+        monkeypatch.setitem(visualized_bge_encoder.PASS_VALUES, "cpu", values)
+        assert close(model.get_composed_embedding_batch(texts, images), expected)
+        assert close(model.get_text_embedding_batch(texts[:7]), [model.get_text_embedding(text) for text in TEXTS])
+    looked_at: list[int] = []
+    tower: Any = model.encoder.model.model_visual["visual"]
+    hook = tower.register_forward_hook(lambda _, args, __: looked_at.append(len(args[0])))
+    model.get_composed_embedding_batch(["red", "blue", "mug"], [pictures[0]] * 3)
+    hook.remove()
+    assert looked_at == [1]
+
+
+def test_nothing_gives_nothing(model: VisualizedBGEEmbedding) -> None:
+    """Our choice: an empty batch is not an error."""
+    assert model.get_text_embedding_batch([], show_progress=True) == []
+    assert model.get_image_embedding_batch([]) == []
+    assert model.embed_images([]).shape == (0, 40)
+    assert list(model([])) == []
+
+
+def test_text_of_any_length_beside_a_picture_is_cut_not_refused(
+    model: VisualizedBGEEmbedding, pictures: list[Path]
+) -> None:
+    """The original crashes on it."""
+    endless = "red shoe " * 5000
+    vectors = model.get_composed_embedding_batch([endless, endless + "mug"], [pictures[0], pictures[0]])
+    assert close(vectors[0], vectors[1])
+    assert close(model.get_text_embedding(endless), model.get_text_embedding(endless + "mug"))
+
+
+def test_a_bad_picture_is_named(model: VisualizedBGEEmbedding, pictures: list[Path], tmp_path: Path) -> None:
+    """In a batch too; and no thread is left behind."""
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(pictures[6].read_bytes()[:200])
+    for call in (
+        lambda: model.get_image_embedding(broken),
+        lambda: model.get_image_embedding_batch([*pictures, broken], show_progress=True),
+        lambda: model.get_composed_embedding("red", broken),
+        lambda: model([ImageNode(image_path=str(broken))]),
+    ):
+        with pytest.raises(ImageLoadError, match=r"broken\.jpg"):
+            call()
+    assert not any(thread.name.startswith("read-picture") for thread in threading.enumerate())
+
+
+def test_pictures_outside_the_policy_are_not_read(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
+    """The policy holds on every path into the class."""
+    shut = VisualizedBGEEmbedding(folder, device="cpu", image_policy=ImagePolicy(roots=(tmp_path,)))
+    for call in (
+        lambda: shut.get_image_embedding(pictures[0]),
+        lambda: shut.get_composed_embedding_batch(["red"], [pictures[0]]),
+        lambda: shut.get_query_bundle("red", pictures[0]),
+        lambda: shut([ImageNode(image_path=str(pictures[0]))]),
+        lambda: shut([ImageNode(image_url="http://example.com/x.png")]),
+    ):
+        with pytest.raises(ImageLoadError):
+            call()
+
+
+def test_pairs_must_pair(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Our choice."""
+    with pytest.raises(QueryError, match="2 texts and 1 pictures"):
+        model.get_composed_embedding_batch(["red", "blue"], [pictures[0]])
+
+
+def test_half_precision_points_the_same_way(folder: Path, model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Our bound for a small random model; and the identity tells the two apart."""
+    half = VisualizedBGEEmbedding(folder, device="cpu", dtype="bfloat16")
+    ours = np.asarray(half.get_composed_embedding_batch(TEXTS, pictures))
+    theirs = np.asarray(model.get_composed_embedding_batch(TEXTS, pictures))
+    assert (ours * theirs).sum(1).min() > 0.99
+    assert half.model_id.removesuffix("bfloat16") == model.model_id.removesuffix("float32")
+
+
+# ------------------------------------------------------------------------------------------------------------ queries
+
+
+def test_a_query_bundle_carries_the_composed_vector(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Text, picture, both; from the event loop as well."""
+    both = model.get_query_bundle("red shoe", pictures[0])
+    assert isinstance(both, QueryBundle)
+    assert (both.query_str, both.image_path) == ("red shoe", str(pictures[0]))
+    assert close(both.embedding, model.get_composed_embedding("red shoe", pictures[0]))
+    assert close(asyncio.run(model.aget_query_bundle("red shoe", pictures[0])).embedding, both.embedding)
+    text = model.get_query_bundle("red shoe")
+    assert text.image_path is None
+    assert close(text.embedding, model.get_query_embedding("red shoe"))
+    picture = model.get_query_bundle(image=pictures[0].read_bytes())
+    assert (picture.query_str, picture.image_path) == ("", None)
+    assert close(picture.embedding, model.get_image_embedding(pictures[0]))
+
+
+@pytest.mark.parametrize("text", [None, "", "  \n"])
+def test_a_query_of_nothing_is_refused(model: VisualizedBGEEmbedding, text: str | None) -> None:
+    """Our choice."""
+    with pytest.raises(QueryError, match="give a text, a picture, or both"):
+        model.get_query_bundle(text)
+
+
+def test_an_existing_index_answers_a_composed_query(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """LlamaIndex's own in-memory index and retriever, which know nothing of pictures."""
+    vectors = model.get_composed_embedding_batch(TEXTS, pictures)
+    nodes = [TextNode(text=path.name, embedding=vector) for path, vector in zip(pictures, vectors, strict=True)]
+    retriever = VectorStoreIndex(nodes, embed_model=model).as_retriever(similarity_top_k=1)
+    for text, path in zip(TEXTS, pictures, strict=True):
+        (found,) = retriever.retrieve(model.get_query_bundle(text, path))
+        assert found.text == path.name
+        assert found.score == pytest.approx(1.0, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ transformation
+
+
+def test_nodes_get_the_vector_of_what_they_are(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Pictures by their pixels in every form LlamaIndex has for them, text by its text."""
+    path = pictures[0]
+    data = path.read_bytes()
+    picture_nodes = [
+        ImageNode(image_path=str(path)),
+        ImageNode(image_path=str(path), text="red shoe"),
+        ImageDocument(image_path=str(path)),
+        ImageDocument(image=data),
+        Node(image_resource=MediaResource(path=path)),
+        Node(image_resource=MediaResource(data=data)),
+        Document(image_resource=MediaResource(path=path), text="red"),
+    ]
+    text_nodes = [
+        TextNode(text="red shoe"),
+        Document(text="red shoe"),
+        Node(text_resource=MediaResource(text="red shoe")),
+    ]
+    nodes = list(model([*picture_nodes, *text_nodes]))
+    expected = model.get_image_embedding(path)
+    assert all(close(node.embedding, expected) for node in nodes[:7])
+    assert all(close(node.embedding, model.get_text_embedding("red shoe")) for node in nodes[7:])
+    assert node_image(ImageNode()) is None
+
+
+def test_picture_and_text_are_composed_on_request(folder: Path, pictures: list[Path]) -> None:
+    """Text without metadata that a node hides from embeddings; a node without text stays its picture."""
+    composing = VisualizedBGEEmbedding(folder, device="cpu", compose_nodes=True)
+    nodes = [
+        ImageNode(
+            image_path=str(pictures[0]), text="red shoe", metadata={"id": 7}, excluded_embed_metadata_keys=["id"]
+        ),
+        ImageNode(image_path=str(pictures[0]), metadata={"id": 7}),
+        TextNode(text="red shoe"),
+    ]
+    composing(nodes)
+    assert close(nodes[0].embedding, composing.get_composed_embedding("red shoe", pictures[0]))
+    assert close(nodes[1].embedding, composing.get_image_embedding(pictures[0]))
+    assert close(nodes[2].embedding, composing.get_text_embedding("red shoe"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_cached_pipeline_never_takes_one_picture_for_another(
+    model: VisualizedBGEEmbedding, pictures: list[Path], asynchronous: bool
+) -> None:
+    """LlamaIndex's cache key ignores pixels: without our guard the second run returns the first run's nodes."""
+    pipeline = IngestionPipeline(transformations=[model], cache=IngestionCache())
+
+    def run(*images: bytes) -> list[Any]:
+        nodes = [ImageNode(image=ImageDocument(image=data).image) for data in images]
+        found = asyncio.run(pipeline.arun(nodes=nodes)) if asynchronous else pipeline.run(nodes=nodes)
+        return [node.embedding for node in found]
+
+    data = [path.read_bytes() for path in pictures]
+    expected = [model.get_image_embedding(path) for path in pictures]
+    assert close(run(data[0], data[1]), expected[:2])
+    assert close(run(data[2], data[3]), expected[2:4])
+    assert close(run(data[0], data[1]), expected[:2])
+    assert not close(expected[0], expected[1])
+
+
+def test_a_file_that_changes_gets_a_new_vector_in_a_cached_pipeline(
+    model: VisualizedBGEEmbedding, pictures: list[Path], tmp_path: Path
+) -> None:
+    """The same path, other pixels."""
+    pipeline = IngestionPipeline(transformations=[model], cache=IngestionCache())
+    path = tmp_path / "picture.png"
+    for source in (pictures[0], pictures[1]):
+        path.write_bytes(source.read_bytes())
+        (node,) = pipeline.run(nodes=[ImageNode(image_path=str(path))])
+        assert close(node.embedding, model.get_image_embedding(source))
+
+
+def test_a_pipeline_of_processes_loads_the_model_in_each(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """What crosses to another process is where the model lies, not its weights."""
+    carried = pickle.dumps(model)
+    assert len(carried) < 4000
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        vector = other.submit(model.get_image_embedding, str(pictures[0])).result()
+    assert close(vector, model.get_image_embedding(pictures[0]))
+
+
+def test_to_dict_describes_and_from_dict_restores(folder: Path, tmp_path: Path) -> None:
+    """LlamaIndex's serialisation, policy included; it names weights and dtype, which a pipeline's cache must see."""
+    first = VisualizedBGEEmbedding(folder, device="cpu", dtype="float16", image_policy=ImagePolicy(roots=(tmp_path,)))
+    described = first.to_dict()
+    assert described["model_id"] == first.model_id
+    again = VisualizedBGEEmbedding.from_dict(described)
+    assert (again.model_id, again.image_policy, again.dtype) == (first.model_id, first.image_policy, "float16")
+    assert VisualizedBGEEmbedding.from_json(first.to_json()).model_id == first.model_id
+    assert isinstance(first, MultiModalEmbedding)
+
+
+# -------------------------------------------------------------------------------------------------- events and progress
+
+
+class Heard(BaseEventHandler):
+    @classmethod
+    def class_name(cls) -> str:
+        return "Heard"
+
+    def handle(self, event: Any, **kwargs: Any) -> None:
+        EVENTS.append(event)
+
+
+EVENTS: list[Any] = []
+
+
+class Called(BaseCallbackHandler):
+    def __init__(self) -> None:
+        super().__init__([], [])
+        self.payloads: list[dict[str, Any]] = []
+
+    def on_event_start(self, event_type: Any, payload: Any = None, **kwargs: Any) -> str:
+        return ""
+
+    def on_event_end(self, event_type: Any, payload: Any = None, **kwargs: Any) -> None:
+        if event_type == CBEventType.EMBEDDING:
+            self.payloads.append(payload)
+
+    def start_trace(self, trace_id: str | None = None) -> None: ...
+
+    def end_trace(self, trace_id: str | None = None, trace_map: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_pictures_send_the_events_that_texts_send(folder: Path, pictures: list[Path], asynchronous: bool) -> None:
+    """Instrumentation and callbacks, one start and one end a batch, with names and vectors."""
+    called = Called()
+    model = VisualizedBGEEmbedding(folder, device="cpu", embed_batch_size=4, callback_manager=CallbackManager([called]))
+    root = get_dispatcher()
+    root.add_event_handler(Heard())
+    EVENTS.clear()
+    try:
+        for sync, later, arguments in [
+            (model.get_text_embedding_batch, model.aget_text_embedding_batch, [TEXTS]),
+            (model.get_image_embedding_batch, model.aget_image_embedding_batch, [pictures]),
+            (model.get_composed_embedding_batch, model.aget_composed_embedding_batch, [TEXTS, pictures]),
+        ]:
+            asyncio.run(later(*arguments)) if asynchronous else sync(*arguments)  # type: ignore[operator]
+        model.get_image_embedding(pictures[0])
+    finally:
+        root.event_handlers.pop()
+    ends = [event for event in EVENTS if isinstance(event, EmbeddingEndEvent)]
+    assert len([event for event in EVENTS if isinstance(event, EmbeddingStartEvent)]) == len(ends) == 7
+    assert [len(event.chunks) for event in ends] == [4, 3, 4, 3, 4, 3, 1]
+    assert sorted(ends[2].chunks + ends[3].chunks) == sorted(repr(str(path)) for path in pictures)
+    assert any(chunk.endswith("+ red shoe") for chunk in ends[4].chunks + ends[5].chunks)
+    assert [len(payload[EventPayload.EMBEDDINGS]) for payload in called.payloads] == [4, 3, 4, 3, 4, 3, 1]
+
+
+def test_progress_is_shown_on_request(
+    model: VisualizedBGEEmbedding, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bar that reaches its end; silence otherwise."""
+    model.get_image_embedding_batch(pictures)
+    assert capsys.readouterr().err == ""
+    model.get_image_embedding_batch(pictures, show_progress=True)
+    assert "Embedding pictures: 100%" in capsys.readouterr().err
+    IngestionPipeline(transformations=[model]).run(nodes=[ImageNode(image_path=str(pictures[0]))])
+
+
+# ------------------------------------------------------------------------------------------------------ threads, loops
+
+
+def test_threads_share_one_model_and_get_their_own_answers(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Each answer is checked against the known one."""
+    expected = model.get_composed_embedding_batch(TEXTS, pictures)
+    alone = [model.get_query_embedding(text) for text in TEXTS]
+
+    def ask(number: int) -> bool:
+        row = number % 7
+        if number % 2:
+            return close(model.get_query_embedding(TEXTS[row]), alone[row])
+        return close(model.get_composed_embedding(TEXTS[row], pictures[row]), expected[row])
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(ask, range(140)))
+
+
+def test_async_calls_leave_the_event_loop_free(folder: Path, pictures: list[Path]) -> None:
+    """A ticking task goes on while the model is held up for half a second."""
+    model = VisualizedBGEEmbedding(folder, device="cpu")
+    tower: Any = model.encoder.model.model_visual["visual"]
+    tower.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+
+    async def ticks() -> int:
+        ticked = 0
+
+        async def tick() -> None:
+            nonlocal ticked
+            while True:
+                await asyncio.sleep(0.01)
+                ticked += 1
+
+        ticking = asyncio.create_task(tick())
+        await model.acall([ImageNode(image_path=str(pictures[0]))])
+        ticking.cancel()
+        return ticked
+
+    assert asyncio.run(ticks()) > 10
+
+
+def test_one_model_serves_several_event_loops(model: VisualizedBGEEmbedding) -> None:
+    """Nothing is bound to the first loop."""
+    assert asyncio.run(model.aget_query_embedding("red")) == asyncio.run(model.aget_query_embedding("red"))
+
+
+# --------------------------------------------------------------------------------------------------------------- caches
+
+
+def counted(model: VisualizedBGEEmbedding) -> list[int]:
+    passes: list[int] = []
+    encode = model.encoder.model.bge_encoder
+    encode.register_forward_hook(lambda _, args, __: passes.append(len(args[0])))
+    return passes
+
+
+def test_the_cache_answers_for_equal_content_only(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
+    """By pixels, whatever the file is called; by text; never across texts beside a picture, dtypes or weights."""
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(pictures[0].read_bytes())
+    cache = tmp_path / "cache"
+    first = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=cache)
+    vectors = [
+        first.get_image_embedding(pictures[0]),
+        first.get_composed_embedding("red", pictures[0]),
+        first.get_text_embedding("red"),
+        first.get_image_embedding(pictures[1]),
+    ]
+    again = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=cache)
+    passes = counted(again)
+    assert again.get_image_embedding(copy) == vectors[0]
+    assert again.get_composed_embedding("red", copy) == vectors[1]
+    assert again.get_query_embedding("red") == vectors[2]
+    assert again.embed_images([Image.open(pictures[1])]).tolist() == [vectors[3]]
+    assert passes == []
+    again.get_composed_embedding("blue", copy)
+    assert passes == [1]
+    half = VisualizedBGEEmbedding(folder, device="cpu", dtype="bfloat16", cache_dir=cache)
+    passes = counted(half)
+    half.get_image_embedding(copy)
+    assert passes == [1]
+
+
+def test_only_what_is_not_cached_is_computed_and_each_content_once(
+    folder: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    """A batch of seven with one known and two equal: five go through the model."""
+    model = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=tmp_path)
+    model.get_text_embedding("mug")
+    passes = counted(model)
+    vectors = model.get_text_embedding_batch(TEXTS)
+    assert sum(passes) == 5
+    assert vectors[0] == vectors[5]
+
+
+def test_a_cache_that_is_damaged_never_gives_a_wrong_vector(folder: Path, tmp_path: Path) -> None:
+    """A row cut short is computed again; a file that is no database is refused by name."""
+    model = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=tmp_path)
+    expected = model.get_text_embedding("red")
+    with sqlite3.connect(tmp_path / "vectors.sqlite3") as database:
+        database.execute("UPDATE vectors SET vector = substr(vector, 1, 20)")
+    assert model.get_text_embedding("red") == expected
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "vectors.sqlite3").write_bytes(b"not a database" * 100)
+    with pytest.raises(VectorCacheError, match=r"other/vectors\.sqlite3"):
+        VisualizedBGEEmbedding(folder, device="cpu", cache_dir=tmp_path / "other")
+    with pytest.raises(VectorCacheError, match="cannot be used"):
+        VectorCache(tmp_path / "vectors.sqlite3", 3)
+
+
+def test_threads_share_one_cache(tmp_path: Path) -> None:
+    """Writers and readers at once, through two connections to one file."""
+    caches = [VectorCache(tmp_path, 5), VectorCache(tmp_path, 5)]
+
+    def work(number: int) -> bool:
+        cache = caches[number % 2]
+        key = str(number % 50).encode()
+        cache.put({key: np.full(5, number % 50, dtype=np.float32)})
+        return bool((cache.get([key])[key] == number % 50).all())
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(work, range(400)))
+    assert len(caches[0]) == 50
+    assert len(caches[1].get(str(number).encode() for number in range(2000))) == 50
+    for cache in caches:
+        cache.close()
+
+
+def test_the_embeddings_cache_of_llama_index_is_honoured(folder: Path) -> None:
+    """Its own rules: texts only, by text."""
+    store = SimpleKVStore()
+    model = VisualizedBGEEmbedding(folder, device="cpu", embeddings_cache=store)
+    first = model.get_text_embedding_batch(["red", "blue"])
+    passes = counted(model)
+    assert model.get_text_embedding_batch(["red", "blue"]) == first
+    assert passes == []
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+def test_the_identity_does_not_depend_on_the_place(folder: Path, tmp_path: Path, model: VisualizedBGEEmbedding) -> None:
+    """A folder that is moved is the same model; other weights are not."""
+    parent = tmp_path / "elsewhere"
+    moved = parent / folder.name
+    moved.mkdir(parents=True)
+    for path in folder.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert VisualizedBGEEmbedding(moved, device="cpu").model_id == model.model_id
+    small_model(seed=1).save_pretrained(moved)
+    assert VisualizedBGEEmbedding(moved, device="cpu").model_id != model.model_id
+
+
+def test_a_name_that_leads_nowhere_says_what_works() -> None:
+    """One line."""
+    with pytest.raises(ModelNotFoundError, match=r"'no-such-model'.*'tiny'"):
+        VisualizedBGEEmbedding("no-such-model")
+
+
+def test_batch_sizes_are_checked(folder: Path) -> None:
+    """LlamaIndex's own bounds."""
+    make: Callable[..., Any] = VisualizedBGEEmbedding
+    with pytest.raises(ValueError, match="embed_batch_size"):
+        make(folder, embed_batch_size=0)
