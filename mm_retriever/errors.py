@@ -31,6 +31,8 @@ class MMRetrieverError(Exception):
 class ImageLoadError(MMRetrieverError, ValueError):
     """A picture that cannot or must not be read: the message names the source and the reason."""
 
+    reason: str = ""  # alone, for lists that name the source themselves
+
 
 class CheckpointError(MMRetrieverError, ValueError):
     """Weights that are missing keys, have keys too many, are damaged, or would run code."""

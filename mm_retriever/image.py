@@ -141,7 +141,9 @@ def _errors_name(source: ImageSource) -> Iterator[None]:
     except Exception as error:  # on broken files decoders raise what they like
         reason = str(error) if isinstance(error, ImageLoadError) else _reason(error)
         cause = error.__cause__ if isinstance(error, ImageLoadError) else error
-        raise ImageLoadError(f"cannot load {source_name(source)}: {reason}") from cause
+        refusal = ImageLoadError(f"cannot load {source_name(source)}: {reason}")
+        refusal.reason = reason
+        raise refusal from cause
 
 
 def _reason(error: Exception) -> str:

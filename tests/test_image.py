@@ -422,6 +422,7 @@ def refusal(source: object, **limits: int) -> str:
         load_image(source, policy=ImagePolicy(**limits))  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.startswith("cannot load ")
+    assert message.endswith(f": {caught.value.reason}")
     assert "\n" not in message
     assert len(message) < 700
     return message

@@ -53,8 +53,7 @@ def read_picture(
         image = load_image(data, policy=policy, keep_mode=True)  # the model resizes grey and CMYK in their own mode
         return ReadPicture(digest, image.size, prepare(image))
     except ImageLoadError as error:
-        # without the name of the source, which stands beside the reason in a report
-        return ReadPicture(error=str(error).partition(": ")[2] or str(error))
+        return ReadPicture(error=error.reason or str(error))  # the name of the source stands beside it in a report
     except Exception as error:  # one picture, whatever is wrong with it, must not end the run
         return ReadPicture(error=f"{type(error).__name__}: {error}"[:300])
 
