@@ -254,7 +254,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", list(BOMBS))
 def test_a_file_that_is_all_work_and_no_picture_is_refused_at_once(name: str) -> None:
-    """Truth: Pillow alone takes seconds to minutes of CPU, or gigabytes, over most of these; an honest file a moment."""
+    """Truth: Pillow alone takes seconds to minutes of CPU, or gigabytes, over most of these."""
     data = BOMBS[name]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
