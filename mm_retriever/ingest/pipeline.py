@@ -103,8 +103,8 @@ def ingest_images(
         embed_model: a `VisualizedBGEEmbedding`.
         batch_size: pictures that go through the model together.
         prune: also remove the rows of pictures below the folder that are gone or can no longer be read.
-        sidecar: a JSON or CSV file, or a mapping, with more metadata by path below the folder or by file name. What is
-            stored follows it: rows whose columns changed, or are no longer there, are written again, not embedded again.
+        sidecar: a JSON or CSV file, or a mapping, with more metadata by path below the folder or by file name. The
+            rows follow it: where columns changed or went, a row is written again, not embedded again.
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
         image_policy: what may be read, and how large.

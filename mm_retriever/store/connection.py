@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import grpc
 from pymilvus import MilvusClient
@@ -23,7 +25,9 @@ from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableEr
 
 _SERVER_URI = re.compile(r"(?:https?|tcp)://.+|unix:.+", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(//)[^/@]*@")
-_UNAVAILABLE = (2, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_AWAY = (2, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_RECONNECT = {"grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 1_000}
+"""gRPC would stay away from a server that was down for up to two minutes after it is back."""
 
 
 class Connection:
@@ -52,7 +56,11 @@ class Connection:
             try:
                 with _LITE_FILES.opening:
                     self.client = MilvusClient(
-                        uri=self.lite_path or place, token=token or "", timeout=timeout, dedicated=True
+                        uri=self.lite_path or place,
+                        token=token or "",
+                        timeout=timeout,
+                        dedicated=True,
+                        grpc_options=_RECONNECT,
                     )
             except BaseException:
                 if self.lite_path:
@@ -66,6 +74,22 @@ class Connection:
             self.client.close()
             if self.lite_path:
                 _LITE_FILES.leave(self.lite_path)
+
+    def ask(self, call: Callable[..., Any], **options: Any) -> Any:
+        """Return the answer to one request; a server that is away is asked again until the timeout is over.
+
+        Every request of ours may be sent twice: rows are written and removed by their id.
+        """
+        deadline = time.monotonic() + self.timeout
+        pause = 0.1
+        while True:
+            try:
+                return call(timeout=max(deadline - time.monotonic(), 0.1), **options)
+            except (MilvusException, grpc.RpcError) as error:
+                if not _is_away(error) or time.monotonic() + pause >= deadline:
+                    raise
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
 
     @contextmanager
     def request(self, doing: str) -> Iterator[None]:
@@ -94,8 +118,7 @@ class Connection:
                 f"{self.where} is open in another process, and a Milvus Lite file serves one at a time. "
                 "Close it there, or let both use a Milvus server"
             )
-        code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
-        if isinstance(error, grpc.FutureTimeoutError) or code in _UNAVAILABLE:
+        if _is_away(error):
             return StoreUnavailableError(
                 f"no answer from Milvus at {self.where} within {self.timeout:g} s while {doing}: {_short(error)}"
             )
@@ -120,6 +143,11 @@ def _lite_path(place: str) -> str:
     except OSError as error:
         raise StoreError(f"cannot make the folder of {path}: {error.strerror or error}") from error
     return str(path)
+
+
+def _is_away(error: BaseException) -> bool:
+    code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
+    return isinstance(error, grpc.FutureTimeoutError) or code in _AWAY
 
 
 def _short(error: BaseException) -> str:

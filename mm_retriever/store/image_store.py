@@ -511,7 +511,7 @@ class ImageStore(MilvusVectorStore):
             return self._ask(call, **options)
 
     def _ask(self, call: Callable[..., Any], **options: Any) -> Any:
-        return call(collection_name=self.collection_name, timeout=self._connection.timeout, **options)
+        return self._connection.ask(call, collection_name=self.collection_name, **options)
 
     @property
     def _strong(self) -> dict[str, str]:

@@ -170,7 +170,8 @@ def _without_bytes(node: ImageNode, path: str | None, url: str | None, *, has_by
 def _vector(node: BaseNode, dimension: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     if node.embedding is None:
         raise NodeError(f"{_name(node)} has no embedding; embed it before it is stored")
-    vector = np.asarray(node.embedding, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused below
+        vector = np.asarray(node.embedding, dtype=np.float32)
     if vector.shape != (dimension,):
         raise NodeError(f"{_name(node)}: a vector of {vector.size} numbers; the collection holds {dimension}")
     if not np.isfinite(vector).all():
