@@ -11,7 +11,6 @@ stage.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,12 +257,3 @@ class EvaVisionTower(nn.Module):
         for block in self.blocks:
             hidden_states = block(hidden_states, turns)
         return hidden_states
-
-    def flops(self) -> int:
-        """Floating-point operations of the matrix products for one picture (a multiply-add counts as two)."""
-        config = self.config
-        tokens, width, hidden = 1 + config.patches, config.width, int(config.width * config.mlp_ratio)
-        linear = tokens * (4 * width * width + 3 * width * hidden)
-        attention = 2 * tokens * tokens * width
-        stem = math.prod(self.patch_embed.proj.weight.shape) * config.patches
-        return 2 * (config.layers * (linear + attention) + stem)
