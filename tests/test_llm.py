@@ -7,6 +7,7 @@ import base64
 import io
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from PIL import Image
 from mm_retriever.errors import ImageLoadError, PromptError
 from mm_retriever.image import ImagePolicy
 from mm_retriever.llm import Phi3VisionLLM
+from mm_retriever.models.phi3_vision import Prefix
 from mm_retriever.models.phi3_vision_processor import Slot, Turn
 from tests.phi3_vision_small import SHORT_CONTEXT, small_model, small_processor
 
@@ -335,31 +337,26 @@ def test_llamaindex_sees_every_call_once(pictures: list[Path]) -> None:
 
 def test_half_a_character_is_held_back_until_it_is_whole() -> None:
     """Truth: UTF-8; a byte-fallback vocabulary writes one character in several tokens."""
-    processor = small_processor()
-    word = processor.encode_literal("né漢")
-    llm = make_llm(max_new_tokens=len(word))
+    word = small_processor().encode_literal("né漢")
     wanted = iter(word)
 
     class Spells:
-        """Writes one word, byte by byte."""
+        """A model that writes one word, byte by byte."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(small_model(), name)
 
-        def say(self, prefix: Any) -> Any:
-            logits = torch.zeros(1, 32064)
-            logits[0, next(wanted, 0)] = 1.0
-            object.__setattr__(prefix, "logits", logits)
-            return prefix
+        def say(self, prefix: Prefix) -> Prefix:
+            return replace(prefix, logits=torch.nn.functional.one_hot(torch.tensor([next(wanted)]), 32064).float())
 
-        def prefill(self, *args: Any, **options: Any) -> Any:
+        def prefill(self, *args: Any, **options: Any) -> Prefix:
             return self.say(small_model().prefill(*args, **options))
 
-        def extend(self, *args: Any) -> Any:
+        def extend(self, *args: Any) -> Prefix:
             return self.say(small_model().extend(*args))
 
-    llm._model = Spells()  # type: ignore[assignment]
-    pieces = [piece.delta for piece in llm.stream_complete("What")]
+    llm = make_llm(model=Spells(), max_new_tokens=len(word))
+    pieces = [piece.delta or "" for piece in llm.stream_complete("What")]
     assert "".join(pieces) == "né漢"
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 

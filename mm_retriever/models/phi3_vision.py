@@ -339,13 +339,13 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         words = [self.embed(list(target[:-1]) or [0])[0, : len(target) - 1] for target in targets]
         rows = [torch.cat([prompt, word]) for prompt, word in zip(prompts, words, strict=True)]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        hidden = prefix.logits.new_empty(len(rows), 0, self.config.hidden_size)
+        hidden = padded[:, :0]
         if padded.shape[1]:
             hidden = self._hidden(padded, _fork(prefix.cache, len(rows)), prefix.long_rope)
         scores: list[Tensor] = []
         for row, prompt, target in zip(hidden, prompts, targets, strict=True):
             start = len(prompt) - 1  # the position whose output predicts the target's first token; -1: the prefix's
-            logits = self.lm_head(row[max(start, 0) : start + len(target)].to(self.lm_head.weight.dtype)).float()
+            logits = self.lm_head(row[max(start, 0) : start + len(target)]).float()
             if start < 0:
                 logits = torch.cat([prefix.logits, logits])
             scores.append(logits.log_softmax(-1).gather(1, torch.tensor([target], device=logits.device).T)[:, 0])

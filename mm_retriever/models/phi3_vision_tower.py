@@ -174,9 +174,17 @@ class Phi3VisionEmbeddings(nn.Module):
             raise PromptError(
                 f"{len(pixel_values)} crops for image_sizes {image_sizes.tolist()}, expected {sum(counts)}"
             )
-        patches = torch.cat([self.img_processor(chunk) for chunk in pixel_values.split(CROPS_AT_ONCE)])
-        merged = self._merge(patches)  # (N, g/2, g/2, 4C)
-        rows = [self._lay_out(views, *grid) for views, grid in zip(merged.split(counts), grids, strict=True)]
+        # a picture of one crop is its own global view: looked at once, where the original looks twice
+        seen = [
+            views[:1] if len(views) == 2 and torch.equal(views[0], views[1]) else views
+            for views in pixel_values.split(counts)
+        ]
+        patches = torch.cat([self.img_processor(chunk) for chunk in torch.cat(seen).split(CROPS_AT_ONCE)])
+        merged = self._merge(patches).split([len(views) for views in seen])  # (views, g/2, g/2, 4C) each
+        rows = [
+            self._lay_out(views.expand(count, -1, -1, -1), *grid)
+            for views, count, grid in zip(merged, counts, grids, strict=True)
+        ]
         projected = self.img_projection(torch.cat(rows))
         return list(projected.split([len(row) for row in rows]))
 

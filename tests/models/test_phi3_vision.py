@@ -335,6 +335,24 @@ def test_padding_crops_are_ignored() -> None:
         model.image_features(pictures.pixel_values[:8], pictures.image_sizes)
 
 
+def test_a_picture_of_one_crop_goes_through_the_tower_once() -> None:
+    """Truth: the original runs both views, which are the same pixels."""
+    model, processor = small_model(), small_processor(1)
+    embeddings = model.model.vision_embed_tokens
+    pictures = processor.pictures([picture(50, 40), picture(30, 90)])
+    assert torch.equal(pictures.pixel_values[::2], pictures.pixel_values[1::2])
+    seen: list[int] = []
+    handle = embeddings.img_processor.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    with torch.inference_mode():
+        once = model.image_features(pictures.pixel_values, pictures.image_sizes)
+        nudged = pictures.pixel_values + torch.tensor([0, 1e-7] * 2).view(4, 1, 1, 1)
+        both = model.image_features(nudged, pictures.image_sizes)
+    handle.remove()
+    assert seen == [2, 4]
+    for ours, twice in zip(once, both, strict=True):
+        torch.testing.assert_close(ours, twice, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_a_small_model_may_have_a_conv_stem_one_view_and_ordinary_rope(feature_layer: int) -> None:
     """Truth: our choice, for the bundled model: (side / 2) * (side / 2 + 1) tokens a picture."""

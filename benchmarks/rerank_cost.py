@@ -1,0 +1,245 @@
+"""What reranking nine candidates costs: tokens, seconds per stage, peak memory, for four ways to do it.
+
+    python benchmarks/rerank_cost.py                     # Phi-3 Vision's full size, random weights, bfloat16: 8.3 GB
+    python benchmarks/rerank_cost.py --size small        # the same paths in a minute
+    python benchmarks/rerank_cost.py --flows "single pass" --json cost.json
+
+Speed does not depend on the weights, so they are random. Texts are runs of arbitrary ids of the lengths in `LENGTHS`;
+what the model would write is of fixed length. Only `--steps` words are written by the clock; the others count the same.
+
+published     two calls, nothing shared: caption of the query picture, then the list for the sheet; 16 crops a picture
+generated     the query picture computed once at 4 crops, caption, sheet at 4 crops, list under constraint, reason
+single pass   the sheet (which shows the query picture) once at 4 crops; the order from the first slot; nothing written
+likelihood    the query picture once, wanted description; nine candidates at 1 crop scored on one cached beginning
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+
+from mm_retriever.decoding import TextStream, likelihoods, rank_at_once, rank_by_generation
+from mm_retriever.models.phi3_vision import Phi3Vision, Prefix, processor_for
+from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
+from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig
+
+CANDIDATES = 9
+LENGTHS = {"instruction": 60, "caption": 30, "list request": 60, "list": 28, "wanted": 12, "reason": 40}
+SHORT_FACTORS = [1.05 + 0.04 * i for i in range(48)]
+LONG_FACTORS = [1.03 + 1.35 * i for i in range(48)]
+
+
+@dataclass
+class Stage:
+    """One timed step of a flow."""
+
+    name: str
+    seconds: float
+    prefilled: int = 0
+    generated: int = 0
+
+
+@dataclass
+class Flow:
+    """One way to rerank, stage by stage."""
+
+    name: str
+    stages: list[Stage] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str, *, prefilled: int = 0) -> Iterator[Stage]:
+        """Times what is done inside."""
+        stage = Stage(name, 0.0, prefilled)
+        start = time.perf_counter()
+        yield stage
+        stage.seconds += time.perf_counter() - start
+        self.stages.append(stage)
+
+
+def build(size: str, attention: str) -> tuple[Phi3Vision, Phi3VisionConfig]:
+    """A model of this size with random weights, filled by repeating one block of noise."""
+    rope = {"type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
+    scale = {"max_position_embeddings": 131_072, "original_max_position_embeddings": 4096, "rope_scaling": rope}
+    if size == "small":
+        scale |= {"hidden_size": 384, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 1024}
+        scale["vision_config"] = {"num_hidden_layers": 3, "intermediate_size": 512}
+    config = Phi3VisionConfig(vocab_size=32064, pad_token_id=32000, **scale)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        skeleton = Phi3Vision(config)
+    noise = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    weights = {name: repeat(noise, tensor) for name, tensor in skeleton.state_dict().items()}
+    return Phi3Vision.from_pretrained(None, config=config, state_dict=weights, dtype=torch.bfloat16).eval(), config
+
+
+def repeat(noise: Tensor, like: Tensor) -> Tensor:
+    count = like.numel()
+    return noise.repeat(-(-count // len(noise)))[:count].view(like.shape)
+
+
+def make_processor(config: Phi3VisionConfig, num_crops: int) -> Phi3VisionProcessor:
+    """The real picture side; a vocabulary of control tokens on the word side."""
+    names = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))  # noqa: S106
+    tokenizer.add_special_tokens(names)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return processor_for(config, tokenizer, num_crops=num_crops)
+
+
+def words(name: str) -> list[int]:
+    return [100 + i % 5000 for i in range(LENGTHS[name])]
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+class Bench:
+    """The four flows over one query picture, one sheet of nine candidates, and the nine pictures themselves."""
+
+    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int) -> None:
+        self.model, self.config, self.steps = model, config, steps
+        self.query, self.sheet = picture(300, 300, 0), picture(1200, 900, 1)
+        self.candidates = [picture(300, 300, 2 + i) for i in range(CANDIDATES)]
+        self.labels = [(29871, 29896 + i, 29892) for i in range(CANDIDATES)]
+
+    def features(self, flow: Flow, name: str, images: list[Image.Image], num_crops: int) -> list[Tensor]:
+        """Token embeddings of pictures: crops, then tower."""
+        with flow.stage(f"{name}: crops"):
+            pictures = make_processor(self.config, num_crops).pictures(images)
+        with flow.stage(f"{name}: tower, {len(pictures.pixel_values)} crops"), torch.inference_mode():
+            return self.model.image_features(pictures.pixel_values, pictures.image_sizes)
+
+    def read(self, flow: Flow, name: str, text: str, feature: Tensor | None, prefix: Prefix | None = None) -> Prefix:
+        """A picture and a text, computed from the beginning or behind `prefix`."""
+        ids = ([1] if prefix is None else []) + ([] if feature is None else [-1] * len(feature) + [1]) + words(text)
+        given = [] if feature is None else [feature]
+        with flow.stage(f"{name}: prefill", prefilled=len(ids)):
+            if prefix is None:
+                return self.model.prefill(ids, given, total_length=4096)
+            return self.model.extend(prefix, ids, given)
+
+    def write(self, flow: Flow, name: str, prefix: Prefix) -> Prefix:
+        """`steps` words by the clock, the rest at the same price; all of them are in the prefix afterwards."""
+        count = LENGTHS[name]
+        steps = min(self.steps, count)
+        with flow.stage(f"{name}: write") as stage:
+            stream = TextStream(self.model, prefix, stop_ids=(), max_new_tokens=steps + 1)
+            list(stream)
+        stage.seconds *= count / steps
+        stage.generated = count
+        return self.model.extend(stream.prefix, words(name)[: count - steps] or [100])
+
+    def published(self, flow: Flow) -> None:
+        """Caption call, then list call."""
+        feature = self.features(flow, "query picture", [self.query], 16)[0]
+        self.write(flow, "caption", self.read(flow, "caption call", "instruction", feature))
+        feature = self.features(flow, "sheet", [self.sheet], 16)[0]
+        self.write(flow, "reason", self.write(flow, "list", self.read(flow, "list call", "list request", feature)))
+
+    def generated(self, flow: Flow) -> None:
+        """Caption, list and reason in one conversation."""
+        feature = self.features(flow, "query picture", [self.query], 4)[0]
+        prefix = self.read(flow, "query picture and instruction", "instruction", feature)
+        prefix = self.write(flow, "caption", prefix)
+        feature = self.features(flow, "sheet", [self.sheet], 4)[0]
+        prefix = self.read(flow, "sheet", "list request", feature, prefix)
+        with flow.stage("list under constraint") as stage:
+            ranked = rank_by_generation(self.model, prefix, self.labels)
+            stage.generated = sum(map(len, self.labels))
+        self.write(flow, "reason", self.model.extend(ranked.prefix, ranked.pending))
+
+    def single_pass(self, flow: Flow) -> None:
+        """One look at the sheet."""
+        feature = self.features(flow, "sheet", [self.sheet], 4)[0]
+        prefix = self.read(flow, "sheet and instruction", "list request", feature)
+        with flow.stage("order from the first slot"):
+            rank_at_once(self.model, prefix, self.labels)
+
+    def likelihood(self, flow: Flow) -> None:
+        """How well each candidate explains the wanted description."""
+        feature = self.features(flow, "query picture", [self.query], 4)[0]
+        prefix = self.read(flow, "query picture and instruction", "instruction", feature)
+        self.write(flow, "wanted", self.write(flow, "caption", prefix))
+        features = self.features(flow, "candidates", self.candidates, 1)
+        start = self.read(flow, "candidates' shared beginning", "instruction", None)
+        prompts = [self.model.embed([*[-1] * len(row), 1], [row])[0] for row in features]
+        with flow.stage("nine likelihoods") as stage:
+            likelihoods(self.model, start, prompts, [words("wanted")] * CANDIDATES)
+            stage.prefilled = sum(len(prompt) + LENGTHS["wanted"] - 1 for prompt in prompts)
+
+
+FLOWS = {
+    "published": Bench.published,
+    "generated": Bench.generated,
+    "single pass": Bench.single_pass,
+    "likelihood": Bench.likelihood,
+}
+
+
+def peak_gigabytes() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def show(console: Console, flow: Flow, peak: float) -> None:
+    table = Table(title=f"{flow.name}: peak memory so far {peak:.1f} GB")
+    for column in ("stage", "tokens prefilled", "tokens written", "seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in flow.stages:
+        table.add_row(stage.name, str(stage.prefilled or ""), str(stage.generated or ""), f"{stage.seconds:.2f}")
+    totals = [sum(getattr(stage, name) for stage in flow.stages) for name in ("prefilled", "generated", "seconds")]
+    table.add_section()
+    table.add_row("all", str(totals[0]), str(totals[1]), f"{totals[2]:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["full", "small"], default="full")
+    parser.add_argument("--flows", nargs="+", choices=list(FLOWS), default=list(FLOWS))
+    parser.add_argument("--steps", type=int, default=8, help="words of each text written by the clock")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    start = time.perf_counter()
+    model, config = build(arguments.size, arguments.attention)
+    model.to(arguments.device)
+    console.print(f"{arguments.size} size, {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters, "
+                  f"bfloat16, {arguments.threads} threads, ready in {time.perf_counter() - start:.0f} s")  # fmt: skip
+    bench = Bench(model, config, arguments.steps)
+    bench.single_pass(Flow("warm up"))
+    report = []
+    for name in arguments.flows:
+        flow = Flow(name)
+        FLOWS[name](bench, flow)
+        show(console, flow, peak_gigabytes())
+        report.append(asdict(flow) | {"peak_gigabytes": peak_gigabytes()})
+    if arguments.json:
+        machine = {"processor": platform.processor(), "threads": arguments.threads, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"machine": machine, "size": arguments.size, "flows": report}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
