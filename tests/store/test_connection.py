@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +12,10 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
 from mm_retriever.store import open_store
+from tests.processes import ends, free_port, lite_server, python
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 QUERY = VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], similarity_top_k=5)
-ROOT = Path(__file__).parents[2]
 
 HOLD = """
 import sys, time
@@ -32,22 +27,8 @@ time.sleep(60)
 """
 
 
-def python(*arguments: object, **options) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, **options
-    )
-
-
 def node(id_: str, **metadata) -> ImageNode:
     return ImageNode(id_=id_, image_path=f"/{id_}.png", metadata=metadata, embedding=[1.0, 0.0, 0.0])
-
-
-def ends(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
-    process.send_signal(how)
-    process.wait(30)
-    if process.stdout:
-        process.stdout.close()
 
 
 # ------------------------------------------------------------------------------------------ places
@@ -118,11 +99,6 @@ def silent_port():
         yield server.getsockname()[1]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.mark.parametrize("kind", ["nobody there", "no answer"])
 def test_a_server_that_does_not_answer_is_an_error_within_the_timeout(kind, silent_port, capfd):
     port = free_port() if kind == "nobody there" else silent_port
@@ -135,21 +111,6 @@ def test_a_server_that_does_not_answer_is_an_error_within_the_timeout(kind, sile
     assert "hidden" not in str(caught.value)
     assert f"127.0.0.1:{port}" in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err
-
-
-def lite_server(folder: Path, port: int) -> subprocess.Popen[str]:
-    """Milvus Lite behind a port of its own: a server that can be killed and come back."""
-    arguments = ("server", "--host", "127.0.0.1", "--port", port, "--data-dir", folder)
-    process = python("-m", "milvus_lite", *arguments, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return process
-        except OSError:  # noqa: PERF203
-            time.sleep(0.1)
-    ends(process)
-    raise AssertionError("the server did not start")
 
 
 @pytest.mark.slow
