@@ -95,7 +95,7 @@ def locate(name_or_path: str | os.PathLike[str], *, family: Family, revision: st
         return replace(files, name=name)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix in TORCH_SUFFIXES:
         raise ModelNotFoundError(f"{name!r} does not exist; {_choices(family)}")
-    beside = ["config.json", "tokenizer.json", "model-*-of-*.safetensors"]
+    beside = ["config.json", "preprocessor_config.json", "tokenizer.json", "model-*-of-*.safetensors"]
     folder = _download(name, [SAFETENSORS, SAFETENSORS_INDEX], beside=beside, revision=revision, family=family)
     return _in_folder(folder, name)
 
