@@ -1,0 +1,45 @@
+"""Picture search for a model that talks: what it may ask for and name, and what it gets to see, whatever the host.
+
+LlamaIndex's tools, LangChain's and MCP's are thin layers over `ImageSearch`, whose answers are plain dataclasses. The
+arguments come from a language model, which repeats what strangers wrote: paths are read only inside given folders, URLs
+only where a policy allows it, filters go through the store's safe translation, and everything that goes out is bounded.
+Knows nothing of agents. In this order:
+
+- `arguments.py`: what a model says to what is meant; the descriptions that it reads.
+- `results.py`: answers, as text on single lines, pictures and JSON.
+- `conversation.py`: what one conversation can refer to: its attachments and its earlier results.
+- `image_search.py`: `ImageSearch`, on the three above.
+"""
+
+from mm_retriever.search_tools.arguments import (
+    ChangeArgument,
+    FiltersArgument,
+    ImageArgument,
+    QuestionArgument,
+    ResultArgument,
+    TextArgument,
+    TopKArgument,
+    read_filters,
+)
+from mm_retriever.search_tools.conversation import Conversation
+from mm_retriever.search_tools.image_search import ImageSearch, Progress
+from mm_retriever.search_tools.results import FoundPicture, Original, PictureDescription, SearchLimits, SearchResult
+
+__all__ = [
+    "ChangeArgument",
+    "Conversation",
+    "FiltersArgument",
+    "FoundPicture",
+    "ImageArgument",
+    "ImageSearch",
+    "Original",
+    "PictureDescription",
+    "Progress",
+    "QuestionArgument",
+    "ResultArgument",
+    "SearchLimits",
+    "SearchResult",
+    "TextArgument",
+    "TopKArgument",
+    "read_filters",
+]

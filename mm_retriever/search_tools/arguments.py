@@ -1,0 +1,180 @@
+"""What a language model gives as arguments, to what it means: filters, numbers of results, texts.
+
+Owns the descriptions of the arguments that every host shows to its model. Models send numbers as text, JSON inside
+strings and a mapping where a list is asked for: what can be meant in one way only is taken, the rest is refused with an
+error that shows what to write. Knows nothing of stores and conversations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias
+
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+from pydantic import Field
+
+from mm_retriever.errors import FilterError, QueryError
+
+TextArgument: TypeAlias = Annotated[
+    str | None,
+    Field(description="What to look for; beside an image: what should be different, or what is wanted with it."),
+]
+ImageArgument: TypeAlias = Annotated[
+    str | None,
+    Field(
+        description='The picture to start from: the name of an attachment, "result 3" of the last search, '
+        '"result 3 of search 1", the id of an indexed picture, a data: URI, or a path in an allowed folder.'
+    ),
+]
+ResultArgument: TypeAlias = Annotated[
+    str,
+    Field(description='Which picture: "result 3" of the last search, "result 3 of search 1", an id, an attachment.'),
+]
+ChangeArgument: TypeAlias = Annotated[
+    str | None,
+    Field(description='What should be different, like "in red" or "as a mug"; nothing: simply more like it.'),
+]
+QuestionArgument: TypeAlias = Annotated[
+    str | None, Field(description="What to find out about the picture; nothing: a general description.")
+]
+FiltersArgument: TypeAlias = Annotated[
+    list[dict[str, Any]] | None,
+    Field(
+        description='Conditions that every result must meet, as [{"key": "label", "operator": "==", "value": "mug"}]. '
+        "Operators: ==, !=, >, >=, <, <=, in, nin, contains, text_match, is_empty."
+    ),
+]
+TopKArgument: TypeAlias = Annotated[int | None, Field(description="How many results.")]
+
+_FORM = '[{"key": "label", "operator": "==", "value": "mug"}]'
+_ALIASES = {"=": "==", "eq": "==", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "not in": "nin"}
+_MAX_CONDITIONS = 64
+_MAX_DEPTH = 4
+_RESULT = re.compile(
+    r"(?:(?:result|picture|image|number|no\.?|nr\.?)\s*)?#?\s*(?P<rank>\d{1,4})"
+    r"(?:\s*(?:of|from|in)\s*search\s*#?\s*(?P<search>\d{1,6}))?",
+    re.IGNORECASE,
+)
+
+
+def read_result_number(text: str) -> tuple[int, int | None] | None:
+    """Return rank and search of "result 3", "#3", "3" or "result 3 of search 1"; None for any other text."""
+    match = _RESULT.fullmatch(text.strip())
+    if match is None:
+        return None
+    return int(match["rank"]), int(match["search"]) if match["search"] else None
+
+
+def read_count(value: object, *, default: int, most: int) -> int:
+    """Return a number of results; no number means the default, and more than the most means the most.
+
+    Raises:
+        QueryError: not a whole number of 1 or more.
+    """
+    if value is None or value == "":
+        return default
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value.strip()[:9])
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise QueryError(f"top_k {_shown(value)}: give a whole number from 1 to {most}")
+    return min(value, most)
+
+
+def read_text(value: object, name: str, *, most: int) -> str:
+    """Return a text without white space round it, "" for none.
+
+    Raises:
+        QueryError: not a text, or longer than `most` characters.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise QueryError(f"{name} {_shown(value)}: give text")
+    if len(value) > most:
+        raise QueryError(f"{name}: {len(value)} characters, at most {most} are taken")
+    return value.encode("utf-8", "replace").decode().strip()  # half surrogate pairs become question marks
+
+
+def read_filters(value: object) -> MetadataFilters | None:
+    """Return the filters that a model gave as JSON; None for none.
+
+    Taken are a list of conditions, all of which must hold; one condition; ``{"label": "mug", "year": 2020}``;
+    ``{"condition": "or", "filters": [...]}``, also inside a list; and any of them as a JSON text.
+
+    Raises:
+        FilterError: anything else; the message shows the form.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise FilterError(f"filters {_shown(value)}: not JSON ({error}); give {_FORM}") from None
+    if value is None or value in ({}, []):
+        return None
+    budget = [_MAX_CONDITIONS]
+    read = _read(value, budget, depth=1)
+    return read if isinstance(read, MetadataFilters) else MetadataFilters(filters=[read])
+
+
+def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | MetadataFilters:
+    if depth > _MAX_DEPTH:
+        raise FilterError(f"filters nested more than {_MAX_DEPTH} deep")
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise FilterError(f"more than {_MAX_CONDITIONS} conditions in one filter")
+    if isinstance(value, list | tuple):
+        return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in value])
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
+        raise FilterError(f"filters {_shown(value)}: give a list of conditions, {_FORM}")
+    if "filters" in value:
+        return _group(value, budget, depth)
+    if "key" in value and not value.keys() - {"key", "operator", "value"}:
+        return _condition(value)
+    if "operator" in value:
+        raise FilterError(f"filters {_shown(value)}: a condition has key, operator and value, {_FORM}")
+    return MetadataFilters(
+        filters=[_condition({"key": key, "operator": "==", "value": one}) for key, one in value.items()]
+    )
+
+
+def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataFilters:
+    inside = value["filters"]
+    if value.keys() - {"condition", "filters"} or not isinstance(inside, list | tuple):
+        raise FilterError(f'filters {_shown(value)}: a group is {{"condition": "or", "filters": [...]}}')
+    try:
+        condition = FilterCondition(str(value.get("condition") or "and").lower())
+    except ValueError:
+        raise FilterError(f"condition {_shown(value['condition'])}: give and, or, not") from None
+    return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in inside], condition=condition)
+
+
+def _condition(value: Mapping[str, Any]) -> MetadataFilter:
+    key, wanted = value["key"], value.get("value")
+    if not isinstance(key, str):
+        raise FilterError(f"key {_shown(key)}: give the name of a metadata column")
+    name = str(value.get("operator") or ("in" if isinstance(wanted, list) else "==")).strip().lower()
+    try:
+        operator = FilterOperator(_ALIASES.get(name, name))
+    except ValueError:
+        known = ", ".join(one.value for one in FilterOperator)
+        raise FilterError(f"operator {_shown(value['operator'])} of {key[:60]!r}: give one of {known}") from None
+    if isinstance(wanted, bool):  # stored as 1 or 0
+        wanted = int(wanted)
+    flat = wanted if isinstance(wanted, list) else [wanted]
+    if not all(one is None or isinstance(one, str | int | float) for one in flat):
+        raise FilterError(f"value {_shown(wanted)} of {key[:60]!r}: give text, a number, or a list of them")
+    try:
+        return MetadataFilter(key=key, operator=operator, value=wanted)
+    except ValueError:  # pydantic: a list of mixed types
+        raise FilterError(f"value {_shown(wanted)} of {key[:60]!r}: a list holds texts or numbers, not both") from None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,138 @@
+"""What one conversation can refer to: the pictures attached to it, and the results of its searches.
+
+Owns their names and how many are kept. One object per conversation, never shared between two: "result 3" means the
+third of the last search of this one. Knows nothing of stores and models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llama_index.core.schema import BaseNode
+from PIL import Image
+
+from mm_retriever.errors import QueryError
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, read_image_bytes
+from mm_retriever.search_tools.arguments import read_result_number
+
+MAX_ATTACHMENTS = 64
+MAX_ATTACHED_BYTES = 256 * 2**20
+MAX_SEARCHES = 32
+_LONGEST_NAME = 200
+_LATEST = frozenset({"attachment", "the attachment", "attached picture", "attached image", "attached photo"})
+
+
+@dataclass(frozen=True)
+class AttachedPicture:
+    """A picture that the host attached: the bytes of its file."""
+
+    name: str
+    data: bytes = field(repr=False)
+    digest: str
+
+
+class Conversation:
+    """The attachments and results of one conversation; may be used by several threads at once.
+
+    The oldest attachments and searches are forgotten when there are very many.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._attachments: OrderedDict[str, AttachedPicture] = OrderedDict()
+        self._searches: OrderedDict[int, tuple[BaseNode, ...]] = OrderedDict()
+        self._count = 0
+
+    def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
+        """Let the model refer to a picture by a name, and return the name. Another of that name is replaced.
+
+        The host calls this, so a path is read from anywhere unless `policy` says otherwise. The picture is read now:
+        the file may be gone afterwards.
+
+        Raises:
+            QueryError: a name that could be taken for something else ("result 3", a number, a URL) or is too long.
+            ImageLoadError: the picture cannot or must not be read.
+        """
+        name = _checked_name(name)
+        if isinstance(picture, Image.Image):
+            written = io.BytesIO()
+            load_image(picture, policy=policy).save(written, "PNG")
+            data = written.getvalue()
+        else:
+            data = read_image_bytes(picture, policy=policy)
+            load_image(data, policy=policy)  # refused now, by its host, rather than later, by a tool
+        attached = AttachedPicture(name, data, hashlib.sha256(data).hexdigest())
+        with self._turn:
+            self._attachments.pop(name.casefold(), None)
+            self._attachments[name.casefold()] = attached
+            while len(self._attachments) > 1 and self._is_full():
+                self._attachments.popitem(last=False)
+        return name
+
+    @property
+    def attachments(self) -> tuple[str, ...]:
+        """The names of the attachments, the latest last."""
+        with self._turn:
+            return tuple(attached.name for attached in self._attachments.values())
+
+    def attachment(self, name: str) -> AttachedPicture | None:
+        """The attachment of that name, in capitals or not; None if there is none."""
+        with self._turn:
+            return self._attachments.get(name.strip().casefold())
+
+    def latest(self, text: str) -> AttachedPicture | None:
+        """The attachment that came last, if the text says no more than "attachment"; else None."""
+        with self._turn:
+            if text.strip().casefold() not in _LATEST or not self._attachments:
+                return None
+            return next(reversed(self._attachments.values()))
+
+    def remember(self, nodes: Sequence[BaseNode]) -> int:
+        """Keep what a search found, best first, and return the number of the search."""
+        with self._turn:
+            self._count += 1
+            self._searches[self._count] = tuple(nodes)
+            while len(self._searches) > MAX_SEARCHES:
+                self._searches.popitem(last=False)
+            return self._count
+
+    def result(self, rank: int, search: int | None = None) -> BaseNode:
+        """The node of a result of the last search that found anything, or of the search of that number.
+
+        Raises:
+            QueryError: there was no such search, or it has no such result.
+        """
+        with self._turn:
+            if search is None:
+                search = next((number for number in reversed(self._searches) if self._searches[number]), None)
+            found = self._searches.get(search) if search is not None else None
+            known = list(self._searches)
+        if found is None and search is None:
+            raise QueryError(f"there is no result {rank}: nothing was found yet in this conversation; search first")
+        if found is None:
+            raise QueryError(
+                f"there is no search {search}; searches {known[0]} to {known[-1]} are known"
+                if known
+                else f"there is no search {search}: nothing was searched yet in this conversation"
+            )
+        if not 1 <= rank <= len(found):
+            raise QueryError(f"there is no result {rank}: search {search} found {len(found)}, numbered from 1")
+        return found[rank - 1]
+
+    def _is_full(self) -> bool:
+        size = sum(len(attached.data) for attached in self._attachments.values())
+        return len(self._attachments) > MAX_ATTACHMENTS or size > MAX_ATTACHED_BYTES
+
+
+def _checked_name(name: object) -> str:
+    if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise QueryError(f"attachment name {str(name)[:60]!r}: give up to {_LONGEST_NAME} printable characters")
+    name = name.strip()
+    if read_result_number(name) is not None or name[:5].lower() == "data:" or "://" in name:
+        raise QueryError(f"attachment name {name!r} could be taken for a result, a data URI or a URL; choose another")
+    return name
