@@ -583,3 +583,19 @@ def test_batch_sizes_are_checked(folder: Path) -> None:
     make: Callable[..., Any] = VisualizedBGEEmbedding
     with pytest.raises(ValueError, match="embed_batch_size"):
         make(folder, embed_batch_size=0)
+
+
+# --------------------------------------------------------------------------------------------------- the bundled model
+
+
+def test_the_bundled_model_needs_no_network(pictures: list[Path]) -> None:
+    """"tiny" by name: the same class and loading code as the real one."""
+    tiny = VisualizedBGEEmbedding("tiny", device="cpu")
+    assert tiny.model_id.startswith("tiny@")
+    composed = tiny.get_composed_embedding_batch(["phone case with this"] * 2, pictures[:2])
+    assert np.asarray(composed).shape == (2, tiny.dimension)
+    assert not close(composed[0], composed[1])
+    assert close(composed[0], tiny.get_composed_embedding("phone case with this", pictures[0]))
+    half = VisualizedBGEEmbedding("tiny", device="cpu", dtype="bfloat16")
+    cosine = np.asarray(half.get_composed_embedding_batch(["phone case with this"] * 2, pictures[:2])) * composed
+    assert cosine.sum(1).min() > 0.99
