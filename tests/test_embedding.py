@@ -589,7 +589,7 @@ def test_batch_sizes_are_checked(folder: Path) -> None:
 
 
 def test_the_bundled_model_needs_no_network(pictures: list[Path]) -> None:
-    """"tiny" by name: the same class and loading code as the real one."""
+    """By its name: the same class and loading code as the real one."""
     tiny = VisualizedBGEEmbedding("tiny", device="cpu")
     assert tiny.model_id.startswith("tiny@")
     composed = tiny.get_composed_embedding_batch(["phone case with this"] * 2, pictures[:2])
