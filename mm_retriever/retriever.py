@@ -9,12 +9,12 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle
-from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery
+from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
 
 from mm_retriever.errors import ImageLoadError, QueryError, StoreMismatchError
 from mm_retriever.image import DEFAULT_POLICY, ImageSource, read_image_bytes
@@ -59,6 +59,8 @@ class ComposedRetriever(BaseRetriever):
         top_k: how many results, 1 to 16384.
         filters: only what matches these.
         min_score: only what scores at least this.
+        mode: "default" searches by vector; "hybrid" also by the words of the query, in a store opened with `hybrid`.
+            `score` is then the sum of 1 / (60 + rank) over both rankings.
         exclude_query_image: leave out the query picture itself, by its path and by its contents wherever copies of it
             lie: a composed query otherwise finds it first. The places it frees go to the next results.
         callback_manager: as LlamaIndex knows it.
@@ -76,6 +78,7 @@ class ComposedRetriever(BaseRetriever):
         top_k: int = 9,
         filters: MetadataFilters | None = None,
         min_score: float | None = None,
+        mode: Literal["default", "hybrid"] = "default",
         exclude_query_image: bool = False,
         callback_manager: CallbackManager | None = None,
     ) -> None:
@@ -83,6 +86,12 @@ class ComposedRetriever(BaseRetriever):
             raise QueryError(f"top_k {top_k!r}: give a whole number from 1 to {MAX_TOP_K}")
         if min_score is not None and min_score != min_score:
             raise QueryError("min_score is NaN: give a number, usually from -1 to 1")
+        if mode not in ("default", "hybrid"):
+            raise QueryError(f"mode {mode!r} is not one of 'default', 'hybrid'")
+        if mode == "hybrid" and not store.hybrid:
+            raise QueryError("mode 'hybrid' needs a store with an index of words: open_store(..., hybrid=True)")
+        if mode == "hybrid" and min_score is not None:
+            raise QueryError("min_score goes with mode 'default': hybrid scores say ranks, not how near a picture is")
         if store.model_id != embed_model.model_id:
             raise StoreMismatchError(
                 f"the store was opened for {store.model_id!r}, the model given is {embed_model.model_id!r}"
@@ -94,13 +103,14 @@ class ComposedRetriever(BaseRetriever):
         self._top_k = top_k
         self._filters = filters
         self._min_score = min_score
+        self._mode = VectorStoreQueryMode(mode)
         self._exclude_query_image = exclude_query_image
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         vector = self._vector(query_bundle)
         if self._exclude_query_image and query_bundle.image_path:
-            return self._others(vector, query_bundle.image_path)
-        return list(self._search(vector, self._top_k))
+            return self._others(query_bundle, vector, query_bundle.image_path)
+        return list(self._search(query_bundle, vector, self._top_k))
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
@@ -119,20 +129,26 @@ class ComposedRetriever(BaseRetriever):
             return self._embed_model.get_query_embedding(text)
         raise QueryError("nothing to search for: give a text, QueryBundle(query_str, image_path=...), or both")
 
-    def _search(self, vector: list[float], top_k: int) -> Iterator[NodeWithScore]:
+    def _search(self, query: QueryBundle, vector: list[float], top_k: int) -> Iterator[NodeWithScore]:
         found = self._store.query(
-            VectorStoreQuery(query_embedding=vector, similarity_top_k=top_k, filters=self._filters)
+            VectorStoreQuery(
+                query_str=query.query_str,
+                query_embedding=vector,
+                similarity_top_k=top_k,
+                filters=self._filters,
+                mode=self._mode,
+            )
         )
         for node, score in zip(found.nodes or (), found.similarities or (), strict=True):
             if self._min_score is None or score >= self._min_score:
                 yield NodeWithScore(node=node, score=score)
 
-    def _others(self, vector: list[float], image: str) -> list[NodeWithScore]:
+    def _others(self, query: QueryBundle, vector: list[float], image: str) -> list[NodeWithScore]:
         """The nearest that are not the query picture; more are fetched for as long as copies of it take up places."""
         places, digest = _identity(image, getattr(self._embed_model, "image_policy", DEFAULT_POLICY))
         limit = min(self._top_k + 1, MAX_TOP_K)
         while True:
-            found = list(self._search(vector, limit))
+            found = list(self._search(query, vector, limit))
             others = [one for one in found if not _is_picture(one.node, places, digest)]
             if len(others) >= self._top_k or len(found) < limit or limit == MAX_TOP_K:
                 return others[: self._top_k]

@@ -25,6 +25,7 @@ Relationships: TypeAlias = dict[NodeRelationship, RelatedNodeType]
 Source: TypeAlias = str | os.PathLike[str] | Iterable[Entry]
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
+_BINARY = re.compile(r"\A%PDF-|[\x00-\x08\x0e-\x1a]")  # no text has these characters
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _guarded(entry: object, skip: Skip, root: str | None = None) -> Iterator[Ite
 
 
 def _path_item(path: str, *, root: str | None) -> Item:
-    absolute = _absolute(path)
+    absolute = _absolute(path) if root is None else path  # a walk starts from the real folder and follows no links
     id_ = path_id(absolute)  # first: it refuses names that are no Unicode
     posix = Path(absolute)
     if root is None:
@@ -173,7 +174,7 @@ def _node_item(node: BaseNode) -> Item:
     An id that someone chose is kept. The random one that LlamaIndex gives is replaced, or every run would store the
     same document anew.
     """
-    plain = storable_node(node)
+    plain = _read_as_text(storable_node(node))
     text = plain.get_content()
     given = None if _is_random(node.node_id) else node.node_id
     if isinstance(plain, ImageNode) and (plain.image_path or plain.image_url):
@@ -189,6 +190,23 @@ def _node_item(node: BaseNode) -> Item:
     if isinstance(node, Document):
         relationships.setdefault(NodeRelationship.SOURCE, RelatedNodeInfo(node_id=id_))
     return replace(place, id=id_, text=text, metadata=dict(node.metadata), relationships=relationships)
+
+
+def _read_as_text(node: BaseNode) -> BaseNode:
+    """The picture whose bytes a node has for text: `SimpleDirectoryReader` without readers for files decodes anything.
+
+    Raises:
+        NodeError: the bytes are no picture's.
+    """
+    if isinstance(node, ImageNode) or not _BINARY.search(node.get_content()):
+        return node
+    path = str(node.metadata.get("file_path") or "")
+    if not is_image_path(path):
+        raise NodeError(
+            f"its text is the bytes of a file ({path or 'of no known name'}): read that with a reader for its format, "
+            'SimpleDirectoryReader(..., file_extractor={".pdf": ...}), or pip install llama-index-readers-file'
+        )
+    return ImageNode(id_=node.node_id, image_path=path, metadata=node.metadata)
 
 
 def _is_random(node_id: str) -> bool:

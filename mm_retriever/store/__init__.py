@@ -1,12 +1,14 @@
 """Pictures and their vectors in Milvus: a local file, a server or Zilliz Cloud.
 
 Owns every request that this package sends to Milvus. Knows nothing of models beyond a name and a dimension, and nothing
-of picture files. One row goes through its files in this order:
+of picture files. Its files:
 
 - `rows.py`: a LlamaIndex node to a row, and back; what may be stored.
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
+- `words.py`: what hybrid search indexes beside the vectors.
 - `connection.py`: where Milvus is, who else has it open, and what its failures mean.
 - `image_store.py`: `open_store` and `ImageStore`, on the three above.
+- `description.py`: what a store holds, for people.
 """
 
 from mm_retriever.store.description import describe_store

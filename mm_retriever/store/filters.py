@@ -31,6 +31,8 @@ ID_FIELD = "id"
 DOC_ID_FIELD = "doc_id"
 TEXT_FIELD = "text"
 VECTOR_FIELD = "embedding"
+WORDS_FIELD = "_words"
+SPARSE_FIELD = "_sparse"
 CONTENT_FIELD = "_node_content"
 TYPE_FIELD = "_node_type"
 
@@ -41,7 +43,9 @@ OWN_TEXT_COLUMNS = {
     "ref_doc_id": DOC_ID_FIELD,
     TEXT_FIELD: TEXT_FIELD,
 }
-RESERVED_KEYS = frozenset({*OWN_TEXT_COLUMNS, VECTOR_FIELD, CONTENT_FIELD, TYPE_FIELD, "_seq", "_partition"})
+RESERVED_KEYS = frozenset(
+    {*OWN_TEXT_COLUMNS, VECTOR_FIELD, WORDS_FIELD, SPARSE_FIELD, CONTENT_FIELD, TYPE_FIELD, "_seq", "_partition"}
+)
 
 MAX_DEPTH = 16
 MAX_CONDITIONS = 4096

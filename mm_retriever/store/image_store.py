@@ -27,7 +27,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 from llama_index.vector_stores.milvus import MilvusVectorStore
-from pymilvus import DataType
+from pymilvus import AnnSearchRequest, DataType, RRFRanker
 from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import FilterError, QueryError, StoreError, StoreMismatchError
@@ -43,6 +43,7 @@ from mm_retriever.store.filters import (
     quoted,
 )
 from mm_retriever.store.rows import MAX_TEXT_BYTES, NODE_FIELDS, node_to_row, row_to_node
+from mm_retriever.store.words import SparseEmbedding, WordIndex, new_word_index, word_index_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ _WRITE_ROWS = 256
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
 _MODEL_PROPERTY = "mm_retriever.model"
+_SPARSE_PROPERTY = "mm_retriever.sparse_model"
+_FUSED_ROWS = 128
+"""Each half of a hybrid search looks at least so deep: what one ranks first, the other may rank far below top_k."""
+_RRF_K = 60
 _UNUSED_FIELDS = (
     "index_config",
     "search_config",
@@ -67,6 +72,8 @@ _UNUSED_FIELDS = (
     "scalar_field_names",
     "scalar_field_types",
 )
+_WORD_MODES = (VectorStoreQueryMode.HYBRID, VectorStoreQueryMode.TEXT_SEARCH, VectorStoreQueryMode.SPARSE)
+_MODES = (VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.MMR, *_WORD_MODES)
 _MMR_OPTIONS = ("mmr_threshold", "mmr_prefetch_factor", "mmr_prefetch_k")
 _COLLECTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
@@ -97,6 +104,7 @@ def open_store(
     metric: str = "IP",
     timeout: float = 30.0,
     overwrite: bool = False,
+    hybrid: bool | SparseEmbedding = False,
 ) -> ImageStore:
     """Return a store that is ready to be written and searched; the collection is made if it is not there.
 
@@ -110,9 +118,13 @@ def open_store(
         metric: "IP" or "COSINE"; the same thing for the unit vectors of `VisualizedBGEEmbedding`.
         timeout: seconds for connecting, and for each request.
         overwrite: drop an existing collection of that name, with all its rows, first.
+        hybrid: True also indexes the words of each node (its text, and the texts in its metadata) by BM25, for hybrid
+            search; a sparse model (`BGEM3SparseEmbedding`) does it by learned weights. A BM25 index that is there is
+            kept up either way. A server must be Milvus 2.5 or later.
 
     Raises:
-        StoreMismatchError: the collection holds vectors of another model, dimension, metric or index.
+        StoreMismatchError: the collection holds vectors of another model, dimension, metric or index, or no index of
+            words where one is asked for.
         StoreLockedError: another process has the Milvus Lite file open.
         StoreUnavailableError: the server does not answer within the timeout.
     """
@@ -126,6 +138,7 @@ def open_store(
         metric=metric,
         timeout=timeout,
         overwrite=overwrite,
+        hybrid=hybrid,
     )
 
 
@@ -139,6 +152,7 @@ class ImageStore(MilvusVectorStore):
     _connection: Connection = PrivateAttr()
     _model_id: str = PrivateAttr()
     _index_type: str = PrivateAttr(default="FLAT")
+    _words: WordIndex | None = PrivateAttr(default=None)
     _last_delete: float = PrivateAttr(default=-_STRONG_AFTER_DELETE_SECONDS)
 
     def __init__(
@@ -153,6 +167,7 @@ class ImageStore(MilvusVectorStore):
         metric: str = "IP",
         timeout: float = 30.0,
         overwrite: bool = False,
+        hybrid: bool | SparseEmbedding = False,
     ) -> None:
         index, metric = _check_options(collection, dimension, index, metric)
         connection = Connection(uri, token=token, timeout=timeout)
@@ -178,7 +193,7 @@ class ImageStore(MilvusVectorStore):
         self._milvusclient = connection.client
         self._async_milvusclient = None
         try:
-            self._prepare(index, overwrite=overwrite)
+            self._prepare(index, hybrid, overwrite=overwrite)
         except BaseException:
             self.close()
             raise
@@ -192,6 +207,11 @@ class ImageStore(MilvusVectorStore):
     def model_id(self) -> str:
         """The model whose vectors are in the collection."""
         return self._model_id
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether the collection has an index of words, so that it takes the query modes that need one."""
+        return self._words is not None
 
     def close(self) -> None:
         """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
@@ -207,7 +227,7 @@ class ImageStore(MilvusVectorStore):
 
     # ------------------------------------------------------------------------------------------ the collection
 
-    def _prepare(self, index: str, *, overwrite: bool) -> None:
+    def _prepare(self, index: str, hybrid: bool | SparseEmbedding, *, overwrite: bool) -> None:
         """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
         with self._connection.write_lock, self._connection.request("opening the collection"):
             exists = self._ask(self.client.has_collection)
@@ -215,11 +235,13 @@ class ImageStore(MilvusVectorStore):
                 self._ask(self.client.drop_collection)
                 exists = False
             if exists:
-                self._check()
+                self._check(hybrid)
             else:
+                self._words = new_word_index(hybrid)
                 self._create()
             if not self._ask(self.client.list_indexes, field_name=VECTOR_FIELD):
                 self._create_index(index)
+            self._create_words_index()
             self._check_index(index)
             self._ask(self.client.load_collection)
         self._collection_initialized = True
@@ -227,13 +249,18 @@ class ImageStore(MilvusVectorStore):
     def _create(self) -> None:
         lite = self._connection.lite_path is not None
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
-        identity = "" if lite else json.dumps({_MODEL_PROPERTY: self._model_id})
-        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=True, description=identity)
+        identity = {_MODEL_PROPERTY: self._model_id}
+        if self._words is not None and self._words.model is not None:
+            identity[_SPARSE_PROPERTY] = self._words.model.model_id
+        description = "" if lite else json.dumps(identity)
+        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=True, description=description)
         schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_TEXT_BYTES)
         schema.add_field(DOC_ID_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field(TEXT_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=self._dimension)
-        properties = {"properties": {_MODEL_PROPERTY: self._model_id}} if lite else {}
+        if self._words is not None:
+            self._words.add_to(schema)
+        properties = {"properties": identity} if lite else {}
         self._ask(self.client.create_collection, schema=schema, consistency_level="Session", **properties)
 
     def _create_index(self, index: str) -> None:
@@ -248,7 +275,17 @@ class ImageStore(MilvusVectorStore):
         # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
         self._ask(self.client.create_index, index_params=params, sync=False)
 
-    def _check(self) -> None:
+    def _create_words_index(self) -> None:
+        """Index the words, if the collection has any; again is nothing new."""
+        field = self._words.vector_field if self._words is not None else ""
+        if self._words is not None and not self._ask(self.client.list_indexes, field_name=field):
+            params = self.client.prepare_index_params()
+            params.add_index(
+                field, index_name=field, index_type="SPARSE_INVERTED_INDEX", metric_type=self._words.metric
+            )
+            self._ask(self.client.create_index, index_params=params, sync=False)
+
+    def _check(self, hybrid: bool | SparseEmbedding) -> None:
         description = self._ask(self.client.describe_collection)
         fields = {field["name"]: field for field in description["fields"]}
         missing = {ID_FIELD, DOC_ID_FIELD, TEXT_FIELD, VECTOR_FIELD} - fields.keys()
@@ -258,6 +295,10 @@ class ImageStore(MilvusVectorStore):
         dimension = int(fields[VECTOR_FIELD]["params"]["dim"])
         if dimension != self._dimension:
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self._dimension}")
+        words = word_index_of(description, hybrid, _stored(description, _SPARSE_PROPERTY))
+        if isinstance(words, str):
+            raise self._mismatch(words)
+        self._words = words
         stored = stored_model(description)
         if stored is None:
             logger.warning(
@@ -295,11 +336,16 @@ class ImageStore(MilvusVectorStore):
             NodeError: a node cannot be stored; none was.
         """
         _refuse_options("add", add_kwargs)
-        rows = list({node.node_id: node_to_row(node, self._dimension) for node in nodes}.values())
+        rows = {node.node_id: node_to_row(node, self._dimension) for node in nodes}
         # On Milvus Lite an upsert leaves columns of the old row that the new one lacks; its insert replaces rows whole.
         # On a server an insert leaves the old row there, and an upsert replaces it whole.
         write = self.client.insert if self._connection.lite_path else self.client.upsert
-        for batch in _chunks(rows, self.batch_size):
+        kept = {node.node_id: node for node in nodes}
+        for ids in _chunks(list(rows), self.batch_size):
+            batch = [rows[one] for one in ids]
+            if self._words is not None:
+                words = self._words.columns([kept[one] for one in ids])
+                batch = [{**row, **columns} for row, columns in zip(batch, words, strict=True)]
             with self._connection.write_lock, self._connection.request(f"storing {len(batch)} rows"):
                 self._ask(write, data=batch)
         return [node.node_id for node in nodes]
@@ -349,6 +395,7 @@ class ImageStore(MilvusVectorStore):
             self._ask(self.client.drop_collection)
             self._create()
             self._create_index(self._index_type)
+            self._create_words_index()
             self._ask(self.client.load_collection)
 
     # ------------------------------------------------------------------------------------------ searching
@@ -356,27 +403,40 @@ class ImageStore(MilvusVectorStore):
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Return the nearest nodes, best first; similarities are inner products (-1 to 1 for unit vectors).
 
-        Takes the modes DEFAULT and MMR (options `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`). An empty
-        list of doc_ids matches nothing; an empty list of node_ids is what a VectorStoreIndex sends for no restriction.
+        Takes the modes DEFAULT and MMR (options `mmr_threshold`, `mmr_prefetch_factor`, `mmr_prefetch_k`), and on a
+        store opened with `hybrid`: TEXT_SEARCH or SPARSE (by the words of `query_str` alone; similarities are BM25
+        scores or inner products, above 0), and HYBRID (by vector and by words, joined by reciprocal rank fusion;
+        similarities are sums of 1 / (60 + rank); without words, by vector alone; `hybrid_top_k` and `sparse_top_k` as
+        LlamaIndex knows them). Filters hold for all. An empty list of doc_ids matches nothing; an empty list of
+        node_ids is what a VectorStoreIndex sends for no restriction.
 
         Raises:
             FilterError: a filter that cannot be expressed.
-            QueryError: no vector, a wrong one, or a top_k outside 1 to 16384.
+            QueryError: no vector, a wrong one, a top_k outside 1 to 16384, or a mode that the store does not have.
         """
+        if query.mode not in _MODES:
+            raise QueryError(
+                f"query mode {_mode_name(query.mode)} is not one of {', '.join(mode.value for mode in _MODES)}"
+            )
         mmr = query.mode == VectorStoreQueryMode.MMR
-        if not mmr and query.mode != VectorStoreQueryMode.DEFAULT:
-            raise QueryError(f"query mode {query.mode!r}: this store searches by vector (default, mmr)")
         _refuse_options("query", {key: value for key, value in kwargs.items() if not (mmr and key in _MMR_OPTIONS)})
         if query.embedding_field not in (None, VECTOR_FIELD):
             raise QueryError(f"embedding_field {query.embedding_field!r}: vectors are in {VECTOR_FIELD!r}")
-        vector = self._query_vector(query.query_embedding)
         top_k = _checked_top_k(query.similarity_top_k)
+        words = self._word_index(query.mode) if query.mode in _WORD_MODES else None
+        by_words_alone = words is not None and query.mode != VectorStoreQueryMode.HYBRID
+        vector = [] if by_words_alone else self._query_vector(query.query_embedding)
         expression = _restriction(query)
         if expression is None:
             return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])
         if mmr:
             return self._diverse(query, vector, expression, **kwargs)
-        hits = self._search(vector, expression, top_k, NODE_FIELDS)
+        if words is None:
+            hits = self._search(vector, expression, top_k, NODE_FIELDS)
+        elif by_words_alone:
+            hits = self._word_search(words, query.query_str, expression, top_k)
+        else:
+            hits = self._fused_search(words, query, vector, expression, top_k)
         return VectorStoreQueryResult(
             nodes=[_hit_node(hit) for hit in hits],
             similarities=[float(hit["distance"]) for hit in hits],
@@ -410,9 +470,6 @@ class ImageStore(MilvusVectorStore):
     def _search(
         self, vector: list[float], expression: str, limit: int, names: Sequence[str]
     ) -> list[Mapping[str, Any]]:
-        breadth = {"params": {"ef": min(32_768, max(256, 4 * limit))}} if self._index_type == "HNSW" else {}
-        # A server hides a row from weaker reads only some time after it was deleted; a strong read waits for that.
-        deleted_lately = time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS
         with self._connection.request("searching"):
             found = self._read(
                 self.client.search,
@@ -420,11 +477,68 @@ class ImageStore(MilvusVectorStore):
                 filter=expression,
                 limit=limit,
                 output_fields=list(names),
-                search_params={"metric_type": self.similarity_metric, **breadth},
+                search_params=self._vector_params(limit),
                 anns_field=VECTOR_FIELD,
-                **(self._strong if deleted_lately else {}),
+                **self._strong_after_delete,
             )
         return list(found[0]) if found else []
+
+    def _word_search(self, words: WordIndex, text: str | None, expression: str, limit: int) -> list[Mapping[str, Any]]:
+        asked = words.asked(text)
+        if asked is None:
+            raise QueryError("a search by words without words: set query_str")
+        with self._connection.request("searching words"):
+            found = self._read(
+                self.client.search,
+                data=[asked],
+                filter=expression,
+                limit=limit,
+                output_fields=list(NODE_FIELDS),
+                search_params={"metric_type": words.metric},
+                anns_field=words.vector_field,
+                **self._strong_after_delete,
+            )
+        # Milvus Lite gives BM25 scores below 0, a server above
+        return [{**hit, ID_FIELD: hit[ID_FIELD], "distance": abs(hit["distance"])} for hit in found[0]]
+
+    def _fused_search(
+        self, words: WordIndex, query: VectorStoreQuery, vector: list[float], expression: str, top_k: int
+    ) -> list[Mapping[str, Any]]:
+        """Reciprocal rank fusion of a search by vector and one by words, within the same restriction."""
+        if query.alpha is not None:
+            raise QueryError(
+                f"alpha {query.alpha!r}: the two rankings are joined by rank and have no weights; leave it"
+            )
+        limit = _checked_top_k(query.hybrid_top_k or top_k)
+        depth = min(MAX_TOP_K, max(_FUSED_ROWS, 4 * limit))
+        halves = [AnnSearchRequest([vector], VECTOR_FIELD, self._vector_params(depth), depth, expr=expression)]
+        asked = words.asked(query.query_str)
+        if asked is not None:
+            many = _checked_top_k(query.sparse_top_k or depth)
+            params = {"metric_type": words.metric}
+            halves.append(AnnSearchRequest([asked], words.vector_field, params, many, expr=expression))
+        with self._connection.request("searching vectors and words"):
+            found = self._read(
+                self.client.hybrid_search,
+                reqs=halves,
+                ranker=RRFRanker(_RRF_K),
+                limit=limit,
+                output_fields=list(NODE_FIELDS),
+                **self._strong_after_delete,
+            )
+        return list(found[0]) if found else []
+
+    def _word_index(self, mode: VectorStoreQueryMode) -> WordIndex:
+        if self._words is None:
+            raise QueryError(
+                f"query mode {_mode_name(mode)}: this collection has no index of words and searches by vector only "
+                "(default, mmr); open_store(..., hybrid=True) makes a new one that has it"
+            )
+        return self._words
+
+    def _vector_params(self, limit: int) -> dict[str, Any]:
+        breadth = {"params": {"ef": min(32_768, max(256, 4 * limit))}} if self._index_type == "HNSW" else {}
+        return {"metric_type": self.similarity_metric, **breadth}
 
     def _query_vector(self, embedding: Sequence[float] | None) -> list[float]:
         if embedding is None:
@@ -519,6 +633,12 @@ class ImageStore(MilvusVectorStore):
         return {} if self._connection.lite_path else {"consistency_level": "Strong"}
 
     @property
+    def _strong_after_delete(self) -> dict[str, str]:
+        # A server hides a row from weaker reads only some time after it was deleted; a strong read waits for that.
+        deleted_lately = time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS
+        return self._strong if deleted_lately else {}
+
+    @property
     def _dimension(self) -> int:
         assert self.dim is not None
         return self.dim
@@ -603,13 +723,21 @@ def _all_of(*expressions: str) -> str:
 
 def stored_model(description: Mapping[str, Any]) -> str | None:
     """The model name that `_create` left with the collection."""
+    return _stored(description, _MODEL_PROPERTY)
+
+
+def _stored(description: Mapping[str, Any], name: str) -> str | None:
     properties = description.get("properties") or {}
-    if _MODEL_PROPERTY in properties:
-        return str(properties[_MODEL_PROPERTY])
+    if name in properties:
+        return str(properties[name])
     try:
-        return str(json.loads(description.get("description") or "")[_MODEL_PROPERTY])
+        return str(json.loads(description.get("description") or "")[name])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _mode_name(mode: VectorStoreQueryMode | str) -> str:
+    return repr(mode.value if isinstance(mode, VectorStoreQueryMode) else mode)
 
 
 def _hit_node(hit: Mapping[str, Any]) -> BaseNode:
