@@ -1,0 +1,256 @@
+"""What every reranker of this package shares: LlamaIndex's interface, events, prompts, and what happens on an error.
+
+A subclass says how candidates are ranked; whatever it does, every candidate comes back exactly once before the best
+`top_n` are kept, as a new node, and the caller's nodes stay as they were. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llama_index.core.callbacks import CBEventType, EventPayload
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index_instrumentation import get_dispatcher
+from PIL import Image
+from pydantic import Field, PrivateAttr
+
+from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError
+from mm_retriever.image import ImagePolicy, ImageSource, load_image
+from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
+from mm_retriever.rerank.order import Fusion, best_first, finite, fuse, shares
+
+logger = logging.getLogger(__name__)
+dispatcher = get_dispatcher(__name__)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked: a text, a picture, or both."""
+
+    text: str
+    image: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a reranking cost.
+
+    ``prefilled``: tokens of prompts that were computed; ``generated``: tokens that the model chose; ``passes``: runs of
+    the decoder or calls of the server; ``pictures``: pictures that went through the tower, and ``pictures_kept`` those
+    whose features were still in memory.
+    """
+
+    prefilled: int = 0
+    generated: int = 0
+    passes: int = 0
+    pictures: int = 0
+    pictures_kept: int = 0
+    seconds: float = 0.0
+
+
+class Meter:
+    """Counts what one reranking costs, and knows when its time is up."""
+
+    def __init__(self, budget_s: float | None) -> None:
+        self.prefilled = self.generated = self.passes = self.pictures = self.pictures_kept = 0
+        self._started = time.monotonic()
+        self._budget = budget_s
+
+    def out_of_time(self) -> bool:
+        """Whether the budget is spent."""
+        return self._budget is not None and time.monotonic() - self._started >= self._budget
+
+    def left(self) -> float | None:
+        """Seconds that are left of the budget; None: as many as it takes."""
+        return None if self._budget is None else max(0.0, self._budget - (time.monotonic() - self._started))
+
+    def usage(self) -> Usage:
+        """The figures so far."""
+        seconds = time.monotonic() - self._started
+        return Usage(self.prefilled, self.generated, self.passes, self.pictures, self.pictures_kept, seconds)
+
+
+@dataclass(frozen=True)
+class Reranking:
+    """The result of `rerank`.
+
+    Args:
+        nodes: the best `top_n`, new nodes with facts in their metadata.
+        order: positions of all nodes that were given, best first; always a permutation.
+        caption: what the model sees in the query picture.
+        wanted: what it takes the query to want.
+        repairs: what had to be mended in its answer.
+        usage: what it cost.
+        error: why the order is that of retrieval, with ``on_error="keep_order"``.
+    """
+
+    nodes: list[NodeWithScore]
+    order: tuple[int, ...]
+    caption: str = ""
+    wanted: str = ""
+    repairs: str = ""
+    usage: Usage = field(default_factory=Usage)
+    error: str = ""
+
+
+class VisionRerank(BaseNodePostprocessor):
+    """The part of a reranker that does not depend on the model."""
+
+    model_name: str
+    top_n: int = Field(default=9, ge=1)
+    on_error: Literal["raise", "keep_order"] = "raise"
+    fusion_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    fusion: Fusion = "zscore"
+    time_budget_s: float | None = Field(default=None, gt=0)
+
+    _image_policy: ImagePolicy = PrivateAttr(default_factory=ImagePolicy)
+    _prompts: dict[str, BasePromptTemplate] = PrivateAttr(default_factory=dict)
+    _last_usage: Usage | None = PrivateAttr(default=None)
+
+    @abstractmethod
+    def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
+        """All candidates, at least one, in their new order."""
+
+    @property
+    def last_usage(self) -> Usage | None:
+        """What the reranking that finished last cost; with several threads, read `Reranking.usage` instead."""
+        return self._last_usage
+
+    # ------------------------------------------------------------------ ranking
+
+    def rerank(
+        self,
+        nodes: Sequence[NodeWithScore],
+        query: str | QueryBundle | None = None,
+        *,
+        query_image: ImageSource | None = None,
+    ) -> Reranking:
+        """The nodes in their new order, with what the model said and what it cost.
+
+        Args:
+            nodes: as retrieved, best first; they are not changed.
+            query: a text, or a bundle with a text, an ``image_path``, or both.
+            query_image: the query picture, if it is not at the bundle's ``image_path``.
+
+        Raises:
+            QueryError: neither a text nor a picture.
+            ImageLoadError: the query picture cannot or must not be read.
+            RerankError: no ranking could be obtained; with ``on_error="keep_order"`` the order stays as it is.
+        """
+        bundle = QueryBundle(query) if isinstance(query, str) else query or QueryBundle("")
+        source = bundle.image_path if query_image is None else query_image
+        text = (bundle.query_str or "").strip()
+        if not text and (source is None or source == ""):
+            raise QueryError(
+                "nothing to rerank by: give a text, QueryBundle(query_str, image_path=...), or query_image"
+            )
+        dispatcher.event(
+            ReRankStartEvent(query=bundle, nodes=list(nodes), top_n=self.top_n, model_name=self.model_name)
+        )
+        payload: dict[str, Any] = {
+            EventPayload.NODES: list(nodes),
+            EventPayload.MODEL_NAME: self.model_name,
+            EventPayload.QUERY_STR: text,
+            EventPayload.TOP_K: self.top_n,
+        }
+        with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+            result = self._reranking(list(nodes), text, source)
+            event.on_end(payload={EventPayload.NODES: result.nodes})
+        dispatcher.event(ReRankEndEvent(nodes=result.nodes))
+        self._last_usage = result.usage
+        return result
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        return self.rerank(nodes, query_bundle).nodes
+
+    def _reranking(self, nodes: list[NodeWithScore], text: str, source: ImageSource | None) -> Reranking:
+        if not nodes:
+            return Reranking([], ())
+        meter = Meter(self.time_budget_s)
+        candidates: list[Candidate] = []
+        try:
+            image = load_image(source, policy=self._image_policy) if source is not None and source != "" else None
+            candidates = read_candidates(nodes, self._image_policy)
+            ranking = self._rank(Query(text, image), candidates, meter)
+        except Exception as error:
+            if self.on_error == "raise":
+                if isinstance(error, RerankError | ImageLoadError):
+                    raise
+                raise RerankError(f"{self.model_name!r} gave no ranking: {_one_line(error)}") from error
+            logger.warning("%s gave no ranking, the order stays as retrieved: %s", self.model_name, _one_line(error))
+            return self._kept(nodes, candidates, meter, _one_line(error))
+        return Reranking(
+            nodes=ranked_nodes(candidates, ranking, self.top_n),
+            order=tuple(ranking.order),
+            caption=ranking.caption,
+            wanted=ranking.wanted,
+            repairs=ranking.repairs,
+            usage=meter.usage(),
+        )
+
+    def _kept(self, nodes: list[NodeWithScore], candidates: list[Candidate], meter: Meter, error: str) -> Reranking:
+        """The order of retrieval, with a note."""
+        order = tuple(range(len(nodes)))
+        note = f"not reranked: {error}"
+        ranking = Ranking(order, [node.score for node in nodes], notes=dict.fromkeys(order, note))
+        found = candidates or [Candidate(node) for node in nodes]
+        return Reranking(ranked_nodes(found, ranking, self.top_n), order, usage=meter.usage(), error=error)
+
+    def _settle(
+        self, candidates: Sequence[Candidate], model_scores: Sequence[float | None]
+    ) -> tuple[list[int], list[float | None]]:
+        """Order and final scores: the model's, with the retrieval's if they are to be fused; the missing come last.
+
+        Where the model judged none at all, everything stays as it was retrieved.
+        """
+        missing = [candidate.missing for candidate in candidates]
+        values = [None if value is None else finite(value) for value in model_scores]
+        judged = [i for i, value in enumerate(values) if value is not None and not missing[i]]
+        if not judged:
+            values = [None] * len(candidates)
+            return best_first(values, missing), [candidate.node.score for candidate in candidates]
+        if self.fusion_weight is not None:
+            own = [value for i in judged if (value := values[i]) is not None]
+            fused = fuse(own, [candidates[i].node.score for i in judged], self.fusion_weight, self.fusion)
+            for i, value in zip(judged, fused, strict=True):
+                values[i] = value
+        return best_first(values, missing), list(shares(values, missing))
+
+    # ------------------------------------------------------------------ prompts
+
+    def _say(self, prompt: str, **values: Any) -> str:
+        """A prompt with its blanks filled in; braces inside the values are plain characters."""
+        return self._prompts[prompt].format(**values)
+
+    def _set_prompts(self, defaults: dict[str, str]) -> None:
+        self._prompts = {name: PromptTemplate(text) for name, text in defaults.items()}
+
+    def _get_prompts(self) -> PromptDictType:
+        return dict(self._prompts)
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        unknown = sorted(set(prompts) - set(self._prompts))
+        if unknown:
+            raise QueryError(f"no prompts {unknown}; there are {', '.join(sorted(self._prompts))}")
+        self._prompts |= prompts
+
+
+def without_time(positions: Sequence[int]) -> dict[int, str]:
+    """Notes for candidates that the time budget left unjudged."""
+    return dict.fromkeys(positions, "not judged: the time budget was spent; behind those that were")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, MMRetrieverError) else f"{type(error).__name__}: {text}" if text else repr(error)
