@@ -104,11 +104,15 @@ class Connection:
             raise StoreError(f"the store at {self.where} is closed; open it again")
         records: list[logging.LogRecord] = []
         token = _CAPTURED.set(records)
+        with _COUNTING:
+            _WhileWeAsk.asking += 1
         try:
             yield
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
             raise self._explained(error, doing, records) from error
         finally:
+            with _COUNTING:
+                _WhileWeAsk.asking -= 1
             _CAPTURED.reset(token)
 
     def _explained(self, error: Exception, doing: str, records: Sequence[logging.LogRecord]) -> StoreError:
@@ -182,6 +186,7 @@ class _LiteFiles:
 
 
 _LITE_FILES = _LiteFiles()
+_COUNTING = threading.Lock()
 _CAPTURED: ContextVar[list[logging.LogRecord] | None] = ContextVar("captured", default=None)
 
 
@@ -195,10 +200,16 @@ class _Capture(logging.Filter):
         return records is None
 
 
-for _name in (
-    "pymilvus.decorators",
-    "pymilvus.client.connection_manager",
-    "pymilvus.client.grpc_handler",
-    "milvus_lite.server_manager",
-):
+class _WhileWeAsk(logging.Filter):
+    """Drops what the server inside this process prints about a request that fails: the answer says it too."""
+
+    asking = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return _WhileWeAsk.asking == 0
+
+
+for _name in ("pymilvus.decorators", "pymilvus.client.connection_manager", "pymilvus.client.grpc_handler"):
     logging.getLogger(_name).addFilter(_Capture())
+logging.getLogger("milvus_lite.server_manager").addFilter(_Capture())
+logging.getLogger("milvus_lite.adapter.grpc.servicer").addFilter(_WhileWeAsk())

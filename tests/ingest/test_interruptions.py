@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -85,6 +86,51 @@ def test_many_kills_at_random_moments(folder, tmp_path):
     with open_store(tmp_path / "a.db", model) as store:
         ingest_images(folder, store, model, show_progress=False, prune=True)
         check_whole(store, folder, model)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB; only root may make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+FILL = """
+import sys
+from mm_retriever.errors import StoreError
+from mm_retriever.ingest import ingest_images
+from mm_retriever.store import open_store
+from tests.colour_embedding import ColourEmbedding
+
+model = ColourEmbedding()
+with open_store(sys.argv[2], model) as store:
+    before = store.count()
+    try:
+        ingest_images(sys.argv[1], store, model, show_progress=False)
+    except StoreError as error:
+        print(before, store.count(), error, sep="|")
+"""
+
+
+def test_a_full_disk_is_a_clear_error_and_what_was_stored_stays(folder, small_disk):
+    """Thousands of rows do not fit. The second run finds what the first could store, and says the same."""
+    for number in range(4000):
+        (folder / f"link-{number}.png").symlink_to("000.png")
+    stored = 0
+    for _ in range(2):
+        process = python("-c", FILL, folder, small_disk / "a.db", stderr=subprocess.PIPE)
+        said, printed = process.communicate(timeout=120)
+        before, after, error = said.strip().split("|")
+        assert int(before) == stored
+        stored = int(after)
+        assert stored > 0
+        assert "No space left on device" in error
+        assert "pictures were stored; the same call goes on from there" in error
+        assert "Insert failed" not in printed, "said once, by the error"
 
 
 @pytest.mark.slow
