@@ -313,9 +313,10 @@ def load_visualized_bge(
         ModelNotFoundError: the name leads to no files.
         CheckpointError: the files are damaged, unsafe, or of another model.
     """
+    usable = as_device(device)
     files = locate(name, family="visualized_bge", revision=revision)
     config, state = _read(files)
-    model = _filled(config, state, files, device=torch.device(device or default_device()), dtype=as_dtype(dtype))
+    model = _filled(config, state, files, device=usable, dtype=as_dtype(dtype))
     tokens = _tokenizer(files, config, tokenizer)
     return model, VisualizedBGEProcessor(config, tokens)
 
@@ -359,6 +360,20 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device that can be used here, by name or as it is; by default the fastest."""
+    try:
+        chosen = torch.device(device or default_device())
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for "not here"
+        reason = str(error).strip().splitlines()[0]
+        here = ", ".join(dict.fromkeys(["cpu", default_device()]))
+        raise CheckpointError(
+            f"device {str(device)!r} cannot be used here ({reason}); this machine has {here}"
+        ) from error
+    return chosen
 
 
 def as_dtype(dtype: torch.dtype | str | None, *, default: torch.dtype = torch.float32) -> torch.dtype:

@@ -340,6 +340,14 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
         load_visualized_bge(saved(small_model(), tmp_path), dtype="int8")
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "hpu"])
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path, device: str) -> None:
+    """Our choice: one line, whichever of its errors torch raises."""
+    with pytest.raises(CheckpointError, match=f"device '{device}' cannot be used here") as refused:
+        load_visualized_bge(saved(small_model(), tmp_path), device=device)
+    assert "\n" not in str(refused.value)
+
+
 def test_fingerprints_tell_weights_apart_and_not_formats(tmp_path: Path, official: Path) -> None:
     """Our choice: a collection made with the official file goes on with the converted one."""
     of_file = load_visualized_bge(official, device="cpu")[0].fingerprint
