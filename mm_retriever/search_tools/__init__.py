@@ -22,10 +22,11 @@ from mm_retriever.search_tools.arguments import (
     read_filters,
 )
 from mm_retriever.search_tools.conversation import Conversation
-from mm_retriever.search_tools.image_search import ImageSearch, Progress
+from mm_retriever.search_tools.image_search import ONLY_NAMED, ImageSearch, Progress
 from mm_retriever.search_tools.results import FoundPicture, Original, PictureDescription, SearchLimits, SearchResult
 
 __all__ = [
+    "ONLY_NAMED",
     "ChangeArgument",
     "Conversation",
     "FiltersArgument",

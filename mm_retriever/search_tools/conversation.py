@@ -101,6 +101,13 @@ class Conversation:
                 self._searches.popitem(last=False)
             return self._count
 
+    def has_result(self, rank: int, search: int | None = None) -> bool:
+        """Whether `result` would return one."""
+        try:
+            return self.result(rank, search) is not None
+        except QueryError:
+            return False
+
     def result(self, rank: int, search: int | None = None) -> BaseNode:
         """The node of a result of the last search that found anything, or of the search of that number.
 

@@ -273,7 +273,7 @@ class ImageSearch:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
         found = tuple(self._found(rank, node) for rank, node in enumerate(nodes[:count], 1))
-        number = conversation.remember([node.node for node in nodes[:count]]) if conversation else 1
+        number = conversation.remember([node.node for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [picture.name] if picture else []
         names += [f'"{one_line(words, 300)}"'] if words else []
@@ -344,15 +344,17 @@ class ImageSearch:
         image = image.strip()
         if image[:5].lower() == "data:":
             return "the picture given", None, image, self.image_policy
-        if conversation is not None:
-            if (attached := conversation.attachment(image)) or (attached := conversation.latest(image)):
-                return f"attachment {attached.name!r}", None, attached.data, self.stored_policy
-            if (number := read_result_number(image)) is not None:
-                found = conversation.result(*number)
-                return f"result {number[0]}", found, node_image(found), self.stored_policy
+        number = read_result_number(image)
+        if conversation is not None and (attached := conversation.attachment(image) or conversation.latest(image)):
+            return f"attachment {attached.name!r}", None, attached.data, self.stored_policy
         node = self._stored(image)
+        if conversation is not None and number is not None and (node is None or conversation.has_result(*number)):
+            node = conversation.result(*number)
+            return f"result {number[0]}", node, node_image(node), self.stored_policy
         if node is not None:
             return f"picture {one_line(image, 80)!r}", node, node_image(node), self.stored_policy
+        if conversation is None and number is not None:
+            raise QueryError(f"{one_line(image, 80)!r}: earlier results are not remembered here; give the id of one")
         if "://" not in image and not (is_image_path(image) and self.image_policy.roots != ()):
             raise QueryError(f"no picture is known as {one_line(image, 80)!r}; {_known(conversation)}")
         return one_line(source_name(image), 200), None, image, self.image_policy

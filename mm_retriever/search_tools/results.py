@@ -117,7 +117,7 @@ class SearchResult:
     """What one search found.
 
     Args:
-        number: of the search in its conversation, from 1.
+        number: of the search in its conversation, from 1; 0: nobody remembers it.
         query: what was asked, in words.
         pictures: best first.
         hint: what to do about it, where nothing was found.
@@ -131,11 +131,13 @@ class SearchResult:
     @property
     def heading(self) -> str:
         """The line above the results."""
+        about = f"Search {self.number}" if self.number else "Search"
         if not self.pictures:
-            return f"Search {self.number}: nothing found for {self.query}." + (f" {self.hint}" if self.hint else "")
+            return f"{about}: nothing found for {self.query}." + (f" {self.hint}" if self.hint else "")
         count = len(self.pictures)
         names = '"result 1"' if count == 1 else f'"result 1" to "result {count}"'
-        return f"Search {self.number}: {count} found for {self.query}. Refer to them as {names}."
+        how = f"as {names}, or by id" if self.number else "by id"
+        return f"{about}: {count} found for {self.query}. Refer to them {how}."
 
     @property
     def text(self) -> str:

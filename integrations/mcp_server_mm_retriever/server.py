@@ -1,0 +1,304 @@
+"""`ImageSearch` over the Model Context Protocol: three tools, originals as resources, stdio or streamable HTTP.
+
+Owns what is MCP's: content blocks, resource URIs, progress, sessions, and who may connect over HTTP. Knows nothing of
+stores and models. (No `from __future__ import annotations` here: the tools' types are read at run time.)
+"""
+
+import base64
+import hmac
+import ipaddress
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import uvicorn
+from mcp.server import MCPServer
+from mcp.server.lowlevel.helper_types import ReadResourceContents
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
+from mcp_types import CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent, ToolAnnotations
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mm_retriever import __version__
+from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.image import ImagePolicy
+from mm_retriever.search_tools import (
+    ONLY_NAMED,
+    ChangeArgument,
+    Conversation,
+    FiltersArgument,
+    ImageArgument,
+    ImageSearch,
+    PictureDescription,
+    Progress,
+    QuestionArgument,
+    ResultArgument,
+    SearchLimits,
+    SearchResult,
+    TextArgument,
+    TopKArgument,
+)
+from mm_retriever.store import ImageStore
+from mm_retriever.tools import ImageSearchToolSpec
+
+PICTURES = "picture://indexed/"
+INSTRUCTIONS = (
+    "Searches a collection of pictures by words, by a picture, or by both at once. Results are numbered and have ids; "
+    f"the original file of a result is the resource {PICTURES}ID."
+)
+MAX_SESSIONS = 256
+SEARCHES_AT_ONCE = 4
+SHORTEST_TOKEN = 16
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer", SearchResult, PictureDescription)
+
+
+class ImageSearchServer(MCPServer[Any]):
+    """An MCP server over one `ImageSearch`.
+
+    A client over stdio is one conversation, in which "result 3" means the last search's. Over HTTP so is a session of a
+    client that opens one (protocol versions up to 2025); one that opens none refers to results by their ids.
+
+    Args:
+        search: what is asked.
+        one_client: whether all requests come from one client, as over stdio.
+    """
+
+    def __init__(self, search: ImageSearch, *, one_client: bool) -> None:
+        super().__init__("mm-retriever", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
+        self._search = search
+        self._conversations = _Conversations(one_client)
+        self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
+        looks = ToolAnnotations(
+            read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False
+        )
+        for tool, described in (
+            (self._search_images, ImageSearchToolSpec.search_images),
+            (self._find_similar, ImageSearchToolSpec.find_similar),
+            (self._describe_image, ImageSearchToolSpec.describe_image),
+        ):
+            self.add_tool(
+                tool, name=described.__name__, description=described.__doc__, annotations=looks, structured_output=False
+            )
+        self.resource(PICTURES + "{node_id}", name="picture", mime_type="image/*")(self._original_bytes)
+
+    async def _search_images(
+        self,
+        ctx: Context,
+        text: TextArgument = None,
+        image: ImageArgument = None,
+        filters: FiltersArgument = None,
+        top_k: TopKArgument = None,
+    ) -> CallToolResult:
+        return _result(await self._ask(ctx, self._search.search, text, image, filters, top_k))
+
+    async def _find_similar(
+        self,
+        ctx: Context,
+        result: ResultArgument,
+        change: ChangeArgument = None,
+        filters: FiltersArgument = None,
+        top_k: TopKArgument = None,
+    ) -> CallToolResult:
+        return _result(await self._ask(ctx, self._search.find_similar, result, change, filters, top_k))
+
+    async def _describe_image(
+        self, ctx: Context, image: ResultArgument, question: QuestionArgument = None
+    ) -> CallToolResult:
+        return _result(await self._ask(ctx, self._search.describe, image, question))
+
+    async def _ask(self, ctx: Context, request: Callable[..., Answer], *arguments: object) -> Answer:
+        """Run one request in a thread, telling the client how far it is."""
+        call = partial(request, *arguments, conversation=self._conversations.of(ctx), progress=_progress(ctx))
+        try:
+            return await anyio.to_thread.run_sync(call, limiter=self._turns)
+        except MMRetrieverError as error:
+            raise ToolError(str(error)) from error
+
+    async def read_resource(self, uri: Any, context: Any = None) -> Iterable[ReadResourceContents] | Any:
+        """Return the original of an indexed picture with its own media type, which a template could not give it."""
+        if not str(uri).startswith(PICTURES):
+            return await super().read_resource(uri, context)
+        node_id = unquote(str(uri).removeprefix(PICTURES))
+        try:
+            original = await anyio.to_thread.run_sync(self._search.original, node_id, limiter=self._turns)
+        except QueryError as error:
+            raise ResourceNotFoundError(str(error)) from error
+        except MMRetrieverError as error:
+            raise ResourceError(str(error)) from error
+        return [ReadResourceContents(content=original.data, mime_type=original.media_type)]
+
+    def _original_bytes(self, node_id: str) -> bytes:
+        """The original file of an indexed picture, by the id of a result."""
+        return self._search.original(node_id).data
+
+
+def image_search(
+    store: ImageStore,
+    embed_model: VisualizedBGEEmbedding,
+    *,
+    vision_model: str | None = None,
+    roots: Sequence[Path] | None = None,
+    allow_urls: bool = False,
+    device: str | None = None,
+) -> ImageSearch:
+    """Return the search that the command line serves.
+
+    Args:
+        store: from `open_store`.
+        embed_model: the model that the store was opened for.
+        vision_model: a Phi-3 Vision model that ranks the results and describes pictures; None: neither.
+        roots: folders that pictures may be read from, those of the store and those that a client names. None: those
+            of the store lie where its file says, which a server shared with others is not trusted with.
+        allow_urls: whether a client may name pictures by URL.
+        device: of the vision model.
+    """
+    named = replace(ONLY_NAMED, roots=tuple(roots or ()), allow_urls=allow_urls)
+    shared = not str(store.uri).endswith(".db")
+    stored = ImagePolicy(roots=tuple(roots) if roots else () if shared else None)
+    if shared and not roots:
+        logger.warning("pictures of a shared server are read only inside folders given as roots; there are none")
+    if vision_model is None:
+        return ImageSearch(store, embed_model, image_policy=named, stored_policy=stored)
+    from mm_retriever.llm import Phi3VisionLLM
+    from mm_retriever.rerank import Phi3VisionRerank
+
+    llm = Phi3VisionLLM(vision_model, device=device, image_policy=stored)
+    reranker = Phi3VisionRerank(llm, top_n=SearchLimits().max_top_k, image_policy=stored)
+    return ImageSearch(store, embed_model, rerank=reranker, llm=llm, image_policy=named, stored_policy=stored)
+
+
+def create_server(search: ImageSearch, *, one_client: bool = True) -> ImageSearchServer:
+    """Return a server, to be run by `serve_stdio` or `serve_http`, or in memory by a client of the same process."""
+    return ImageSearchServer(search, one_client=one_client)
+
+
+def serve_stdio(search: ImageSearch) -> None:
+    """Serve one client on stdin and stdout until it closes them; nothing else may write to stdout."""
+    create_server(search, one_client=True).run("stdio")
+
+
+def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None) -> None:
+    """Serve clients on http://HOST:PORT/mcp until interrupted.
+
+    Args:
+        search: what is asked.
+        host: a loopback address, or with a token any.
+        port: 1 to 65535.
+        token: what clients must send as "Authorization: Bearer TOKEN"; at least 16 characters.
+
+    Raises:
+        QueryError: a token is missing or too short.
+    """
+    check_access(host, token)
+    app: ASGIApp = create_server(search, one_client=False).streamable_http_app(host=host)
+    if token:
+        app = RequireToken(app, token)
+    name = f"[{host}]" if ":" in host else host
+    print(f"serving MCP on http://{name}:{port}/mcp", file=sys.stderr)  # noqa: T201 - stdout is not for words
+    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, ws="none")
+
+
+def check_access(host: str, token: str | None) -> None:
+    """Refuse to serve other machines without a token that cannot be guessed.
+
+    Raises:
+        QueryError: says how to make one.
+    """
+    how = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
+    if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
+        raise QueryError(f"the token needs at least {SHORTEST_TOKEN} printable ASCII characters; {how}")
+    if not token and not _is_loopback(host):
+        raise QueryError(f"host {host!r} can be reached by other machines, and needs a token; {how}")
+
+
+class RequireToken:
+    """An ASGI app that answers 401 to whoever does not send the token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        given = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
+        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
+            await self._app(scope, receive, send)
+            return
+        headers = [(b"www-authenticate", b"Bearer"), (b"content-type", b"text/plain"), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class _Conversations:
+    """The conversation that a request is part of, if it is part of one."""
+
+    def __init__(self, one_client: bool) -> None:
+        self._only = Conversation() if one_client else None
+        self._by_session: OrderedDict[str, Conversation] = OrderedDict()
+
+    def of(self, ctx: Context) -> Conversation | None:
+        if self._only is not None:
+            return self._only
+        # only a version with sessions checks the header: later ones pass on whatever a client writes there
+        session = (ctx.headers or {}).get("mcp-session-id")
+        if not session or ctx.protocol_version not in HANDSHAKE_PROTOCOL_VERSIONS:
+            return None
+        conversation = self._by_session.setdefault(session, Conversation())
+        self._by_session.move_to_end(session)
+        while len(self._by_session) > MAX_SESSIONS:
+            self._by_session.popitem(last=False)
+        return conversation
+
+
+def _progress(ctx: Context) -> Progress:
+    def tell(done: int, steps: int, doing: str) -> None:
+        anyio.from_thread.run(ctx.report_progress, done, steps, doing)
+
+    return tell
+
+
+def _result(answer: SearchResult | PictureDescription) -> CallToolResult:
+    """An answer as MCP content: a line for each result, then its thumbnail, then where its original is."""
+    content: list[ContentBlock] = []
+    if isinstance(answer, PictureDescription):
+        content += [TextContent(text=answer.text), *_image(answer.thumbnail)]
+    else:
+        content.append(TextContent(text=answer.heading))
+        for picture in answer.pictures:
+            content += [TextContent(text=picture.line), *_image(picture.thumbnail)]
+            if picture.thumbnail is not None:
+                uri = PICTURES + quote(picture.id, safe="")
+                content.append(ResourceLink(uri=uri, name=f"original of result {picture.rank}"))
+    return CallToolResult(content=content, structured_content=answer.to_dict())
+
+
+def _image(thumbnail: bytes | None) -> list[ContentBlock]:
+    if thumbnail is None:
+        return []
+    return [ImageContent(data=base64.b64encode(thumbnail).decode(), mime_type="image/jpeg")]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

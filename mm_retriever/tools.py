@@ -1,0 +1,231 @@
+"""Image search as tools of a LlamaIndex agent.
+
+Owns how answers of `ImageSearch` become tool outputs: text and pictures side by side, errors that an agent can act on.
+Knows nothing of models and stores. (No `from __future__ import annotations` here: LlamaIndex reads the types.)
+"""
+
+import asyncio
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.agent.react import ReActChatFormatter
+from llama_index.core.agent.react.types import BaseReasoningStep
+from llama_index.core.base.llms.types import ChatMessage, ContentBlock, ImageBlock, TextBlock
+from llama_index.core.tools import BaseTool, FunctionTool, ToolMetadata, ToolOutput
+from llama_index.core.tools.tool_spec.base import BaseToolSpec
+from llama_index.core.tools.utils import create_schema_from_function
+from pydantic import PrivateAttr
+
+from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource
+from mm_retriever.search_tools import (
+    ChangeArgument,
+    Conversation,
+    FiltersArgument,
+    ImageArgument,
+    ImageSearch,
+    PictureDescription,
+    QuestionArgument,
+    ResultArgument,
+    SearchResult,
+    TextArgument,
+    TopKArgument,
+)
+
+logger = logging.getLogger(__name__)
+
+_OUTPUTS_KEPT = 8
+
+
+class ImageSearchToolSpec(BaseToolSpec):
+    """Three tools for one conversation: search_images, find_similar and describe_image.
+
+    Make one for each conversation; that costs nothing, as models and store are in the `ImageSearch` that all share.
+    "result 3" then means this conversation's result, and nobody can name another's attachments.
+
+        search = ImageSearch(store, embed_model)
+        tools = ImageSearchToolSpec(search)
+        tools.attach("photo.jpg", "uploads/photo.jpg")
+        agent = FunctionAgent(tools=tools.to_tool_list(), llm=llm)
+
+    A `FunctionAgent`'s model receives the thumbnails. A `ReActAgent` passes on text only, unless it is given
+    `formatter=tools.react_formatter()`. For a model that takes no pictures: `SearchLimits(thumbnails=0)`.
+
+    Args:
+        search: what is asked.
+        conversation: what its models may refer to; by default a new one.
+    """
+
+    spec_functions = ["search_images", "find_similar", "describe_image"]  # noqa: RUF012 - as LlamaIndex declares it
+
+    def __init__(self, search: ImageSearch, conversation: Conversation | None = None) -> None:
+        self.search = search
+        self.conversation = Conversation() if conversation is None else conversation
+        self._shown: OrderedDict[str, list[ContentBlock]] = OrderedDict()
+
+    def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
+        """Let the model refer to a picture by a name, and return the name; say it in the message to the agent.
+
+        Raises:
+            QueryError: a name that could be taken for something else.
+            ImageLoadError: the picture cannot or must not be read.
+        """
+        return self.conversation.attach(name, picture, policy=policy)
+
+    # ------------------------------------------------------------------------------------------ what a model sees
+
+    def search_images(
+        self,
+        text: TextArgument = None,
+        image: ImageArgument = None,
+        filters: FiltersArgument = None,
+        top_k: TopKArgument = None,
+    ) -> SearchResult:
+        """Find pictures by words, by a picture, or by both.
+
+        With both, the text says what is wanted with the picture: text "phone case with this" and the picture of a
+        leopard find phone cases with leopard print. Results are numbered; later calls can name them, as "result 3".
+        """
+        return self.search.search(text, image, filters, top_k, conversation=self.conversation)
+
+    def find_similar(
+        self,
+        result: ResultArgument,
+        change: ChangeArgument = None,
+        filters: FiltersArgument = None,
+        top_k: TopKArgument = None,
+    ) -> SearchResult:
+        """Find pictures like one that was found or attached before, with a change if there is one.
+
+        "The third one but in red" is result "result 3" and change "in red". The picture itself is left out.
+        """
+        return self.search.find_similar(result, change, filters, top_k, conversation=self.conversation)
+
+    def describe_image(self, image: ResultArgument, question: QuestionArgument = None) -> PictureDescription:
+        """Say what one picture shows and what is known about it, or answer a question about it."""
+        return self.search.describe(image, question, conversation=self.conversation)
+
+    # ------------------------------------------------------------------------------------------ for LlamaIndex
+
+    def to_tool_list(
+        self,
+        spec_functions: list[str | tuple[str, str]] | None = None,
+        func_to_metadata_mapping: dict[str, ToolMetadata] | None = None,
+    ) -> list[FunctionTool]:
+        """Return the tools, for any agent, synchronous or not. An error is an output with `is_error`, never raised."""
+        tools: list[FunctionTool] = []
+        for name in spec_functions or self.spec_functions:
+            name = name if isinstance(name, str) else name[0]
+            tools.append(ImageTool(self, name, (func_to_metadata_mapping or {}).get(name)))
+        return tools
+
+    def react_formatter(self, context: str = "") -> ReActChatFormatter:
+        """Return what puts the thumbnails of this conversation's results before the model of a `ReActAgent`."""
+        formatter = PictureReActFormatter.from_defaults(context=context or None)
+        assert isinstance(formatter, PictureReActFormatter)
+        formatter._tools = self
+        return formatter
+
+    def keep_output(self, output: ToolOutput) -> None:
+        """Remember the pictures of an output by its text, for `react_formatter`."""
+        self._shown[output.content] = output.blocks
+        while len(self._shown) > _OUTPUTS_KEPT:
+            self._shown.popitem(last=False)
+
+    def shown_blocks(self, text: str) -> list[ContentBlock]:
+        """Return the blocks of an earlier output with this text, none if it is forgotten."""
+        return self._shown.get(text, [])
+
+
+class ImageTool(FunctionTool):
+    """One of the tools: an agent gets text and pictures, or an error that says what to do instead."""
+
+    def __init__(self, spec: ImageSearchToolSpec, name: str, metadata: ToolMetadata | None = None) -> None:
+        function = getattr(spec, name)
+        self._spec = spec
+        super().__init__(
+            fn=function,
+            metadata=metadata
+            or ToolMetadata(
+                name=name,
+                description=inspect.cleandoc(function.__doc__ or ""),
+                fn_schema=create_schema_from_function(name, function),
+            ),
+        )
+
+    def call(self, *args: Any, **kwargs: Any) -> ToolOutput:
+        """Return the answer as text and pictures; never raises."""
+        name = self.metadata.get_name()
+        given = {"args": args, "kwargs": kwargs} if args else kwargs
+        try:
+            try:
+                bound = inspect.signature(self.real_fn).bind(*args, **{**self.partial_params, **kwargs})
+            except TypeError as error:
+                names = ", ".join(inspect.signature(self.real_fn).parameters)
+                raise QueryError(f"{error}; {name} takes {names}") from None
+            answer = self.fn(*bound.args, **bound.kwargs)
+        except Exception as error:
+            return ToolOutput(
+                tool_name=name,
+                content=f"Error: {_reason(error)}",
+                raw_input=given,
+                raw_output=_reason(error),
+                is_error=True,
+                exception=error,
+            )
+        output = ToolOutput(tool_name=name, blocks=content_blocks(answer), raw_input=given, raw_output=answer.to_dict())
+        self._spec.keep_output(output)
+        return output
+
+    async def acall(self, *args: Any, **kwargs: Any) -> ToolOutput:
+        """As `call`; the event loop stays free."""
+        return await asyncio.to_thread(self.call, *args, **kwargs)
+
+
+class PictureReActFormatter(ReActChatFormatter):
+    """Puts pictures back into observations, which a `ReActAgent` reduces to their text."""
+
+    _tools: ImageSearchToolSpec | None = PrivateAttr(default=None)
+
+    def format(
+        self,
+        tools: Sequence[BaseTool],
+        chat_history: list[ChatMessage],
+        current_reasoning: list[BaseReasoningStep] | None = None,
+    ) -> list[ChatMessage]:
+        """Return the messages of the superclass; observations of ours have their pictures."""
+        messages = super().format(tools, chat_history, current_reasoning)
+        steps = len(current_reasoning or [])
+        return messages[: len(messages) - steps] + [self._seen(one) for one in messages[len(messages) - steps :]]
+
+    def _seen(self, message: ChatMessage) -> ChatMessage:
+        text = message.content or ""
+        if self._tools is None or not text.startswith("Observation: "):
+            return message
+        blocks = self._tools.shown_blocks(text.removeprefix("Observation: "))
+        return ChatMessage(role=message.role, blocks=[TextBlock(text="Observation: "), *blocks]) if blocks else message
+
+
+def content_blocks(answer: SearchResult | PictureDescription) -> list[ContentBlock]:
+    """Return an answer as blocks: a line of text for each result, its thumbnail right after it."""
+    if isinstance(answer, PictureDescription):
+        return [TextBlock(text=answer.text), *_picture_block(answer.thumbnail)]
+    blocks: list[ContentBlock] = [TextBlock(text=answer.heading)]
+    for picture in answer.pictures:
+        blocks += [TextBlock(text=picture.line), *_picture_block(picture.thumbnail)]
+    return blocks
+
+
+def _picture_block(thumbnail: bytes | None) -> list[ContentBlock]:
+    return [] if thumbnail is None else [ImageBlock(image=thumbnail, image_mimetype="image/jpeg")]
+
+
+def _reason(error: Exception) -> str:
+    """What a model may read about an error: ours say what to do, others might tell about the machine."""
+    if isinstance(error, MMRetrieverError):
+        return " ".join(str(error).split())[:1_000]
+    logger.error("image search failed", exc_info=error)
+    return f"image search failed ({type(error).__name__}); this is no fault of the arguments"
