@@ -1,0 +1,21 @@
+"""Picture search in LangChain: embeddings, a retriever, a document compressor and tools over mm_retriever.
+
+Adapters only: each hands over to the class of mm_retriever that does the work, and gives its answer in LangChain's
+types. The store is mm_retriever's own; langchain-milvus needs another pymilvus.
+"""
+
+from mm_retriever.errors import MissingExtraError
+
+try:
+    import langchain_core  # noqa: F401 - says now, and by name, what is missing
+except ImportError as error:
+    raise MissingExtraError(
+        'LangChain is not installed: pip install "mm-retriever[langchain]" brings what langchain_mm_retriever needs'
+    ) from error
+
+from langchain_mm_retriever.compressor import RerankCompressor
+from langchain_mm_retriever.embeddings import VisualizedBGEEmbeddings
+from langchain_mm_retriever.retriever import ComposedImageRetriever
+from langchain_mm_retriever.tools import image_search_tools
+
+__all__ = ["ComposedImageRetriever", "RerankCompressor", "VisualizedBGEEmbeddings", "image_search_tools"]

@@ -1,0 +1,53 @@
+"""`RerankCompressor`: a LangChain document compressor over any reranker of mm_retriever or LlamaIndex."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import QueryBundle
+from pydantic import ConfigDict
+
+from langchain_mm_retriever.documents import ComposedQuery, read_query, to_document, to_node
+from mm_retriever.image import ImageSource, load_image, thumbnail_data_uri
+
+_QUERY_SIDE = 1344  # pixels that a reranker sees at most
+
+
+class RerankCompressor(BaseDocumentCompressor):
+    """Reranks documents by what their pictures show; the best come first, as many as the reranker keeps.
+
+    The query is a text or `{"text": ..., "image": ...}`, as the retriever takes it, so that both can stand in one
+    `ContextualCompressionRetriever`. Score, reason and notes of the reranker are in the metadata of new documents.
+
+    Args:
+        reranker: `Phi3VisionRerank`, `VisionLLMRerank`, or another node postprocessor of LlamaIndex.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    reranker: BaseNodePostprocessor
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: ComposedQuery, callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """Return the best documents, best first.
+
+        Raises:
+            QueryError: neither a text nor a picture to rank by.
+            RerankError: no ranking could be obtained.
+        """
+        text, image = read_query(query)
+        bundle = QueryBundle(text, image_path=None if image is None else _place(image))
+        nodes = self.reranker.postprocess_nodes([to_node(one) for one in documents], query_bundle=bundle)
+        return [to_document(one) for one in nodes]
+
+
+def _place(image: ImageSource) -> str:
+    """A picture as a bundle names it: its place, or itself as a data URI."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    return thumbnail_data_uri(load_image(image), _QUERY_SIDE)

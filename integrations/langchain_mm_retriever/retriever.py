@@ -1,0 +1,78 @@
+"""`ComposedImageRetriever`: a LangChain retriever over `ComposedRetriever`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import run_in_executor
+from llama_index.core.vector_stores.types import MetadataFilters
+
+from langchain_mm_retriever.documents import ComposedQuery, read_query, to_document
+from langchain_mm_retriever.embeddings import VisualizedBGEEmbeddings
+from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.image import ImageSource
+from mm_retriever.retriever import ComposedRetriever
+from mm_retriever.store import ImageStore
+
+
+class ComposedImageRetriever(BaseRetriever):
+    """Retrieves by text, by picture, or by both at once.
+
+        retriever.invoke("a red mug")
+        retriever.invoke("phone case with this", image="leopard.jpg", k=3)
+        retriever.invoke({"text": "phone case with this", "image": "leopard.jpg"})  # the form for chains
+
+    Documents come best first: `page_content` is the text that is stored with a picture, and the metadata have
+    `image_path` (or `image_url`), `relevance_score` and all that is stored.
+
+    Args:
+        store: from `open_store`.
+        embeddings: the model that the store was opened for.
+        k: how many documents; also an argument of `invoke`.
+        filters: only what matches these; also an argument of `invoke`.
+        min_score: only what scores at least this.
+        mode: "hybrid" searches by the words too, in a store opened with `hybrid`.
+        exclude_query_image: leave out the query picture itself.
+    """
+
+    store: ImageStore
+    embeddings: VisualizedBGEEmbedding | VisualizedBGEEmbeddings
+    k: int = 9
+    filters: MetadataFilters | None = None
+    min_score: float | None = None
+    mode: Literal["default", "hybrid"] = "default"
+    exclude_query_image: bool = False
+
+    def _get_relevant_documents(
+        self,
+        query: ComposedQuery,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        image: ImageSource | None = None,
+        k: int | None = None,
+        filters: MetadataFilters | None = None,
+    ) -> list[Document]:
+        text, picture = read_query(query, image)
+        adapter = self.embeddings
+        model = adapter.embed_model if isinstance(adapter, VisualizedBGEEmbeddings) else adapter
+        retriever = ComposedRetriever(
+            self.store,
+            model,
+            top_k=self.k if k is None else k,
+            filters=self.filters if filters is None else filters,
+            min_score=self.min_score,
+            mode=self.mode,
+            exclude_query_image=self.exclude_query_image,
+        )
+        return [to_document(found) for found in retriever.retrieve(model.get_query_bundle(text, picture))]
+
+    async def _aget_relevant_documents(
+        self, query: ComposedQuery, *, run_manager: Any, **kwargs: Any
+    ) -> list[Document]:
+        """In a thread: what is computed must not hold up the event loop."""
+        return await run_in_executor(
+            None, self._get_relevant_documents, query, run_manager=run_manager.get_sync(), **kwargs
+        )

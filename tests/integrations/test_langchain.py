@@ -1,0 +1,435 @@
+"""The LangChain adapters: LangChain's own standard suites, and what we promise beyond them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from langchain_core.documents import Document
+from langchain_core.embeddings import Embeddings
+from langchain_core.messages import ToolMessage
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_mm_retriever import (
+    ComposedImageRetriever,
+    RerankCompressor,
+    VisualizedBGEEmbeddings,
+    image_search_tools,
+)
+from langchain_tests.integration_tests import (
+    EmbeddingsIntegrationTests,
+    RetrieversIntegrationTests,
+    ToolsIntegrationTests,
+)
+from langchain_tests.unit_tests import EmbeddingsUnitTests, ToolsUnitTests
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
+from PIL import Image
+from pydantic import Field
+
+from mm_retriever import ComposedRetriever, ImageStore, VisualizedBGEEmbedding, ingest_images, open_store
+from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.errors import ImageLoadError, QueryError
+from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCTS = {
+    "hearts": ("mug", "hearts", "red"),
+    "leopard": ("phone case", "leopard", "natural"),
+    "stripes": ("cap", "stripes", "blue"),
+    "dots": ("sock", "polka dots", "green"),
+    "stars": ("tote bag", "stars", "yellow"),
+}
+
+
+@dataclass(frozen=True)
+class Shop:
+    """Five pictures and a text in a real store, and the photo of a leopard."""
+
+    store: ImageStore
+    model: VisualizedBGEEmbedding
+    folder: Path
+    leopard: Path
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("langchain")
+    for name, (kind, pattern, colour) in PRODUCTS.items():
+        draw_product(kind, pattern, colour, 3).save(folder / f"{name}.png")
+    leopard = folder / "leopard.jpeg"
+    model = VisualizedBGEEmbedding("tiny", device="cpu")
+    with open_store(folder / "shop.db", model, hybrid=True) as store:
+        ingest_images(folder, store, model, sidecar={"hearts.png": {"sku": "XK-7"}}, show_progress=False)
+        text = TextNode(id_="care", text="All mugs are made of porcelain and may go into the dishwasher.")
+        ingest_images([text], store, model, show_progress=False)
+        draw_theme("leopard", "natural", 1).save(leopard)
+        yield Shop(store, model, folder, leopard)
+
+
+@pytest.fixture
+def retriever(shop: Shop) -> ComposedImageRetriever:
+    return ComposedImageRetriever(store=shop.store, embeddings=shop.model, k=3)
+
+
+def names(documents: list[Document]) -> list[str]:
+    return [Path(one.metadata["image_path"]).stem if "image_path" in one.metadata else one.id for one in documents]
+
+
+# ------------------------------------------------------------------------------------------ LangChain's own suites
+
+
+class TestEmbeddingsUnit(EmbeddingsUnitTests):
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return VisualizedBGEEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": "tiny", "device": "cpu"}
+
+
+class TestEmbeddingsIntegration(EmbeddingsIntegrationTests):
+    @property
+    def embeddings_class(self) -> type[Embeddings]:
+        return VisualizedBGEEmbeddings
+
+    @property
+    def embedding_model_params(self) -> dict[str, Any]:
+        return {"model": "tiny", "device": "cpu"}
+
+
+class _InShop:
+    shop: ClassVar[Shop]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _open_shop(cls, shop: Shop) -> None:
+        cls.shop = shop
+
+
+class TestRetrieverIntegration(_InShop, RetrieversIntegrationTests):
+    @property
+    def retriever_constructor(self) -> type[BaseRetriever]:
+        return ComposedImageRetriever
+
+    @property
+    def retriever_constructor_params(self) -> dict[str, Any]:
+        return {"store": self.shop.store, "embeddings": self.shop.model}
+
+    @property
+    def retriever_query_example(self) -> str:
+        return "a red mug with hearts"
+
+
+class _SearchTool(_InShop):
+    @property
+    def tool_constructor(self) -> BaseTool:
+        return image_search_tools(ImageSearch(self.shop.store, self.shop.model))[0]
+
+    @property
+    def tool_invoke_params_example(self) -> dict[str, Any]:
+        return {"text": "a red mug with hearts", "top_k": 2}
+
+
+class TestSearchToolUnit(_SearchTool, ToolsUnitTests):
+    pass
+
+
+class TestSearchToolIntegration(_SearchTool, ToolsIntegrationTests):
+    pass
+
+
+class _SimilarTool(_InShop):
+    @property
+    def tool_constructor(self) -> BaseTool:
+        conversation = Conversation()
+        conversation.attach("photo", self.shop.leopard)
+        return image_search_tools(ImageSearch(self.shop.store, self.shop.model), conversation)[1]
+
+    @property
+    def tool_invoke_params_example(self) -> dict[str, Any]:
+        return {"result": "photo", "change": "as a phone case"}
+
+
+class TestSimilarToolUnit(_SimilarTool, ToolsUnitTests):
+    pass
+
+
+class TestSimilarToolIntegration(_SimilarTool, ToolsIntegrationTests):
+    pass
+
+
+class _DescribeTool(_InShop):
+    @property
+    def tool_constructor(self) -> BaseTool:
+        conversation = Conversation()
+        conversation.attach("photo", self.shop.leopard)
+        return image_search_tools(ImageSearch(self.shop.store, self.shop.model), conversation)[2]
+
+    @property
+    def tool_invoke_params_example(self) -> dict[str, Any]:
+        return {"image": "photo"}
+
+
+class TestDescribeToolUnit(_DescribeTool, ToolsUnitTests):
+    pass
+
+
+class TestDescribeToolIntegration(_DescribeTool, ToolsIntegrationTests):
+    pass
+
+
+# ------------------------------------------------------------------------------------------ embeddings
+
+
+def test_embeddings_are_those_of_the_core(shop):
+    """No logic of its own: the same numbers, whether a name or a loaded model is given."""
+    embeddings, again = VisualizedBGEEmbeddings(shop.model), VisualizedBGEEmbeddings("tiny", device="cpu")
+    pictures = [shop.folder / "hearts.png", shop.leopard.read_bytes(), Image.open(shop.leopard)]
+    texts = ["a red mug", "a sock"]
+    assert embeddings.embed_model is shop.model
+    assert embeddings.embed_documents(texts) == shop.model.get_text_embedding_batch(texts)
+    assert embeddings.embed_query("a red mug") == shop.model.get_query_embedding("a red mug")
+    found = embeddings.embed_image(pictures)
+    np.testing.assert_allclose(found, shop.model.get_image_embedding_batch(pictures), atol=1e-6)
+    np.testing.assert_allclose(found[1], found[2], atol=1e-6)
+    np.testing.assert_allclose(again.embed_image(pictures[:1]), found[:1], atol=1e-6)
+    np.testing.assert_allclose(
+        embeddings.embed_composed(["a phone case with this"], [shop.leopard]),
+        [shop.model.get_composed_embedding("a phone case with this", shop.leopard)],
+        atol=1e-6,
+    )
+
+    async def later() -> list[Any]:
+        return [
+            await embeddings.aembed_image(pictures[:1]),
+            await embeddings.aembed_composed(["in red"], [shop.leopard]),
+        ]
+
+    image, composed = asyncio.run(later())
+    np.testing.assert_allclose(image, found[:1], atol=1e-6)
+    assert len(composed[0]) == shop.model.dimension
+
+
+def test_one_picture_in_place_of_a_list_is_refused(shop):
+    """A path is a sequence of letters: that would be thirty unreadable pictures."""
+    with pytest.raises(QueryError, match=r"give a list of pictures, \['photo.jpg'\]"):
+        VisualizedBGEEmbeddings(shop.model).embed_image("photo.jpg")
+    with pytest.raises(ImageLoadError):
+        VisualizedBGEEmbeddings(shop.model).embed_image([shop.folder / "nowhere.png"])
+
+
+# ------------------------------------------------------------------------------------------ the retriever
+
+
+def test_text_picture_and_both_find_what_the_core_finds(shop, retriever):
+    leopard = shop.leopard
+    assert names(retriever.invoke("a red mug with hearts"))[0] == "hearts"
+    assert names(retriever.invoke("", image=str(shop.folder / "dots.png")))[0] == "dots"
+    for image in (str(leopard), leopard.read_bytes(), Image.open(leopard)):
+        documents = retriever.invoke("phone case with this", image=image, k=1)
+        assert names(documents) == ["leopard"]
+    assert retriever.invoke({"text": "phone case with this", "image": leopard}, k=1) == documents
+    core = ComposedRetriever(shop.store, shop.model, top_k=3)
+    expected = core.retrieve(QueryBundle("phone case with this", image_path=str(leopard)))
+    found = retriever.invoke("phone case with this", image=leopard)
+    assert [(one.id, one.metadata["relevance_score"]) for one in found] == [
+        (one.node_id, one.score) for one in expected
+    ]
+    assert names(asyncio.run(retriever.ainvoke("phone case with this", image=leopard, k=1))) == ["leopard"]
+
+
+def test_documents_carry_path_score_and_metadata(retriever):
+    (document,) = retriever.invoke("a red mug with hearts", k=1)
+    assert Path(document.metadata["image_path"]).is_file()
+    assert document.metadata["sku"] == "XK-7"
+    assert document.metadata["width"] == 320
+    assert 0 < document.metadata["relevance_score"] <= 1
+    (text,) = retriever.invoke("can mugs go into the dishwasher?", k=1)
+    assert text.page_content.startswith("All mugs are made of porcelain")
+    assert "image_path" not in text.metadata
+
+
+def test_filters_and_options_reach_the_core(shop, retriever):
+    sku = MetadataFilters(filters=[MetadataFilter(key="sku", value="XK-7")])
+    assert names(retriever.invoke("a sock", filters=sku)) == ["hearts"]
+    options = {"store": shop.store, "embeddings": VisualizedBGEEmbeddings(shop.model)}
+    assert names(ComposedImageRetriever(**options, filters=sku).invoke("a sock")) == ["hearts"]
+    assert ComposedImageRetriever(**options, min_score=0.99).invoke("a sock") == []
+    assert names(ComposedImageRetriever(**options, mode="hybrid").invoke("XK-7"))[0] == "hearts"
+    hearts = str(shop.folder / "hearts.png")
+    assert "hearts" not in names(ComposedImageRetriever(**options, exclude_query_image=True).invoke("", image=hearts))
+
+
+@pytest.mark.parametrize(
+    ("query", "arguments", "reason"),
+    [
+        ("", {}, "nothing to search for"),
+        ("x", {"k": 0}, "from 1 to 16384"),
+        ({"text": "x", "picture": "y"}, {}, "give 'text', 'image', or both"),
+        ({"image": "x.png"}, {"image": "y.png"}, "give one of them"),
+    ],
+)
+def test_queries_that_cannot_be_asked_say_why(retriever, query, arguments, reason):
+    with pytest.raises(QueryError, match=reason):
+        retriever.invoke(query, **arguments)
+
+
+def test_the_retriever_works_in_a_chain(shop, retriever):
+    """A chain hands on one value: text and picture together."""
+    chain = RunnablePassthrough() | retriever | RunnableLambda(names)
+    questions = [{"text": "phone case with this", "image": str(shop.leopard)}, {"text": "a red mug with hearts"}]
+    assert [found[0] for found in chain.batch(questions)] == ["leopard", "hearts"]
+
+
+# ------------------------------------------------------------------------------------------ the compressor
+
+
+class RednessRerank(BaseNodePostprocessor):
+    """A real reranker at LlamaIndex's seam: by how red a picture is; keeps two, and what it was asked."""
+
+    asked: list[QueryBundle] = Field(default_factory=list)
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        self.asked.append(query_bundle)
+
+        def redness(node: NodeWithScore) -> float:
+            if not isinstance(node.node, ImageNode):
+                return -1.0
+            red, green, blue = np.asarray(Image.open(node.node.image_path).convert("RGB")).reshape(-1, 3).mean(axis=0)
+            return float(red - (green + blue) / 2) / 255
+
+        ranked = sorted(nodes, key=redness, reverse=True)[:2]
+        return [NodeWithScore(node=node.node, score=redness(node)) for node in ranked]
+
+
+def test_the_compressor_ranks_documents_by_their_pictures(retriever):
+    documents = retriever.invoke("a mug", k=6)
+    before = [one.model_copy(deep=True) for one in documents]
+    found = RerankCompressor(reranker=RednessRerank()).compress_documents(documents, "the reddest")
+    assert names(found)[0] == "hearts"
+    assert len(found) == 2
+    assert found[0].metadata["relevance_score"] > found[1].metadata["relevance_score"]
+    original = next(one for one in before if one.id == found[0].id)
+    assert found[0].metadata | {"relevance_score": 0} == original.metadata | {"relevance_score": 0}
+    assert documents == before
+    later = asyncio.run(RerankCompressor(reranker=RednessRerank()).acompress_documents(documents, "the reddest"))
+    assert later == found
+
+
+def test_the_compressor_passes_the_query_picture_on(shop, retriever):
+    """As ContextualCompressionRetriever calls it: with the retriever's own query. Bytes become a data URI."""
+    reranker = RednessRerank()
+    compressor = RerankCompressor(reranker=reranker)
+    documents = retriever.invoke("a mug")
+    compressor.compress_documents(documents, {"text": "like this", "image": shop.leopard})
+    compressor.compress_documents(documents, {"image": shop.leopard.read_bytes()})
+    assert [(one.query_str, (one.image_path or "")[:5]) for one in reranker.asked[-2:]] == [
+        ("like this", str(shop.leopard)[:5]),
+        ("", "data:"),
+    ]
+
+
+def test_documents_of_other_stores_are_ranked_too(shop):
+    found = RerankCompressor(reranker=RednessRerank()).compress_documents(
+        [
+            Document("words"),
+            Document("", metadata={"image_path": str(shop.folder / "hearts.png"), "nested": {"a": [1]}}),
+        ],
+        "red",
+    )
+    assert [one.page_content for one in found] == ["", "words"]
+    assert found[0].metadata["nested"] == {"a": [1]}
+
+
+# ------------------------------------------------------------------------------------------ the tools
+
+
+def called(tool: BaseTool, **arguments: Any) -> ToolMessage:
+    answer = tool.invoke({"name": tool.name, "args": arguments, "id": "1", "type": "tool_call"})
+    assert isinstance(answer, ToolMessage)
+    return answer
+
+
+def test_a_conversation_with_the_tools_gives_words_and_pictures(shop):
+    """Search, then "the first one, as a sock", then a description: each answer names what the next can refer to."""
+    conversation = Conversation()
+    conversation.attach("photo", shop.leopard)
+    search, similar, describe = image_search_tools(ImageSearch(shop.store, shop.model), conversation)
+    found = called(search, text="phone case with this", image="photo", top_k=2)
+    assert found.status == "success"
+    kinds = [block["type"] for block in found.content]
+    assert kinds[:3] == ["text", "text", "image"]  # the heading; a line for the first result, and its thumbnail
+    assert kinds.count("text") == 3
+    picture = Image.open(io.BytesIO(base64.b64decode(found.content[2]["base64"])))
+    assert found.content[2]["mime_type"] == "image/jpeg"
+    assert max(picture.size) <= SearchLimits().thumbnail_side
+    first = found.artifact["results"][0]
+    assert shop.store.get_nodes([first["id"]])[0].metadata["file_name"] == "leopard.png"
+    assert [block["type"] for block in found.content_blocks] == kinds  # LangChain's standard blocks
+    like = called(similar, result="result 1", change="as a sock")
+    assert first["id"] not in [one["id"] for one in like.artifact["results"]]
+    told = called(describe, image="result 1")
+    assert [block["type"] for block in told.content] == ["text", "image"]
+
+
+def test_a_mistake_of_the_model_comes_back_as_a_message(shop):
+    """An agent's loop goes on; the message says what to do instead."""
+    search, similar, _ = image_search_tools(ImageSearch(shop.store, shop.model))
+    for tool, arguments, reason in [
+        (search, {}, "nothing to search for"),
+        (search, {"text": "x", "top_k": -1}, "from 1 to"),
+        (search, {"text": "x", "filters": [{"key": "a", "operator": "like"}]}, "operator"),
+        (search, {"image": "/etc/passwd"}, ""),
+        (similar, {"result": "result 7"}, "search first"),
+        (similar, {}, "result: Field required"),
+    ]:
+        answer = called(tool, **arguments)
+        assert answer.status == "error", arguments
+        assert reason in str(answer.content)
+        assert "root:" not in str(answer.content)
+
+
+def test_the_schema_tells_a_model_what_the_arguments_mean(shop):
+    for tool in image_search_tools(ImageSearch(shop.store, shop.model)):
+        schema = tool.tool_call_schema.model_json_schema()
+        assert tool.description
+        assert all(field.get("description") for field in schema["properties"].values()), tool.name
+
+
+# ------------------------------------------------------------------------------------------ the package
+
+
+def test_without_langchain_the_error_names_the_extra():
+    """A fresh interpreter in which langchain_core cannot be found."""
+    code = (
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'integrations')!r}]\n"
+        "sys.modules['langchain_core'] = None\n"
+        "try:\n"
+        "    import langchain_mm_retriever\n"
+        "except ImportError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("MissingExtraError")
+    assert 'pip install "mm-retriever[langchain]"' in done.stdout
+
+
+def test_the_core_does_not_know_langchain():
+    """Hosts import us, never the other way."""
+    for path in (ROOT / "mm_retriever").rglob("*.py"):
+        assert "langchain" not in path.read_text(encoding="utf-8").replace("LangChain", ""), path
