@@ -33,9 +33,11 @@ from pymilvus.exceptions import MilvusException
 from mm_retriever.errors import FilterError, QueryError, StoreError, StoreMismatchError
 from mm_retriever.store.connection import Connection
 from mm_retriever.store.filters import (
+    CONTENT_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
     TEXT_FIELD,
+    TYPE_FIELD,
     VECTOR_FIELD,
     filter_expression,
     joined,
@@ -257,6 +259,9 @@ class ImageStore(MilvusVectorStore):
         schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_TEXT_BYTES)
         schema.add_field(DOC_ID_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field(TEXT_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+        # The node has fields of its own: among the metadata it would be parsed for every row that a filter looks at.
+        schema.add_field(CONTENT_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+        schema.add_field(TYPE_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
         schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=self._dimension)
         if self._words is not None:
             self._words.add_to(schema)

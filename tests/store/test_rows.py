@@ -133,7 +133,7 @@ def test_picture_bytes_never_reach_milvus():
         ({"_node_content": "x"}, "column of the store itself"),
         ({"a/b": 1}, "'a/b' is not a key"),
         ({"": 1}, "'' is not a key"),
-        ({"x": "y" * 40_000}, "Milvus takes 65536"),
+        ({"x": "y" * 66_000}, "Milvus takes 65535"),
     ],
 )
 def test_metadata_that_filters_could_not_reach_are_refused(metadata, reason):
