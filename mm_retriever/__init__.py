@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mm_retriever.errors import MMRetrieverError
     from mm_retriever.image import ImagePolicy, load_image
     from mm_retriever.ingest import IngestReport, ingest_images
+    from mm_retriever.llm import Phi3VisionLLM
+    from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.store import ImageStore, open_store
 
@@ -26,6 +28,9 @@ _HOME = {
     "ImageStore": "store",
     "IngestReport": "ingest",
     "MMRetrieverError": "errors",
+    "Phi3VisionLLM": "llm",
+    "Phi3VisionRerank": "rerank",
+    "VisionLLMRerank": "rerank",
     "VisualizedBGEEmbedding": "embedding",
     "before_after": "contact_sheet",
     "contact_sheet": "contact_sheet",
@@ -40,6 +45,9 @@ __all__ = [
     "ImageStore",
     "IngestReport",
     "MMRetrieverError",
+    "Phi3VisionLLM",
+    "Phi3VisionRerank",
+    "VisionLLMRerank",
     "VisualizedBGEEmbedding",
     "before_after",
     "contact_sheet",

@@ -1,4 +1,4 @@
-"""The command line: ``mm-retriever index | search | convert | info | demo``.
+"""The command line: ``mm-retriever index | search | convert | info | demo | mcp``.
 
 Owns options, tables and exit codes; every piece of work is a call into the package, imported inside the command,
 so that ``--help`` answers at once. Errors of the package are one line on stderr and exit code 2.
@@ -12,7 +12,8 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
     from mm_retriever.demo import DemoQuery
     from mm_retriever.embedding import VisualizedBGEEmbedding
     from mm_retriever.report import Hit, SearchReport
+    from mm_retriever.rerank.postprocessor import Reranking, VisionRerank
     from mm_retriever.store import ImageStore
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
+VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
 CONDITION = re.compile(r"(?P<key>[A-Za-z_]\w*)\s*(?P<sign>:=|!=|>=|<=|=|>|<)(?P<value>.*)", re.DOTALL)
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -119,6 +122,13 @@ def search(
     ] = None,
     min_score: Annotated[float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).")] = None,
     exclude_query: Annotated[bool, typer.Option("--exclude-query", help="Leave out the query picture itself.")] = False,
+    rerank: Annotated[bool, typer.Option("--rerank", help="Let a vision model rank the results and say why.")] = False,
+    rerank_model: Annotated[
+        str | None, typer.Option(help="Default: Phi-3.5 Vision; `tiny` if that is the --model.")
+    ] = None,
+    rerank_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server that runs the vision model.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page of the results.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a numbered sheet of the results.")] = None,
@@ -143,8 +153,13 @@ def search(
             min_score=min_score,
             exclude_query_image=exclude_query,
         )
-        nodes = retriever.retrieve(embed_model.get_query_bundle(text, image))
-    found = _report(text, image, nodes)
+        query = embed_model.get_query_bundle(text, image)
+        nodes = retriever.retrieve(query)
+    reranking = None
+    if rerank or rerank_url or rerank_model:
+        reranking = _reranker(model, rerank_model, rerank_url, top_n=top_k).rerank(nodes, query, query_image=image)
+    found = _report(text, image, nodes, reranking=reranking)
+    nodes = nodes if reranking is None else reranking.nodes
     if as_json:
         typer.echo(json.dumps([_row(rank, node) for rank, node in enumerate(nodes, 1)], ensure_ascii=False, indent=2))
     else:
@@ -211,6 +226,10 @@ def demo(
     text: Annotated[str | None, typer.Option(help="With --photos: the text to search with.")] = None,
     image: Annotated[Path | None, typer.Option(help="With --photos: the picture to search with.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: tiny on drawings, BAAI's weights on photographs.")] = None,
+    rerank: Annotated[
+        bool | None, typer.Option("--rerank/--no-rerank", help="Rank again with a vision model. Default: on drawings.")
+    ] = None,
+    rerank_model: Annotated[str | None, typer.Option(help="Default: as in `search`.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -222,9 +241,9 @@ def demo(
         raise QueryError("--photos and --amazon exclude each other: choose one")
     if archive is not None and not amazon:
         raise QueryError(f"{str(archive)!r} is taken only with --amazon; for your own folder use --photos {archive}")
-    embed_model = _embed_model(
-        model or ("tiny" if photos is None and not amazon else REAL_MODEL), device=device, dtype=dtype
-    )
+    drawn = photos is None and not amazon
+    model = model or ("tiny" if drawn else REAL_MODEL)
+    embed_model = _embed_model(model, device=device, dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
     sidecar: Path | None = None
     if amazon:
@@ -241,12 +260,57 @@ def demo(
         written = write_catalogue(out / "catalogue", show_progress=True)
         source, sidecar, db = written.products, written.labels, out / "catalogue.db"
         queries = scenes.catalogue_queries(out / "queries")
-    _run_demo(source, db, queries, embed_model, out, sidecar)
+    reranking = drawn if rerank is None else rerank
+    reranker = _reranker(model, rerank_model, None, top_n=9) if reranking or rerank_model else None
+    _run_demo(source, db, queries, embed_model, out, sidecar=sidecar, reranker=reranker)
     typer.echo(
         "\nYour own photos, with BAAI's weights (downloaded once, 400 MB):\n"
         "  mm-retriever index ~/Pictures --db photos.db\n"
         '  mm-retriever search --db photos.db --text "the same in red" --image shoe.jpg --html results.html'
     )
+
+
+@app.command()
+def mcp(
+    db: Db = "photos.db",
+    model: Model = REAL_MODEL,
+    collection: Collection = "mm_retriever",
+    vision_model: Annotated[
+        str | None, typer.Option(help="A Phi-3 Vision model that ranks results and describes pictures. Default: none.")
+    ] = None,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder that pictures may be read from; repeat for more. Default: only the indexed ones."),
+    ] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let a client name pictures by URL.")] = False,
+    http: Annotated[bool, typer.Option("--http", help="Serve streamable HTTP instead of stdin and stdout.")] = False,
+    host: Annotated[str, typer.Option(help="With --http: other than loopback only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="With --http.")] = 8765,
+    http_token: Annotated[
+        str | None,
+        typer.Option(envvar="MM_RETRIEVER_MCP_TOKEN", help="With --http: what clients must send.", show_envvar=True),
+    ] = None,
+    token: Token = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Serve image search to an MCP client. Needs: pip install "mm-retriever[mcp]"."""
+    from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
+
+    if http:
+        check_access(host, http_token)
+    with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
+        embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision)
+        with _opened(db, embed_model, collection=collection, token=token, must_exist=True) as store:
+            search = image_search(
+                store, embed_model, vision_model=vision_model, roots=root, allow_urls=allow_urls, device=device
+            )
+            if http:
+                serve_http(search, host=host, port=port, token=http_token)
+            else:
+                with redirect_stdout(sys.__stdout__):
+                    serve_stdio(search)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -344,19 +408,50 @@ def _row(rank: int, node: NodeWithScore) -> dict[str, Any]:
     return {"rank": rank, "id": node.node.node_id, "score": node.score, **node.node.metadata}
 
 
-def _report(text: str | None, image: Path | None, nodes: Sequence[NodeWithScore], title: str = "") -> SearchReport:
+def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int) -> VisionRerank:
+    if url is not None:
+        from mm_retriever.rerank import VisionLLMRerank
+
+        return VisionLLMRerank.from_url(url, rerank_model or VISION_MODEL, top_n=top_n)
+    from mm_retriever.rerank import Phi3VisionRerank
+
+    return Phi3VisionRerank(rerank_model or ("tiny" if model == "tiny" else VISION_MODEL), top_n=top_n)
+
+
+def _report(
+    text: str | None,
+    image: Path | None,
+    nodes: Sequence[NodeWithScore],
+    title: str = "",
+    reranking: Reranking | None = None,
+) -> SearchReport:
     from mm_retriever.report import SearchReport
 
-    hits = tuple(_hit(rank, node) for rank, node in enumerate(nodes, 1))
-    return SearchReport(query_text=text or "", query_image=image, hits=hits, title=title)
+    report = SearchReport(query_text=text or "", query_image=image, hits=_hits(nodes), title=title)
+    if reranking is None:
+        return report
+    hits = _hits(reranking.nodes)
+    reason = hits[0].note if hits else ""
+    facts = (("wanted", reranking.wanted),) if reranking.wanted else ()
+    return replace(report, reranked=hits, caption=reranking.caption, reason=reason, facts=facts)
 
 
-def _hit(rank: int, node: NodeWithScore) -> Hit:
+def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:
     from mm_retriever.report import Hit
 
-    facts = node.node.metadata
-    label = facts.get("description") or facts.get("label") or ""
-    return Hit(rank, node.node.node_id, score=node.score, path=str(facts.get("file_path", "")), label=str(label))
+    hits = []
+    for rank, node in enumerate(nodes, 1):
+        facts = node.node.metadata
+        label = str(facts.get("description") or facts.get("label") or "")
+        note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
+        path = str(facts.get("file_path", ""))
+        hits.append(Hit(rank, node.node.node_id, score=node.score, path=path, label=label, note=note))
+    return tuple(hits)
+
+
+def _shown(hit: Hit) -> str:
+    near = os.path.relpath(hit.path) if hit.path else hit.id
+    return hit.path if near.startswith("..") else near
 
 
 def _asked(report: SearchReport) -> str:
@@ -370,14 +465,20 @@ def _print_table(report: SearchReport) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("#", "score", "label", title=Text(_asked(report)), title_justify="left", box=None)
-    table.add_column("file", overflow="fold")
-    for hit in report.hits:
-        table.add_row(
-            str(hit.rank), "" if hit.score is None else f"{hit.score:.3f}", Text(hit.label), Text(hit.path or hit.id)
-        )
     console = Console()
-    console.print(table)
+    for heading, hits in (("", report.hits), ("reranked", report.reranked)):
+        if hits is None:
+            continue
+        table = Table("#", "score", "label", title=Text(heading or _asked(report)), title_justify="left", box=None)
+        table.add_column("file", overflow="fold")
+        for hit in hits:
+            score = "" if hit.score is None else f"{hit.score:.3f}"
+            table.add_row(str(hit.rank), score, Text(hit.label), Text(_shown(hit)))
+        console.print(table)
+    said = (("it sees", report.caption), *report.facts, ("the first because", report.reason))
+    for name, words in said if report.reranked is not None else ():
+        if words:
+            console.print(Text(f"{name}: {words}"))
     if not report.hits:
         console.print("nothing found")
 
@@ -410,7 +511,9 @@ def _run_demo(
     queries: Sequence[DemoQuery],
     embed_model: VisualizedBGEEmbedding,
     out: Path,
+    *,
     sidecar: Path | None,
+    reranker: VisionRerank | None,
 ) -> None:
     from mm_retriever.ingest import ingest_images
     from mm_retriever.report import write_html, write_png
@@ -421,8 +524,10 @@ def _run_demo(
         retriever = ComposedRetriever(store, embed_model, top_k=9)
         reports = []
         for query in queries:
-            nodes = retriever.retrieve(embed_model.get_query_bundle(query.text, query.image))
-            report = _report(query.text, query.image, nodes, query.title)
+            bundle = embed_model.get_query_bundle(query.text, query.image)
+            nodes = retriever.retrieve(bundle)
+            reranking = reranker.rerank(nodes, bundle, query_image=query.image) if reranker else None
+            report = _report(query.text, query.image, nodes, query.title, reranking)
             typer.echo("")
             _print_table(report)
             write_png(out / f"{query.name}.png", report)

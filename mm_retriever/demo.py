@@ -48,13 +48,13 @@ def catalogue_queries(folder: Path) -> list[DemoQuery]:
     folder.mkdir(parents=True, exist_ok=True)
     leopard, umbrella, mug = folder / "leopard.png", folder / "umbrella.png", folder / "mug.png"
     draw_theme("leopard", "natural", seed=90_001, size=320).save(leopard)
-    draw_product("umbrella", "polka dots", "yellow", seed=90_002, size=320).save(umbrella)
+    draw_product("umbrella", "polka dots", "red", seed=90_002, size=320).save(umbrella)
     draw_product("mug", "hearts", "pink", seed=90_003, size=320).save(mug)
     return [
         DemoQuery(name="composed", title="Picture and text", text="phone case with this", image=leopard),
         DemoQuery(name="text", title="Text only", text="a green backpack with stars"),
         DemoQuery(name="picture", title="Picture only", image=umbrella),
-        DemoQuery(name="edit", title="A picture, changed", text="the same in blue", image=mug),
+        DemoQuery(name="edit", title="A picture, changed", text="the same in green", image=mug),
     ]
 
 
