@@ -396,3 +396,35 @@ def test_a_file_that_was_read_as_text_by_mistake_is_skipped_with_the_way_out(tmp
         (skipped,) = report.skipped
         assert "terms.pdf" in skipped.reason
         assert "file_extractor" in skipped.reason
+
+
+# ------------------------------------------------------------------------------------------ the examples
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run_example(source: str, capsys: Any) -> str:
+    exec(compile(source, "example", "exec"), {"__name__": "__main__"})
+    return str(capsys.readouterr().out)
+
+
+def test_five_lines_make_a_plain_llamaindex_app_answer_composed_queries(capsys):
+    """Issue: five lines added. The app as it was runs too, and knows texts only."""
+    source = (EXAMPLES / "02_existing_llamaindex_app.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    new = [line for line in lines if line.endswith("# new")]
+    assert len(new) == 5
+    answered = run_example(source, capsys)
+    assert "shipped on the same day" in answered
+    assert "leopard phone case.png" in answered
+    before = "\n".join(line.replace("# was: ", "") for line in lines if line not in new)
+    answered = run_example(before, capsys)
+    assert "shipped on the same day" in answered
+    assert ".png" not in answered
+
+
+def test_the_mixed_corpus_example_finds_the_article_by_its_number(capsys):
+    answered = run_example((EXAMPLES / "06_mixed_corpus.py").read_text(encoding="utf-8"), capsys)
+    default, hybrid = answered.rsplit("XK-2041\n", 1)[0], answered.splitlines()[-1]
+    assert "mug.png" in default
+    assert "XK-2041" in hybrid
