@@ -215,7 +215,7 @@ class PictureSynthesizer(BaseSynthesizer):
         pictures: dict[int, bytes] = {}
         if not self._answers:
             return [_as_words(node, "") for node in nodes], pictures
-        if query.image_path and nodes:
+        if query.image_path and nodes and self._max_pictures:
             pictures[0] = self._small(load_image(query.image_path, policy=self._policy))
         shown = []
         for position, node in enumerate(nodes, 1):
