@@ -412,7 +412,7 @@ def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: i
     if url is not None:
         from mm_retriever.rerank import VisionLLMRerank
 
-        return VisionLLMRerank.from_url(url, rerank_model or VISION_MODEL, top_n=top_n)
+        return VisionLLMRerank(base_url=url, model=rerank_model or VISION_MODEL, top_n=top_n)
     from mm_retriever.rerank import Phi3VisionRerank
 
     return Phi3VisionRerank(rerank_model or ("tiny" if model == "tiny" else VISION_MODEL), top_n=top_n)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from mm_retriever.catalogue import draw_product, draw_theme
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs_and_says_something(name, capsys, monkeypatch, tmp_path):
+    """Every numbered example, as a user starts it."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_the_python_of_the_readme_runs(name, code, capsys, monkeypatch, tmp_path):
+    """The blocks that a reader copies, with the bundled models in place of the published ones."""
+    monkeypatch.chdir(tmp_path)
+    for number, kind in enumerate(("phone case", "mug", "umbrella", "cap")):
+        path = tmp_path / "photos" / kind / f"{number}.jpg"
+        path.parent.mkdir(parents=True)
+        draw_product(kind, "leopard", "natural", seed=number, size=128).save(path)
+    draw_theme("leopard", "natural", seed=9, size=128).save(tmp_path / "leopard.jpg")
+    offline = code.replace("VisualizedBGEEmbedding()", 'VisualizedBGEEmbedding("tiny")')
+    offline = re.sub(r"Phi3VisionRerank\((?=top_n)", 'Phi3VisionRerank("tiny", ', offline)
+    exec(compile(offline, f"README.md#{name}", "exec"), {"__name__": "__main__"})
+    assert "photos/phone case/0.jpg" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_the_readme_has_python_to_run():
+    """A README whose blocks were renamed must not pass by testing nothing."""
+    assert [name for name, _ in BLOCKS][:1] == ["quickstart"]
