@@ -16,9 +16,18 @@ from mcp_server_mm_retriever.server import (
     ImageSearchServer,
     check_access,
     create_server,
+    http_app,
     image_search,
     serve_http,
     serve_stdio,
 )
 
-__all__ = ["ImageSearchServer", "check_access", "create_server", "image_search", "serve_http", "serve_stdio"]
+__all__ = [
+    "ImageSearchServer",
+    "check_access",
+    "create_server",
+    "http_app",
+    "image_search",
+    "serve_http",
+    "serve_stdio",
+]

@@ -6,7 +6,6 @@ stores and models. (No `from __future__ import annotations` here: the tools' typ
 
 import base64
 import hmac
-import ipaddress
 import logging
 import sys
 from collections import OrderedDict
@@ -60,6 +59,7 @@ INSTRUCTIONS = (
 MAX_SESSIONS = 256
 SEARCHES_AT_ONCE = 4
 SHORTEST_TOKEN = 16
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # where the SDK checks the host that a request names
 
 logger = logging.getLogger(__name__)
 
@@ -203,13 +203,24 @@ def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765
     Raises:
         QueryError: a token is missing or too short.
     """
-    check_access(host, token)
-    app: ASGIApp = create_server(search, one_client=False).streamable_http_app(host=host)
-    if token:
-        app = RequireToken(app, token)
+    app = http_app(search, host=host, token=token)
     name = f"[{host}]" if ":" in host else host
     print(f"serving MCP on http://{name}:{port}/mcp", file=sys.stderr)  # noqa: T201 - stdout is not for words
     uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, ws="none")
+
+
+def http_app(search: ImageSearch, *, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
+    """Return the ASGI app that `serve_http` runs, for a server of your own; its path is /mcp.
+
+    Without a token it answers only requests that name a loopback address as their host, so that no web page can reach
+    it under a name of its own.
+
+    Raises:
+        QueryError: a token is missing or too short.
+    """
+    check_access(host, token)
+    app: ASGIApp = create_server(search, one_client=False).streamable_http_app(host=host)
+    return RequireToken(app, token) if token else app
 
 
 def check_access(host: str, token: str | None) -> None:
@@ -221,7 +232,7 @@ def check_access(host: str, token: str | None) -> None:
     how = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
     if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
         raise QueryError(f"the token needs at least {SHORTEST_TOKEN} printable ASCII characters; {how}")
-    if not token and not _is_loopback(host):
+    if not token and host not in LOOPBACK:
         raise QueryError(f"host {host!r} can be reached by other machines, and needs a token; {how}")
 
 
@@ -293,12 +304,3 @@ def _image(thumbnail: bytes | None) -> list[ContentBlock]:
     if thumbnail is None:
         return []
     return [ImageContent(data=base64.b64encode(thumbnail).decode(), mime_type="image/jpeg")]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

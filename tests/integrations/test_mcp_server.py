@@ -1,0 +1,363 @@
+"""The MCP server through the official client: in memory, over stdio as a subprocess, and over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mcp.server", reason='needs the extra "mcp"')
+
+import httpx2
+import uvicorn
+from mcp.client.client import Client
+from mcp.client.stdio import StdioServerParameters
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.exceptions import MCPError
+from mcp_server_mm_retriever import check_access, create_server, http_app, image_search
+from PIL import Image
+
+from mm_retriever.cli import main
+from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.errors import QueryError
+from mm_retriever.search_tools import ImageSearch, SearchLimits
+from mm_retriever.store import open_store
+from tests.drawn_store import draw_leopard, draw_pictures, drawn_store
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a-token-that-nobody-guesses"
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("mcp")
+
+
+@pytest.fixture(scope="module")
+def search(folder) -> Iterator[ImageSearch]:
+    embed_model = VisualizedBGEEmbedding("tiny", device="cpu")
+    store = drawn_store(folder, embed_model)
+    yield image_search(store, embed_model, roots=[folder])
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def leopard(folder) -> Path:
+    return draw_leopard(folder / "leopard.png")
+
+
+@pytest.fixture(scope="module")
+def db(tmp_path_factory) -> Path:
+    """A store in a file that this process does not hold open."""
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.raises(SystemExit):
+        main(["index", str(draw_pictures(folder / "pictures")), "--db", str(folder / "drawn.db"), "--model", "tiny"])
+    return folder / "drawn.db"
+
+
+def opened(content) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(content.data)))
+
+
+async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: bool) -> None:
+    """What the issue asks of a session: list and call every tool, read a resource, a picture opens, errors are said."""
+    tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+    assert list(tools) == ["search_images", "find_similar", "describe_image"]
+    assert all(tool.description and tool.annotations.read_only_hint for tool in tools.values())
+
+    steps: list[tuple[float, float | None, str | None]] = []
+
+    async def progress(done: float, total: float | None, message: str | None) -> None:
+        steps.append((done, total, message))
+
+    uri = "data:image/png;base64," + base64.b64encode(leopard.read_bytes()).decode()
+    found = await client.call_tool(
+        "search_images", {"text": "phone case with this", "image": uri, "top_k": 2}, progress_callback=progress
+    )
+    assert not found.is_error
+    assert [block.type for block in found.content] == ["text", *["text", "image", "resource_link"] * 2]
+    assert opened(found.content[2]).size == (160, 160)
+    assert [done for done, _, _ in steps] == [0, 1, 2, 3]
+    first = found.structured_content["results"][0]
+    assert (first["label"], first["metadata"]["file_name"]) == ("phone case", "natural leopard.jpg")
+
+    named = "result 1" if remembers else first["id"]
+    similar = await client.call_tool("find_similar", {"result": named, "change": "in red", "top_k": 1})
+    assert similar.structured_content["results"][0]["metadata"]["file_name"] == "red leopard.jpg"
+    described = await client.call_tool("describe_image", {"image": first["id"]})
+    assert [block.type for block in described.content] == ["text", "image"]
+    assert first["id"] in described.content[0].text
+
+    (template,) = (await client.list_resource_templates()).resource_templates
+    assert template.uri_template == "picture://indexed/{node_id}"
+    (original,) = (await client.read_resource(found.content[3].uri)).contents
+    assert original.mime_type == "image/jpeg"
+    assert Image.open(io.BytesIO(base64.b64decode(original.blob))).size == (160, 160)
+
+    for tool, arguments, message in (
+        ("search_images", {}, "nothing to search for"),
+        ("search_images", {"text": 5}, "valid string"),
+        ("search_images", {"text": "x", "filters": [{"key": "a;b", "value": 1}]}, "is not a key"),
+        ("search_images", {"image": "/etc/passwd"}, "no picture is known"),
+        ("search_images", {"image": "/etc/hostname.png"}, "cannot load"),
+        ("search_images", {"image": "http://127.0.0.1/a.png"}, "URLs is off"),
+        ("find_similar", {}, "result"),
+        ("describe_image", {"image": "nothing"}, "no picture is known"),
+    ):
+        refused = await client.call_tool(tool, arguments)
+        assert refused.is_error
+        assert message in refused.content[0].text
+    for unknown in ("picture://indexed/nobody", "picture://indexed/..%2F..%2Fetc%2Fpasswd", "file:///etc/passwd"):
+        with pytest.raises(MCPError):
+            await client.read_resource(unknown)
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_session_in_memory(search, leopard, mode):
+    async with Client(create_server(search), mode=mode) as client:
+        await assert_every_tool_works(client, leopard, remembers=True)
+
+
+async def test_a_path_inside_the_roots_can_be_named(search, leopard):
+    async with Client(create_server(search)) as client:
+        found = await client.call_tool("search_images", {"image": str(leopard), "top_k": 1})
+    assert not found.is_error
+
+
+async def test_a_session_over_stdio_as_a_subprocess(db, leopard):
+    """`mm-retriever mcp`, as a client's configuration starts it."""
+    arguments = ["-m", "mm_retriever.cli", "mcp", "--db", str(db), "--model", "tiny", "--root", str(db.parent)]
+    server = StdioServerParameters(command=sys.executable, args=arguments, env=ENVIRONMENT)
+    async with Client(server) as client:
+        await assert_every_tool_works(client, leopard, remembers=True)
+
+
+@pytest.mark.slow
+def test_nothing_but_the_protocol_is_on_stdout(db):
+    """Whatever loading the models and a failing search print: every line is a message, words are on stderr."""
+    request = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}},
+    }
+    call = {"name": "search_images", "arguments": {"text": "mug", "filters": [{"key": "a;b", "value": 1}]}}
+    lines = [
+        request,
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call},
+        "no JSON",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "mm_retriever.cli", "mcp", "--db", str(db), "--model", "tiny"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        for line in lines:
+            process.stdin.write((line if isinstance(line, str) else json.dumps(line)) + "\n")
+        process.stdin.flush()
+        answers = []
+        while not answers or answers[-1].get("id") != 2:
+            answers.append(json.loads(process.stdout.readline()))
+        process.stdin.close()
+        rest = process.stdout.read()
+        assert process.wait(60) == 0
+    assert all(json.loads(line)["jsonrpc"] == "2.0" for line in rest.splitlines())
+    assert answers[-1]["result"]["isError"]
+
+
+# ---------------------------------------------------------------------------------------------- HTTP
+
+
+@contextmanager
+def serving(app) -> Iterator[str]:
+    """The URL of an ASGI app on a free port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}/mcp"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@asynccontextmanager
+async def over_http(url: str, mode: str = "auto", **headers: str):
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
+        Client(streamable_http_client(url, http_client=http), mode=mode) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(("mode", "remembers"), [("auto", False), ("legacy", True)])
+async def test_a_session_over_http(search, leopard, mode, remembers):
+    """Protocol versions with sessions remember results; the latest has none, and names results by id."""
+    with serving(http_app(search)) as url:
+        async with over_http(url, mode) as client:
+            await assert_every_tool_works(client, leopard, remembers=remembers)
+
+
+async def test_sessions_over_http_do_not_see_each_others_results(search):
+    with serving(http_app(search)) as url:
+        async with over_http(url, "legacy") as one, over_http(url, "legacy") as other:
+            await one.call_tool("search_images", {"text": "mug", "top_k": 1})
+            refused = await other.call_tool("describe_image", {"image": "result 1"})
+            assert refused.is_error
+            assert "nothing was found yet" in refused.content[0].text
+            assert not (await one.call_tool("describe_image", {"image": "result 1"})).is_error
+
+
+async def test_a_session_id_that_a_client_makes_up_opens_nobodys_conversation(search):
+    """The latest protocol has no sessions, and passes the header on as it comes."""
+    with serving(http_app(search)) as url:
+        async with over_http(url, "auto", **{"mcp-session-id": "guessed"}) as client:
+            await client.call_tool("search_images", {"text": "mug", "top_k": 1})
+            refused = await client.call_tool("describe_image", {"image": "result 1"})
+    assert "not remembered here" in refused.content[0].text
+
+
+async def test_with_a_token_only_who_sends_it_is_served(search):
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    with serving(http_app(search, token=TOKEN)) as url:
+        async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+            assert len((await client.list_tools()).tools) == 3
+        async with httpx2.AsyncClient() as http:
+            for header in (None, "", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xe9"):
+                headers = [] if header is None else [(b"authorization", header.encode("latin-1"))]
+                for method in ("POST", "GET", "DELETE"):
+                    answer = await http.request(method, url, headers=headers, json=call)
+                    assert answer.status_code == 401
+                    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_web_page_cannot_reach_a_local_server_under_its_own_name(search):
+    """DNS rebinding: the page's name leads to the loopback address."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    accept = {"accept": "application/json, text/event-stream"}
+    with serving(http_app(search)) as url:
+        async with httpx2.AsyncClient() as http:
+            for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
+                answer = await http.post(url, headers=headers | accept, json=call)
+                assert answer.status_code in (403, 421)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", ""])
+def test_other_machines_are_not_served_without_a_token(search, host):
+    with pytest.raises(QueryError, match="needs a token"):
+        check_access(host, None)
+    check_access(host, TOKEN)
+    for weak in ("short", "with space in it 1234", "x" * 15, "é" * 20):
+        with pytest.raises(QueryError, match="16 printable"):
+            check_access(host, weak)
+
+
+@pytest.mark.slow
+async def test_the_command_serves_http(db):
+    """`mm-retriever mcp --http`, with its token from the environment."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "mm_retriever.cli", "mcp", "--db", str(db), "--model", "tiny"]
+    environment = {**ENVIRONMENT, "MM_RETRIEVER_MCP_TOKEN": TOKEN}
+    with subprocess.Popen(
+        [*command, "--http", "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            while "serving MCP on" not in (line := process.stderr.readline()):
+                assert line, "the server ended"
+            url = f"http://127.0.0.1:{port}/mcp"
+            for _ in range(100):
+                try:
+                    async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+                        assert len((await client.list_tools()).tools) == 3
+                    break
+                except Exception:
+                    time.sleep(0.1)
+            else:
+                pytest.fail("no answer")
+        finally:
+            process.terminate()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_refuses_what_cannot_be_served(capfd, tmp_path):
+    """One line and exit code 2, before any model is loaded."""
+    for arguments, message in (
+        (["--http", "--host", "0.0.0.0"], "needs a token"),
+        (["--db", str(tmp_path / "none.db"), "--model", "tiny"], "there is no store"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["mcp", *arguments])
+        out, err = capfd.readouterr()
+        assert stopped.value.code == 2
+        assert out == ""
+        assert message in err
+
+
+def test_without_the_extra_the_error_names_it():
+    """In a process where mcp cannot be imported."""
+    code = "import sys; sys.modules['mcp'] = None; from mm_retriever.cli import main; main(['mcp'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert 'pip install "mm-retriever[mcp]"' in done.stderr
+
+
+def test_pictures_of_a_shared_server_are_read_only_inside_given_folders(search, tmp_path):
+    """Who else can write to a server could name any file there."""
+
+    class Shared:
+        uri = "http://milvus:19530"
+
+        def __getattr__(self, name):
+            return getattr(search._store, name)
+
+    assert image_search(Shared(), search._embed_model).stored_policy.roots == ()
+    assert image_search(Shared(), search._embed_model, roots=[tmp_path]).stored_policy.roots == (tmp_path,)
+    assert image_search(search._store, search._embed_model).stored_policy.roots is None
+
+
+async def test_an_id_with_any_letters_is_a_resource(tmp_path, search):
+    """Ids that someone chose: slashes, percent signs, spaces."""
+    from llama_index.core.schema import ImageNode
+
+    embed_model = search._embed_model
+    (tmp_path / "x.png").write_bytes(draw_leopard(tmp_path / "y.png").read_bytes())
+    strange = "a/b c%2F?#é.."
+    with open_store(tmp_path / "ids.db", embed_model) as store:
+        vector = embed_model.get_text_embedding("x")
+        store.add([ImageNode(id_=strange, image_path=str(tmp_path / "x.png"), embedding=vector)])
+        server = create_server(ImageSearch(store, embed_model, limits=SearchLimits(thumbnail_side=32)))
+        async with Client(server) as client:
+            found = await client.call_tool("search_images", {"text": "x"})
+            (original,) = (await client.read_resource(found.content[3].uri)).contents
+    assert original.mime_type == "image/png"
+    assert base64.b64decode(original.blob) == (tmp_path / "x.png").read_bytes()
