@@ -119,6 +119,7 @@ def test_size_and_file_format_of_a_picture_hardly_matter(embedder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_figures_of_the_model_card_are_reproduced(quality, embedder):
     """The card's numbers are those of ``python benchmarks/tiny_quality.py``, row by row."""
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
