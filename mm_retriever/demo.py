@@ -77,7 +77,7 @@ def folder_queries(pictures: Path, *, text: str | None = None, image: Path | Non
     return queries
 
 
-def download_amazon(target: Path, *, progress: Callable[[int], None] = lambda _: None) -> Path:
+def download_amazon(target: Path, *, progress: Callable[[int], object] = lambda _: None) -> Path:
     """The published archive at `target`, downloaded unless it is there already.
 
     Args:
@@ -165,7 +165,7 @@ def _members(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:
             yield member
 
 
-def _copy(source: IO[bytes], file: IO[bytes], *, limit: int, progress: Callable[[int], None]) -> int:
+def _copy(source: IO[bytes], file: IO[bytes], *, limit: int, progress: Callable[[int], object]) -> int:
     received = 0
     while received <= limit and (chunk := source.read(CHUNK_BYTES)):
         received += len(chunk)
