@@ -7,6 +7,7 @@ Knows nothing of models and stores. (No `from __future__ import annotations` her
 import asyncio
 import inspect
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,7 @@ class ImageSearchToolSpec(BaseToolSpec):
     def __init__(self, search: ImageSearch, conversation: Conversation | None = None) -> None:
         self.search = search
         self.conversation = Conversation() if conversation is None else conversation
+        self._turn = threading.Lock()
         self._shown: OrderedDict[str, list[ContentBlock]] = OrderedDict()
 
     def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
@@ -131,13 +133,15 @@ class ImageSearchToolSpec(BaseToolSpec):
 
     def keep_output(self, output: ToolOutput) -> None:
         """Remember the pictures of an output by its text, for `react_formatter`."""
-        self._shown[output.content] = output.blocks
-        while len(self._shown) > _OUTPUTS_KEPT:
-            self._shown.popitem(last=False)
+        with self._turn:
+            self._shown[output.content] = output.blocks
+            while len(self._shown) > _OUTPUTS_KEPT:
+                self._shown.popitem(last=False)
 
     def shown_blocks(self, text: str) -> list[ContentBlock]:
         """Return the blocks of an earlier output with this text, none if it is forgotten."""
-        return self._shown.get(text, [])
+        with self._turn:
+            return self._shown.get(text, [])
 
 
 class ImageTool(FunctionTool):

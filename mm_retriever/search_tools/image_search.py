@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -59,6 +61,7 @@ DESCRIBE = (
 )
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
+_READERS = min(4, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
 _QUERY_SIDE = 1344  # pixels that a reranker sees at most
 _MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
 
@@ -82,7 +85,8 @@ class ImageSearch:
     Args:
         store: from `open_store`.
         embed_model: the model that the store was opened for.
-        rerank: node postprocessors, in order: rerankers, or anything else that takes nodes and a query.
+        rerank: node postprocessors, in order: rerankers, or anything else that takes nodes and a query; a reranker's
+            own `top_n` is the most results there are.
         llm: a LlamaIndex LLM that takes pictures, to describe them; without one, `describe` gives what is stored.
         image_policy: what arguments may name: folders that paths must lie in, and whether URLs are fetched.
         stored_policy: the same for the places that the store names; a store that others can write to needs `roots`.
@@ -272,7 +276,8 @@ class ImageSearch:
             for postprocessor in self._rerank:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
-        found = tuple(self._found(rank, node) for rank, node in enumerate(nodes[:count], 1))
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-picture") as readers:
+            found = tuple(readers.map(self._found, range(1, count + 1), nodes[:count]))
         number = conversation.remember([node.node for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [picture.name] if picture else []
