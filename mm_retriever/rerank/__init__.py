@@ -1,7 +1,7 @@
 """Rerankers for LlamaIndex: `Phi3VisionRerank` on this machine, `VisionLLMRerank` through any LLM that takes pictures.
 
-Both are node postprocessors and return new nodes. Facts about the ranking are in their metadata, hidden from
-embeddings and prompts:
+`TextRerank` is for candidates that are all texts. All are node postprocessors and return new nodes. Facts about the
+ranking are in their metadata, hidden from embeddings and prompts:
 
     retrieval_score     the score the node came with
     retrieval_rank      its place before, from 1
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from mm_retriever.rerank.candidates import METADATA_KEYS
     from mm_retriever.rerank.phi3_vision import Phi3VisionRerank
     from mm_retriever.rerank.postprocessor import Reranking, Usage
+    from mm_retriever.rerank.text import TextRerank
     from mm_retriever.rerank.vision_llm import VisionLLMRerank
 
 _HOME = {  # a remote reranker must not load torch
     "METADATA_KEYS": "candidates",
     "Phi3VisionRerank": "phi3_vision",
     "Reranking": "postprocessor",
+    "TextRerank": "text",
     "Usage": "postprocessor",
     "VisionLLMRerank": "vision_llm",
 }
 
-__all__ = ["METADATA_KEYS", "Phi3VisionRerank", "Reranking", "Usage", "VisionLLMRerank"]
+__all__ = ["METADATA_KEYS", "Phi3VisionRerank", "Reranking", "TextRerank", "Usage", "VisionLLMRerank"]
 
 
 def __getattr__(name: str) -> Any:

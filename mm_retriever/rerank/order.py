@@ -50,15 +50,15 @@ def fuse(model: Sequence[float], retrieval: Sequence[float | None], weight: floa
     """Model score + `weight` times retrieval score, each normalised over the list as `fusion` says.
 
     Args:
-        model: Any finite numbers.
+        model: Any numbers; see `finite`.
         retrieval: None or not finite: as little as the least.
         weight: 0 leaves the retrieval score out.
         fusion: "zscore": mean 0, deviation 1; "minmax": from 0 to 1; "sum": as they are.
     """
     known = [score for score in retrieval if score is not None and math.isfinite(score)]
     least = min(known, default=0.0)
-    prior = [score if score is not None and math.isfinite(score) else least for score in retrieval]
-    own = _normalised(model, fusion)
+    prior = [finite(score if score is not None and math.isfinite(score) else least) for score in retrieval]
+    own = _normalised([finite(value) for value in model], fusion)
     return [a + weight * b for a, b in zip(own, _normalised(prior, fusion), strict=True)]
 
 

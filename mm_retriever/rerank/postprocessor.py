@@ -17,7 +17,7 @@ from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
-from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.prompts.mixin import PromptDictType, PromptMixin
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 from PIL import Image
@@ -102,7 +102,7 @@ class Reranking:
     error: str = ""
 
 
-class VisionRerank(BaseNodePostprocessor):
+class VisionRerank(BaseNodePostprocessor, PromptMixin):
     """The part of a reranker that does not depend on the model."""
 
     model_name: str

@@ -275,8 +275,10 @@ class Sitting:
             scores = rank_at_once(model, talk.prefix, sequences).tolist()
             return dict(zip(positions, scores, strict=True))
         ranked = rank_by_generation(model, talk.prefix, sequences)
-        self.meter.generated += model.calls + 1
-        self.meter.prefilled -= model.calls  # each step feeds what was chosen in the one before
+        fed_first = len({sequence[0] for sequence in sequences}) == 1  # what all numbers start with is not chosen
+        chosen = model.calls if fed_first else model.calls + 1
+        self.meter.generated += chosen
+        self.meter.prefilled -= chosen - 1  # each step feeds what was chosen in the one before
         return {positions[k]: float(-rank) for rank, k in enumerate(ranked.order)}
 
     def _list_turn(self, items: Sequence[int]) -> tuple[list[int], list[Tensor]]:
