@@ -26,6 +26,7 @@ STOP_WORDS = (
 """Left out of BM25: "phone case with this" asks for phone cases. Source: Apache Lucene's English list."""
 
 _ANALYZER = {"tokenizer": "standard", "filter": ["lowercase", {"type": "stop", "stop_words": list(STOP_WORDS)}]}
+_NO_WORDS: SparseVector = {2**32 - 2: 1.0}  # Milvus stores no empty vector; no query has this term
 _WITHOUT_WORDS = frozenset(("file_path",))  # the names of its folders say nothing of one picture
 
 
@@ -89,7 +90,7 @@ class WordIndex:
         """Return what the rows of these nodes hold for the index, beside their other columns."""
         words = [node_words(node) for node in nodes]
         if self.model is not None:
-            return [{self.vector_field: vector} for vector in self.model.encode_documents(words)]
+            return [{self.vector_field: vector or _NO_WORDS} for vector in self.model.encode_documents(words)]
         if self.text_field != WORDS_FIELD:  # a collection of plain LlamaIndex: the text itself, which is there already
             return [{} for _ in nodes]
         return [{self.text_field: text} for text in words]
