@@ -14,17 +14,23 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mm_retriever.contact_sheet import before_after, contact_sheet
     from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.engine import image_query_engine
     from mm_retriever.errors import MMRetrieverError
     from mm_retriever.image import ImagePolicy, load_image
     from mm_retriever.ingest import IngestReport, ingest_images
     from mm_retriever.llm import Phi3VisionLLM
     from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
     from mm_retriever.retriever import ComposedRetriever
+    from mm_retriever.search_tools import Conversation, ImageSearch
     from mm_retriever.store import ImageStore, open_store
+    from mm_retriever.tools import ImageSearchToolSpec
 
 _HOME = {
     "ComposedRetriever": "retriever",
+    "Conversation": "search_tools",
     "ImagePolicy": "image",
+    "ImageSearch": "search_tools",
+    "ImageSearchToolSpec": "tools",
     "ImageStore": "store",
     "IngestReport": "ingest",
     "MMRetrieverError": "errors",
@@ -34,6 +40,7 @@ _HOME = {
     "VisualizedBGEEmbedding": "embedding",
     "before_after": "contact_sheet",
     "contact_sheet": "contact_sheet",
+    "image_query_engine": "engine",
     "ingest_images": "ingest",
     "load_image": "image",
     "open_store": "store",
@@ -41,7 +48,10 @@ _HOME = {
 
 __all__ = [
     "ComposedRetriever",
+    "Conversation",
     "ImagePolicy",
+    "ImageSearch",
+    "ImageSearchToolSpec",
     "ImageStore",
     "IngestReport",
     "MMRetrieverError",
@@ -51,6 +61,7 @@ __all__ = [
     "VisualizedBGEEmbedding",
     "before_after",
     "contact_sheet",
+    "image_query_engine",
     "ingest_images",
     "load_image",
     "open_store",
