@@ -18,13 +18,13 @@ from mm_retriever.catalogue import draw_theme, write_catalogue
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
-    write_catalogue(folder / "products", count=120)
+    drawn = write_catalogue(folder, count=120)
     leopard = folder / "leopard.png"
     draw_theme("leopard", "natural", seed=1).save(leopard)
 
     embed_model = VisualizedBGEEmbedding("tiny")
     store = open_store(folder / "products.db", embed_model)
-    print(ingest_images(folder / "products", store, embed_model))
+    print(ingest_images(drawn.products, store, embed_model, sidecar=drawn.labels))
 
     retriever = ComposedRetriever(store, embed_model, top_k=3)
     questions = {
