@@ -18,7 +18,7 @@ from mm_retriever.catalogue import draw_theme, write_catalogue
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
-    drawn = write_catalogue(folder, count=120)
+    drawn = write_catalogue(folder, count=120, seed=8)
     leopard = folder / "leopard.png"
     draw_theme("leopard", "natural", seed=1).save(leopard)
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     retriever = ComposedRetriever(store, embed_model, top_k=3)
     questions = {
-        "text": QueryBundle("a red mug with hearts"),
+        "text": QueryBundle("a green mug with hearts"),
         "picture": QueryBundle("", image_path=str(leopard)),
         "both": QueryBundle("phone case with this", image_path=str(leopard)),
     }
