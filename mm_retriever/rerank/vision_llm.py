@@ -11,6 +11,7 @@ import logging
 import math
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import LLM
 from PIL import Image
 from pydantic import Field, PrivateAttr
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from mm_retriever.contact_sheet import contact_sheet
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
@@ -143,12 +144,13 @@ class VisionLLMRerank(VisionRerank):
         image_policy: ImagePolicy | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
+        connections = None
         if (llm is None) == (base_url is None):
             raise QueryError("give either an llm, or the base_url of a server and the name of its model")
         if llm is None:
             if not base_url or not model:
                 raise QueryError(f"base_url={base_url!r}, model={model!r}: give both")
-            llm = _openai_like(base_url, model, api_key, timeout_s=timeout_s, max_tokens=max_tokens)
+            llm, connections = _openai_like(base_url, model, api_key, timeout_s=timeout_s, max_tokens=max_tokens)
         super().__init__(  # type: ignore[call-arg]
             model_name=str(llm.metadata.model_name),
             top_n=top_n,
@@ -172,6 +174,8 @@ class VisionLLMRerank(VisionRerank):
             callback_manager=callback_manager or CallbackManager([]),
         )
         self._llm = llm
+        if connections is not None:
+            weakref.finalize(self, connections.close)
         self._image_policy = image_policy or ImagePolicy()
         self._set_prompts(PROMPTS)
 
@@ -293,7 +297,7 @@ class VisionLLMRerank(VisionRerank):
         """The answer to one request, asked again where that may help."""
         retrying = Retrying(
             stop=stop_after_attempt(self.attempts),
-            wait=wait_exponential_jitter(self.retry_wait_s, max=60, jitter=self.retry_wait_s / 2),
+            wait=wait_exponential(multiplier=self.retry_wait_s, max=60) + wait_random(0, self.retry_wait_s / 2),
             retry=retry_if_exception(lambda error: _transient(error) and not meter.out_of_time()),
             reraise=True,
         )
@@ -355,14 +359,18 @@ class _Windowed:
         return [items[number - 1] for number in numbers]
 
 
-def _openai_like(base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int) -> LLM:
-    """LlamaIndex's client for servers that speak OpenAI's protocol; retrying is ours."""
+def _openai_like(
+    base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int
+) -> tuple[LLM, Any]:
+    """LlamaIndex's client for servers that speak OpenAI's protocol, and its connections. Retrying is ours."""
     try:
+        import httpx
         from llama_index.llms.openai_like import OpenAILike
     except ImportError as error:
         raise MissingExtraError(
             'a base_url needs llama-index-llms-openai-like; install it with: pip install "mm-retriever[remote]"'
         ) from error
+    connections = httpx.Client(timeout=timeout_s)
     llm: LLM = OpenAILike(
         model=model,
         api_base=base_url,
@@ -372,8 +380,9 @@ def _openai_like(base_url: str, model: str, api_key: str | None, *, timeout_s: f
         max_tokens=max_tokens,
         timeout=timeout_s,
         max_retries=0,
+        http_client=connections,  # type: ignore[call-arg]
     )
-    return llm
+    return llm, connections
 
 
 def _within(work: Callable[[], T], seconds: float) -> T:
