@@ -705,6 +705,7 @@ def test_pictures_come_from_path_bytes_or_resource_and_never_from_a_url_unasked(
         load_image(path).tobytes()
     }
     assert not any(candidate.missing for candidate in read_candidates(nodes, ImagePolicy()))
+    assert sorted(make(reasons="none").rerank(nodes, QUERY).order) == list(range(9))
     elsewhere = ImagePolicy(roots=(tmp_path,))
     [outside, url, nonsense] = read_candidates(
         [

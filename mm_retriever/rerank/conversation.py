@@ -14,7 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_retriever.decoding import NoRepeat, Suppress, TextStream, ids_behind, likelihoods
+from mm_retriever.decoding import (
+    TOKENS_AT_ONCE,
+    LogitFilter,
+    NoRepeat,
+    Suppress,
+    TextStream,
+    finite,
+    ids_behind,
+    likelihoods,
+)
 from mm_retriever.image import pixel_digest
 from mm_retriever.models.phi3_vision import Phi3Vision, Prefix
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
@@ -190,13 +199,12 @@ class Conversation:
         """Ids that the model writes behind the opening; what stops it is not part of them."""
         if opening or self._pending or self._prefix is None:
             self.say(opening)
-        processor = self.speaker.processor
         stream = TextStream(
             _Uncounted(self.speaker),
             self.prefix,
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
-            filters=[Suppress(processor.special_ids - frozenset(stop_ids)), NoRepeat(NO_REPEAT)],
+            filters=self._filters(stop_ids),
             should_stop=self.meter.out_of_time,
         )
         written = list(stream)
@@ -206,6 +214,57 @@ class Conversation:
         self.meter.generated += len(written)
         self.meter.passes += max(0, len(written) - 1)
         return written
+
+    def answers(
+        self,
+        turns: Sequence[Sequence[int]],
+        features: Sequence[Sequence[Tensor]],
+        *,
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+    ) -> list[list[int]]:
+        """Ids that the model writes to each of several turns, any of which may come next.
+
+        Turns of one length are answered side by side. The conversation itself stays as it is.
+        """
+        written: list[list[int]] = [[] for _ in turns]
+        for length in sorted({len(turn) for turn in turns}):
+            same = [i for i, turn in enumerate(turns) if len(turn) == length]
+            at_once = max(1, TOKENS_AT_ONCE // (self.prefix.length + length + max_new_tokens))
+            for start in range(0, len(same), at_once):
+                rows = same[start : start + at_once]
+                if self.meter.out_of_time():
+                    return written
+                ids = torch.tensor([list(turns[i]) for i in rows])
+                shown = [feature for i in rows for feature in features[i]]
+                prefix = self.speaker.extend(self.prefix, ids, shown, self.meter)
+                self._write_rows(prefix, [written[i] for i in rows], frozenset(stop_ids), max_new_tokens)
+        return written
+
+    def _write_rows(self, prefix: Prefix, rows: list[list[int]], stop_ids: frozenset[int], limit: int) -> None:
+        """Greedy text of several rows; one that has ended is fed on with what nobody reads."""
+        filters = self._filters(stop_ids)
+        going = set(range(len(rows)))
+        while True:
+            logits = finite(prefix.logits)
+            chosen = []
+            for row, words in enumerate(rows):
+                scores = logits[row]
+                for apply in filters if row in going else ():
+                    scores = apply(scores, words)
+                chosen.append(int(scores.argmax()))
+            going -= {row for row in going if chosen[row] in stop_ids}
+            for row in going:
+                rows[row].append(chosen[row])
+            self.meter.generated += len(going)
+            going -= {row for row in going if len(rows[row]) >= limit}
+            if not going or self.meter.out_of_time():
+                return
+            prefix = _Uncounted(self.speaker).extend(prefix, torch.tensor(chosen)[:, None])
+            self.meter.passes += 1
+
+    def _filters(self, stop_ids: Collection[int]) -> list[LogitFilter]:
+        return [Suppress(self.speaker.processor.special_ids - frozenset(stop_ids)), NoRepeat(NO_REPEAT)]
 
     def put(self, opening: Sequence[int], words: Sequence[int]) -> None:
         """Into the model's mouth: what it said another time. Fed with what comes next."""

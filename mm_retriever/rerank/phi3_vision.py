@@ -168,6 +168,16 @@ class Phi3VisionRerank(VisionRerank):
         """LlamaIndex's name for the class."""
         return "Phi3VisionRerank"
 
+    @property
+    def model(self) -> Phi3Vision:
+        """The model, to share it."""
+        return self._speaker.model
+
+    @property
+    def processor(self) -> Phi3VisionProcessor:
+        """Of the model."""
+        return self._speaker.processor
+
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         options = Options(
             mode=self.mode,
@@ -186,14 +196,13 @@ class Phi3VisionRerank(VisionRerank):
         values = sitting.judge()
         order, scores = self._settle(candidates, values)
         told = {"first": 1, "all": self.top_n, "none": 0}[self.reasons]
-        reasons = {position: reason for position in order[:told] if (reason := sitting.reason(position))}
         return Ranking(
             order=order,
             scores=scores,
             model_scores={i: value for i, value in enumerate(values) if value is not None},
             caption=sitting.caption,
             wanted=sitting.wanted,
-            reasons=reasons,
+            reasons=sitting.reasons(order[:told]),
             notes=without_time([i for i, value in enumerate(values) if value is None]),
         )
 

@@ -300,16 +300,21 @@ class Sitting:
 
     # ------------------------------------------------------------------ reasons
 
-    def reason(self, position: int) -> str:
-        """Why a candidate fits, in one sentence; empty if it cannot be shown or there is no time."""
-        if self.candidates[position].missing or self.meter.out_of_time():
-            return ""
-        shown = self._show([position])[0]
-        ids = self.encode([Turn("user", [shown.part, self._say("ask_reason")])], first=False)
-        talk = self.talk.fork()
-        talk.say(ids, shown.features)
-        limit = self.options.max_new_tokens
-        return self._text(talk.write((), stop_ids=self._stops, max_new_tokens=limit))
+    def reasons(self, positions: Sequence[int]) -> dict[int, str]:
+        """Why candidates fit, in one sentence each; none for what cannot be shown, or where there is no time."""
+        asked = [i for i in positions if not self.candidates[i].missing]
+        if not asked or self.meter.out_of_time():
+            return {}
+        shown = self._show(asked)
+        ask = self._say("ask_reason")
+        turns = [self.encode([Turn("user", [one.part, ask])], first=False) for one in shown]
+        said = self.talk.answers(
+            turns,
+            [one.features for one in shown],
+            stop_ids=self._stops,
+            max_new_tokens=self.options.max_new_tokens,
+        )
+        return {i: reason for i, ids in zip(asked, said, strict=True) if (reason := self._text(ids))}
 
     # ------------------------------------------------------------------ pieces
 
