@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
 CONDITION = re.compile(r"(?P<key>[A-Za-z_]\w*)\s*(?P<sign>:=|!=|>=|<=|=|>|<)(?P<value>.*)", re.DOTALL)
+TINY_FUSION = 0.3
+"""Weight of the retrieval score beside the small reranker's, chosen on seen compositions (its model card)."""
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -415,7 +417,8 @@ def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: i
         return VisionLLMRerank(base_url=url, model=rerank_model or VISION_MODEL, top_n=top_n)
     from mm_retriever.rerank import Phi3VisionRerank
 
-    return Phi3VisionRerank(rerank_model or ("tiny" if model == "tiny" else VISION_MODEL), top_n=top_n)
+    name = rerank_model or ("tiny" if model == "tiny" else VISION_MODEL)
+    return Phi3VisionRerank(name, top_n=top_n, fusion_weight=TINY_FUSION if name == "tiny" else None)
 
 
 def _report(
