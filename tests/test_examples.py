@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,38 @@ def test_an_example_runs_and_says_something(name, capfd, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capfd.readouterr().out.strip()
+
+
+class Ranks(BaseHTTPRequestHandler):
+    """Answers every chat completion of OpenAI's protocol with one ranking."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"role": "assistant", "content": '{"ranking": [2, 1, 3, 4]}'}
+        choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+        body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices})
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_remote_example_ranks_as_the_server_says(capsys, monkeypatch):
+    """The last example with a server there: what was second comes first."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ranks)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("VISION_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    try:
+        runpy.run_path(str(ROOT / "examples" / "08_remote_vlm.py"), run_name="__main__")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert capsys.readouterr().out.splitlines()[0].startswith("2 -> 1")
 
 
 @pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])
