@@ -1,0 +1,338 @@
+"""How much the bundled tiny reranker adds to the bundled tiny embedder: every figure of its model card, by one command.
+
+    python benchmarks/rerank_quality.py                       # about ten minutes on one core
+    python benchmarks/rerank_quality.py --quick               # a tenth of the queries
+    python benchmarks/rerank_quality.py --reranker FOLDER --json rerank.json
+
+A catalogue of 900 distinct products is drawn into JPEG files of 320 pixels, and so are the query pictures, all from
+seeds that training never used. ``VisualizedBGEEmbedding`` finds nine candidates (exact inner product, as a flat index
+would), ``Phi3VisionRerank`` in its default mode ranks them. Queries are those of ``tiny_quality.py``; each has exactly
+one right product. How much the retrieval score counts is chosen on seen compositions only, then applied to held-out
+ones. Intervals are 95% bootstrap intervals over wanted products, since queries for one product are not independent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+from tiny_quality import MODE_NAMES, Query, composed_queries, recall
+
+from mm_retriever.catalogue import (
+    MODES,
+    PATTERNS,
+    Looks,
+    Mode,
+    Product,
+    Wording,
+    caption,
+    catalogue,
+    reason,
+    write_catalogue,
+)
+from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.models.phi3_vision import Phi3Vision, load_phi3_vision
+from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.prompts import DESCRIBE
+from mm_retriever.rerank import Phi3VisionRerank
+from mm_retriever.rerank.order import Fusion, fuse
+
+TOP_K = 9
+FUSION: Fusion = "zscore"  # the reranker's default
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+CAPTIONED_SEEDS = (0, 2, 3)  # catalogues whose held-out products are described; 1 watched the training
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One query after retrieval and reranking; scores and ``right`` are in the order of retrieval."""
+
+    wanted_row: int
+    mode: Mode
+    retrieval: tuple[float, ...]
+    model: tuple[float, ...]
+    right: tuple[bool, ...]
+    caption_right: bool
+    wanted_right: bool
+    reason_right: bool | None  # None: another product was first, so there is no one right reason
+
+    def rank(self, fusion: Fusion, weight: float) -> int:
+        """1-based rank of the right product after reranking; one behind the last if it was not retrieved."""
+        values = fuse(self.model, self.retrieval, weight, fusion)
+        order = sorted(range(len(values)), key=lambda place: -values[place])
+        return next((rank for rank, place in enumerate(order, start=1) if self.right[place]), len(order) + 1)
+
+    @property
+    def retrieved_rank(self) -> int:
+        """The same before reranking."""
+        return next((place + 1 for place, right in enumerate(self.right) if right), len(self.right) + 1)
+
+
+class Bench:
+    """Catalogue, index and reranker."""
+
+    def __init__(self, folder: Path, embedder: str, reranker: str) -> None:
+        self.folder = folder
+        self.products = catalogue()
+        self.model, self.processor = load_phi3_vision(reranker, device="cpu")
+        self.rerank = Phi3VisionRerank((self.model, self.processor), top_n=TOP_K)
+        self.embed_model = VisualizedBGEEmbedding(embedder, device="cpu")
+        if not (folder / "labels.json").exists():
+            write_catalogue(folder)
+        self.paths = [folder / "products" / product.file_name for product in self.products]
+        self.vectors = np.array(self.embed_model.get_image_embedding_batch(self.paths), np.float32)
+
+    def judged(self, queries: Sequence[tuple[Mode, Query]], *, composed: bool = True) -> list[Judged]:
+        """Every query retrieved and reranked; ``composed=False``: retrieved by the sum of picture and text vectors."""
+        images = self._pictures([query for _, query in queries])
+        texts = [query.text for _, query in queries]
+        embed_model = self.embed_model
+        if composed:
+            vectors = np.array(embed_model.get_composed_embedding_batch(texts, images), np.float32)
+        else:
+            parts = (embed_model.get_text_embedding_batch(texts), embed_model.get_image_embedding_batch(images))
+            vectors = np.array(parts, np.float32).sum(0) / 2
+        return [
+            self._judge(mode, query, image, scores)
+            for (mode, query), image, scores in zip(queries, images, vectors @ self.vectors.T, strict=True)
+        ]
+
+    def _judge(self, mode: Mode, query: Query, image: Path, scores: np.ndarray) -> Judged:
+        found = np.argsort(-scores, kind="stable")[:TOP_K]
+        nodes = [
+            NodeWithScore(node=ImageNode(id_=str(row), image_path=str(self.paths[row])), score=float(scores[row]))
+            for row in found
+        ]
+        result = self.rerank.rerank(nodes, QueryBundle(query.text, image_path=str(image)))
+        model = {int(node.node.node_id): node.node.metadata["rerank_model_score"] for node in result.nodes}
+        first, source = int(result.nodes[0].node.node_id), query.source
+        assert source is not None
+        told = result.nodes[0].node.metadata.get("rerank_reason", "")
+        looks = self.products[query.wanted].looks
+        return Judged(
+            wanted_row=query.wanted,
+            mode=mode,
+            retrieval=tuple(float(scores[row]) for row in found),
+            model=tuple(float(model[row]) for row in found),
+            right=tuple(bool(row == query.wanted) for row in found),
+            caption_right=result.caption == caption(source),
+            wanted_right=result.wanted == caption(looks),
+            reason_right=told == reason(mode, looks) if first == query.wanted else None,
+        )
+
+    def _pictures(self, queries: Sequence[Query]) -> list[Path]:
+        """Query pictures on disk, drawn pattern by pattern, since each pattern map is drawn once and kept."""
+        (self.folder / "queries").mkdir(exist_ok=True)
+        paths = [self.folder / "queries" / f"{_name(query.source)}-{query.seed}.jpg" for query in queries]
+        for place in sorted(range(len(queries)), key=lambda place: _pattern(queries[place])):
+            if not paths[place].exists():
+                picture = queries[place].picture()
+                assert picture is not None
+                picture.save(paths[place], quality=90)
+        return paths
+
+
+def _name(looks: Looks | None) -> str:
+    return "-".join(str(part).replace(" ", "_") for part in looks or ())
+
+
+def _pattern(query: Query) -> int:
+    return -1 if query.source is None else PATTERNS.index(query.source.pattern)
+
+
+# ---------------------------------------------------------------------- captions
+
+
+@torch.inference_mode()
+def described(model: Phi3Vision, processor: Phi3VisionProcessor, products: Sequence[Product]) -> list[bool]:
+    """Whether the greedy description of each product's picture is exactly right, in batches of 64."""
+    right: list[bool] = []
+    ordered = sorted(products, key=lambda product: PATTERNS.index(product.pattern))
+    for start in range(0, len(ordered), 64):
+        some = ordered[start : start + 64]
+        pictures = processor.pictures([product.draw() for product in some])
+        ids = processor.encode_turns([Turn("user", [DESCRIBE, Slot(pictures.token_counts[0])])])
+        features = model.image_features(pictures.pixel_values, pictures.image_sizes)
+        prefix = model.prefill(torch.tensor([ids] * len(some)), features)
+        written = [prefix.logits.argmax(1)]
+        for _ in range(15):
+            prefix = model.extend(prefix, written[-1][:, None])
+            written.append(prefix.logits.argmax(1))
+        for row, product in zip(torch.stack(written, 1).tolist(), some, strict=True):
+            end = next((place for place, token in enumerate(row) if token in processor.stop_ids), len(row))
+            right.append(processor.decode(row[:end]) == product.description)
+    return right
+
+
+def caption_figures(bench: Bench, seeds: Sequence[int]) -> dict[str, tuple[int, float]]:
+    """(pictures, share described exactly right) of held-out and of seen products."""
+    held_out = [product for seed in seeds for product in catalogue(seed=seed) if product.held_out]
+    seen = [product for product in catalogue(seed=seeds[0]) if not product.held_out][: 150 * len(seeds)]
+    groups = {"held-out products": held_out, "seen products": seen}
+    return {
+        name: (len(some), float(np.mean(described(bench.model, bench.processor, some))))
+        for name, some in groups.items()
+    }
+
+
+# ---------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Recall@1 of one group of queries before and after; intervals are (low, high)."""
+
+    name: str
+    queries: int
+    products: int
+    retrieval: float
+    retrieval_interval: tuple[float, float]
+    retrieval_at_9: float
+    model: float
+    model_interval: tuple[float, float]
+    fused: float
+    fused_interval: tuple[float, float]
+    gain: float
+    gain_interval: tuple[float, float]
+
+
+def gain(name: str, judged: Sequence[Judged], weight: float) -> Gain:
+    """Figures of one group, paired: the same products are drawn for before and after."""
+    wanted = [one.wanted_row for one in judged]
+    ranks = {
+        "retrieval": np.array([one.retrieved_rank for one in judged]),
+        "model": np.array([one.rank(FUSION, 0.0) for one in judged]),
+        "fused": np.array([one.rank(FUSION, weight) for one in judged]),
+    }
+    figures = {key: recall(name, rank, wanted) for key, rank in ranks.items()}
+    rows = {product: index for index, product in enumerate(sorted(set(wanted)))}
+    groups = np.array([rows[product] for product in wanted])
+    change = (ranks["fused"] == 1).astype(float) - (ranks["retrieval"] == 1)
+    drawn = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
+    resampled = np.bincount(groups, weights=change)[drawn].sum(1) / np.bincount(groups)[drawn].sum(1)
+    low, high = np.percentile(resampled, (2.5, 97.5))
+    return Gain(
+        name=name,
+        queries=len(judged),
+        products=len(rows),
+        retrieval=figures["retrieval"].at_1,
+        retrieval_interval=figures["retrieval"].at_1_interval,
+        retrieval_at_9=figures["retrieval"].at_9,
+        model=figures["model"].at_1,
+        model_interval=figures["model"].at_1_interval,
+        fused=figures["fused"].at_1,
+        fused_interval=figures["fused"].at_1_interval,
+        gain=float(change.mean()),
+        gain_interval=(float(low), float(high)),
+    )
+
+
+def best_weight(judged: Sequence[Judged]) -> float:
+    """The weight of the retrieval score with the highest Recall@1, then the highest mean reciprocal rank."""
+
+    def worth(weight: float) -> tuple[float, float]:
+        ranks = np.array([one.rank(FUSION, weight) for one in judged])
+        return float((ranks == 1).mean()), float((1 / ranks).mean())
+
+    return max(WEIGHTS, key=worth)
+
+
+def queries_of(bench: Bench, *, held_out: bool, wording: Wording, draws: int, every: int) -> list[tuple[Mode, Query]]:
+    """Queries of all four modes."""
+    made = [
+        (mode, query)
+        for mode in MODES
+        for query in composed_queries(bench.products, mode, held_out=held_out, wording=wording, draws=draws)
+    ]
+    return made[::every]
+
+
+def table(title: str, rows: Sequence[Gain]) -> str:
+    """A Markdown table."""
+    lines = [
+        f"\n**{title}**\n",
+        "| query | n | retrieval R@1 | R@9 | likelihood alone | fused R@1 | 95% | gain | 95% |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        spans = [f"{low:.3f}–{high:.3f}" for low, high in (row.fused_interval, row.gain_interval)]
+        lines.append(
+            f"| {row.name} | {row.queries} | {row.retrieval:.3f} | {row.retrieval_at_9:.3f} | {row.model:.3f} "
+            f"| {row.fused:.3f} | {spans[0]} | {row.gain:+.3f} | {spans[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def sentences(judged: Sequence[Judged]) -> dict[str, float]:
+    """Prints and returns how many of the sentences are exactly right."""
+    reasons = [one.reason_right for one in judged if one.reason_right is not None]
+    figures = {
+        "query caption": float(np.mean([one.caption_right for one in judged])),
+        "wanted description": float(np.mean([one.wanted_right for one in judged])),
+        "reason, where the first is right": float(np.mean(reasons)),
+    }
+    print("\nExactly right:", ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
+    return figures
+
+
+def measure(bench: Bench, *, quick: bool = False) -> dict[str, object]:
+    """All figures; the tables are printed as they come."""
+    thin = 10 if quick else 1
+    seen_queries = queries_of(bench, held_out=False, wording="training", draws=1, every=8 if quick else 3)
+    held_out_queries = queries_of(bench, held_out=True, wording="training", draws=3, every=thin)
+    seen = bench.judged(seen_queries)
+    weight = best_weight(seen)
+    print(f"weight of the retrieval score chosen on {len(seen)} seen compositions: {weight}")
+    results: dict[str, object] = {"fusion_weight": weight}
+
+    def section(title: str, judged: Sequence[Judged], weight: float, modes: Sequence[Mode] = MODES) -> None:
+        rows = [gain(MODE_NAMES[mode], [one for one in judged if one.mode == mode], weight) for mode in modes]
+        rows.append(gain("all", judged, weight))
+        print(table(title, rows))
+        results[title] = {"recall": [asdict(row) for row in rows], "sentences": sentences(judged)}
+
+    section("Pairs held out of training", bench.judged(held_out_queries), weight)
+    strange = queries_of(bench, held_out=True, wording="held-out", draws=1, every=thin)
+    section("Held-out pairs, held-out wordings", bench.judged(strange), weight)
+    section("Pairs seen in training (the weight was chosen on these)", seen, weight, ())
+    weak_seen = bench.judged(seen_queries[::2], composed=False)
+    weak = bench.judged(held_out_queries[::2], composed=False)
+    section(
+        "Held-out pairs behind a weaker retriever: the sum of picture and text vectors", weak, best_weight(weak_seen)
+    )
+    captions = caption_figures(bench, CAPTIONED_SEEDS[:1] if quick else CAPTIONED_SEEDS)
+    for name, (count, share) in captions.items():
+        print(f"\ndescriptions of {count} {name} exactly right: {share:.3f}")
+    results["captions"] = captions
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reranker", default="tiny", help="a name that load_phi3_vision knows, or a folder")
+    parser.add_argument("--embedder", default="tiny", help="a name that load_visualized_bge knows, or a folder")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the queries")
+    parser.add_argument("--pictures", type=Path, help="folder to keep the drawn pictures in; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.pictures or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench = Bench(folder, arguments.embedder, arguments.reranker)
+        results = measure(bench, quick=arguments.quick)
+    print(f"\n{time.perf_counter() - started:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
