@@ -259,7 +259,7 @@ def test_a_file_that_is_all_work_and_no_picture_is_refused_at_once(name: str) ->
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     assert outcome(data, ImagePolicy()) == "refused"
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 1.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 128 * 1024  # KiB on Linux
 
 

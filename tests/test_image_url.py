@@ -427,7 +427,7 @@ def test_the_time_limit_holds_however_the_bytes_drip(server: Server, answer: Ans
     server.answers["/slow"] = answer
     started = time.monotonic()
     assert "no complete answer within 0.6 s" in refusal(server.url + "/slow", timeout=0.6)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 2
 
 
 def test_the_time_limit_covers_all_redirects_together(server: Server) -> None:
@@ -440,7 +440,7 @@ def test_the_time_limit_covers_all_redirects_together(server: Server) -> None:
     server.answers["/hop"] = hop
     started = time.monotonic()
     assert "no complete answer" in refusal(server.url + "/hop", timeout=0.6, max_redirects=10)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 2
 
 
 def test_a_name_server_that_hangs_is_given_up() -> None:
@@ -454,7 +454,7 @@ def test_a_name_server_that_hangs_is_given_up() -> None:
     started = time.monotonic()
     assert "no complete answer" in refusal("http://slow.example/", resolve=hanging, timeout=0.3)
     release.set()
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 2
 
 
 def test_a_server_that_never_accepts_is_given_up() -> None:
@@ -469,7 +469,7 @@ def test_a_server_that_never_accepts_is_given_up() -> None:
             client.connect_ex(("127.0.0.1", port))
         started = time.monotonic()
         assert "cannot" not in refusal(f"http://127.0.0.1:{port}/", timeout=0.5)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 2
         for client in waiting:
             client.close()
 
@@ -557,4 +557,4 @@ def test_a_server_that_stalls_the_handshake_is_given_up() -> None:
         listener.listen(5)
         started = time.monotonic()
         assert "no complete answer" in refusal(f"https://127.0.0.1:{listener.getsockname()[1]}/", timeout=0.5)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 2

@@ -194,9 +194,12 @@ def test_reading_takes_bounded_time() -> None:
     patterns = ["[", "{", '{"ranking":[', "1,", "9", " ", "\n- 1", "rank: [", "[1", "1. ", '{"a":"', "\\", "rank "]
     for pattern in patterns:
         for text in (pattern * (9_000_000 // len(pattern)), pattern * (LONGEST_ANSWER // len(pattern)) + "x"):
-            started = time.process_time()
-            repair(read_answer(text).ranking, range(1, 10))
-            assert time.process_time() - started < 10, pattern
+            seconds = []
+            for _ in range(3):  # the best of three: a pause of the machine or the collector is not the reader's
+                started = time.process_time()
+                repair(read_answer(text).ranking, range(1, 10))
+                seconds.append(time.process_time() - started)
+            assert min(seconds) < 0.5, pattern
 
 
 def test_a_repair_says_what_it_mended() -> None:
