@@ -7,7 +7,8 @@ of picture files. Its files:
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
 - `words.py`: what hybrid search indexes beside the vectors.
 - `connection.py`: where Milvus is, who else has it open, and what its failures mean.
-- `image_store.py`: `open_store` and `ImageStore`, on the three above.
+- `collection.py`: a collection's schema and index; its rows written, read and searched.
+- `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection.
 - `description.py`: what a store holds, for people.
 """
 

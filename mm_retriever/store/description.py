@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mm_retriever.store.collection import stored_model
 from mm_retriever.store.connection import Connection
-from mm_retriever.store.image_store import stored_model
 
 
 def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:

@@ -50,6 +50,8 @@ RESERVED_KEYS = frozenset(
 MAX_DEPTH = 16
 MAX_CONDITIONS = 4096
 MAX_TEXT_BYTES = 65_535
+"""Of a text, of a node as JSON, and of all its metadata columns together: what a Milvus column holds."""
+
 MAX_INTEGER = 2**63 - 1
 
 _EXACT_INTEGER = 2**53
@@ -107,6 +109,12 @@ def joined(expressions: Sequence[str], operator: str) -> str:
         return expressions[0]
     middle = len(expressions) // 2
     return f"({joined(expressions[:middle], operator)} {operator} {joined(expressions[middle:], operator)})"
+
+
+def all_of(*expressions: str) -> str:
+    """Return the expression that all of these hold; an empty one asks for nothing."""
+    parts = [expression for expression in expressions if expression]
+    return joined(parts, "and") if parts else ""
 
 
 def key_problem(key: object) -> str | None:

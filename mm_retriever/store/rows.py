@@ -20,6 +20,7 @@ from mm_retriever.store.filters import (
     DOC_ID_FIELD,
     ID_FIELD,
     MAX_INTEGER,
+    MAX_TEXT_BYTES,
     TEXT_FIELD,
     TYPE_FIELD,
     VECTOR_FIELD,
@@ -29,9 +30,6 @@ from mm_retriever.store.filters import (
 
 NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD)
 """What a node is rebuilt from: fetching the vectors too would double the time of a query."""
-
-MAX_TEXT_BYTES = 65_535
-"""Of a text, of a node as JSON, and of all its metadata columns together."""
 
 
 def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:

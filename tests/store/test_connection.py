@@ -120,7 +120,7 @@ def test_a_killed_server_is_an_error_and_a_restarted_one_goes_on(tmp_path):
     server = lite_server(tmp_path / "data", port)
     try:
         with open_store(f"http://127.0.0.1:{port}", MODEL, timeout=3) as store:
-            assert store._index_type == "HNSW"
+            assert store.index_type == "HNSW"
             store.add([node("a", year=1)])
             assert store.query(QUERY).ids == ["a"]
             ends(server)

@@ -1,0 +1,386 @@
+"""One Milvus collection of ours: its schema and index, whose vectors it holds, its rows written, read and searched.
+
+Owns what is asked of a collection and how it stays consistent; every request goes through a `Connection`. Knows rows,
+vectors and expressions, nothing of nodes and queries.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from pymilvus import AnnSearchRequest, CollectionSchema, DataType, MilvusClient, RRFRanker
+from pymilvus.exceptions import MilvusException
+
+from mm_retriever.errors import StoreError, StoreMismatchError
+from mm_retriever.store.connection import Connection
+from mm_retriever.store.filters import (
+    CONTENT_FIELD,
+    DOC_ID_FIELD,
+    ID_FIELD,
+    MAX_TEXT_BYTES,
+    TEXT_FIELD,
+    TYPE_FIELD,
+    VECTOR_FIELD,
+    all_of,
+    one_of,
+    quoted,
+)
+from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
+
+logger = logging.getLogger(__name__)
+
+INDEXES = ("FLAT", "HNSW", "AUTOINDEX")
+METRICS = ("IP", "COSINE")
+
+WRITE_ROWS = 256
+"""Rows sent with one request."""
+
+_PAGE_ROWS = 10_000
+_IDS_PER_REQUEST = 1_000
+_STRONG_AFTER_DELETE_SECONDS = 5.0
+_NOT_LOADED = 101
+_MODEL_PROPERTY = "mm_retriever.model"
+_SPARSE_PROPERTY = "mm_retriever.sparse_model"
+_RRF_K = 60
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
+
+T = TypeVar("T")
+Row: TypeAlias = dict[str, Any]
+Hit: TypeAlias = Mapping[str, Any]
+"""A row that was found: its id, its "distance" and the columns asked for, in "entity"."""
+
+
+class Collection:
+    """One collection, on a connection of its own. Nothing is asked of Milvus before `open`.
+
+    Args:
+        connection: dedicated to this collection.
+        name: of the collection.
+        dimension: numbers in one vector.
+        model_id: whose vectors they are.
+        index: "auto" or one of `INDEXES`, in any case.
+        metric: one of `METRICS`, in any case.
+
+    Attributes:
+        index_type: what the vectors are indexed by, once open.
+        words: the index of words; None if there is none.
+    """
+
+    def __init__(
+        self, connection: Connection, name: str, *, dimension: int, model_id: str, index: str, metric: str
+    ) -> None:
+        self.connection, self.name, self.dimension, self.model_id = connection, name, dimension, model_id
+        self.metric = metric.upper()
+        self.index_type = "auto" if index.lower() == "auto" else index.upper()
+        self.words: WordIndex | None = None
+        self._last_delete = -_STRONG_AFTER_DELETE_SECONDS
+
+    # ------------------------------------------------------------------------------------------ schema and index
+
+    def open(self, hybrid: bool | SparseEmbedding, *, overwrite: bool) -> None:
+        """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
+        with self.connection.write_lock, self.connection.request("opening the collection"):
+            exists = self._ask(self._client.has_collection)
+            if exists and overwrite:
+                self._ask(self._client.drop_collection)
+                exists = False
+            if exists:
+                self._check(hybrid)
+            else:
+                self.words = new_word_index(hybrid)
+                self._create()
+            if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
+                self._create_index(self.index_type)
+            self._create_words_index()
+            self._check_index()
+            self._ask(self._client.load_collection)
+
+    def clear(self) -> None:
+        """Remove every row; the collection stays open."""
+        with self.connection.write_lock, self.connection.request("clearing the collection"):
+            self._ask(self._client.drop_collection)
+            self._create()
+            self._create_index(self.index_type)
+            self._create_words_index()
+            self._ask(self._client.load_collection)
+
+    def _create(self) -> None:
+        # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
+        identity = {_MODEL_PROPERTY: self.model_id}
+        if self.words is not None and self.words.model is not None:
+            identity[_SPARSE_PROPERTY] = self.words.model.model_id
+        description = "" if self._lite else json.dumps(identity)
+        schema = collection_schema(self.dimension, self.words, description)
+        properties = {"properties": identity} if self._lite else {}
+        self._ask(self._client.create_collection, schema=schema, consistency_level="Session", **properties)
+
+    def _create_index(self, index: str) -> None:
+        if index == "auto":
+            on_server = "HNSW" if self._client.is_self_hosted else "AUTOINDEX"
+            index = "FLAT" if self._lite else on_server
+        build = {"params": {"M": 16, "efConstruction": 200}} if index == "HNSW" else {}
+        self._index(VECTOR_FIELD, index, self.metric, **build)
+
+    def _create_words_index(self) -> None:
+        """Index the words, if the collection has any; again is nothing new."""
+        words = self.words
+        if words is not None and not self._ask(self._client.list_indexes, field_name=words.vector_field):
+            self._index(words.vector_field, "SPARSE_INVERTED_INDEX", words.metric)
+
+    def _index(self, field: str, index_type: str, metric: str, **build: Any) -> None:
+        params = self._client.prepare_index_params()
+        params.add_index(field, index_name=field, index_type=index_type, metric_type=metric, **build)
+        # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
+        self._ask(self._client.create_index, index_params=params, sync=False)
+
+    def _check(self, hybrid: bool | SparseEmbedding) -> None:
+        description = self._ask(self._client.describe_collection)
+        fields = {field["name"]: field for field in description["fields"]}
+        missing = {ID_FIELD, DOC_ID_FIELD, TEXT_FIELD, VECTOR_FIELD} - fields.keys()
+        if missing or not description.get("enable_dynamic_field"):
+            lack = f"the fields {', '.join(sorted(missing))}" if missing else "dynamic fields"
+            raise self._mismatch(f"was made by another program: it lacks {lack}")
+        dimension = int(fields[VECTOR_FIELD]["params"]["dim"])
+        if dimension != self.dimension:
+            raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self.dimension}")
+        words = word_index_of(description, hybrid, _stored(description, _SPARSE_PROPERTY))
+        if isinstance(words, str):
+            raise self._mismatch(words)
+        self.words = words
+        stored = stored_model(description)
+        if stored is None:
+            logger.warning(
+                "collection %r at %s does not say which model its vectors come from; it is taken to be %r",
+                self.name,
+                self.connection.where,
+                self.model_id,
+            )
+        elif stored != self.model_id:
+            raise self._mismatch(f"holds vectors of the model {stored!r}, the model given is {self.model_id!r}")
+
+    def _check_index(self) -> None:
+        name = self._ask(self._client.list_indexes, field_name=VECTOR_FIELD)[0]
+        found = self._ask(self._client.describe_index, index_name=name)
+        metric, index_type = found.get("metric_type"), str(found.get("index_type"))
+        if metric != self.metric:
+            raise self._mismatch(f"measures with {metric}, {self.metric} is asked for")
+        if self.index_type not in ("auto", index_type):
+            raise self._mismatch(f"has a {index_type} index, {self.index_type} is asked for")
+        self.index_type = index_type
+
+    def _mismatch(self, difference: str) -> StoreMismatchError:
+        return StoreMismatchError(
+            f"collection {self.name!r} at {self.connection.where} {difference}. "
+            "Give another collection name, or overwrite=True to drop its rows and start anew"
+        )
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Store up to `WRITE_ROWS` rows of different ids; a row whose id is there already is replaced whole."""
+        # On Milvus Lite an upsert leaves columns of the old row that the new one lacks; its insert replaces rows whole.
+        # On a server an insert leaves the old row there, and an upsert replaces it whole.
+        call = self._client.insert if self._lite else self._client.upsert
+        with self.connection.write_lock, self.connection.request(f"storing {len(rows)} rows"):
+            self._ask(call, data=list(rows))
+
+    def delete_where(self, expression: str) -> None:
+        """Remove every row that matches."""
+        for page in self.scan((), expression):  # ids first: older servers delete by primary key alone
+            self.delete_ids([row[ID_FIELD] for row in page])
+
+    def delete_ids(self, ids: Sequence[str]) -> None:
+        """Remove the rows with these ids."""
+        for some in chunks(ids, _IDS_PER_REQUEST):
+            with self.connection.write_lock, self.connection.request(f"removing {len(some)} rows"):
+                self._ask(self._client.delete, filter=one_of(ID_FIELD, some))
+        self._last_delete = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def columns(self, ids: Sequence[str], names: Sequence[str], expression: str = "") -> dict[str, Row]:
+        """Return the named columns of the rows with these ids that match, by id."""
+        rows: dict[str, Row] = {}
+        for some in chunks(ids, _IDS_PER_REQUEST):
+            page = self._fetch(all_of(one_of(ID_FIELD, some), expression), names)
+            rows.update((row[ID_FIELD], row) for row in page)
+        return rows
+
+    def scan(self, names: Sequence[str], expression: str) -> Iterator[list[Row]]:
+        """Yield the rows that match (id and the named columns) in pages, by id; rows may be removed meanwhile."""
+        # The flags of pymilvus' own iterator, which pastes the last id into its expression unquoted.
+        in_order = {"limit": _PAGE_ROWS, "iterator": "True", "reduce_stop_for_best": "True"}
+        after = ""
+        while page := self._fetch(all_of(expression, after), names, **in_order):
+            yield page
+            after = f"({ID_FIELD} > {quoted(page[-1][ID_FIELD])})"
+
+    def count(self, expression: str) -> int:
+        """Return how many rows match; "" counts all."""
+        if expression and self._lite:  # Milvus Lite counts by fetching whole rows
+            return sum(len(page) for page in self.scan((), expression))
+        return int(self._fetch(expression, ["count(*)"])[0]["count(*)"])
+
+    def _fetch(self, expression: str, names: Sequence[str], **options: Any) -> list[Row]:
+        with self.connection.request("reading rows"):
+            rows: list[Row] = self._read(
+                self._client.query,
+                filter=expression,
+                output_fields=list(names) or [ID_FIELD],
+                **self._strong,
+                **options,
+            )
+        return rows
+
+    # ------------------------------------------------------------------------------------------ searching
+
+    def search(self, vector: list[float], expression: str, limit: int, names: Sequence[str]) -> list[Hit]:
+        """Return the rows nearest to a vector among those that match, best first."""
+        with self.connection.request("searching"):
+            found = self._read(
+                self._client.search,
+                data=[vector],
+                filter=expression,
+                limit=limit,
+                output_fields=list(names),
+                search_params=self._vector_params(limit),
+                anns_field=VECTOR_FIELD,
+                **self._strong_after_delete,
+            )
+        return list(found[0]) if found else []
+
+    def word_search(
+        self, words: WordIndex, asked: str | SparseVector, expression: str, limit: int, names: Sequence[str]
+    ) -> list[Hit]:
+        """Return the rows that fit the words best among those that match; their distances are above 0."""
+        with self.connection.request("searching words"):
+            found = self._read(
+                self._client.search,
+                data=[asked],
+                filter=expression,
+                limit=limit,
+                output_fields=list(names),
+                search_params={"metric_type": words.metric},
+                anns_field=words.vector_field,
+                **self._strong_after_delete,
+            )
+        # Milvus Lite gives BM25 scores below 0, a server above
+        return [{**hit, ID_FIELD: hit[ID_FIELD], "distance": abs(hit["distance"])} for hit in found[0]]
+
+    def fused_search(
+        self,
+        vector: tuple[list[float], int],
+        words: tuple[WordIndex, str | SparseVector, int] | None,
+        expression: str,
+        limit: int,
+        names: Sequence[str],
+    ) -> list[Hit]:
+        """Reciprocal rank fusion of a search by vector and one by words, each with its depth in rows."""
+        asked, depth = vector
+        halves = [AnnSearchRequest([asked], VECTOR_FIELD, self._vector_params(depth), depth, expr=expression)]
+        if words is not None:
+            index, text, many = words
+            params = {"metric_type": index.metric}
+            halves.append(AnnSearchRequest([text], index.vector_field, params, many, expr=expression))
+        with self.connection.request("searching vectors and words"):
+            found = self._read(
+                self._client.hybrid_search,
+                reqs=halves,
+                ranker=RRFRanker(_RRF_K),
+                limit=limit,
+                output_fields=list(names),
+                **self._strong_after_delete,
+            )
+        return list(found[0]) if found else []
+
+    def _vector_params(self, limit: int) -> dict[str, Any]:
+        breadth = {"params": {"ef": min(32_768, max(256, 4 * limit))}} if self.index_type == "HNSW" else {}
+        return {"metric_type": self.metric, **breadth}
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def _read(self, call: Callable[..., Any], **options: Any) -> Any:
+        """The answer to a read; a collection that a restarted server has no longer loaded is loaded first."""
+        try:
+            return self._ask(call, **options)
+        except MilvusException as error:
+            if error.code != _NOT_LOADED:
+                raise
+            self._ask(self._client.load_collection)
+            return self._ask(call, **options)
+
+    def _ask(self, call: Callable[..., Any], **options: Any) -> Any:
+        return self.connection.ask(call, collection_name=self.name, **options)
+
+    @property
+    def _client(self) -> Any:
+        return self.connection.client
+
+    @property
+    def _lite(self) -> bool:
+        return self.connection.lite_path is not None
+
+    @property
+    def _strong(self) -> dict[str, str]:
+        # Milvus Lite always reads what was written last, and knows nothing of levels
+        return {} if self._lite else {"consistency_level": "Strong"}
+
+    @property
+    def _strong_after_delete(self) -> dict[str, str]:
+        # A server hides a row from weaker reads only some time after it was deleted; a strong read waits for that.
+        deleted_lately = time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS
+        return self._strong if deleted_lately else {}
+
+
+def collection_schema(dimension: int, words: WordIndex | None, description: str = "") -> CollectionSchema:
+    """Return the columns of a collection; metadata are dynamic ones."""
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True, description=description)
+    schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_TEXT_BYTES)
+    schema.add_field(DOC_ID_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+    schema.add_field(TEXT_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+    # The node has fields of its own: among the metadata it would be parsed for every row that a filter looks at.
+    schema.add_field(CONTENT_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+    schema.add_field(TYPE_FIELD, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
+    schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=dimension)
+    if words is not None:
+        words.add_to(schema)
+    return schema
+
+
+def check_options(collection: str, dimension: int, index: str, metric: str) -> None:
+    """Refuse what Milvus would misread; Milvus Lite would take any index and metric, and search by something else."""
+    if not _NAME.fullmatch(collection):
+        raise StoreError(f"collection {collection!r}: use up to 255 ASCII letters, digits and '_', no digit first")
+    if dimension < 1:
+        raise StoreError(f"dimension {dimension!r}: a vector has at least one number")
+    if index.lower() != "auto" and index.upper() not in INDEXES:
+        raise StoreError(f"index {index!r} is not one of auto, {', '.join(INDEXES)}")
+    if metric.upper() not in METRICS:
+        hint = "; L2 ranks unit vectors in the same order" if metric.upper() == "L2" else ""
+        raise StoreError(f"metric {metric!r} is not one of {', '.join(METRICS)}{hint}")
+
+
+def stored_model(description: Mapping[str, Any]) -> str | None:
+    """Return the name of the model whose vectors a collection holds; None where it does not say."""
+    return _stored(description, _MODEL_PROPERTY)
+
+
+def _stored(description: Mapping[str, Any], name: str) -> str | None:
+    properties = description.get("properties") or {}
+    if name in properties:
+        return str(properties[name])
+    try:
+        return str(json.loads(description.get("description") or "")[name])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield the items in order, so many at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
