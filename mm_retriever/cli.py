@@ -1,7 +1,8 @@
 """The command line: ``mm-retriever index | search | convert | info | demo | mcp``.
 
-Owns options, tables and exit codes; every piece of work is a call into the package, imported inside the command,
-so that ``--help`` answers at once. Errors of the package are one line on stderr and exit code 2.
+Owns commands, options and exit codes; every piece of work is a call into the package, imported inside the command,
+so that ``--help`` answers at once, and what a command shows is `mm_retriever.terminal`'s. Errors of the package are
+one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -25,13 +25,11 @@ from mm_retriever.errors import MMRetrieverError, QueryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llama_index.core.schema import NodeWithScore
     from llama_index.core.vector_stores import MetadataFilters
 
     from mm_retriever.demo import DemoQuery
     from mm_retriever.embedding import VisualizedBGEEmbedding
-    from mm_retriever.report import Hit, SearchReport
-    from mm_retriever.rerank.postprocessor import Reranking, VisionRerank
+    from mm_retriever.rerank.postprocessor import VisionRerank
     from mm_retriever.store import ImageStore
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
@@ -86,6 +84,7 @@ def index(
 ) -> None:
     """Put a folder of pictures into the store. Run it again at any time: only what changed is embedded."""
     from mm_retriever.ingest import ingest_images
+    from mm_retriever.terminal import print_ingestion
 
     embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
     with _opened(db, embed_model, collection=collection, token=token) as store:
@@ -101,12 +100,8 @@ def index(
         )
     if as_json:
         typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
-        return
-    typer.echo(str(result))
-    for skipped in result.skipped[:10]:
-        typer.echo(f"  skipped {skipped.path}: {skipped.reason}")
-    if len(result.skipped) > 10:
-        typer.echo(f"  and {len(result.skipped) - 10} more; --report FILE lists them all")
+    else:
+        print_ingestion(result)
 
 
 @app.command()
@@ -141,6 +136,7 @@ def search(
 ) -> None:
     """Search by text, by picture, or by both: `--text "phone case with this" --image leopard.jpg`."""
     from mm_retriever.retriever import ComposedRetriever
+    from mm_retriever.terminal import print_search, result_rows, search_report, write_search
 
     if not (text and text.strip()) and image is None:
         raise QueryError("nothing to search for: give --text, --image, or both")
@@ -160,13 +156,13 @@ def search(
     reranking = None
     if rerank or rerank_url or rerank_model:
         reranking = _reranker(model, rerank_model, rerank_url, top_n=top_k).rerank(nodes, query, query_image=image)
-    found = _report(text, image, nodes, reranking=reranking)
-    nodes = nodes if reranking is None else reranking.nodes
+    found = search_report(text, image, nodes, reranking=reranking)
     if as_json:
-        typer.echo(json.dumps([_row(rank, node) for rank, node in enumerate(nodes, 1)], ensure_ascii=False, indent=2))
+        rows = result_rows(nodes if reranking is None else reranking.nodes)
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
-        _print_table(found)
-    _write(found, html=html, png=png, quiet=as_json)
+        print_search(found)
+    write_search(found, html=html, png=png, quiet=as_json)
 
 
 @app.command()
@@ -195,28 +191,25 @@ def info(
     """Versions, devices and bundled models; with --db, what a store holds."""
     from importlib.metadata import version
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for package in ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilvus", "pillow"):
-        table.add_row(package, version(package))
     import torch
 
+    from mm_retriever.terminal import print_facts
+
+    packages = ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilvus", "pillow")
+    facts = {package: version(package) for package in packages}
     devices = ["cpu"]
     devices += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     devices += ["mps"] if torch.backends.mps.is_available() else []
-    table.add_row("devices", f"{', '.join(devices)}; {torch.get_num_threads()} threads")
-    table.add_row("bundled models", "tiny (drawn products only)")
-    table.add_row("published models", "BAAI/bge-visualized-base-en-v1.5, BAAI/bge-visualized-m3")
+    facts["devices"] = f"{', '.join(devices)}; {torch.get_num_threads()} threads"
+    facts["bundled models"] = "tiny (drawn products only)"
+    facts["published models"] = "BAAI/bge-visualized-base-en-v1.5, BAAI/bge-visualized-m3"
     if db is not None:
         from mm_retriever.store import describe_store
 
         _must_exist(db)
-
-        for name, facts in describe_store(db, token=token).items():
-            table.add_row(f"collection {name}", ", ".join(f"{key} {value}" for key, value in facts.items()))
-    Console().print(table)
+        for name, described in describe_store(db, token=token).items():
+            facts[f"collection {name}"] = ", ".join(f"{key} {value}" for key, value in described.items())
+    print_facts(facts)
 
 
 @app.command()
@@ -406,10 +399,6 @@ def _number(condition: str, value: str) -> int | float:
         raise QueryError(f"--where {condition!r}: {value!r} is not a number; for text use key=value") from None
 
 
-def _row(rank: int, node: NodeWithScore) -> dict[str, Any]:
-    return {"rank": rank, "id": node.node.node_id, "score": node.score, **node.node.metadata}
-
-
 def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int) -> VisionRerank:
     if url is not None:
         from mm_retriever.rerank import VisionLLMRerank
@@ -421,91 +410,14 @@ def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: i
     return Phi3VisionRerank(name, top_n=top_n, fusion_weight=TINY_FUSION if name == "tiny" else None)
 
 
-def _report(
-    text: str | None,
-    image: Path | None,
-    nodes: Sequence[NodeWithScore],
-    title: str = "",
-    reranking: Reranking | None = None,
-) -> SearchReport:
-    from mm_retriever.report import SearchReport
-
-    report = SearchReport(query_text=text or "", query_image=image, hits=_hits(nodes), title=title)
-    if reranking is None:
-        return report
-    hits = _hits(reranking.nodes)
-    reason = hits[0].note if hits else ""
-    facts = (("wanted", reranking.wanted),) if reranking.wanted else ()
-    return replace(report, reranked=hits, caption=reranking.caption, reason=reason, facts=facts)
-
-
-def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:
-    from mm_retriever.report import Hit
-
-    hits = []
-    for rank, node in enumerate(nodes, 1):
-        facts = node.node.metadata
-        label = str(facts.get("description") or facts.get("label") or "")
-        note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
-        path = str(facts.get("file_path", ""))
-        hits.append(Hit(rank, node.node.node_id, score=node.score, path=path, label=label, note=note))
-    return tuple(hits)
-
-
-def _shown(hit: Hit) -> str:
-    near = os.path.relpath(hit.path) if hit.path else hit.id
-    return hit.path if near.startswith("..") else near
-
-
-def _asked(report: SearchReport) -> str:
-    picture = f"[{Path(str(report.query_image)).name}]" if report.query_image is not None else ""
-    asked = " ".join(part for part in (picture, report.query_text) if part)
-    return f"{report.title}: {asked}" if report.title else asked
-
-
-def _print_table(report: SearchReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    for heading, hits in (("", report.hits), ("reranked", report.reranked)):
-        if hits is None:
-            continue
-        table = Table("#", "score", "label", title=Text(heading or _asked(report)), title_justify="left", box=None)
-        table.add_column("file", overflow="fold")
-        for hit in hits:
-            score = "" if hit.score is None else f"{hit.score:.3f}"
-            table.add_row(str(hit.rank), score, Text(hit.label), Text(_shown(hit)))
-        console.print(table)
-    said = (("it sees", report.caption), *report.facts, ("the first because", report.reason))
-    for name, words in said if report.reranked is not None else ():
-        if words:
-            console.print(Text(f"{name}: {words}"))
-    if not report.hits:
-        console.print("nothing found")
-
-
-def _write(report: SearchReport, *, html: Path | None, png: Path | None, quiet: bool = False) -> None:
-    from mm_retriever.report import write_html, write_png
-
-    for path, write in ((html, write_html), (png, write_png)):
-        if path is not None:
-            write(path, report)
-            if not quiet:
-                typer.echo(f"wrote {path}")
-
-
 def _download(out: Path, *, yes: bool) -> Path:
-    from tqdm import tqdm
-
-    from mm_retriever import demo as scenes
+    from mm_retriever.demo import AMAZON_URL
+    from mm_retriever.terminal import download_archive
 
     target = out / "amazon_reviews_2023_subset.tar.gz"
     if not target.exists() and not yes:
-        typer.confirm(f"Download {scenes.AMAZON_URL} (21 MB)?", abort=True)
-    with tqdm(total=scenes.AMAZON_BYTES, unit="B", unit_scale=True, desc="Downloading") as bar:
-        return scenes.download_amazon(target, progress=bar.update)
+        typer.confirm(f"Download {AMAZON_URL} (21 MB)?", abort=True)
+    return download_archive(target)
 
 
 def _run_demo(
@@ -521,6 +433,7 @@ def _run_demo(
     from mm_retriever.ingest import ingest_images
     from mm_retriever.report import write_html, write_png
     from mm_retriever.retriever import ComposedRetriever
+    from mm_retriever.terminal import print_search, search_report
 
     with _opened(db, embed_model) as store:
         typer.echo(str(ingest_images(source, store, embed_model, sidecar=sidecar)))
@@ -530,9 +443,9 @@ def _run_demo(
             bundle = embed_model.get_query_bundle(query.text, query.image)
             nodes = retriever.retrieve(bundle)
             reranking = reranker.rerank(nodes, bundle, query_image=query.image) if reranker else None
-            report = _report(query.text, query.image, nodes, query.title, reranking)
+            report = search_report(query.text, query.image, nodes, title=query.title, reranking=reranking)
             typer.echo("")
-            _print_table(report)
+            print_search(report)
             write_png(out / f"{query.name}.png", report)
             reports.append(report)
     write_html(out / "results.html", reports)

@@ -1,0 +1,130 @@
+"""What the command line shows: result tables, pages and sheets, the ends of an ingestion, progress of a download.
+
+Owns the way from retrieved nodes to what a person reads. Knows no options, opens no store and loads no model: the
+commands hand over what they found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from mm_retriever.demo import AMAZON_BYTES, download_amazon
+from mm_retriever.report import Hit, SearchReport, write_html, write_png
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import NodeWithScore
+
+    from mm_retriever.ingest import IngestReport
+    from mm_retriever.rerank.postprocessor import Reranking
+
+SKIPPED_SHOWN = 10
+
+
+def search_report(
+    text: str | None,
+    image: Path | None,
+    nodes: Sequence[NodeWithScore],
+    *,
+    title: str = "",
+    reranking: Reranking | None = None,
+) -> SearchReport:
+    """One search as it is shown, from the nodes that were retrieved and what a reranker made of them."""
+    report = SearchReport(query_text=text or "", query_image=image, hits=_hits(nodes), title=title)
+    if reranking is None:
+        return report
+    hits = _hits(reranking.nodes)
+    reason = hits[0].note if hits else ""
+    facts = (("wanted", reranking.wanted),) if reranking.wanted else ()
+    return replace(report, reranked=hits, caption=reranking.caption, reason=reason, facts=facts)
+
+
+def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
+    """The results as ``--json`` prints them: rank, id, score and all metadata."""
+    return [
+        {"rank": rank, "id": node.node.node_id, "score": node.score, **node.node.metadata}
+        for rank, node in enumerate(nodes, 1)
+    ]
+
+
+def print_search(report: SearchReport) -> None:
+    """The results as a table; when they were reranked, as a second one with what the model said."""
+    console = Console()
+    for heading, hits in (("", report.hits), ("reranked", report.reranked)):
+        if hits is None:
+            continue
+        table = Table("#", "score", "label", title=Text(heading or _asked(report)), title_justify="left", box=None)
+        table.add_column("file", overflow="fold")
+        for hit in hits:
+            score = "" if hit.score is None else f"{hit.score:.3f}"
+            table.add_row(str(hit.rank), score, Text(hit.label), Text(_shown(hit)))
+        console.print(table)
+    said = (("it sees", report.caption), *report.facts, ("the first because", report.reason))
+    for name, words in said if report.reranked is not None else ():
+        if words:
+            console.print(Text(f"{name}: {words}"))
+    if not report.hits:
+        console.print("nothing found")
+
+
+def write_search(report: SearchReport, *, html: Path | None, png: Path | None, quiet: bool = False) -> None:
+    """The results as a page and as a sheet, where a path is given."""
+    for path, write in ((html, write_html), (png, write_png)):
+        if path is not None:
+            write(path, report)
+            if not quiet:
+                typer.echo(f"wrote {path}")
+
+
+def print_ingestion(report: IngestReport) -> None:
+    """What an ingestion did, and the first of the files that it skipped."""
+    typer.echo(str(report))
+    for skipped in report.skipped[:SKIPPED_SHOWN]:
+        typer.echo(f"  skipped {skipped.path}: {skipped.reason}")
+    if len(report.skipped) > SKIPPED_SHOWN:
+        typer.echo(f"  and {len(report.skipped) - SKIPPED_SHOWN} more; --report FILE lists them all")
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Names and what they are, in two columns."""
+    table = Table(show_header=False, box=None)
+    for name, fact in facts.items():
+        table.add_row(name, fact)
+    Console().print(table)
+
+
+def download_archive(target: Path) -> Path:
+    """The published Amazon archive at `target`, with a progress bar."""
+    with tqdm(total=AMAZON_BYTES, unit="B", unit_scale=True, desc="Downloading") as bar:
+        return download_amazon(target, progress=bar.update)
+
+
+def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:
+    hits = []
+    for rank, node in enumerate(nodes, 1):
+        facts = node.node.metadata
+        label = str(facts.get("description") or facts.get("label") or "")
+        note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
+        path = str(facts.get("file_path", ""))
+        hits.append(Hit(rank, node.node.node_id, score=node.score, path=path, label=label, note=note))
+    return tuple(hits)
+
+
+def _shown(hit: Hit) -> str:
+    near = os.path.relpath(hit.path) if hit.path else hit.id
+    return hit.path if near.startswith("..") else near
+
+
+def _asked(report: SearchReport) -> str:
+    picture = f"[{Path(str(report.query_image)).name}]" if report.query_image is not None else ""
+    asked = " ".join(part for part in (picture, report.query_text) if part)
+    return f"{report.title}: {asked}" if report.title else asked
