@@ -19,6 +19,7 @@ from PIL import Image, features
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image import ImagePolicy, load_image
 from mm_retriever.image_format import FORMATS, MAX_JPEG_SCANS, PictureHeader, read_header, sniff_format
+from tests.effort import EFFORT
 
 MIB = 2**20
 
@@ -151,25 +152,27 @@ def test_the_unharmed_corpus_loads() -> None:
     assert {sniff_format(data) for data in CORPUS.values()} | {"AVIF"} == set(FORMATS)
 
 
-def test_mutated_files_give_a_picture_or_an_image_load_error() -> None:
+def test_mutated_files_give_a_picture_or_an_image_load_error(tried: Counter[str]) -> None:
     """Truth: the contract of load_image; 3,000 seeded mutations."""
     outcomes = fuzz(3_000, seed=1, policy=ImagePolicy(max_pixels=1_000_000), seconds=5)
     assert outcomes.total() == 3_000
+    tried["mutated picture files"] += 3_000
     assert min(outcomes.values()) > 500  # both happen: the mutations are neither harmless nor all fatal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 12))
-def test_many_mutated_files_in_bounded_time_and_memory(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2, 2 + 10 * EFFORT))
+def test_many_mutated_files_in_bounded_time_and_memory(seed: int, tried: Counter[str]) -> None:
     """Truth: as above with the default limits; no case takes 10 s, and the whole no 1.5 GiB more than before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcomes = fuzz(5_000, seed=seed, policy=ImagePolicy(), seconds=10)
     assert outcomes.total() == 5_000
+    tried["mutated picture files"] += 5_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5 * MIB  # in KiB on Linux
 
 
 @pytest.mark.slow
-def test_every_single_byte_of_a_header_may_be_wrong() -> None:
+def test_every_single_byte_of_a_header_may_be_wrong(tried: Counter[str]) -> None:
     """Truth: the contract; each of the first 64 bytes of each file set to 0, 1, 127 and 255."""
     policy = ImagePolicy(max_pixels=1_000_000)
     with warnings.catch_warnings():
@@ -178,6 +181,7 @@ def test_every_single_byte_of_a_header_may_be_wrong() -> None:
             for at in range(64):
                 for value in (0, 1, 127, 255):
                     outcome(data[:at] + bytes([value]) + data[at + 1 :], policy)
+                    tried["mutated picture files"] += 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 8, 12, 16, 30, 64, 1000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from llama_index.core.vector_stores.types import (
 
 from mm_retriever.errors import FilterError
 from mm_retriever.store import ImageStore, filter_expression, open_store
+from tests.effort import EFFORT
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 Op = FilterOperator
@@ -172,18 +174,19 @@ PINNED_ROWS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(metadata(), max_size=8), item=filters)
 @example(rows=[], item=group(group(where("mixed", ">", 4)), condition="not"))
 @example(rows=[], item=group(group(where("mixed", ">", "4")), condition="not"))
 @example(rows=[], item=group(where("mixed", "contains", "5"), condition="not"))
 @example(rows=[], item=group(group(where("year", ">", 0), condition="not"), condition="not"))
 def test_a_filter_matches_what_its_definition_says(
-    store: ImageStore, rows: list[dict[str, Any]], item: MetadataFilters
+    store: ImageStore, tried: Counter[str], rows: list[dict[str, Any]], item: MetadataFilters
 ):
     """Truth: `matches` above, in plain Python; missing keys and mixed types included."""
     rows = PINNED_ROWS + rows
     put(store, rows)
+    tried["filters"] += 1
     assert found(store, item) == {number for number, row in enumerate(rows) if matches(item, row)}
 
 
