@@ -5,6 +5,8 @@ One picture goes through its files in this order:
 - `sources.py`: which things there are, and the id that each keeps.
 - `sidecar.py`: the columns that lie beside them in a JSON or CSV file.
 - `reading.py`: read and decoded ahead of the model, in flat memory.
+- `vectors.py`: what the model makes of it, and what happens when it fails.
+- `nodes.py`: the node that is stored of it.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
 - `report.py`: what was done.
 """

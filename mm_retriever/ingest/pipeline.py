@@ -8,73 +8,37 @@ id that does not change, nothing is removed before what replaces it is there, an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-from llama_index.core.schema import BaseNode, ImageNode, TextNode
+from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
-from PIL import Image
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
 from mm_retriever.errors import IngestError, NodeError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
+from mm_retriever.ingest.nodes import BOOKKEEPING, Task, picture_node, reason_of, stamp_of, text_digest, text_node
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
 from mm_retriever.ingest.sources import Item, Source, items, path_id, source_folder, walk
+from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
 from mm_retriever.store import ImageStore
 
 _WINDOW = 256
 """Items looked up in the store with one request."""
 
 _ATTEMPTS = 4
-_HOPELESS = 3
-"""Failures of the model without one success, after which it is the model that is broken and not the pictures."""
-
-_BOOKKEEPING = ["bytes", "mtime_ns", "digest", "metadata_digest"]
-"""What ingestion needs to know of a row; no language model should have to read it."""
 
 T = TypeVar("T")
-Vector = npt.NDArray[np.float32]
-
-
-class PictureEmbedding(Protocol):
-    """What ingestion asks of a model; `VisualizedBGEEmbedding` has it."""
-
-    @property
-    def dimension(self) -> int:
-        """Numbers in one vector."""
-        ...
-
-    @property
-    def model_id(self) -> str:
-        """The name that the store checked on opening."""
-        ...
-
-    def prepare_image(self, image: Image.Image) -> Any:
-        """Return all that the model needs of a picture, in little memory; called in several threads."""
-        ...
-
-    def embed_images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
-        """Return one vector for each prepared picture, (B, D)."""
-        ...
-
-    def get_text_embedding_batch(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector for each text."""
-        ...
 
 
 def ingest_images(
@@ -145,40 +109,6 @@ def _total(source: Source, folder: str | None) -> int | None:
     return len(source) if isinstance(source, Sized) else None
 
 
-@dataclass(frozen=True)
-class _Task:
-    """An item that is new, or may have changed.
-
-    Attributes:
-        extra: metadata from the caller's node and the sidecar.
-        stamp: what says that the thing itself is the same: size and time of a file, the digest of a text.
-        stored: the row's own account of the same; None if there is no row.
-    """
-
-    item: Item
-    extra: dict[str, Any]
-    stamp: dict[str, Any]
-    stored: Mapping[str, Any] | None
-
-    @property
-    def same(self) -> bool:
-        return self.stored is not None and all(self.stored.get(key) == value for key, value in self.stamp.items())
-
-    @property
-    def same_metadata(self) -> bool:
-        return self.stored is not None and self.stored.get("metadata_digest", "") == self.metadata_digest
-
-    @property
-    def known_digest(self) -> str:
-        return str(self.stored.get("digest", "")) if self.stored is not None else ""
-
-    @property
-    def metadata_digest(self) -> str:
-        """Digest of all that is stored beside the pixels; "" where there is nothing."""
-        caption = self.item.text if self.item.is_picture else ""
-        return _sha256(json.dumps([caption, self.extra], default=str, sort_keys=True)) if caption or self.extra else ""
-
-
 class _Run:
     """One call of `ingest_images`."""
 
@@ -193,6 +123,7 @@ class _Run:
     ) -> None:
         self._store = store
         self._embed_model = embed_model
+        self._vectors = Vectors(embed_model)
         self._sidecar = sidecar
         self._batch_size = batch_size
         self._policy = policy
@@ -202,7 +133,6 @@ class _Run:
         self._under_way: set[str] = set()  # ids that are being read or embedded
         self._unreadable: set[str] = set()  # ids of pictures that could not be read in this run
         self._files = 0
-        self._model_failures = 0
 
     def report_of(self, source: Source, prune_folder: str | None) -> IngestReport:
         """Do everything and return the report."""
@@ -219,31 +149,31 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ what is to be done
 
-    def _tasks(self, source: Source) -> Iterator[_Task]:
+    def _tasks(self, source: Source) -> Iterator[Task]:
         """Yield what is new or may have changed; what is stored as it is needs no task."""
         everything = items(source, self._skip)
         while window := list(islice(everything, _WINDOW)):
             by_id = {item.id: item for item in window if item.id not in self._under_way}
             self._bar.update(len(window) - len(by_id))  # named twice
-            stored = self._retried(self._store.columns, list(by_id), _BOOKKEEPING)
+            stored = self._retried(self._store.columns, list(by_id), BOOKKEEPING)
             for item in by_id.values():
                 if (task := self._task(item, stored.get(item.id))) is not None:
                     self._under_way.add(item.id)
                     yield task
 
-    def _task(self, item: Item, stored: Mapping[str, Any] | None) -> _Task | None:
+    def _task(self, item: Item, stored: Mapping[str, Any] | None) -> Task | None:
         stamp: dict[str, Any] = {}  # a URL is taken to be unchanging
         if item.path is not None:
             self._files += 1
             try:
-                stamp = _stamp(item.path)
+                stamp = stamp_of(item.path)
             except (OSError, ValueError) as error:
                 self._unreadable.add(item.id)
-                self._skip(item.name, str(getattr(error, "strerror", None) or error).lower())
+                self._skip(item.name, reason_of(error))
                 return None
         elif item.url is None:
-            stamp = {"digest": _sha256(item.text)}
-        task = _Task(item, {**item.metadata, **self._sidecar.columns(*item.sidecar_names)}, stamp, stored)
+            stamp = {"digest": text_digest(item.text)}
+        task = Task(item, {**item.metadata, **self._sidecar.columns(*item.sidecar_names)}, stamp, stored)
         if task.same and task.same_metadata:
             self._done("unchanged")
             return None
@@ -251,9 +181,9 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------ reading, embedding
 
-    def _ingest(self, tasks: Iterator[_Task]) -> None:
-        pictures: list[tuple[_Task, ReadPicture]] = []
-        rewritten: list[tuple[_Task, ReadPicture]] = []
+    def _ingest(self, tasks: Iterator[Task]) -> None:
+        pictures: list[tuple[Task, ReadPicture]] = []
+        rewritten: list[tuple[Task, ReadPicture]] = []
         reading = read_ahead(self._without_texts(tasks), self._read, ahead=2 * self._batch_size)
         with closing(reading) as results:
             for task, picture in results:
@@ -272,9 +202,9 @@ class _Run:
         self._embed_pictures(pictures)
         self._rewrite(rewritten)
 
-    def _without_texts(self, tasks: Iterator[_Task]) -> Iterator[_Task]:
+    def _without_texts(self, tasks: Iterator[Task]) -> Iterator[Task]:
         """Yield the pictures; texts need no reading and are embedded on the way."""
-        texts: list[_Task] = []
+        texts: list[Task] = []
         for task in tasks:
             if task.item.is_picture:
                 yield task
@@ -285,30 +215,30 @@ class _Run:
                 texts.clear()
         self._embed_texts(texts)
 
-    def _read(self, task: _Task) -> ReadPicture:
+    def _read(self, task: Task) -> ReadPicture:
         return read_picture(task.item.place, task.known_digest, self._embed_model.prepare_image, self._policy)
 
-    def _embed_pictures(self, pictures: Sequence[tuple[_Task, ReadPicture]]) -> None:
-        found = self._vectors([picture.prepared for _, picture in pictures], self._embed_model.embed_images)
+    def _embed_pictures(self, pictures: Sequence[tuple[Task, ReadPicture]]) -> None:
+        found = self._vectors.of_pictures([picture.prepared for _, picture in pictures])
         nodes = []
         for (task, picture), vector in zip(pictures, found, strict=True):
             if isinstance(vector, str):
                 self._skip(task.item.name, vector, task)
             else:
-                nodes.append((task, _picture_node(task, picture.digest, picture.size, vector)))
+                nodes.append((task, picture_node(task, picture.digest, picture.size, vector)))
         self._write(nodes)
 
-    def _embed_texts(self, tasks: Sequence[_Task]) -> None:
-        found = self._vectors([task.item.text for task in tasks], self._text_vectors)
+    def _embed_texts(self, tasks: Sequence[Task]) -> None:
+        found = self._vectors.of_texts([task.item.text for task in tasks])
         nodes = []
         for task, vector in zip(tasks, found, strict=True):
             if isinstance(vector, str):
                 self._skip(task.item.name, vector, task)
             else:
-                nodes.append((task, _text_node(task, vector)))
+                nodes.append((task, text_node(task, vector)))
         self._write(nodes)
 
-    def _rewrite(self, pictures: Sequence[tuple[_Task, ReadPicture]]) -> None:
+    def _rewrite(self, pictures: Sequence[tuple[Task, ReadPicture]]) -> None:
         """Store again what has the same pixels and other metadata, under the vector that it has."""
         ids = [task.item.id for task, _ in pictures]
         rows = self._retried(self._store.columns, ids, ("width", "height", self._store.embedding_field))
@@ -319,31 +249,12 @@ class _Run:
                 self._skip(task.item.name, "its row was removed while it was being read; run again", task)
                 continue
             vector = np.asarray(row[self._store.embedding_field], dtype=np.float32)
-            nodes.append((task, _picture_node(task, picture.digest, (row["width"], row["height"]), vector)))
+            nodes.append((task, picture_node(task, picture.digest, (row["width"], row["height"]), vector)))
         self._write(nodes, embedded=False)
-
-    def _text_vectors(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return np.asarray(self._embed_model.get_text_embedding_batch(list(texts)), dtype=np.float32)
-
-    def _vectors(self, inputs: Sequence[T], embed: Callable[[Sequence[T]], Vector]) -> list[Vector | str]:
-        """A vector for each input, or the reason why there is none: one bad picture does not cost its batch."""
-        if not inputs:
-            return []
-        try:
-            vectors = embed(inputs)
-        except Exception as error:  # whatever a model raises
-            if len(inputs) > 1:
-                return [self._vectors([one], embed)[0] for one in inputs]
-            self._model_failures += 1
-            if self._model_failures >= _HOPELESS and not self._counts["embedded"]:
-                raise
-            return [f"the model failed: {type(error).__name__}: {error}"[:300]]
-        self._counts["embedded"] += len(inputs)
-        return [row if np.isfinite(row).all() else "the model gave NaN or infinity for it" for row in vectors]
 
     # ------------------------------------------------------------------------------------------ storing
 
-    def _write(self, nodes: Sequence[tuple[_Task, BaseNode]], *, embedded: bool = True) -> None:
+    def _write(self, nodes: Sequence[tuple[Task, BaseNode]], *, embedded: bool = True) -> None:
         if not nodes:
             return
         try:
@@ -387,7 +298,7 @@ class _Run:
         if row_id in self._unreadable:
             return True
         try:
-            _stamp(path)
+            stamp_of(path)
         except (FileNotFoundError, NotADirectoryError):
             return True
         except (OSError, ValueError):  # no permission, a stale mount: not known to be gone
@@ -410,58 +321,8 @@ class _Run:
         self._counts[count] += 1
         self._bar.update()
 
-    def _skip(self, name: str, reason: str, task: _Task | None = None) -> None:
+    def _skip(self, name: str, reason: str, task: Task | None = None) -> None:
         self._skipped.append(SkippedImage(name, reason))
         self._bar.update()
         if task is not None:
             self._under_way.discard(task.item.id)
-
-
-def _picture_node(task: _Task, digest: str, size: tuple[int, int], vector: Vector) -> ImageNode:
-    item = task.item
-    metadata = {
-        "label": item.label or None,
-        **task.extra,
-        "file_path": item.path,
-        "file_name": os.path.basename(item.place),  # noqa: PTH119 - may be a URL
-        "width": size[0],
-        "height": size[1],
-        **task.stamp,
-        "digest": digest,
-        "metadata_digest": task.metadata_digest,
-    }
-    return ImageNode(
-        id_=item.id,
-        text=item.text,
-        image_path=item.path,
-        image_url=item.url,
-        metadata={key: value for key, value in metadata.items() if value not in (None, "")},
-        excluded_embed_metadata_keys=_BOOKKEEPING,
-        excluded_llm_metadata_keys=_BOOKKEEPING,
-        relationships=item.relationships,
-        embedding=vector.tolist(),
-    )
-
-
-def _text_node(task: _Task, vector: Vector) -> TextNode:
-    return TextNode(
-        id_=task.item.id,
-        text=task.item.text,
-        metadata={**task.extra, **task.stamp, "metadata_digest": task.metadata_digest},
-        excluded_embed_metadata_keys=_BOOKKEEPING,
-        excluded_llm_metadata_keys=_BOOKKEEPING,
-        relationships=task.item.relationships,
-        embedding=vector.tolist(),
-    )
-
-
-def _stamp(path: str) -> dict[str, int]:
-    """Size and time of a regular file: equal stamps, equal contents."""
-    status = os.stat(path)  # noqa: PTH116 - ten times Path's speed
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a file")
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

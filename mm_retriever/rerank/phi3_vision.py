@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.conversation import Speaker
 from mm_retriever.rerank.order import Fusion
-from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank, without_time
+from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank
 from mm_retriever.rerank.sitting import Options, Sitting
 
 CAPTIONS_KEPT = 256
@@ -193,18 +194,10 @@ class Phi3VisionRerank(VisionRerank):
         )
         sitting = Sitting(self._speaker, self._say, options, meter, query, candidates)
         self._understand(sitting, meter)
-        values = sitting.judge()
-        order, scores = self._settle(candidates, values)
+        ranking = self._settle(candidates, sitting.judge())
         told = {"first": 1, "all": self.top_n, "none": 0}[self.reasons]
-        return Ranking(
-            order=order,
-            scores=scores,
-            model_scores={i: value for i, value in enumerate(values) if value is not None},
-            caption=sitting.caption,
-            wanted=sitting.wanted,
-            reasons=sitting.reasons(order[:told]),
-            notes=without_time([i for i, value in enumerate(values) if value is None]),
-        )
+        reasons = sitting.reasons(ranking.order[:told])
+        return replace(ranking, caption=sitting.caption, wanted=sitting.wanted, reasons=reasons)
 
     def _understand(self, sitting: Sitting, meter: Meter) -> None:
         """Have the query understood, with the caption of its picture from memory where it is there."""

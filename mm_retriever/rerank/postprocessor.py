@@ -31,6 +31,8 @@ from mm_retriever.rerank.order import Fusion, best_first, finite, fuse, shares
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
+NO_TIME = "not judged: the time budget was spent; behind those that were"
+
 
 @dataclass(frozen=True)
 class Query:
@@ -207,25 +209,26 @@ class VisionRerank(BaseNodePostprocessor, PromptMixin):
         found = candidates or [Candidate(node) for node in nodes]
         return Reranking(ranked_nodes(found, ranking, self.top_n), order, usage=meter.usage(), error=error)
 
-    def _settle(
-        self, candidates: Sequence[Candidate], model_scores: Sequence[float | None]
-    ) -> tuple[list[int], list[float | None]]:
-        """Order and final scores: the model's, with the retrieval's if they are to be fused; the missing come last.
+    def _settle(self, candidates: Sequence[Candidate], model_scores: Sequence[float | None]) -> Ranking:
+        """The ranking by the model's scores, fused with the retrieval's if that is wanted; the missing come last.
 
         Where the model judged none at all, everything stays as it was retrieved.
         """
+        known = {i: value for i, value in enumerate(model_scores) if value is not None}
+        notes = {i: NO_TIME for i, value in enumerate(model_scores) if value is None}
         missing = [candidate.missing for candidate in candidates]
         values = [None if value is None else finite(value) for value in model_scores]
         judged = [i for i, value in enumerate(values) if value is not None and not missing[i]]
         if not judged:
             values = [None] * len(candidates)
-            return best_first(values, missing), [candidate.node.score for candidate in candidates]
+            retrieved = [candidate.node.score for candidate in candidates]
+            return Ranking(best_first(values, missing), retrieved, known, notes=notes)
         if self.fusion_weight is not None:
             own = [value for i in judged if (value := values[i]) is not None]
             fused = fuse(own, [candidates[i].node.score for i in judged], self.fusion_weight, self.fusion)
             for i, value in zip(judged, fused, strict=True):
                 values[i] = value
-        return best_first(values, missing), list(shares(values, missing))
+        return Ranking(best_first(values, missing), shares(values, missing), known, notes=notes)
 
     # ------------------------------------------------------------------ prompts
 
@@ -244,11 +247,6 @@ class VisionRerank(BaseNodePostprocessor, PromptMixin):
         if unknown:
             raise QueryError(f"no prompts {unknown}; there are {', '.join(sorted(self._prompts))}")
         self._prompts |= prompts
-
-
-def without_time(positions: Sequence[int]) -> dict[int, str]:
-    """Notes for candidates that the time budget left unjudged."""
-    return dict.fromkeys(positions, "not judged: the time budget was spent; behind those that were")
 
 
 def _one_line(error: Exception) -> str:

@@ -100,5 +100,4 @@ class TextRerank(VisionRerank):
         scores = [float(value) for value in (values if isinstance(values, list) else [values])]
         if not all(map(math.isfinite, scores)):
             raise RerankError(f"{self.model_name!r} gave NaN or infinity")
-        order, shares = self._settle(candidates, scores)
-        return Ranking(order, shares, model_scores=dict(enumerate(scores)))
+        return self._settle(candidates, scores)

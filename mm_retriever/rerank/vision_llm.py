@@ -13,6 +13,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock, ImageBlock, MessageRole, TextBlock
@@ -28,7 +29,7 @@ from mm_retriever.image import ImagePolicy, encode_thumbnail
 from mm_retriever.rerank.answers import Answer, read_answer, reasons_by_label, repair
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
-from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank, without_time
+from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank
 
 logger = logging.getLogger(__name__)
 
@@ -199,16 +200,13 @@ class VisionLLMRerank(VisionRerank):
         if orders and visible:
             ranks = reciprocal_ranks(orders, len(candidates))
             values = [None if candidate.missing else math.log(ranks[i]) for i, candidate in enumerate(candidates)]
-        order, scores = self._settle(candidates, values)
-        kept = order[: {"first": 1, "all": self.top_n, "none": 0}[self.reasons]]
-        return Ranking(
-            order=order,
-            scores=scores,
-            model_scores={i: value for i, value in enumerate(values) if value is not None},
+        ranking = self._settle(candidates, values)
+        kept = ranking.order[: {"first": 1, "all": self.top_n, "none": 0}[self.reasons]]
+        return replace(
+            ranking,
             caption=windowed.caption,
             wanted=windowed.wanted,
             reasons={i: windowed.reasons[i] for i in kept if i in windowed.reasons},
-            notes=without_time([i for i, value in enumerate(values) if value is None]),
             repairs=" | ".join(windowed.repairs[:9]),
         )
 
