@@ -1,0 +1,80 @@
+"""Vectors of pictures and texts, from any model that offers what `VisualizedBGEEmbedding` does.
+
+Owns what happens when the model fails: one bad picture does not cost its batch, a broken model ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+_HOPELESS = 3
+"""Failures of the model without one success, after which it is the model that is broken and not the pictures."""
+
+T = TypeVar("T")
+Vector = npt.NDArray[np.float32]
+
+
+class PictureEmbedding(Protocol):
+    """What ingestion asks of a model; `VisualizedBGEEmbedding` has it."""
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in one vector."""
+        ...
+
+    @property
+    def model_id(self) -> str:
+        """The name that the store checked on opening."""
+        ...
+
+    def prepare_image(self, image: Image.Image) -> Any:
+        """Return all that the model needs of a picture, in little memory; called in several threads."""
+        ...
+
+    def embed_images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
+        """Return one vector for each prepared picture, (B, D)."""
+        ...
+
+    def get_text_embedding_batch(self, texts: list[str]) -> list[list[float]]:
+        """Return one vector for each text."""
+        ...
+
+
+class Vectors:
+    """What a model makes of prepared pictures and of texts: a vector for each, or the reason why there is none."""
+
+    def __init__(self, embed_model: PictureEmbedding) -> None:
+        self._embed_model = embed_model
+        self._embedded = 0
+        self._failures = 0
+
+    def of_pictures(self, prepared: Sequence[Any]) -> list[Vector | str]:
+        """Return a vector or a reason for each prepared picture."""
+        return self._vectors(prepared, self._embed_model.embed_images)
+
+    def of_texts(self, texts: Sequence[str]) -> list[Vector | str]:
+        """Return a vector or a reason for each text."""
+        return self._vectors(texts, self._text_vectors)
+
+    def _text_vectors(self, texts: Sequence[str]) -> Vector:
+        return np.asarray(self._embed_model.get_text_embedding_batch(list(texts)), dtype=np.float32)
+
+    def _vectors(self, inputs: Sequence[T], embed: Callable[[Sequence[T]], Vector]) -> list[Vector | str]:
+        if not inputs:
+            return []
+        try:
+            vectors = embed(inputs)
+        except Exception as error:  # whatever a model raises
+            if len(inputs) > 1:
+                return [self._vectors([one], embed)[0] for one in inputs]
+            self._failures += 1
+            if self._failures >= _HOPELESS and not self._embedded:
+                raise
+            return [f"the model failed: {type(error).__name__}: {error}"[:300]]
+        self._embedded += len(inputs)
+        return [row if np.isfinite(row).all() else "the model gave NaN or infinity for it" for row in vectors]
