@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import os
 import random
 import signal
@@ -178,6 +177,8 @@ def _end_with_parent() -> None:
 
 
 def _enter_new_namespace() -> None:
+    import fcntl
+
     libc = ctypes.CDLL(None, use_errno=True)
     owner, group = os.getuid(), os.getgid()
 
