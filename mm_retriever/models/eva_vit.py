@@ -10,13 +10,14 @@ stage.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mm_retriever.models.conv_stem import check_stem, halvings
 
 LAYER_NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
@@ -38,7 +39,7 @@ def check_sizes(config: Any) -> None:
 class EvaVisionConfig:
     """Shape of the tower; the defaults are EVA02-CLIP-B-16 of bge-visualized-base-en-v1.5.
 
-    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) exists for the bundled tiny model only:
+    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) is for small models trained from scratch:
     ``stem_channels`` has one entry per halving, so ``2 ** len(stem_channels) == patch_size``.
     """
 
@@ -59,10 +60,7 @@ class EvaVisionConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.head_width or self.head_width % 4:
             raise ValueError(f"width {self.width} needs heads of {self.head_width}, a multiple of 4, that divide it")
-        if self.stem not in ("patch", "conv"):
-            raise ValueError(f"stem {self.stem!r} is not one of 'patch', 'conv'")
-        if self.stem == "conv" and 2 ** len(self.stem_channels) != self.patch_size:
-            raise ValueError(f"stem_channels {self.stem_channels} do not halve down to patch_size {self.patch_size}")
+        check_stem(self.stem, self.stem_channels, self.patch_size)
 
     @property
     def grid(self) -> int:
@@ -210,23 +208,12 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Stride-2 convolutions down to the patch stride: learns from little data what one large convolution does not.
-
-    Not in the original; the bundled tiny model only.
-    """
+    """Stride-2 convolutions down to the patch stride; not in the original."""
 
     def __init__(self, config: EvaVisionConfig) -> None:
         super().__init__()
-        channels = (3, *config.stem_channels)
-        self.halvings = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()
-                )
-                for before, after in itertools.pairwise(channels)
-            )
-        )
-        self.proj = nn.Conv2d(channels[-1], config.width, 1)
+        self.halvings = halvings(config.stem_channels)
+        self.proj = nn.Conv2d(config.stem_channels[-1], config.width, 1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D)."""

@@ -10,7 +10,6 @@ rewritten; checked against its outputs.
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config
 from transformers.configuration_utils import SubConfigSpec
 
 from mm_retriever.errors import PromptError
+from mm_retriever.models.conv_stem import check_stem, halvings
 
 CROPS_AT_ONCE = 32  # crops that go through the tower in one batch
 
@@ -29,7 +29,7 @@ class Phi3VisionTowerConfig(CLIPVisionConfig):
     """A CLIP tower whose layer ``feature_layer`` is used; layers above it are neither built nor run.
 
     The defaults are the official models' ViT-L/14-336.
-    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) exists for the bundled tiny model only:
+    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) is for small models trained from scratch:
     ``stem_channels`` has one entry per halving, so ``2 ** len(stem_channels) == patch_size``.
     """
 
@@ -47,10 +47,7 @@ class Phi3VisionTowerConfig(CLIPVisionConfig):
     def validate_architecture(self) -> None:
         """Raise a ValueError that names what does not fit together."""
         super().validate_architecture()  # type: ignore[no-untyped-call]
-        if self.stem not in ("patch", "conv"):
-            raise ValueError(f"stem {self.stem!r} is not one of 'patch', 'conv'")
-        if self.stem == "conv" and 2 ** len(self.stem_channels) != self.patch_size:
-            raise ValueError(f"stem_channels {self.stem_channels} do not halve down to patch_size {self.patch_size}")
+        check_stem(self.stem, self.stem_channels, self.patch_size)
         if self.image_size % (2 * self.patch_size):
             raise ValueError(f"image_size {self.image_size} is not an even number of patches of {self.patch_size}")
         if not -self.num_hidden_layers - 1 <= self.feature_layer <= -1:
@@ -109,23 +106,12 @@ class Phi3VisionConfig(Phi3Config):
 
 
 class ConvStem(nn.Sequential):
-    """Stride-2 convolutions down to the patch stride: learns from little data what one large convolution does not.
-
-    Stands where CLIP has its ``patch_embedding``. Not in the original; the bundled tiny model only.
-    """
+    """Stride-2 convolutions down to the patch stride, where CLIP has its ``patch_embedding``; not in the original."""
 
     def __init__(self, config: Phi3VisionTowerConfig) -> None:
         super().__init__()
-        channels = (3, *config.stem_channels)
-        self.halvings = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()
-                )
-                for before, after in pairwise(channels)
-            )
-        )
-        self.proj = nn.Conv2d(channels[-1], config.hidden_size, 1)
+        self.halvings = halvings(config.stem_channels)
+        self.proj = nn.Conv2d(config.stem_channels[-1], config.hidden_size, 1)
 
     @property
     def weight(self) -> Tensor:
