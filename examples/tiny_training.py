@@ -1,4 +1,4 @@
-"""What the training scripts of the bundled tiny models share: endless drawn pictures, their words, and noise.
+"""What the trainings of the bundled tiny models share: endless drawn pictures, words, noise, and the loop itself.
 
 A drawn picture is linear in its colours (see ``mm_retriever.catalogue.drawing``). ``LayerCache`` therefore draws shapes
 and pattern textures once, with the very code that draws the catalogue, and composes batches of them in torch: about a
@@ -7,7 +7,8 @@ millisecond a picture instead of twenty.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_retriever.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, colours_of, vocabulary
 from mm_retriever.catalogue.colours import palette
@@ -249,3 +250,125 @@ def reworded(text: str, rng: np.random.Generator) -> str:
     for _ in range(int(rng.integers(4)) if rng.random() < 0.35 else 0):
         words.insert(0 if rng.random() < 0.5 else len(words), "[UNK]")
     return " ".join(word for word in words if word) or text
+
+
+# ---------------------------------------------------------------------- training
+
+HEADS = (len(KINDS) + 1, len(PATTERNS), len(COLOURS))
+
+
+class Stage:
+    """One stage of a training, so many steps or seconds long; prints the means of its last steps twice a minute.
+
+    ``parameters`` come in groups with their highest learning rates, which rise over 40 steps, then fall to a fiftieth.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[tuple[Sequence[Tensor], float]],
+        *,
+        steps: int,
+        seconds: float | None,
+        weight_decay: float = 0.02,
+    ) -> None:
+        self.name, self.steps, self.seconds = name, steps, seconds
+        self.parameters = [parameter for group, _ in parameters for parameter in group]
+        groups = [{"params": group, "top": top} for group, top in parameters]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, betas=(0.9, 0.98))
+        self.rows: list[dict[str, float]] = []
+        self.start = self.last = time.monotonic()
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the steps, each with its learning rate set."""
+        step = 0
+        while (share := self._share(step)) < 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["top"] * min(1.0, (step + 1) / 40) * max(0.02, 1 - share)
+            yield step
+            step += 1
+        print(f"{self.name} done after {step} steps, {time.monotonic() - self.start:.0f} s", flush=True)
+
+    def _share(self, step: int) -> float:
+        return step / self.steps if self.seconds is None else (time.monotonic() - self.start) / self.seconds
+
+    def update(self, loss: Tensor) -> None:
+        """One clipped step down the gradient."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+    def note(self, step: int, **values: float) -> None:
+        """Keep a step's figures."""
+        self.rows.append(values)
+        now = time.monotonic()
+        if now - self.last > 30:
+            shown = " ".join(f"{key} {np.mean([row[key] for row in self.rows[-40:]]):.3f}" for key in values)
+            print(f"{self.name} step {step}/{self.steps} {now - self.start:.0f} s  {shown}", flush=True)
+            self.last = now
+
+
+def train_naming(
+    stage: Stage,
+    logits_of: Callable[[Tensor], Tensor],
+    render: Callable[[Tensor], Tensor],
+    *,
+    batch: int,
+    crops: float,
+    adjust: bool,
+    rng: np.random.Generator,
+) -> None:
+    """The first stage of both models: kind, pattern and colour of a picture.
+
+    ``render`` draws pictures of labels, ``logits_of`` tells from their ``pixel_values``; a share of ``crops`` is
+    enlarged parts, which hide the kind.
+    """
+    for step in stage:
+        looks = []
+        for number in range(batch):
+            kind, pattern = SEEN_PAIRS[int(rng.integers(len(SEEN_PAIRS)))]
+            if number % 4 == 0:
+                kind, pattern = None, PATTERNS[int(rng.integers(len(PATTERNS)))]
+            looks.append(Looks(kind, pattern, random_colour(pattern, rng)))
+        labels = labels_of(looks)
+        pictures = render(labels)
+        cropped = torch.from_numpy(rng.random(len(labels)) < crops)
+        pictures[cropped] = enlarged_crops(pictures[cropped], rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = logits_of(normalised(augmented(pictures, rng)))
+        loss = attribute_loss(logits, labels, adjust=adjust, scored=((~cropped).float(), None, None))
+        stage.update(loss)
+        right = correct(logits, labels).float()
+        shares = {"kind": right[~cropped, 0], "pattern": right[:, 1], "colour": right[:, 2]}
+        stage.note(step, loss=loss.item(), **{name: share.mean().item() for name, share in shares.items()})
+
+
+def named(tokens: Tensor, head: nn.Module) -> Tensor:
+    """(N, patches, C) -> logits of kind, pattern and colour, from the mean and the maximum of the tokens."""
+    logits: Tensor = head(torch.cat((tokens.mean(1), tokens.amax(1)), dim=1))
+    return logits
+
+
+def attribute_loss(
+    logits: Tensor, labels: Tensor, *, adjust: bool, scored: tuple[Tensor | None, ...] = (None,) * 3
+) -> Tensor:
+    """Cross-entropy of kind, pattern and colour.
+
+    With ``adjust``, what training never shows together is no evidence against it: pairs of ``HELD_OUT`` stay out of
+    the softmax over patterns of their kind and over kinds of their pattern.
+    """
+    kind, pattern, colour = logits.float().split(HEADS, dim=1)
+    if adjust:
+        pattern = pattern.masked_fill(NEVER[labels[:, 0]], -1e4)
+        kind = kind.masked_fill(NEVER.T[labels[:, 1]], -1e4)
+    total = torch.zeros(())
+    for column, (head, weight) in enumerate(zip((kind, pattern, colour), scored, strict=True)):
+        losses = F.cross_entropy(head, labels[:, column], reduction="none")
+        total = total + (losses.mean() if weight is None else (losses * weight).sum() / weight.sum().clamp(min=1))
+    return total
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, 3) whether kind, pattern and colour come out right."""
+    return torch.stack([head.argmax(1) for head in logits.split(HEADS, dim=1)], dim=1) == labels

@@ -22,17 +22,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny_training import (
-    NEVER,
+    HEADS,
     SEEN_PAIRS,
     SPECIAL_TOKENS,
     LayerCache,
+    Stage,
+    attribute_loss,
     augmented,
     build_tokenizer,
-    enlarged_crops,
+    correct,
     labels_of,
+    named,
     normalised,
     random_colour,
     reworded,
+    train_naming,
 )
 from torch import Tensor, nn
 
@@ -50,7 +54,6 @@ from mm_retriever.catalogue import (
 from mm_retriever.models.visualized_bge import VisualizedBGE, VisualizedBGEConfig, VisualizedBGEProcessor, crop_square
 
 TEMPERATURE = 0.05
-HEADS = (len(KINDS) + 1, len(PATTERNS), len(COLOURS))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,98 +98,23 @@ def build_model(arguments: argparse.Namespace, vocab_size: int) -> VisualizedBGE
     return VisualizedBGE(VisualizedBGEConfig(vision=vision, text=text))
 
 
-def attribute_loss(
-    logits: Tensor, labels: Tensor, *, adjust: bool, scored: tuple[Tensor | None, ...] = (None,) * 3
-) -> Tensor:
-    """Cross-entropy of kind, pattern and colour.
-
-    With ``adjust``, what training never shows together is no evidence against it: pairs of ``HELD_OUT`` stay out of
-    the softmax over patterns of their kind and over kinds of their pattern.
-    """
-    kind, pattern, colour = logits.float().split(HEADS, dim=1)
-    if adjust:
-        pattern = pattern.masked_fill(NEVER[labels[:, 0]], -1e4)
-        kind = kind.masked_fill(NEVER.T[labels[:, 1]], -1e4)
-    total = torch.zeros(())
-    for column, (head, weight) in enumerate(zip((kind, pattern, colour), scored, strict=True)):
-        losses = F.cross_entropy(head, labels[:, column], reduction="none")
-        total = total + (losses.mean() if weight is None else (losses * weight).sum() / weight.sum().clamp(min=1))
-    return total
-
-
-def schedule(optimizer: torch.optim.Optimizer, share: float, step: int, floor: float = 0.02) -> None:
-    """Linear warm-up over 40 steps, then linear decay with the ``share`` of the training that is done."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["top"] * min(1.0, (step + 1) / 40) * max(floor, 1 - share)
-
-
-class Progress:
-    """Means of the last steps, printed twice a minute."""
-
-    def __init__(self, stage: str, steps: int, seconds: float | None) -> None:
-        self.stage, self.steps, self.seconds, self.rows = stage, steps, seconds, []
-        self.start = self.last = time.monotonic()
-
-    def share(self, step: int) -> float:
-        """How much of the stage is done, by steps or by time."""
-        return step / self.steps if self.seconds is None else (time.monotonic() - self.start) / self.seconds
-
-    def note(self, step: int, **values: float) -> None:
-        """Keeps a step's figures."""
-        self.rows.append(values)
-        now = time.monotonic()
-        if now - self.last > 30:
-            shown = " ".join(f"{key} {np.mean([row[key] for row in self.rows[-40:]]):.3f}" for key in values)
-            print(f"{self.stage} step {step}/{self.steps} {now - self.start:.0f} s  {shown}", flush=True)
-            self.last = now
-
-
 def train_tower(
     model: VisualizedBGE, layers: LayerCache, arguments: argparse.Namespace, rng: np.random.Generator
 ) -> None:
     """First stage: kind, pattern and colour of a picture from its tokens."""
     head = nn.Linear(2 * model.config.dimension, sum(HEADS))
     parameters = [*model.model_visual.parameters(), *model.visual_proj.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "top": arguments.tower_lr}], weight_decay=0.03, betas=(0.9, 0.98)
+    rates = [(parameters, arguments.tower_lr)]
+    train_naming(
+        Stage("tower", rates, steps=arguments.tower_steps, seconds=arguments.seconds, weight_decay=0.03),
+        lambda pixel_values: named(model.image_tokens(pixel_values), head),
+        lambda labels: layers.render(labels, rng),
+        batch=arguments.tower_batch,
+        crops=arguments.crops,
+        adjust=arguments.adjust,
+        rng=rng,
     )
-    progress, step = Progress("tower", arguments.tower_steps, arguments.seconds), 0
-    while progress.share(step) < 1:
-        looks = []
-        for number in range(arguments.tower_batch):
-            kind, pattern = SEEN_PAIRS[int(rng.integers(len(SEEN_PAIRS)))]
-            if number % 4 == 0:
-                kind, pattern = None, PATTERNS[int(rng.integers(len(PATTERNS)))]
-            looks.append(Looks(kind, pattern, random_colour(pattern, rng)))
-        labels = labels_of(looks)
-        pictures = layers.render(labels, rng)
-        cropped = torch.from_numpy(rng.random(len(labels)) < arguments.crops)
-        pictures[cropped] = enlarged_crops(pictures[cropped], rng)
-        schedule(optimizer, progress.share(step), step)
-        with torch.autocast("cpu", torch.bfloat16):
-            tokens = model.image_tokens(normalised(augmented(pictures, rng)))
-            logits = head(torch.cat((tokens.mean(1), tokens.amax(1)), dim=1))
-        loss = attribute_loss(logits, labels, adjust=arguments.adjust, scored=((~cropped).float(), None, None))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        kind_right, pattern_right, colour_right = correct(logits, labels).float().unbind(1)
-        progress.note(
-            step,
-            loss=loss.item(),
-            kind=kind_right[~cropped].mean().item(),
-            pattern=pattern_right.mean().item(),
-            colour=colour_right.mean().item(),
-        )
-        step += 1
-    print(f"tower done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
     report_tower(model, head, arguments.report)
-
-
-def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, 3) whether kind, pattern and colour come out right."""
-    return torch.stack([head.argmax(1) for head in logits.split(HEADS, dim=1)], dim=1) == labels
 
 
 @torch.inference_mode()
@@ -196,11 +124,9 @@ def report_tower(model: VisualizedBGE, head: nn.Module, count: int) -> None:
     products = catalogue(count, seed=1)
     side = model.config.vision_shape.image_size
     pixels = torch.from_numpy(np.stack([np.asarray(crop_square(product.draw(), side)) for product in products]))
-    right = []
-    for some in pixels.permute(0, 3, 1, 2).float().split(64):
-        tokens = model.image_tokens(normalised(some))
-        right.append(head(torch.cat((tokens.mean(1), tokens.amax(1)), dim=1)))
-    right = correct(torch.cat(right), labels_of([product.looks for product in products])).float()
+    batches = pixels.permute(0, 3, 1, 2).float().split(64)
+    logits = torch.cat([named(model.image_tokens(normalised(batch)), head) for batch in batches])
+    right = correct(logits, labels_of([product.looks for product in products])).float()
     held_out = torch.tensor([product.held_out for product in products])
     for name, rows in (("seen", ~held_out), ("held out", held_out)):
         figures = [f"{share:.3f}" for share in [*right[rows].mean(0).tolist(), right[rows].prod(1).mean().item()]]
@@ -262,11 +188,10 @@ def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespa
     tower = [*joint.model.model_visual.parameters(), *joint.model.visual_proj.parameters()]
     known = {id(parameter) for parameter in tower}
     rest = [parameter for parameter in joint.parameters() if id(parameter) not in known]
-    groups = [{"params": rest, "top": arguments.lr}, {"params": tower, "top": arguments.lr * arguments.tower_share}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
-    progress, step = Progress("joint", arguments.steps, arguments.seconds), 0
+    rates = [(rest, arguments.lr), (tower, arguments.lr * arguments.tower_share)]
+    stage = Stage("joint", rates, steps=arguments.steps, seconds=arguments.seconds)
     empty = [""] * (2 * arguments.batch)
-    while progress.share(step) < 1:
+    for step in stage:
         queries = draw_queries(arguments.batch, rng)
         wanted = labels_of([query.wanted for query in queries])
         sources = labels_of([query.source for query in queries])
@@ -279,7 +204,6 @@ def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespa
             ]
         )
         pictures = augmented(layers.render(torch.cat((wanted, sources)), rng), rng)
-        schedule(optimizer, progress.share(step), step)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = joint.model.image_tokens(normalised(pictures))
             shown = joint.encode(tokens, empty)  # the wanted products, then the query pictures as more to tell apart
@@ -296,21 +220,15 @@ def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespa
         second = second + attribute_loss(
             joint.attributes(text), wanted, adjust=arguments.adjust, scored=(None, None, (~bare).float())
         )
-        loss = contrast + 0.5 * second
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*rest, *tower], 1.0)
-        optimizer.step()
+        stage.update(contrast + 0.5 * second)
         with torch.no_grad():
             first = same[torch.arange(len(same)), (composed @ shown.T).argmax(1)].float().mean().item()
             kind, pattern, colour = correct(joint.attributes(composed), wanted).float().mean(0).tolist()
-        progress.note(
+        stage.note(
             step, contrast=contrast.item(), second=second.item(), first=first, kind=kind, pattern=pattern, colour=colour
         )
-        step += 1
-        if step % 200 == 0:
+        if step % 200 == 199:
             save(joint.model, joint.processor, arguments.out)
-    print(f"joint done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
 
 
 def save(model: VisualizedBGE, processor: VisualizedBGEProcessor, folder: Path) -> None:

@@ -25,16 +25,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_conversations import Conversation, Conversations, build_tokenizer
 from tiny_training import (
+    HEADS,
     SEEN_PAIRS,
     LayerCache,
+    Stage,
+    attribute_loss,
     augmented,
     enlarged_crops,
     labels_of,
+    named,
     normalised,
-    random_colour,
+    train_naming,
 )
 from torch import Tensor, nn
-from train_tiny_embedder import HEADS, Progress, attribute_loss, correct, schedule
 
 from mm_retriever import prompts
 from mm_retriever.catalogue import PATTERNS, Looks, all_looks, catalogue
@@ -107,46 +110,17 @@ def train_eyes(
     tower = model.model.vision_embed_tokens.img_processor
     head = nn.Linear(2 * model.config.vision_config.hidden_size, sum(HEADS))
     parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "top": arguments.eyes_lr}], weight_decay=0.03, betas=(0.9, 0.98)
+    rates = [(parameters, arguments.eyes_lr)]
+    train_naming(
+        Stage("eyes", rates, steps=arguments.eyes_steps, seconds=seconds, weight_decay=0.03),
+        lambda pixel_values: named(tower(pixel_values.contiguous()), head),
+        lambda labels: one_of(sets, rng).render(labels, rng),
+        batch=arguments.batch,
+        crops=arguments.crops,
+        adjust=True,
+        rng=rng,
     )
-    progress, step = Progress("eyes", arguments.eyes_steps, seconds), 0
-    while progress.share(step) < 1:
-        looks = []
-        for number in range(arguments.batch):
-            kind, pattern = SEEN_PAIRS[int(rng.integers(len(SEEN_PAIRS)))]
-            if number % 4 == 0:
-                kind, pattern = None, PATTERNS[int(rng.integers(len(PATTERNS)))]
-            looks.append(Looks(kind, pattern, random_colour(pattern, rng)))
-        labels = labels_of(looks)
-        pictures = one_of(sets, rng).render(labels, rng)
-        cropped = torch.from_numpy(rng.random(len(labels)) < arguments.crops)
-        pictures[cropped] = enlarged_crops(pictures[cropped], rng)
-        schedule(optimizer, progress.share(step), step)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = named(tower(normalised(augmented(pictures, rng)).contiguous()), head)
-        loss = attribute_loss(logits, labels, adjust=True, scored=((~cropped).float(), None, None))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        kind_right, pattern_right, colour_right = correct(logits, labels).float().unbind(1)
-        progress.note(
-            step,
-            loss=loss.item(),
-            kind=kind_right[~cropped].mean().item(),
-            pattern=pattern_right.mean().item(),
-            colour=colour_right.mean().item(),
-        )
-        step += 1
-    print(f"eyes done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
     return head
-
-
-def named(tokens: Tensor, head: nn.Module) -> Tensor:
-    """(N, patches, C) -> logits of kind, pattern and colour, from the mean and the maximum of the tokens."""
-    logits: Tensor = head(torch.cat((tokens.mean(1), tokens.amax(1)), dim=1))
-    return logits
 
 
 # ---------------------------------------------------------------------- second stage: words
@@ -239,30 +213,16 @@ def train_words(
     print(f"{len(seen.merged)} pictures seen in {time.monotonic() - started:.0f} s", flush=True)
     frozen = {id(parameter) for parameter in model.model.vision_embed_tokens.img_processor.parameters()}
     parameters = [parameter for parameter in model.parameters() if id(parameter) not in frozen]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "top": arguments.words_lr}], weight_decay=0.02, betas=(0.9, 0.98)
-    )
-    progress, step = Progress("words", arguments.words_steps, seconds), 0
-    while progress.share(step) < 1:
-        schedule(optimizer, progress.share(step), step)
+    stage = Stage("words", [(parameters, arguments.words_lr)], steps=arguments.words_steps, seconds=seconds)
+    for step in stage:
         losses = []
         for talks in talks_of(conversations, arguments.words_batch):
             looks = [look for talk in talks for look in talk.pictures]
             with torch.autocast("cpu", torch.bfloat16):
                 loss, right = answers_loss(model, talks, projected(model, seen(looks, rng)))
             losses += [loss, right]
-        update(optimizer, losses[0] + losses[2], parameters)
-        progress.note(step, query=losses[0].item(), right=losses[1], described=losses[2].item(), words=losses[3])
-        step += 1
-    print(f"words done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
-
-
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """One clipped step."""
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
+        stage.update(losses[0] + losses[2])
+        stage.note(step, query=losses[0].item(), right=losses[1], described=losses[2].item(), words=losses[3])
 
 
 # ---------------------------------------------------------------------- third stage: all of it
@@ -279,13 +239,9 @@ def train_jointly(
 ) -> None:
     """Tower and decoder together on fresh pictures, the first stage's task beside them."""
     parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "top": arguments.joint_lr}], weight_decay=0.02, betas=(0.9, 0.98)
-    )
+    stage = Stage("joint", [(parameters, arguments.joint_lr)], steps=arguments.joint_steps, seconds=seconds)
     embeddings = model.model.vision_embed_tokens
-    progress, step = Progress("joint", arguments.joint_steps, seconds), 0
-    while progress.share(step) < 1:
-        schedule(optimizer, progress.share(step), step)
+    for step in stage:
         batches = list(talks_of(conversations, arguments.words_batch))
         looks = [look for talks in batches for talk in talks for look in talk.pictures]
         labels = labels_of(looks)
@@ -297,12 +253,8 @@ def train_jointly(
             first = sum(len(talk.pictures) for talk in batches[0])
             query, right = answers_loss(model, batches[0], pictures[:first])
             described, words = answers_loss(model, batches[1], pictures[first:])
-        update(optimizer, query + described + 0.3 * second, parameters)
-        progress.note(
-            step, query=query.item(), right=right, described=described.item(), words=words, second=second.item()
-        )
-        step += 1
-    print(f"joint done after {step} steps, {time.monotonic() - progress.start:.0f} s", flush=True)
+        stage.update(query + described + 0.3 * second)
+        stage.note(step, query=query.item(), right=right, described=described.item(), words=words, second=second.item())
 
 
 # ---------------------------------------------------------------------- figures and files
