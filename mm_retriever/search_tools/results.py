@@ -109,7 +109,7 @@ class FoundPicture:
             "metadata": dict(self.metadata),
             "note": self.note,
         }
-        return {name: value for name, value in plain.items() if value not in ("", None, {})}
+        return _filled(plain)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class PictureDescription:
             "metadata": dict(self.metadata),
             "note": self.note,
         }
-        return {name: value for name, value in plain.items() if value not in ("", None, {})}
+        return _filled(plain)
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,10 @@ def one_line(text: object, most: int) -> str:
     words = "".join(" " if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") else sign for sign in str(text))
     line = " ".join(words.split())
     return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value not in ("", None, {})}
 
 
 def _short(value: Any, most: int) -> Any:

@@ -89,7 +89,7 @@ def names(documents: list[Document]) -> list[str]:
 # ------------------------------------------------------------------------------------------ LangChain's own suites
 
 
-class TestEmbeddingsUnit(EmbeddingsUnitTests):
+class _Embeddings:
     @property
     def embeddings_class(self) -> type[Embeddings]:
         return VisualizedBGEEmbeddings
@@ -99,14 +99,12 @@ class TestEmbeddingsUnit(EmbeddingsUnitTests):
         return {"model": "tiny", "device": "cpu"}
 
 
-class TestEmbeddingsIntegration(EmbeddingsIntegrationTests):
-    @property
-    def embeddings_class(self) -> type[Embeddings]:
-        return VisualizedBGEEmbeddings
+class TestEmbeddingsUnit(_Embeddings, EmbeddingsUnitTests):
+    pass
 
-    @property
-    def embedding_model_params(self) -> dict[str, Any]:
-        return {"model": "tiny", "device": "cpu"}
+
+class TestEmbeddingsIntegration(_Embeddings, EmbeddingsIntegrationTests):
+    pass
 
 
 class _InShop:
@@ -132,10 +130,18 @@ class TestRetrieverIntegration(_InShop, RetrieversIntegrationTests):
         return "a red mug with hearts"
 
 
-class _SearchTool(_InShop):
+class _Tool(_InShop):
+    position: ClassVar[int]
+
     @property
     def tool_constructor(self) -> BaseTool:
-        return image_search_tools(ImageSearch(self.shop.store, self.shop.model))[0]
+        conversation = Conversation()
+        conversation.attach("photo", self.shop.leopard)
+        return image_search_tools(ImageSearch(self.shop.store, self.shop.model), conversation)[self.position]
+
+
+class _SearchTool(_Tool):
+    position = 0
 
     @property
     def tool_invoke_params_example(self) -> dict[str, Any]:
@@ -150,12 +156,8 @@ class TestSearchToolIntegration(_SearchTool, ToolsIntegrationTests):
     pass
 
 
-class _SimilarTool(_InShop):
-    @property
-    def tool_constructor(self) -> BaseTool:
-        conversation = Conversation()
-        conversation.attach("photo", self.shop.leopard)
-        return image_search_tools(ImageSearch(self.shop.store, self.shop.model), conversation)[1]
+class _SimilarTool(_Tool):
+    position = 1
 
     @property
     def tool_invoke_params_example(self) -> dict[str, Any]:
@@ -170,12 +172,8 @@ class TestSimilarToolIntegration(_SimilarTool, ToolsIntegrationTests):
     pass
 
 
-class _DescribeTool(_InShop):
-    @property
-    def tool_constructor(self) -> BaseTool:
-        conversation = Conversation()
-        conversation.attach("photo", self.shop.leopard)
-        return image_search_tools(ImageSearch(self.shop.store, self.shop.model), conversation)[2]
+class _DescribeTool(_Tool):
+    position = 2
 
     @property
     def tool_invoke_params_example(self) -> dict[str, Any]:
