@@ -148,6 +148,44 @@ async def test_a_session_over_stdio_as_a_subprocess(db, leopard):
         await assert_every_tool_works(client, leopard, remembers=True)
 
 
+async def assert_the_vision_model_ranks_and_describes(client: Client, leopard: Path) -> None:
+    """What only the small Phi-3 Vision adds: a reason at the first result, and a description of a picture."""
+    found = await client.call_tool("search_images", {"text": "phone case with this", "image": str(leopard), "top_k": 3})
+    assert not found.is_error
+    first, *others = found.structured_content["results"]
+    assert (first["label"], first["metadata"]["file_name"]) == ("phone case", "natural leopard.jpg")
+    assert "phone case with leopard" in first["reason"]
+    assert first["reason"] in found.content[1].text
+    assert not any("reason" in other for other in others)
+    scores = [picture["score"] for picture in (first, *others)]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 <= scores[-1] <= scores[0] <= sum(scores) <= 1  # shares of a reranker, not similarities
+    described = await client.call_tool("describe_image", {"image": first["id"], "question": "What is it?"})
+    assert "phone case with leopard" in described.structured_content["description"]
+    assert described.structured_content["description"] in described.content[0].text
+
+
+async def test_a_vision_model_ranks_and_describes(search, folder, leopard):
+    """`image_search(vision_model="tiny")`: one model, shared by reranker and describer."""
+    seeing = image_search(search._store, search._embed_model, vision_model="tiny", roots=[folder], device="cpu")
+    async with Client(create_server(seeing)) as client:
+        await assert_the_vision_model_ranks_and_describes(client, leopard)
+        refused = await client.call_tool("describe_image", {"image": "/etc/hostname.png"})
+    assert refused.is_error
+
+
+@pytest.mark.slow
+async def test_the_command_serves_a_vision_model(db):
+    """`mm-retriever mcp --vision-model tiny` over stdio."""
+    leopard = draw_leopard(db.parent / "leopard.png")
+    options = ["--db", str(db), "--model", "tiny", "--vision-model", "tiny", "--root", str(db.parent)]
+    server = StdioServerParameters(
+        command=sys.executable, args=["-m", "mm_retriever.cli", "mcp", *options], env=ENVIRONMENT
+    )
+    async with Client(server) as client:
+        await assert_the_vision_model_ranks_and_describes(client, leopard)
+
+
 @pytest.mark.slow
 def test_nothing_but_the_protocol_is_on_stdout(db):
     """Whatever loading the models and a failing search print: every line is a message, words are on stderr."""
