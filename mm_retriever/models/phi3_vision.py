@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from transformers import DynamicCache, GenerationMixin, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
+from transformers.utils import logging as transformers_logging
 
 from mm_retriever.errors import CheckpointError, PromptError
 from mm_retriever.models.checkpoint import ModelFiles, load_strict, locate, read_json, read_state_dict
@@ -39,6 +41,7 @@ from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig, Phi3VisionEm
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 
+_BAR_LOCK = threading.Lock()  # transformers has one hook for all threads
 _LONG_ROPE: ContextVar[bool | None] = ContextVar("long_rope", default=None)
 
 
@@ -427,9 +430,32 @@ def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtyp
     unused = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ()))
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not unused.search(key)}
     load_strict(skeleton, state, source=files.weights, device="meta")  # compares names and shapes, copies nothing
-    model = Phi3Vision.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    with _without_progress_bar():
+        model = Phi3Vision.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     assert isinstance(model, Phi3Vision)
     return model
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """No bar from transformers in this thread: the tensors are in memory already. Other threads keep theirs."""
+    set_hook: Any = getattr(transformers_logging, "set_tqdm_hook", None)
+    if set_hook is None:  # the first versions 5 have no such hook, and draw their bar
+        yield
+        return
+    here = threading.get_ident()
+
+    def hook(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if threading.get_ident() == here:
+            return transformers_logging.EmptyTqdm(*args, **options)
+        return bar(*args, **options) if others is None else others(bar, args, options)
+
+    with _BAR_LOCK:
+        others = set_hook(hook)
+        try:
+            yield
+        finally:
+            set_hook(others)
 
 
 def processor_for(

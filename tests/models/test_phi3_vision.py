@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CLIPVisionModel, Phi3Config, Phi3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, PromptError
 from mm_retriever.models.phi3_vision import Phi3Vision, load_phi3_vision, processor_for
@@ -644,6 +648,29 @@ def test_the_published_folder_loads_without_remote_code(official_folder: Path, a
     inputs = coarse(ASK, [picture(40, 30)])
     with torch.inference_mode():
         assert torch.isfinite(wide(**inputs).logits).all()
+
+
+def test_loading_draws_no_progress_bar_and_leaves_others_theirs(
+    official_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Truth: our choice; transformers itself draws a bar in another thread meanwhile, and in this one afterwards."""
+
+    def draw_beside(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        if name == "lm_head":
+            thread = threading.Thread(target=lambda: list(transformers_logging.tqdm([1], desc="another thread's")))
+            thread.start()
+            thread.join()
+
+    beside = register_module_module_registration_hook(draw_beside)
+    try:
+        load_phi3_vision(str(official_folder))
+    finally:
+        beside.remove()
+    shown = capfd.readouterr().err
+    assert shown.count("another thread's: 100%") == 2  # when the shapes are compared, and when the weights are loaded
+    assert "Loading weights" not in shown
+    Phi3Vision.from_pretrained(official_folder, dtype=torch.float32)
+    assert "Loading weights: 100%" in capfd.readouterr().err
 
 
 def test_from_pretrained_and_save_pretrained_work_as_for_any_model(official_folder: Path, tmp_path: Path) -> None:
