@@ -6,9 +6,11 @@ of picture files. Its files:
 - `rows.py`: a LlamaIndex node to a row, and back; what may be stored.
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
 - `words.py`: what hybrid search indexes beside the vectors.
+- `channel.py`: requests to a server that end by their deadline, and are sent again until then.
 - `connection.py`: where Milvus is, who else has it open, and what its failures mean.
 - `collection.py`: a collection's schema and index; its rows written, read and searched.
 - `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection.
+- `parquet.py`, `bulk_import.py`: rows in files that a server imports by itself, each exactly once.
 - `description.py`: what a store holds, for people.
 """
 
@@ -16,11 +18,13 @@ from mm_retriever.store.description import describe_store
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store
 from mm_retriever.store.rows import metadata_columns, storable_node
+from mm_retriever.store.words import SparseEmbedding
 
 __all__ = [
     "MAX_TOP_K",
     "EmbeddingIdentity",
     "ImageStore",
+    "SparseEmbedding",
     "describe_store",
     "filter_expression",
     "metadata_columns",

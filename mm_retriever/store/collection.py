@@ -305,14 +305,15 @@ class Collection:
     # ------------------------------------------------------------------------------------------ requests
 
     def _read(self, call: Callable[..., Any], **options: Any) -> Any:
-        """The answer to a read; a collection that a restarted server has no longer loaded is loaded first."""
-        try:
-            return self._ask(call, **options)
-        except MilvusException as error:
-            if error.code != _NOT_LOADED:
-                raise
-            self._ask(self._client.load_collection)
-            return self._ask(call, **options)
+        """The answer to a read; a collection that a restarted server has not loaded (yet) is loaded first."""
+        with self.connection.deadline() as until:
+            while True:
+                try:
+                    return self._ask(call, **options)
+                except MilvusException as error:
+                    if error.code != _NOT_LOADED or until.left <= 0:
+                        raise
+                self._ask(self._client.load_collection)
 
     def _ask(self, call: Callable[..., Any], **options: Any) -> Any:
         return self.connection.ask(call, collection_name=self.name, **options)

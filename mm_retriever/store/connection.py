@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,15 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
+from mm_retriever.store.channel import Deadline, deadline, open_channel
 
 _SERVER_URI = re.compile(r"(?:https?|tcp)://.+|unix:.+", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(//)[^/@]*@")
 _AWAY = (2, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-_RECONNECT = {"grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 1_000}
-"""gRPC would stay away from a server that was down for up to two minutes after it is back."""
+
+
+class _TimeOverError(Exception):
+    """A request did not end by its deadline."""
 
 
 class Connection:
@@ -50,22 +52,26 @@ class Connection:
         self.where = self.lite_path or _CREDENTIALS.sub(r"\1", place)
         self._open = True
         self.write_lock = threading.RLock()
-        with self.request("connecting"):
-            if self.lite_path:
-                self.write_lock = _LITE_FILES.enter(self.lite_path)
-            try:
-                with _LITE_FILES.opening:
-                    self.client = MilvusClient(
-                        uri=self.lite_path or place,
-                        token=token or "",
-                        timeout=timeout,
-                        dedicated=True,
-                        grpc_options=_RECONNECT,
-                    )
-            except BaseException:
-                if self.lite_path:
-                    _LITE_FILES.leave(self.lite_path)
-                raise
+        with self.request("connecting"), self.deadline():
+            self.client = self._lite_client(self.lite_path) if self.lite_path else self._server_client(place, token)
+
+    def _lite_client(self, path: str) -> MilvusClient:
+        self.write_lock = _LITE_FILES.enter(path)
+        try:
+            with _LITE_FILES.opening:
+                return MilvusClient(path, timeout=self.timeout, dedicated=True)
+        except BaseException:
+            _LITE_FILES.leave(path)
+            raise
+
+    def _server_client(self, uri: str, token: str | None) -> MilvusClient:
+        channel = open_channel(uri, self.timeout)
+        try:
+            return MilvusClient(uri, token=token or "", timeout=self.timeout, dedicated=True, channel=channel)
+        except BaseException:
+            if channel is not None:
+                channel.close()
+            raise
 
     def close(self) -> None:
         """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
@@ -75,21 +81,22 @@ class Connection:
             if self.lite_path:
                 _LITE_FILES.leave(self.lite_path)
 
+    def deadline(self) -> AbstractContextManager[Deadline]:
+        """Let all requests inside end within one timeout."""
+        return deadline(self.timeout)
+
     def ask(self, call: Callable[..., Any], **options: Any) -> Any:
         """Return the answer to one request; a server that is away is asked again until the timeout is over.
 
         Every request of ours may be sent twice: rows are written and removed by their id.
         """
-        deadline = time.monotonic() + self.timeout
-        pause = 0.1
-        while True:
+        with self.deadline() as until:
             try:
-                return call(timeout=max(deadline - time.monotonic(), 0.1), **options)
+                return call(timeout=max(until.left, 0.1), **options)
             except (MilvusException, grpc.RpcError) as error:
-                if not _is_away(error) or time.monotonic() + pause >= deadline:
+                if until.left > 0:
                     raise
-            time.sleep(pause)
-            pause = min(2 * pause, 2.0)
+                raise _TimeOverError(until.reason or _short(error)) from error
 
     @contextmanager
     def request(self, doing: str) -> Iterator[None]:
@@ -108,7 +115,7 @@ class Connection:
             _WhileWeAsk.asking += 1
         try:
             yield
-        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError) as error:
+        except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError, _TimeOverError) as error:
             raise self._explained(error, doing, records) from error
         finally:
             with _COUNTING:
@@ -150,8 +157,9 @@ def _lite_path(place: str) -> str:
 
 
 def _is_away(error: BaseException) -> bool:
-    code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
-    return isinstance(error, grpc.FutureTimeoutError) or code in _AWAY
+    if isinstance(error, _TimeOverError | grpc.FutureTimeoutError):
+        return True
+    return (error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)) in _AWAY
 
 
 def _short(error: BaseException) -> str:

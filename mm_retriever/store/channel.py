@@ -1,0 +1,124 @@
+"""A gRPC channel to a Milvus server on which every request ends by its deadline, whatever becomes of the server.
+
+Owns patience: a server that is away, or says that it is not ready, is asked again until the deadline of the moment.
+pymilvus by itself waits for a lost connection under one lock of the whole process, one thread after the other, each for
+its whole timeout; so it gets this channel and never learns of a lost connection. Knows nothing of collections.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from pymilvus.client.connection_manager import ConnectionConfig
+
+_OPTIONS = {
+    "grpc.max_send_message_length": -1,
+    "grpc.max_receive_message_length": -1,
+    "grpc.keepalive_time_ms": 10_000,
+    "grpc.keepalive_timeout_ms": 5_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    # gRPC would stay away from a server that was down for up to two minutes after it is back
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.max_reconnect_backoff_ms": 1_000,
+}
+_OLD_PARTS = "node not match"
+"""What a restarted server says for half a minute of parts that its killed predecessor left registered."""
+
+
+class Deadline:
+    """When a request must have ended.
+
+    Attributes:
+        reason: why the server was last asked again, "" if it was not.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self.reason = ""
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 or less when it is over."""
+        return self._end - time.monotonic()
+
+
+_DEADLINE: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[Deadline]:
+    """Let every request inside end by a deadline; inside another one, by the sooner of the two."""
+    outer = _DEADLINE.get()
+    token = _DEADLINE.set(Deadline(seconds) if outer is None or outer.left > seconds else outer)
+    try:
+        current = _DEADLINE.get()
+        assert current is not None
+        yield current
+    finally:
+        _DEADLINE.reset(token)
+
+
+def open_channel(uri: str, timeout: float) -> grpc.Channel | None:
+    """Return a connected channel; None for an endpoint whose servers pymilvus itself looks up (a global cluster).
+
+    Args:
+        uri: of a server.
+        timeout: seconds for connecting, and for a request for which no `deadline` is set.
+
+    Raises:
+        grpc.FutureTimeoutError: nobody answered within the timeout.
+    """
+    config = ConnectionConfig.from_uri(uri)
+    if config.is_global:
+        return None
+    options = list(_OPTIONS.items())
+    if config.get_handler_kwargs().get("secure"):
+        channel = grpc.secure_channel(config.address, grpc.ssl_channel_credentials(), options)
+    else:
+        channel = grpc.insecure_channel(config.address, options)
+    try:
+        grpc.channel_ready_future(channel).result(timeout)
+    except BaseException:
+        channel.close()
+        raise
+    return grpc.intercept_channel(channel, _Patience(timeout))
+
+
+class _Patience(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+
+    def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
+        """One request of pymilvus, sent until it is answered; every request of ours may be sent twice."""
+        with deadline(details.timeout or self._timeout) as until:
+            pause = 0.05
+            while True:
+                left = until.left
+                if left <= 0:  # no error that pymilvus would begin to connect anew for
+                    return continuation(details._replace(timeout=0, wait_for_ready=True), request)
+                call = continuation(details._replace(timeout=left), request)
+                reason = _passing_trouble(call)
+                if not reason:
+                    return call
+                until.reason = reason
+                time.sleep(min(pause, max(until.left, 0)))
+                pause = min(2 * pause, 1.0)
+
+
+def _passing_trouble(call: Any) -> str:
+    """Why it is worth asking again; "" if it is not."""
+    code = call.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return str(call.details())
+    if code is not grpc.StatusCode.OK:
+        return ""
+    answer = call.result()
+    status = getattr(answer, "status", answer)
+    if getattr(status, "retriable", False) or _OLD_PARTS in getattr(status, "reason", ""):
+        return str(status.reason)
+    return ""
