@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from mm_retriever.engine import image_query_engine
     from mm_retriever.errors import MMRetrieverError
     from mm_retriever.image import ImagePolicy, load_image
-    from mm_retriever.ingest import IngestReport, ingest_images
+    from mm_retriever.ingest import (
+        ImportReport,
+        IngestReport,
+        ShardReport,
+        embed_to_shards,
+        import_shards,
+        ingest_images,
+    )
     from mm_retriever.llm import Phi3VisionLLM
     from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
     from mm_retriever.retriever import ComposedRetriever
@@ -32,15 +39,19 @@ _HOME = {
     "ImageSearch": "search_tools",
     "ImageSearchToolSpec": "tools",
     "ImageStore": "store",
+    "ImportReport": "ingest",
     "IngestReport": "ingest",
     "MMRetrieverError": "errors",
     "Phi3VisionLLM": "llm",
     "Phi3VisionRerank": "rerank",
+    "ShardReport": "ingest",
     "VisionLLMRerank": "rerank",
     "VisualizedBGEEmbedding": "embedding",
     "before_after": "contact_sheet",
     "contact_sheet": "contact_sheet",
+    "embed_to_shards": "ingest",
     "image_query_engine": "engine",
+    "import_shards": "ingest",
     "ingest_images": "ingest",
     "load_image": "image",
     "open_store": "store",
@@ -53,15 +64,19 @@ __all__ = [
     "ImageSearch",
     "ImageSearchToolSpec",
     "ImageStore",
+    "ImportReport",
     "IngestReport",
     "MMRetrieverError",
     "Phi3VisionLLM",
     "Phi3VisionRerank",
+    "ShardReport",
     "VisionLLMRerank",
     "VisualizedBGEEmbedding",
     "before_after",
     "contact_sheet",
+    "embed_to_shards",
     "image_query_engine",
+    "import_shards",
     "ingest_images",
     "load_image",
     "open_store",

@@ -9,10 +9,27 @@ One picture goes through its files in this order:
 - `nodes.py`: the node that is stored of it.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
 - `report.py`: what was done.
+
+For collections of millions there is another way, into files that a server imports by itself:
+
+- `plan.py`: which picture is in which file, fixed once.
+- `shards.py`: `embed_to_shards`, which makes the files, and `import_shards`, which has them imported.
 """
 
 from mm_retriever.ingest.pipeline import ingest_images
 from mm_retriever.ingest.report import IngestReport, SkippedImage
+from mm_retriever.ingest.shards import ShardReport, embed_to_shards, import_shards
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
+from mm_retriever.store import ImportReport
 
-__all__ = ["IngestReport", "Sidecar", "SkippedImage", "ingest_images", "read_sidecar"]
+__all__ = [
+    "ImportReport",
+    "IngestReport",
+    "ShardReport",
+    "Sidecar",
+    "SkippedImage",
+    "embed_to_shards",
+    "import_shards",
+    "ingest_images",
+    "read_sidecar",
+]

@@ -15,6 +15,9 @@ from PIL import Image
 _HOPELESS = 3
 """Failures of the model without one success, after which it is the model that is broken and not the pictures."""
 
+_BROKEN = 32
+"""Failures in a row that say the same of a model that has worked before: a device that is lost."""
+
 T = TypeVar("T")
 Vector = npt.NDArray[np.float32]
 
@@ -73,8 +76,9 @@ class Vectors:
             if len(inputs) > 1:
                 return [self._vectors([one], embed)[0] for one in inputs]
             self._failures += 1
-            if self._failures >= _HOPELESS and not self._embedded:
+            if self._failures >= (_BROKEN if self._embedded else _HOPELESS):
                 raise
             return [f"the model failed: {type(error).__name__}: {error}"[:300]]
         self._embedded += len(inputs)
+        self._failures = 0
         return [row if np.isfinite(row).all() else "the model gave NaN or infinity for it" for row in vectors]

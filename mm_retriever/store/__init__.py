@@ -14,6 +14,7 @@ of picture files. Its files:
 - `description.py`: what a store holds, for people.
 """
 
+from mm_retriever.store.bulk_import import ImportReport
 from mm_retriever.store.description import describe_store
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store
@@ -24,6 +25,7 @@ __all__ = [
     "MAX_TOP_K",
     "EmbeddingIdentity",
     "ImageStore",
+    "ImportReport",
     "SparseEmbedding",
     "describe_store",
     "filter_expression",

@@ -124,6 +124,13 @@ def new_word_index(hybrid: bool | SparseEmbedding) -> WordIndex | None:
     return WordIndex(text_field="", model=hybrid)
 
 
+def words_name(hybrid: bool | SparseEmbedding) -> str | None:
+    """Return what indexes words: "BM25", the name of a model, or None where nothing does."""
+    if isinstance(hybrid, bool):
+        return "BM25" if hybrid else None
+    return hybrid.model_id
+
+
 def word_index_of(
     description: Mapping[str, Any], hybrid: bool | SparseEmbedding, stored_model: str | None
 ) -> WordIndex | str | None:

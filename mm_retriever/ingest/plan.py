@@ -1,0 +1,280 @@
+"""Which picture goes into which shard, fixed once and for all before the first is embedded.
+
+A plan is a folder that appears whole: one file of items for each shard, and `plan.json` with what all shards have in
+common. Whoever comes later, today or on another machine, goes on with it, whatever has become of the source meanwhile.
+Knows nothing of pictures and vectors; holds one item in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from llama_index.core.schema import BaseNode
+
+from mm_retriever.errors import IngestError
+from mm_retriever.ingest.report import SkippedImage
+from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
+from mm_retriever.ingest.sources import Item, items, source_folder
+from mm_retriever.store.parquet import sync
+
+PathsOrURLs: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]]
+
+_VERSION = 1
+_PLAN = "plan"
+_FACTS = "plan.json"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What the shards below a folder hold, done or not.
+
+    Args:
+        out: the folder.
+        id: of this plan; in every shard of it.
+        model_id: the model that embeds all of them.
+        dimension: numbers in one vector.
+        words: what indexes the words beside the vectors: "BM25", the name of a sparse model, or None.
+        rows_per_shard: pictures in each shard but the last.
+        source: the folder that the pictures are in, or a digest of the list that named them.
+        sidecar: a digest of the sidecar; None if there was none.
+        pictures: how many there are in all.
+        shards: how many shards they make.
+        skipped: what the source named and is no picture's path.
+    """
+
+    out: Path
+    id: str
+    model_id: str
+    dimension: int
+    words: str | None
+    rows_per_shard: int
+    source: str
+    sidecar: str | None
+    pictures: int
+    shards: int
+    skipped: tuple[SkippedImage, ...]
+
+    def shard(self, number: int) -> Path:
+        """Return where the file of a shard is, once it is done."""
+        return self.out / "shards" / f"{number:06d}.parquet"
+
+    @property
+    def drafts(self) -> Path:
+        """The folder of files that are being written."""
+        return self.out / "drafts"
+
+    def size(self, number: int) -> int:
+        """Return how many pictures are planned for a shard."""
+        return min(self.rows_per_shard, self.pictures - number * self.rows_per_shard)
+
+    def source_is_gone(self) -> bool:
+        """Whether the source was a folder and is none, or an empty one, like that of a drive that is not mounted."""
+        if not os.path.isabs(self.source):  # noqa: PTH117 - a digest is no path
+            return False
+        try:
+            with os.scandir(self.source) as listing:
+                return next(listing, None) is None
+        except OSError:
+            return True
+
+    def unfinished(self) -> Iterator[int]:
+        """Yield the numbers of the shards that are not done."""
+        return (number for number in range(self.shards) if not self.shard(number).exists())
+
+    def items(self, number: int) -> Iterator[Item]:
+        """Yield the pictures of a shard; what the sidecar said of each is in its metadata."""
+        with _items_file(self.out / _PLAN, number).open(encoding="ascii") as lines:
+            for line in lines:
+                known = json.loads(line)
+                yield Item(name=known.get("path") or known["url"], **known)
+
+
+def read_plan(out: str | Path) -> ShardPlan:
+    """Return the plan that lies in a folder.
+
+    Raises:
+        IngestError: there is none, or another version wrote it.
+    """
+    folder = Path(out).resolve()
+    path = folder / _PLAN / _FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IngestError(f"there are no shards in {str(folder)!r}; embed_to_shards makes them") from None
+    except (OSError, ValueError) as error:
+        raise IngestError(f"cannot read the plan {str(path)!r}: {error}") from error
+    if not isinstance(facts, dict) or facts.pop("version", None) != _VERSION:
+        raise IngestError(f"{str(path)!r} was written by another version of mm_retriever; give another folder")
+    return ShardPlan(out=folder, **{**facts, "skipped": tuple(SkippedImage(*one) for one in facts["skipped"])})
+
+
+def make_plan(
+    source: PathsOrURLs | None,
+    out: str | Path,
+    *,
+    model_id: str,
+    dimension: int,
+    words: str | None,
+    rows_per_shard: int,
+    sidecar: SidecarSource | None,
+) -> ShardPlan:
+    """Return the plan for these options: the one that is there, or a new one, written whole or not at all.
+
+    Args:
+        source: None for whatever the plan that is there is for.
+        out: the folder of the shards.
+        model_id: as in `ShardPlan`, as are the others.
+        dimension: 〃
+        words: 〃
+        rows_per_shard: 〃
+        sidecar: what `read_sidecar` takes.
+
+    Raises:
+        IngestError: the plan that is there is for something else, or there is nothing to plan for.
+    """
+    if rows_per_shard < 1:
+        raise IngestError(f"rows_per_shard {rows_per_shard!r}: give 1 or more")
+    asked: dict[str, Any] = {"model_id": model_id, "dimension": dimension, "words": words}
+    folder = Path(out).resolve()
+    if source is None:
+        return _checked(read_plan(folder), asked)
+    entries = _Entries(source)
+    asked |= {"rows_per_shard": rows_per_shard, "sidecar": _digest_of(sidecar)}
+    if not (folder / _PLAN).exists():
+        columns = read_sidecar(sidecar) if sidecar is not None else Sidecar({})
+        _write_plan(folder, entries, columns, asked)
+    plan = read_plan(folder)
+    return _checked(plan, {**asked, "source": entries.name()})
+
+
+def _checked(plan: ShardPlan, asked: Mapping[str, Any]) -> ShardPlan:
+    for name, value in asked.items():
+        if (planned := getattr(plan, name)) != value:
+            raise IngestError(
+                f"the shards in {str(plan.out)!r} are planned for {name} {planned!r}, and {value!r} is asked for. "
+                "Give another folder, or remove this one to start anew"
+            )
+    return plan
+
+
+class _Entries:
+    """The items of a source, and a name for the source that says whether another one is the same."""
+
+    def __init__(self, source: PathsOrURLs) -> None:
+        self.folder = source_folder(source)
+        self._entries = [source] if isinstance(source, str | os.PathLike) else source
+        self._digest = hashlib.sha256()
+        self._left = iter(self._checked())
+        self._source = source
+
+    def items(self, skip: Callable[[str, str], None]) -> Iterator[Item]:
+        return items(self._source if self.folder is not None else self._left, skip)
+
+    def name(self) -> str:
+        """A folder's path, or a digest of a list, gone through if that is not done."""
+        if self.folder is not None:
+            return self.folder
+        for _ in self._left:
+            pass
+        return f"list {self._digest.hexdigest()}"
+
+    def _checked(self) -> Iterator[str]:
+        for entry in self._entries:
+            if isinstance(entry, BaseNode):
+                raise IngestError("shards are made of paths and URLs; LlamaIndex nodes go through ingest_images")
+            if not isinstance(entry, str | os.PathLike):
+                raise IngestError(f"shards are made of paths and URLs, not {type(entry).__name__}")
+            place = os.fspath(entry)
+            self._digest.update(json.dumps(place).encode())
+            yield place
+
+
+def _write_plan(folder: Path, entries: _Entries, columns: Sidecar, asked: Mapping[str, Any]) -> None:
+    """Write the plan beside its place and move it there; where two do that at a time, the first one's counts."""
+    for name in ("shards", "drafts"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    draft = folder / "drafts" / f"{_PLAN}.{uuid.uuid4().hex}"
+    draft.mkdir()
+    skipped: list[tuple[str, str]] = []
+    try:
+        with closing(_different(entries, lambda name, reason: skipped.append((name, reason)))) as found:
+            pictures, shards = _write_items(draft, found, columns, asked["rows_per_shard"])
+        if not pictures:
+            reasons = "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
+            raise IngestError(f"there are no pictures to plan for in {entries.folder or 'the list'!r}{reasons}")
+        facts = {"version": _VERSION, "id": uuid.uuid4().hex, **asked, "source": entries.name()}
+        facts |= {"pictures": pictures, "shards": shards, "skipped": skipped}
+        with _synced(draft / _FACTS) as file:
+            json.dump(facts, file, indent=1)
+        sync(draft)
+        draft.rename(folder / _PLAN)
+        sync(folder)
+    except OSError:
+        if not (folder / _PLAN).exists():  # or else another process was first, and may have removed our draft
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    for other in (folder / "drafts").glob(f"{_PLAN}.*"):
+        shutil.rmtree(other, ignore_errors=True)
+
+
+def _write_items(draft: Path, found: Iterator[Item], columns: Sidecar, size: int) -> tuple[int, int]:
+    """Write the items of each shard, and return how many items and shards there are."""
+    pictures = shards = 0
+    while (first := next(found, None)) is not None:
+        with _synced(_items_file(draft, shards)) as file:
+            for item in chain([first], islice(found, size - 1)):
+                known: dict[str, Any] = {"id": item.id, "path": item.path, "url": item.url, "label": item.label}
+                known["metadata"] = columns.columns(*item.sidecar_names)
+                file.write(json.dumps({name: value for name, value in known.items() if value}) + "\n")
+                pictures += 1
+        shards += 1
+    return pictures, shards
+
+
+def _different(entries: _Entries, skip: Callable[[str, str], None]) -> Generator[Item, None, None]:
+    """Yield each item once. A folder names nothing twice; what a list has named so far is kept on disk."""
+    if entries.folder is not None:
+        yield from entries.items(skip)
+        return
+    with closing(sqlite3.connect("")) as seen:  # a file of its own, which goes when it is closed
+        seen.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        for item in entries.items(skip):
+            if seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (item.id,)).rowcount:
+                yield item
+
+
+def _items_file(plan: Path, number: int) -> Path:
+    return plan / f"{number:06d}.jsonl"
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[TextIO]:
+    """A new text file that is on the disk when it is closed."""
+    with path.open("x", encoding="ascii") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest_of(sidecar: SidecarSource | None) -> str | None:
+    if sidecar is None:
+        return None
+    if isinstance(sidecar, Mapping):
+        return hashlib.sha256(json.dumps(sidecar, default=str, sort_keys=True).encode()).hexdigest()
+    try:
+        return hashlib.sha256(Path(sidecar).read_bytes()).hexdigest()
+    except OSError as error:
+        raise IngestError(f"cannot read the sidecar file {str(sidecar)!r}: {error}") from error
