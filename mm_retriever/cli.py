@@ -75,6 +75,9 @@ def index(
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Pictures embedded at a time.")] = 32,
     prune: Annotated[bool, typer.Option("--prune", help="Also remove pictures that are gone from the folder.")] = False,
     sidecar: Annotated[Path | None, typer.Option(help="JSON or CSV with more columns for each picture.")] = None,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Index the words beside pictures too (BM25); in a new collection only.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write what was skipped, and why, to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     token: Token = None,
@@ -87,7 +90,7 @@ def index(
     from mm_retriever.terminal import print_ingestion
 
     embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
-    with _opened(db, embed_model, collection=collection, token=token) as store:
+    with _opened(db, embed_model, collection=collection, token=token, hybrid=hybrid) as store:
         result = ingest_images(
             source,
             store,
@@ -118,6 +121,9 @@ def search(
         list[str] | None, typer.Option(help="What a result must be: label=shoes, year>2020; repeat for more.")
     ] = None,
     min_score: Annotated[float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).")] = None,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="Search by words too, in a store of `index --hybrid`; scores tell ranks.")
+    ] = False,
     exclude_query: Annotated[bool, typer.Option("--exclude-query", help="Leave out the query picture itself.")] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Let a vision model rank the results and say why.")] = False,
     rerank_model: Annotated[
@@ -143,12 +149,15 @@ def search(
     filters = _filters(where or [])
     embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision)
     with _opened(db, embed_model, collection=collection, token=token, must_exist=True) as store:
+        if hybrid and not store.hybrid:
+            raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
         retriever = ComposedRetriever(
             store,
             embed_model,
             top_k=top_k,
             filters=filters,
             min_score=min_score,
+            mode="hybrid" if hybrid else "default",
             exclude_query_image=exclude_query,
         )
         query = embed_model.get_query_bundle(text, image)
@@ -356,12 +365,13 @@ def _opened(
     collection: str = "mm_retriever",
     token: str | None = None,
     must_exist: bool = False,
+    hybrid: bool = False,
 ) -> Iterator[ImageStore]:
     from mm_retriever.store import open_store
 
     if must_exist:
         _must_exist(db)
-    store = open_store(db, embed_model, collection=collection, token=token)
+    store = open_store(db, embed_model, collection=collection, token=token, hybrid=hybrid)
     try:
         yield store
     finally:

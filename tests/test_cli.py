@@ -85,6 +85,35 @@ def test_a_condition_narrows_the_search(capfd, db):
     assert {row["label"] for row in json.loads(out)} == {"mug"}
 
 
+@pytest.mark.parametrize(
+    "value", ['mug" or id != "', "mug' or id != '", 'x"] or id in ["', "\\", '" or true or "', "%"]
+)
+def test_a_condition_cannot_be_broken_out_of(capfd, db, value):
+    """What stands behind the sign is a text, whatever is in it; what is no key is refused."""
+    for condition, expected in ((f"label={value}", 0), (f"label!={value}", 9)):
+        code, out, _ = run(capfd, "search", "--db", db, "--model", "tiny", "-t", "mug", "--where", condition, "--json")
+        assert code == 0
+        assert len(json.loads(out)) == expected
+    for condition in (f"{value}=mug", f"year > 0 or {value}=1", "$meta=1", "_node_content=x", "embedding>0"):
+        assert run(capfd, "search", "--db", db, "--model", "tiny", "-t", "mug", "--where", condition)[0] == 2
+
+
+def test_words_beside_pictures_are_found_exactly_with_hybrid(capfd, pictures, db, tmp_path):
+    """A code that no model knows, from a sidecar: only BM25 tells it from others."""
+    sidecar, words = tmp_path / "facts.json", tmp_path / "words.db"
+    names = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.jpg"))
+    sidecar.write_text(json.dumps({name: {"sku": f"XK{2040 + i}"} for i, name in enumerate(names)}), encoding="utf-8")
+    options = ("--db", words, "--model", "tiny", "--hybrid", "--json")
+    assert run(capfd, "index", pictures, *options, "--sidecar", sidecar)[0] == 0
+    for number in (0, 5, 8):
+        code, out, _ = run(capfd, "search", *options, "-t", f"XK{2040 + number}")
+        assert code == 0
+        assert json.loads(out)[0]["sku"] == f"XK{2040 + number}"
+    code, _, err = run(capfd, "search", "--db", db, "--model", "tiny", "-t", "XK2040", "--hybrid")
+    assert code == 2
+    assert "index FOLDER --db NEW.db --hybrid" in err
+
+
 def test_a_second_index_embeds_nothing(capfd, pictures, db):
     """Issue: run twice, embeds nothing, adds nothing."""
     code, out, _ = run(capfd, "index", pictures, "--db", db, "--model", "tiny", "--json")
