@@ -7,6 +7,8 @@ places, not how good they are.
 from __future__ import annotations
 
 import importlib.util
+import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +124,33 @@ def test_a_checkpoint_without_the_head_is_refused(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ in the store
+
+
+class RunsCode:
+    """What a pickle with code in it does when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt", "pytorch_model.bin", "code.py"])
+def test_no_file_of_a_checkpoint_runs_code(tmp_path, name):
+    """Pickles with code, and Python files that a config asks for: FlagEmbedding reads neither for us."""
+    folder, ran = sparse_checkpoint(tmp_path / "m3", seed=5), tmp_path / "ran"
+    if name == "code.py":
+        (folder / "code.py").write_text(f"import pathlib; pathlib.Path({str(ran)!r}).touch()\nclass Config: pass\n")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        (folder / "model.safetensors").unlink() if name == "pytorch_model.bin" else None
+        torch.save(RunsCode(ran), folder / name)
+    with pytest.raises((CheckpointError, pickle.UnpicklingError, ValueError)):
+        BGEM3SparseEmbedding(folder, device="cpu")
+    assert not ran.exists()
 
 
 def test_learned_weights_find_exact_words_among_pictures(tmp_path, sparse):

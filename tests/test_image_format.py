@@ -7,6 +7,7 @@ import random
 import resource
 import struct
 import time
+import tracemalloc
 import warnings
 import zlib
 from collections import Counter
@@ -281,6 +282,20 @@ def test_scans_are_not_counted_where_they_cost_nothing() -> None:
     """Truth: in a baseline JPEG of one scan, the marker's two bytes may stand in a comment as often as they like."""
     data = encoded(Image.new("RGB", (64, 64)), "JPEG", comment=b"\xff\xda" * 200)
     assert load_image(data).size == (64, 64)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+def test_compressed_words_in_a_png_are_not_unpacked(kind: bytes) -> None:
+    """200 MB of zeros in 200 KB of comment, colour profile or XMP. Truth: Pillow's limit of 1 MB, which we rely on."""
+    words = {b"zTXt": b"x\0\0", b"iCCP": b"x\0\0", b"iTXt": b"XML:com.adobe.xmp\0\1\0\0\0"}[kind]
+    plain = encoded(Image.new("RGB", (4, 4)), "PNG")
+    data = plain[:33] + chunk(kind, words + zlib.compress(bytes(200_000_000), 9)) + plain[33:]
+    tracemalloc.start()
+    try:
+        assert outcome(data, ImagePolicy()) in ("refused", "picture")
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------------------------------------- headers

@@ -39,7 +39,7 @@ from pydantic import Field
 
 from mm_retriever import ComposedRetriever, ImageStore, VisualizedBGEEmbedding, ingest_images, open_store
 from mm_retriever.catalogue import draw_product, draw_theme
-from mm_retriever.errors import ImageLoadError, QueryError
+from mm_retriever.errors import FilterError, ImageLoadError, QueryError
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -268,6 +268,18 @@ def test_filters_and_options_reach_the_core(shop, retriever):
     assert names(ComposedImageRetriever(**options, mode="hybrid").invoke("XK-7"))[0] == "hearts"
     hearts = str(shop.folder / "hearts.png")
     assert "hearts" not in names(ComposedImageRetriever(**options, exclude_query_image=True).invoke("", image=hearts))
+
+
+def test_filters_cannot_be_broken_out_of(shop, retriever):
+    """LangChain hands them on as they are: the store's own rules hold; an expression or a mapping is no filter."""
+    for value in ('x" or sku like "%', "x' or sku like '%", 'x"] or id in ["y'):
+        hostile = MetadataFilters(filters=[MetadataFilter(key="sku", value=value)])
+        assert retriever.invoke("a sock", filters=hostile) == []
+    with pytest.raises(FilterError, match="is not a key"):
+        retriever.invoke("a sock", filters=MetadataFilters(filters=[MetadataFilter(key='sku" != "" or id', value=1)]))
+    for raw in ({"sku": "XK-7"}, "sku != ''", [MetadataFilter(key="sku", value="XK-7")]):
+        with pytest.raises(FilterError, match="filters must be MetadataFilters"):
+            retriever.invoke("a sock", filters=raw)
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,31 @@ async def test_with_a_token_only_who_sends_it_is_served(search):
                     assert answer.headers["www-authenticate"] == "Bearer"
 
 
+async def test_a_request_too_large_is_refused_before_it_is_read(search):
+    """The limit is the SDK's: 4 MiB. What a client sends is never gathered without end."""
+    with serving(http_app(search)) as url:
+        async with httpx2.AsyncClient() as http:
+            answer = await http.post(url, content=b"x" * (5 * 2**20), headers={"content-type": "application/json"})
+            assert answer.status_code == 413
+        async with over_http(url) as client:
+            assert len((await client.list_tools()).tools) == 3
+
+
+async def test_an_unexpected_failure_tells_a_client_nothing(search, folder):
+    """An error that is not ours may hold paths and secrets: its text stays here."""
+
+    class Broken(ImageSearch):
+        def search(self, *args, **kwargs):
+            raise OSError(2, "secret words", "/home/someone/secret path")
+
+    embed_model = VisualizedBGEEmbedding("tiny", device="cpu")
+    with open_store(folder / "drawn.db", embed_model) as store:
+        async with Client(create_server(Broken(store, embed_model))) as client:
+            refused = await client.call_tool("search_images", {"text": "x"})
+    assert refused.is_error
+    assert "secret" not in refused.content[0].text
+
+
 async def test_a_web_page_cannot_reach_a_local_server_under_its_own_name(search):
     """DNS rebinding: the page's name leads to the loopback address."""
     call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}

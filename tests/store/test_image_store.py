@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_index.core import VectorStoreIndex
+from llama_index.core import MockEmbedding, VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import Document, ImageDocument, ImageNode, NodeRelationship, RelatedNodeInfo, TextNode
@@ -328,6 +328,46 @@ def test_raw_expressions_are_refused(nasty):
             nasty.query(query(), **options)
     with pytest.raises(QueryError):
         nasty.add([], milvus_partition_name="x")
+
+
+INJECTIONS = (
+    'z"] or year > 0 or id in ["y',
+    'zzz" or year > 0 or owner like "q',
+    "zzz' or year > 0 or owner like 'q",
+    'z") or (id != "',
+    "z\\",
+)
+
+
+@pytest.mark.parametrize("mode", ["default", "mmr", "hybrid", "text_search", "sparse"])
+def test_no_mode_of_query_lets_an_injection_out(tmp_path, mode):
+    """Each mode sends its expression by a request of its own: each is closed by itself."""
+    with open_store(tmp_path / "a.db", MODEL, hybrid=True) as opened:
+        opened.add([node("a", owner="lid", year=1), node("b", owner="lid", year=2)])
+        for value in INJECTIONS:
+            for restriction in (
+                {"doc_ids": [value]},
+                {"node_ids": [value]},
+                {"filters": where("owner", value)},
+                {"filters": where("ref_doc_id", value)},
+                {"filters": where("owner", [value], "in")},
+            ):
+                assert asked(opened, mode=VectorStoreQueryMode(mode), query_str="lid", **restriction) == []
+        only_b = asked(opened, mode=VectorStoreQueryMode(mode), query_str="lid", filters=where("year", 2))
+        assert only_b == ["b"]
+
+
+def test_an_index_over_the_store_hands_on_no_expression(nasty):
+    """The ways of LlamaIndex' own index to the store: removing, and options that reach Milvus as they are."""
+    index = VectorStoreIndex.from_vector_store(nasty, MockEmbedding(3))
+    for value in INJECTIONS:
+        index.delete_ref_doc(value)
+        index.delete_nodes([value])
+        assert index.as_retriever(doc_ids=[value]).retrieve("x") == []
+    assert nasty.count() == len(NASTY_IDS) + 1
+    for options in ({"string_expr": "id != ''"}, {"milvus_scalar_filters": []}, {"expr": "id != ''"}):
+        with pytest.raises(QueryError, match="never as expressions"):
+            index.as_retriever(vector_store_kwargs=options).retrieve("x")
 
 
 # ------------------------------------------------------------------------------------------ searching
