@@ -26,13 +26,15 @@ if TYPE_CHECKING:
         ingest_images,
     )
     from mm_retriever.llm import Phi3VisionLLM
-    from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
+    from mm_retriever.models.bge_m3 import BGEM3SparseEmbedding
+    from mm_retriever.rerank import Phi3VisionRerank, TextRerank, VisionLLMRerank
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.search_tools import Conversation, ImageSearch
     from mm_retriever.store import ImageStore, open_store
     from mm_retriever.tools import ImageSearchToolSpec
 
 _HOME = {
+    "BGEM3SparseEmbedding": "models.bge_m3",
     "ComposedRetriever": "retriever",
     "Conversation": "search_tools",
     "ImagePolicy": "image",
@@ -44,6 +46,7 @@ _HOME = {
     "MMRetrieverError": "errors",
     "Phi3VisionLLM": "llm",
     "Phi3VisionRerank": "rerank",
+    "TextRerank": "rerank",
     "ShardReport": "ingest",
     "VisionLLMRerank": "rerank",
     "VisualizedBGEEmbedding": "embedding",
@@ -58,6 +61,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BGEM3SparseEmbedding",
     "ComposedRetriever",
     "Conversation",
     "ImagePolicy",
@@ -70,6 +74,7 @@ __all__ = [
     "Phi3VisionLLM",
     "Phi3VisionRerank",
     "ShardReport",
+    "TextRerank",
     "VisionLLMRerank",
     "VisualizedBGEEmbedding",
     "before_after",

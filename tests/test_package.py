@@ -42,6 +42,12 @@ def test_every_public_name_is_there_and_listed():
         assert getattr(mm_retriever, name) is not None
 
 
+def test_names_that_need_an_extra_are_there_without_it():
+    """Only their constructors import FlagEmbedding, which takes eight seconds or is not installed."""
+    code = "import mm_retriever; mm_retriever.BGEM3SparseEmbedding; mm_retriever.TextRerank"
+    assert "FlagEmbedding" not in modules_loaded_by(code)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     """Python's own convention for modules."""
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
