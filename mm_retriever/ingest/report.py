@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_retriever.errors import IngestError
+
 
 @dataclass(frozen=True)
 class SkippedImage:
@@ -65,12 +67,20 @@ class IngestReport:
         return {**asdict(self), "embedded": self.embedded, "pictures_per_second": self.pictures_per_second}
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON; a reader sees the old file or the whole new one, never half of it."""
+        """Write the report as JSON; a reader sees the old file or the whole new one, never half of it.
+
+        Raises:
+            IngestError: it cannot be written; says what was done all the same.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            draft.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                draft.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+                draft.replace(target)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise IngestError(f"{self}; but the report cannot be written to {str(target)!r}: {reason}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import json
 import subprocess
 import threading
 import time
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mm_retriever.errors import StoreUnavailableError
+from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.errors import IngestError, StoreLockedError, StoreUnavailableError
 from mm_retriever.ingest import ingest_images
+from mm_retriever.report import SearchReport, write_html
 from mm_retriever.store import open_store
+from mm_retriever.vector_cache import VectorCache
 from tests.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.processes import ends, free_port, lite_server, python
 
@@ -73,18 +76,19 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_every_picture_once(fol
         check_whole(store, folder, model)
 
 
-@pytest.mark.slow
-def test_many_kills_at_random_moments(folder, tmp_path):
-    """From before the first row to after the last."""
-    chance = random.Random(5)
-    for _ in range(8):
-        killed_run(folder, tmp_path / "a.db", after=chance.uniform(0.0, 0.5))
-        paint(folder / f"{chance.randrange(PICTURES):03d}.png", "purple", size=(8, 20))
-    for number in range(PICTURES):
-        paint(folder / f"{number:03d}.png", list(COLOURS)[number % 8], size=(number + 8, 20))
+def test_a_second_process_is_told_so_while_the_first_ingests_and_goes_on_when_that_is_killed(folder, tmp_path):
+    """The lock of a process that died is no lock."""
     model = ColourEmbedding()
+    first = python("-c", RUN, folder, tmp_path / "a.db")
+    try:
+        assert first.stdout.readline() == "start\n"
+        with pytest.raises(StoreLockedError, match="open in another process"):
+            open_store(tmp_path / "a.db", model)
+        assert first.poll() is None, "the first did not mind"
+    finally:
+        ends(first)
     with open_store(tmp_path / "a.db", model) as store:
-        ingest_images(folder, store, model, show_progress=False, prune=True)
+        ingest_images(folder, store, model, show_progress=False)
         check_whole(store, folder, model)
 
 
@@ -132,6 +136,66 @@ def test_a_full_disk_is_a_clear_error_and_what_was_stored_stays(folder, small_di
         assert "No space left on device" in error
         assert "pictures were stored; the same call goes on from there" in error
         assert "Insert failed" not in printed, "said once, by the error"
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_cache_of_vectors_costs_no_picture(folder, small_disk, tmp_path, caplog):
+    """Said once; what was kept is still known, and with room again the next vectors are kept."""
+    model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=small_disk)
+    known = model.get_text_embedding("a red mug")
+    ballast = fill(small_disk)
+    with open_store(tmp_path / "a.db", model) as store:
+        report = ingest_images(folder, store, model, batch_size=4, show_progress=False)
+        assert (report.indexed, report.skipped) == (PICTURES, ())
+        (said,) = [record.getMessage() for record in caplog.records if record.name == "mm_retriever.vector_cache"]
+        assert str(small_disk) in said
+        assert "disk is full" in said
+        assert model.get_text_embedding("a red mug") == known
+        ballast.unlink()
+        cache = VectorCache(small_disk, model.dimension)
+        assert len(cache) == 1
+        report = ingest_images(folder, store, model, show_progress=False)
+        assert report.unchanged == PICTURES
+        model.get_text_embedding("a blue mug")
+        assert len(cache) == 2
+        cache.close()
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_report_says_what_was_done_and_keeps_the_old_report(folder, small_disk, tmp_path):
+    model = ColourEmbedding()
+    target = small_disk / "report.json"
+    with open_store(tmp_path / "a.db", model) as store:
+        ingest_images([folder / "000.png"], store, model, report_path=target, show_progress=False)
+        old = target.read_bytes()
+        ballast = fill(small_disk)
+        with pytest.raises(IngestError, match=rf"{PICTURES - 1} indexed.* cannot be written .*report\.json.*No space"):
+            ingest_images(folder, store, model, report_path=target, show_progress=False)
+        assert target.read_bytes() == old
+        assert sorted(small_disk.iterdir()) == [ballast, target]
+        ballast.unlink()
+        ingest_images(folder, store, model, report_path=target, show_progress=False)
+        assert json.loads(target.read_text())["unchanged"] == PICTURES
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_a_page_of_results_is_an_error_and_keeps_the_old_page(small_disk):
+    page = write_html(small_disk / "results.html", SearchReport(query_text="red"))
+    old = page.read_bytes()
+    ballast = fill(small_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_html(page, SearchReport(query_text="blue" * 2000))
+    assert page.read_bytes() == old
+    assert sorted(small_disk.iterdir()) == [ballast, page]
 
 
 @pytest.mark.slow
