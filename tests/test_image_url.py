@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import shutil
@@ -558,3 +559,106 @@ def test_a_server_that_stalls_the_handshake_is_given_up() -> None:
         started = time.monotonic()
         assert "no complete answer" in refusal(f"https://127.0.0.1:{listener.getsockname()[1]}/", timeout=0.5)
         assert time.monotonic() - started < 2
+
+
+# ---------------------------------------------------------------------------------------------- nobody else fetches
+
+
+def test_nothing_that_takes_a_picture_asks_a_url_unasked(server: Server, tmp_path: Path) -> None:
+    """Every public place where a stranger's URL can arrive, under a policy that fetches none.
+
+    Truth: the server's list of requests. It could be reached: one switch more, and it is asked.
+    """
+    from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
+    from llama_index.core.schema import ImageNode, MediaResource, Node, NodeWithScore, QueryBundle
+
+    from mm_retriever import ComposedRetriever, ingest_images, open_store
+    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.engine import image_query_engine
+    from mm_retriever.llm import Phi3VisionLLM
+    from mm_retriever.report import Hit, SearchReport, write_html, write_png
+    from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
+    from mm_retriever.search_tools import Conversation, ImageSearch
+    from tests.drawn_store import ScriptedLLM, says, texts_of
+
+    url, policy = server.url + "/a.png", ImagePolicy(allow_private_addresses=True)
+    model = VisualizedBGEEmbedding("tiny", device="cpu", image_policy=policy)
+    vector = model.get_text_embedding("a mug")
+    nodes = [  # no ImageDocument: LlamaIndex downloads its URL while the caller makes it
+        ImageNode(id_="by url", image_url=url, embedding=vector),
+        ImageNode(id_="by path", image_path=url, embedding=vector),
+        Node(id_="node", image_resource=MediaResource(url=url), embedding=vector),
+    ]
+    asks = [
+        lambda: load_image(url, policy=policy),
+        lambda: model.get_image_embedding(url),
+        lambda: model.get_image_embedding_batch([url]),
+        lambda: model.get_composed_embedding("in red", url),
+        lambda: model.get_query_bundle("in red", url),
+        lambda: Conversation().attach("a.png", url, policy=policy),
+        *(lambda node=node: model([node]) for node in nodes),
+    ]
+    for ask in asks:
+        with pytest.raises(ImageLoadError, match="fetching URLs is off"):
+            ask()
+    found = [NodeWithScore(node=node, score=0.5) for node in nodes[:2]]
+    rerankers = [
+        Phi3VisionRerank("tiny", image_policy=policy, device="cpu"),
+        VisionLLMRerank(ScriptedLLM.of(*[says('{"ranking": [1]}')] * 9), image_policy=policy),
+    ]
+    for reranker in rerankers:
+        notes = [one.node.metadata["rerank_note"] for one in reranker.rerank(found, "x").nodes]
+        assert all("fetching URLs is off" in note for note in notes)
+        with pytest.raises(ImageLoadError, match="fetching URLs is off"):
+            reranker.rerank(found, QueryBundle("x", image_path=url))
+    block = ImageBlock(url=url)
+    with pytest.raises(ImageLoadError, match="fetching URLs is off"):
+        Phi3VisionLLM("tiny", image_policy=policy).chat([ChatMessage(blocks=[block, TextBlock(text="what?")])])
+    with open_store(tmp_path / "a.db", model) as store:
+        skipped = ingest_images([url, *nodes], store, model, image_policy=policy, show_progress=False).skipped
+        assert len(skipped) == 4
+        store.add(nodes)
+        search = ImageSearch(store, model, image_policy=policy, stored_policy=policy, rerank=rerankers[1])
+        assert all("fetching URLs is off" in picture.note for picture in search.search("mug").pictures)
+        assert "fetching URLs is off" in search.describe("by url").note
+        for ask in (lambda: search.original("by path"), lambda: search.search(image=url), lambda: search.describe(url)):
+            with pytest.raises(ImageLoadError, match="fetching URLs is off"):
+                ask()
+        retriever = ComposedRetriever(store, model, exclude_query_image=True)
+        retriever.retrieve(QueryBundle("x", image_path=url, embedding=vector))
+        with pytest.raises(ImageLoadError, match="fetching URLs is off"):
+            retriever.retrieve(QueryBundle("x", image_path=url))
+        llm = ScriptedLLM.of(says("nothing to see"))
+        image_query_engine(store, model, llm=llm, image_policy=policy).query("a mug")
+        assert "fetching URLs is off" in texts_of(llm.asked[0])
+    report = SearchReport("x", hits=(Hit(1, "a", path=url), Hit(2, "b", image=url)), query_image=url)
+    assert url not in write_html(tmp_path / "a.html", report, image_policy=policy).read_text().split("<body>")[0]
+    assert "<img" not in (tmp_path / "a.html").read_text()
+    write_png(tmp_path / "a.png", report, image_policy=policy)
+    assert server.requests == []
+    load_image(url, policy=ImagePolicy(allow_urls=True, allow_private_addresses=True))
+    assert len(server.requests) == 1
+
+
+NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket", "ssl", "urllib.request", "urllib3"}
+KNOWN = {
+    "mm_retriever/image_url.py": {"http.client", "socket", "ssl"},
+    "mm_retriever/demo.py": {"urllib.request"},  # one published archive, when someone asks for it
+    "mm_retriever/rerank/vision_llm.py": {"httpx"},  # the server that the caller names
+}
+
+
+def test_no_other_file_can_open_a_connection_or_lets_llama_index_open_one() -> None:
+    """Truth: the sources. Model weights come through huggingface_hub, rows through pymilvus; pictures through one file."""
+    root = Path(__file__).resolve().parent.parent
+    found: dict[str, set[str]] = {}
+    for path in [*(root / "mm_retriever").rglob("*.py"), *(root / "integrations").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            opened = {name for name in names if name in NETWORK or name.split(".")[0] in NETWORK}
+            if opened:
+                found.setdefault(path.relative_to(root).as_posix(), set()).update(opened)
+            called = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            assert called not in ("resolve_image", "urlretrieve", "ImageDocument"), path
+    assert found == KNOWN
