@@ -649,7 +649,7 @@ KNOWN = {
 
 
 def test_no_other_file_can_open_a_connection_or_lets_llama_index_open_one() -> None:
-    """Truth: the sources. Model weights come through huggingface_hub, rows through pymilvus; pictures through one file."""
+    """Truth: the sources. Weights come through huggingface_hub, rows through pymilvus, pictures through one file."""
     root = Path(__file__).resolve().parent.parent
     found: dict[str, set[str]] = {}
     for path in [*(root / "mm_retriever").rglob("*.py"), *(root / "integrations").rglob("*.py")]:
