@@ -8,7 +8,6 @@ other is started. A run that died is repeated and ends the same.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class _Import:
     def rows_imported_and_present(self, bar: tqdm[Any]) -> tuple[int, int]:
         """Import what is not there whole; return how many rows were imported, and how many were there before."""
         tasks = self._tasks()
-        self._wait([task.task_id for task in tasks if self._may_be_ours(task)])
+        self._wait([task.task_id for task in tasks if self._may_add_rows(task)])
         if tasks:
             self._show_imported_rows()
         missing = list(self._files)
@@ -193,8 +192,10 @@ class _Import:
 
     def _import(self, names: Sequence[str]) -> None:
         started = {self._start(name): name for name in names}
-        for task in self._wait(list(started)):
-            if task.state_name in _FAILED:
+        # Where an answer was lost the server was asked again, and may have taken the first request too.
+        twice = {task.task_id for task in self._tasks() if self._may_add_rows(task)}
+        for task in self._wait([*twice.union(started)]):
+            if task.state_name in _FAILED and task.task_id in started:
                 raise StoreError(
                     f"the server did not import {started[task.task_id]!r}: {task.failed_reason or task.state_name}. "
                     "What it imported before is there; the same call goes on"
@@ -203,10 +204,9 @@ class _Import:
     def _start(self, name: str) -> int:
         if name in self._partly_there:
             self._collection.delete_ids(read_ids(self._files[name]))
-        insert = inspect.unwrap(type(self._handler).do_bulk_insert)  # as it is, it asks twice when an answer is lost
+        place = {"collection_name": self._collection.name, "partition_name": ""}
         with self._connection.request(f"starting to import {name!r}"):
-            task = insert(self._handler, self._collection.name, "", [name], timeout=self._connection.timeout)
-        return int(task)
+            return int(self._connection.ask(self._handler.do_bulk_insert, files=[name], **place))
 
     def _tasks(self) -> list[BulkInsertState]:
         """The import tasks of the collection that the server remembers, failed ones left out."""
@@ -216,9 +216,9 @@ class _Import:
             )
         return [task for task in tasks if task.state_name not in _FAILED]
 
-    def _may_be_ours(self, task: BulkInsertState) -> bool:
-        """Whether a task is for one of our files, or does not say for which."""
-        return not task.files or any(name in task.files for name in self._files)
+    def _may_add_rows(self, task: BulkInsertState) -> bool:
+        """Whether a task is open, and for one of our files or for files that it does not name."""
+        return task.state_name not in _ENDED and (not task.files or any(name in task.files for name in self._files))
 
     def _wait(self, numbers: Sequence[int]) -> list[BulkInsertState]:
         """Return the tasks of these numbers as they ended.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from pymilvus import AnnSearchRequest, CollectionSchema, DataType, MilvusClient, RRFRanker
+from pymilvus.client.types import ConsistencyLevel
 from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreMismatchError
@@ -78,6 +79,7 @@ class Collection:
         self.metric = metric.upper()
         self.index_type = "auto" if index.lower() == "auto" else index.upper()
         self.words: WordIndex | None = None
+        self._scans_are_strong = True
         self._last_delete = -_STRONG_AFTER_DELETE_SECONDS
 
     # ------------------------------------------------------------------------------------------ schema and index
@@ -117,7 +119,8 @@ class Collection:
         description = "" if self._lite else json.dumps(identity)
         schema = collection_schema(self.dimension, self.words, description)
         properties = {"properties": identity} if self._lite else {}
-        self._ask(self._client.create_collection, schema=schema, consistency_level="Session", **properties)
+        self._ask(self._client.create_collection, schema=schema, consistency_level="Strong", **properties)
+        self._scans_are_strong = True
 
     def _create_index(self, index: str) -> None:
         if index == "auto":
@@ -152,6 +155,7 @@ class Collection:
         if isinstance(words, str):
             raise self._mismatch(words)
         self.words = words
+        self._scans_are_strong = self._lite or description.get("consistency_level") == ConsistencyLevel.Strong
         stored = stored_model(description)
         if stored is None:
             logger.warning(
@@ -213,7 +217,10 @@ class Collection:
 
     def scan(self, names: Sequence[str], expression: str) -> Iterator[list[Row]]:
         """Yield the rows that match (id and the named columns) in pages, by id; rows may be removed meanwhile."""
-        # The flags of pymilvus' own iterator, which pastes the last id into its expression unquoted.
+        if not self._scans_are_strong:
+            self.count("")  # has the server catch up with what was written
+        # The flags of pymilvus' own iterator, which pastes the last id into its expression unquoted. It drops any level
+        # of consistency but the collection's own.
         in_order = {"limit": _PAGE_ROWS, "iterator": "True", "reduce_stop_for_best": "True"}
         after = ""
         while page := self._fetch(all_of(expression, after), names, **in_order):
@@ -334,8 +341,9 @@ class Collection:
     @property
     def _strong_after_delete(self) -> dict[str, str]:
         # A server hides a row from weaker reads only some time after it was deleted; a strong read waits for that.
-        deleted_lately = time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS
-        return self._strong if deleted_lately else {}
+        if self._lite or time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS:
+            return self._strong
+        return {"consistency_level": "Session"}  # what this process wrote is there
 
 
 def collection_schema(dimension: int, words: WordIndex | None, description: str = "") -> CollectionSchema:

@@ -46,6 +46,7 @@ class ParquetRows:
             from pymilvus.bulk_writer.constants import BulkFileType
         except ImportError as error:
             raise _missing(error) from error
+        _parquet()  # what is missing is said before anything is embedded
         self._dimension = dimension
         self._words = new_word_index(hybrid)
         # Not LocalBulkWriter around it: that writes in a thread, where errors are lost, under names of its own.
@@ -79,8 +80,7 @@ class ParquetRows:
         """
         draft = drafts / f"{path.stem}.{uuid.uuid4().hex}"
         try:
-            written = self._buffer.persist(str(draft), buffer_size=self._bytes, buffer_row_count=max(len(self), 1))
-            _copy_with_account(Path(written[0]), draft, account)
+            _copy_with_account(self._written(draft.with_name(f"{draft.name}.parquet")), draft, account)
             if path.exists():
                 return False
             draft.replace(path)
@@ -92,6 +92,13 @@ class ParquetRows:
             return False
         finally:
             remove_drafts(path, drafts, only="" if path.exists() else draft.name)
+
+    def _written(self, rough: Path) -> Path:
+        if len(self):
+            self._buffer.persist(str(rough.with_suffix("")), buffer_size=self._bytes, buffer_row_count=len(self))
+        else:  # pandas, in between, takes no column without a value for one of vectors
+            _parquet().write_table(self._buffer._deduce_arrow_schema().empty_table(), rough)
+        return rough
 
 
 def remove_drafts(path: Path, drafts: Path, *, only: str = "") -> None:
