@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LONGEST = 32  # times the short side; a longer picture is not resized whole: one of 1 x 60,000 would take 9 GB
 
 
 class VisualizedBGEProcessor:
@@ -109,7 +110,12 @@ def crop_square(image: Image.Image, side: int) -> Image.Image:
     short, long = min(width, height), max(width, height)
     resized_long = int(side * long / short)
     # parity: the original resizes in the file's own mode and converts to RGB only afterwards
-    size = (side, resized_long) if width <= height else (resized_long, side)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
-    return image.crop((left, top, left + side, top + side)).convert("RGB")
+    if long <= LONGEST * short:
+        size = (side, resized_long) if width <= height else (resized_long, side)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+        return image.crop((left, top, left + side, top + side)).convert("RGB")
+    start, scale = round((resized_long - side) / 2), long / resized_long
+    middle = (start * scale, (start + side) * scale)
+    box = (0, middle[0], width, middle[1]) if width <= height else (middle[0], 0, middle[1], height)
+    return image.resize((side, side), Image.Resampling.BICUBIC, box).convert("RGB")

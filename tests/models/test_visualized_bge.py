@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mm_retriever.models.visualized_bge import (
     VisualizedBGE,
     VisualizedBGEConfig,
     VisualizedBGEProcessor,
+    crop_square,
 )
 from tests.models.golden import DATA, TOLERANCE, fill, golden, golden_config, small_config, small_model, word_tokenizer
 
@@ -184,6 +186,27 @@ def test_resize_comes_before_the_conversion_to_rgb(mode: str, size: tuple[int, i
     if mode == "CMYK":
         converted_first = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         assert np.asarray(converted_first).tobytes() != np.asarray(resized.convert("RGB")).tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 5_000_000), (300, 250_000)])
+def test_a_picture_as_thin_as_a_thread_takes_no_memory(size: tuple[int, int]) -> None:
+    """Resized whole, the first would take 9 GB, and any stranger can send it in 150 bytes."""
+    image = Image.new("RGB", size, (9, 120, 200))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert np.unique(np.asarray(crop_square(image, 224)).reshape(-1, 3), axis=0).tolist() == [[9, 120, 200]]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # in KiB on Linux
+
+
+@pytest.mark.parametrize("size", [(3, 200), (200, 3), (7, 500), (1, 1000)])
+def test_the_middle_of_a_thin_picture_is_the_middle_of_its_whole(size: tuple[int, int]) -> None:
+    """Truth: the original's way, short side to 64 and the middle cut out; 2 of 255 for another order of rounding."""
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
+    image = Image.fromarray(np.stack([ramp, 255 - ramp, ramp / 2], axis=-1).astype(np.uint8))
+    scale = 64 / min(size)
+    whole = image.resize((int(size[0] * scale), int(size[1] * scale)), Image.Resampling.BICUBIC)
+    left, top = round((whole.width - 64) / 2), round((whole.height - 64) / 2)
+    expected = np.asarray(whole.crop((left, top, left + 64, top + 64)), dtype=int)
+    assert np.abs(np.asarray(crop_square(image, 64), dtype=int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1", "I;16", "F"])
