@@ -31,6 +31,7 @@ SETTINGS = {
     "common.gracefulStopTimeout": "3",
     "grpc.client.initialBackOff": "0.1",  # its parts look for each other a little more often: it starts in 2 to 8 s
     "grpc.client.maxBackoff": "0.5",
+    "proxy.timeTickInterval": "40",  # ms (200): how long a strong read waits
     "log.level": "warn",
     "log.file.rootPath": "",
 }
