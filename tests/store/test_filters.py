@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from llama_index.core.schema import ImageNode
 from llama_index.core.vector_stores.types import (
     FilterCondition,
     FilterOperator,
@@ -23,119 +22,10 @@ from llama_index.core.vector_stores.types import (
 from mm_retriever.errors import FilterError
 from mm_retriever.store import ImageStore, filter_expression, open_store
 from tests.effort import EFFORT
+from tests.metadata_filters import NASTY, PINNED_ROWS, filters, found, group, matches, metadata, row_nodes, where
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 Op = FilterOperator
-
-
-def where(key: str, operator: str, value: Any = None) -> MetadataFilter:
-    return MetadataFilter(key=key, operator=FilterOperator(operator), value=value)
-
-
-def group(*items: MetadataFilter | MetadataFilters, condition: str = "and") -> MetadataFilters:
-    return MetadataFilters(filters=list(items), condition=FilterCondition(condition))
-
-
-def matches(item: MetadataFilter | MetadataFilters, row: dict[str, Any]) -> bool:
-    """The meaning of a filter, as the docstring of `mm_retriever.store.filters` gives it."""
-    if isinstance(item, MetadataFilters):
-        results = [matches(one, row) for one in item.filters]
-        condition = item.condition or FilterCondition.AND
-        if condition is FilterCondition.NOT:
-            return not any(results)
-        return all(results) if condition is FilterCondition.AND else any(results)
-    stored, value, operator = row.get(item.key), item.value, item.operator
-    nothing = stored is None or stored == []
-    if operator is Op.IS_EMPTY:
-        return nothing or stored == ""
-    if operator in (Op.NE, Op.NIN):
-        return not matches(
-            MetadataFilter(key=item.key, operator=Op.EQ if operator is Op.NE else Op.IN, value=value), row
-        )
-    if nothing:
-        return False
-    if operator is Op.EQ:
-        return bool(stored == value)
-    if operator is Op.IN:
-        return any(stored == one for one in value)
-    if operator is Op.TEXT_MATCH:
-        return isinstance(stored, str) and value in stored
-    if operator in (Op.CONTAINS, Op.ANY, Op.ALL):
-        if not isinstance(stored, list):
-            return False
-        wanted = [value] if operator is Op.CONTAINS else value
-        return (all if operator is Op.ALL else any)(one in stored for one in wanted)
-    if isinstance(stored, list) or isinstance(stored, str) != isinstance(value, str):
-        return False
-    return {
-        Op.GT: stored > value,
-        Op.GTE: stored >= value,
-        Op.LT: stored < value,
-        Op.LTE: stored <= value,
-    }[operator]
-
-
-# ------------------------------------------------------------------------------------------ strategies
-
-KEYS = ("year", "owner", "tags", "mixed", "in", "Größe", "file path", "a.b-c")
-LIST_KEYS = ("year", "owner", "tags", "mixed")
-NASTY = (
-    "", "a", "b", "5", "1", '["a"]', "[1]", "null", "true",
-    "it's", 'say "no"', "back\\slash", "\\", '"', "'", '\\"', "line\nbreak", "carriage\rreturn", "tab\tstop",
-    "nul\0byte", "\x1b[31m", "\u2028", "\ufeffbom", "漢字", "é", "e\u0301", "😀", "x\") or (id != \"",
-    'x" or id like "%', "\\n", "\\u0041", "$meta", "%", "_", "50%", "a_b",
-)  # fmt: skip
-
-numbers = st.one_of(
-    st.integers(-5, 5),
-    st.integers(-(2**53), 2**53),
-    st.sampled_from([0.5, -1.5, 1.0, 5.0, 1e-7, -1e300, 1e300, 5e-324, -0.0]),
-    st.floats(allow_nan=False, allow_infinity=False),
-)
-texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
-scalars = st.one_of(numbers, texts)
-stored_values = st.one_of(
-    st.none(),
-    scalars,
-    st.booleans(),
-    st.lists(texts, max_size=3),
-    st.lists(st.one_of(numbers, st.booleans()), max_size=3),
-)
-
-
-@st.composite
-def metadata(draw: st.DrawFn) -> dict[str, Any]:
-    keys = draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=5))
-    return {key: draw(stored_values if key in LIST_KEYS else st.one_of(scalars, st.none())) for key in keys}
-
-
-@st.composite
-def conditions(draw: st.DrawFn) -> MetadataFilter:
-    operator = draw(st.sampled_from([op for op in Op if op is not Op.TEXT_MATCH_INSENSITIVE]))
-    in_lists = operator in (Op.CONTAINS, Op.ANY, Op.ALL)
-    key = draw(st.sampled_from(LIST_KEYS if in_lists else KEYS))
-    value: Any
-    if operator is Op.IS_EMPTY:
-        value = None
-    elif operator in (Op.IN, Op.NIN, Op.ANY, Op.ALL):
-        value = draw(st.one_of(st.lists(texts, min_size=1, max_size=4), st.lists(numbers, min_size=1, max_size=4)))
-        value = [float(one) for one in value] if any(isinstance(one, float) for one in value) else value
-    elif operator is Op.TEXT_MATCH:
-        value = draw(texts.filter(lambda text: not set(text) & set("%_\\")))
-    else:
-        value = draw(scalars)
-    return MetadataFilter(key=key, operator=operator, value=value)
-
-
-filters = st.recursive(
-    conditions(),
-    lambda inner: st.builds(
-        lambda items, condition: MetadataFilters(filters=items, condition=condition),
-        st.lists(inner, min_size=1, max_size=3),
-        st.sampled_from(list(FilterCondition)),
-    ),
-    max_leaves=6,
-).map(lambda item: item if isinstance(item, MetadataFilters) else MetadataFilters(filters=[item]))
 
 
 # ------------------------------------------------------------------------------------------ the property
@@ -149,29 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory):
 
 def put(store: ImageStore, rows: list[dict[str, Any]]) -> None:
     store.clear()
-    store.add(
-        [
-            ImageNode(id_=f"row {number}", image_path=f"/{number}.png", metadata=row, embedding=[1.0, 0.0, 0.0])
-            for number, row in enumerate(rows)
-        ]
-    )
-
-
-def found(store: ImageStore, item: MetadataFilters) -> set[int]:
-    return {int(row["id"].split()[1]) for page in store.scan(filters=item) for row in page}
-
-
-PINNED_ROWS: list[dict[str, Any]] = [
-    {},
-    {"year": 2020, "owner": "ann", "tags": ["a", "b"], "mixed": 5},
-    {"year": 2021.5, "owner": "bob", "tags": ["b"], "mixed": "5"},
-    {"year": -1, "owner": 'say "no"', "tags": [], "mixed": True},
-    {"year": 0, "owner": "back\\slash", "tags": ["5"], "mixed": [5, 1]},
-    {"year": None, "owner": "", "tags": [1, 2], "mixed": ["5"]},
-    {"owner": "line\nbreak", "mixed": '["5"]'},
-    {"owner": 'x") or (id != "', "mixed": 5.0},
-    {"owner": "漢字", "Größe": 5, "file path": "/a b/c", "a.b-c": "x", "in": 1},
-]
+    store.add(row_nodes(rows))
 
 
 @settings(max_examples=150 * EFFORT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -183,7 +51,7 @@ PINNED_ROWS: list[dict[str, Any]] = [
 def test_a_filter_matches_what_its_definition_says(
     store: ImageStore, tried: Counter[str], rows: list[dict[str, Any]], item: MetadataFilters
 ):
-    """Truth: `matches` above, in plain Python; missing keys and mixed types included."""
+    """Truth: `tests.metadata_filters.matches`, in plain Python; missing keys and mixed types included."""
     rows = PINNED_ROWS + rows
     put(store, rows)
     tried["filters"] += 1
