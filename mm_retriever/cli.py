@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from mm_retriever.demo import DemoQuery
     from mm_retriever.embedding import VisualizedBGEEmbedding
-    from mm_retriever.rerank.postprocessor import VisionRerank
+    from mm_retriever.rerank.postprocessor import Reranker
     from mm_retriever.store import ImageStore
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
@@ -164,7 +164,8 @@ def search(
         nodes = retriever.retrieve(query)
     reranking = None
     if rerank or rerank_url or rerank_model:
-        reranking = _reranker(model, rerank_model, rerank_url, top_n=top_k).rerank(nodes, query, query_image=image)
+        reranker = _reranker(model, rerank_model, rerank_url, top_n=top_k, device=device)
+        reranking = reranker.rerank(nodes, query, query_image=image)
     found = search_report(text, image, nodes, reranking=reranking)
     if as_json:
         rows = result_rows(nodes if reranking is None else reranking.nodes)
@@ -265,7 +266,7 @@ def demo(
         source, sidecar, db = written.products, written.labels, out / "catalogue.db"
         queries = scenes.catalogue_queries(out / "queries")
     reranking = drawn if rerank is None else rerank
-    reranker = _reranker(model, rerank_model, None, top_n=9) if reranking or rerank_model else None
+    reranker = _reranker(model, rerank_model, None, top_n=9, device=device) if reranking or rerank_model else None
     _run_demo(source, db, queries, embed_model, out, sidecar=sidecar, reranker=reranker)
     typer.echo(
         "\nYour own photos, with BAAI's weights (downloaded once, 400 MB):\n"
@@ -409,7 +410,7 @@ def _number(condition: str, value: str) -> int | float:
         raise QueryError(f"--where {condition!r}: {value!r} is not a number; for text use key=value") from None
 
 
-def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int) -> VisionRerank:
+def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:
     if url is not None:
         from mm_retriever.rerank import VisionLLMRerank
 
@@ -417,7 +418,7 @@ def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: i
     from mm_retriever.rerank import Phi3VisionRerank
 
     name = rerank_model or ("tiny" if model == "tiny" else VISION_MODEL)
-    return Phi3VisionRerank(name, top_n=top_n, fusion_weight=TINY_FUSION if name == "tiny" else None)
+    return Phi3VisionRerank(name, top_n=top_n, device=device, fusion_weight=TINY_FUSION if name == "tiny" else None)
 
 
 def _download(out: Path, *, yes: bool) -> Path:
@@ -438,7 +439,7 @@ def _run_demo(
     out: Path,
     *,
     sidecar: Path | None,
-    reranker: VisionRerank | None,
+    reranker: Reranker | None,
 ) -> None:
     from mm_retriever.ingest import ingest_images
     from mm_retriever.report import write_html, write_png

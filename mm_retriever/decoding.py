@@ -25,19 +25,23 @@ TOKENS_AT_ONCE = 16_384  # of all rows of a batch together, shared beginning inc
 
 
 class Beginning(Protocol):
-    """A computed beginning: all that decoding reads of it are the ``logits`` (B, V) of the next token."""
+    """A computed beginning, as far as decoding reads it."""
 
     @property
-    def logits(self) -> Tensor: ...  # noqa: D102
+    def logits(self) -> Tensor:
+        """(B, V) of the next token."""
+        ...
 
 
 B = TypeVar("B", bound=Beginning)
 
 
 class Continues(Protocol[B]):
-    """A model that continues a beginning and leaves it as it was; several rows may continue a beginning of one."""
+    """A model that continues a beginning."""
 
-    def extend(self, prefix: B, input_ids: Sequence[int] | Tensor, /) -> B: ...  # noqa: D102
+    def extend(self, prefix: B, input_ids: Sequence[int] | Tensor, /) -> B:
+        """The beginning and what follows it; it stays as it was, and several rows may follow a beginning of one."""
+        ...
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -211,9 +215,11 @@ def likelihoods(
 
 
 class LogitFilter(Protocol):
-    """Changes the logits (V,) of the next token, knowing the ids written so far."""
+    """A rule for what may be written next."""
 
-    def __call__(self, logits: Tensor, written: Sequence[int], /) -> Tensor: ...  # noqa: D102
+    def __call__(self, logits: Tensor, written: Sequence[int], /) -> Tensor:
+        """The changed logits (V,) of the next token, knowing the ids written so far."""
+        ...
 
 
 class Suppress:

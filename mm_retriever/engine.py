@@ -23,6 +23,7 @@ from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.core.vector_stores.types import MetadataFilters
+from PIL import Image
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import ImageLoadError, QueryError
@@ -228,7 +229,7 @@ class PictureSynthesizer(BaseSynthesizer):
             shown.append(_as_words(node, note))
         return shown, pictures
 
-    def _small(self, image: Any) -> bytes:
+    def _small(self, image: Image.Image) -> bytes:
         return encode_thumbnail(image, self._picture_side)
 
     def _message(self, query_str: str, chunks: Sequence[ChatMessage], pictures: dict[int, bytes]) -> ChatMessage:

@@ -247,7 +247,7 @@ def _open_inside(path: str, roots: tuple[Path, ...]) -> int:
     """Open a file below one of the roots, or say that there is none."""
     if ".." in Path(path).parts:
         raise ImageLoadError("'..' is not allowed when reading is limited to given folders")
-    places = [os.path.abspath(path)] + [os.path.join(root, path) for root in roots if not os.path.isabs(path)]  # noqa: PTH100,PTH117,PTH118
+    places = [Path(path).absolute(), *(root / path for root in roots)]  # all the same for an absolute path
     missing: OSError | None = None
     for place in dict.fromkeys(places):
         real = os.path.realpath(place)
@@ -265,7 +265,7 @@ def _open_inside(path: str, roots: tuple[Path, ...]) -> int:
 def _open_beneath(root: str, relative: str) -> int:
     """Open one folder after the other without following links: a link put there after the check cannot lead out."""
     if os.open not in os.supports_dir_fd:  # Windows
-        return _open_anywhere(os.path.join(root, relative))  # noqa: PTH118
+        return _open_anywhere(str(Path(root, relative)))
     *folders, name = Path(relative).parts
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:

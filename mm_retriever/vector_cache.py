@@ -61,7 +61,8 @@ class VectorCache:
             part = wanted[start : start + KEYS_A_QUERY]
             marks = ",".join("?" * len(part))
             try:
-                rows = self._run(f"SELECT key, vector FROM vectors WHERE key IN ({marks})", part)  # noqa: S608
+                query = f"SELECT key, vector FROM vectors WHERE key IN ({marks})"  # noqa: S608 - question marks alone
+                rows = self._run(query, part)
             except sqlite3.OperationalError as error:
                 self._forget(error)
                 break

@@ -412,5 +412,5 @@ def test_a_model_is_shared_with_an_llm_and_its_lock(folder: Path) -> None:
     llm = Phi3VisionLLM("small", model=small_model(), processor=small_processor())
     reranker = Phi3VisionRerank(llm, max_new_tokens=STEPS, top_n=99)
     assert reranker.model_name == "small"
-    assert reranker._speaker.lock is llm.lock
+    assert reranker._shared.lock is llm.lock
     assert reranker.rerank(mixed(folder), QUERY).order == make().rerank(mixed(folder), QUERY).order

@@ -13,8 +13,7 @@ from pydantic import ConfigDict
 
 from langchain_mm_retriever.documents import ComposedQuery, read_query, to_document, to_node
 from mm_retriever.image import ImageSource, load_image, thumbnail_data_uri
-
-_QUERY_SIDE = 1344  # pixels that a reranker sees at most
+from mm_retriever.rerank.candidates import LONGEST_SIDE
 
 
 class RerankCompressor(BaseDocumentCompressor):
@@ -50,4 +49,4 @@ def _place(image: ImageSource) -> str:
     """A picture as a bundle names it: its place, or itself as a data URI."""
     if isinstance(image, str | os.PathLike):
         return os.fspath(image)
-    return thumbnail_data_uri(load_image(image), _QUERY_SIDE)
+    return thumbnail_data_uri(load_image(image), LONGEST_SIDE)

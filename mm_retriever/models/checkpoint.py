@@ -27,7 +27,6 @@ Family = Literal["visualized_bge", "phi3_vision"]
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-BESIDE = ("config.json", "tokenizer.json", "generation_config.json", "preprocessor_config.json")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 MAX_JSON_BYTES = 64 * 1024**2  # of a config or shard index; bge-m3's tokenizer.json has 17 MiB
 MAX_LISTED_KEYS = 12  # keys that an error message lists before it only counts

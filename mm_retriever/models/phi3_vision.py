@@ -117,8 +117,8 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
 
     config_class = Phi3VisionConfig
     config: Phi3VisionConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _no_split_modules = ["Phi3DecoderLayer", "Phi3VisionEmbeddings"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - as transformers does
+    _no_split_modules = ["Phi3DecoderLayer", "Phi3VisionEmbeddings"]  # noqa: RUF012 - the same
     _can_compile_fullgraph = False
 
     def __init__(self, config: Phi3VisionConfig) -> None:
@@ -283,9 +283,11 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, and right across ``config.short_context``: rotary factors are chosen once, by the prompt
-        and ``max_new_tokens`` together. Picture slots come back as the padding id.
-        """  # noqa: D205
+        """As in transformers, and right across ``config.short_context``.
+
+        Rotary factors are chosen once, by the prompt and ``max_new_tokens`` together. Picture slots come back as the
+        padding id.
+        """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         pixel_values, image_sizes = kwargs.pop("pixel_values", None), kwargs.pop("image_sizes", None)
         if ids is not None and kwargs.get("inputs_embeds") is None and bool((ids < 0).any()):

@@ -213,7 +213,7 @@ class VisualizedBGE(PreTrainedModel):
     config_class = VisualizedBGEConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _no_split_modules = ["Block", "BertLayer"]  # noqa: RUF012
+    _no_split_modules = ["Block", "BertLayer"]  # noqa: RUF012 - as transformers declares it
 
     fingerprint: str = ""  # of the weights that were loaded: tells one set from another
 

@@ -67,7 +67,7 @@ class PictureMemory:
         return len(self._features)
 
 
-class Speaker:
+class SharedModel:
     """A loaded model that any number of conversations share; it takes one step at a time, whoever asks.
 
     Args:
@@ -166,13 +166,13 @@ class Conversation:
     """One growing prompt. What has been said is computed once, for whatever is said next and for every fork.
 
     Args:
-        speaker: Who answers.
+        shared: The model that answers.
         meter: Counts tokens and watches the time.
         total_length: Most tokens that it and its forks will have; see `Phi3Vision.prefill`.
     """
 
-    def __init__(self, speaker: Speaker, meter: Meter, total_length: int) -> None:
-        self.speaker, self.meter, self.total_length = speaker, meter, total_length
+    def __init__(self, shared: SharedModel, meter: Meter, total_length: int) -> None:
+        self.shared, self.meter, self.total_length = shared, meter, total_length
         self._prefix: Prefix | None = None
         self._pending: list[int] = []  # decided, but not yet fed
         self._counted = 0  # of the pending: chosen by the model, and counted as that
@@ -189,9 +189,9 @@ class Conversation:
         """Feed what follows."""
         new = [*self._pending, *ids]
         if self._prefix is None:
-            self._prefix = self.speaker.prefill(new, features, self.total_length, self.meter)
+            self._prefix = self.shared.prefill(new, features, self.total_length, self.meter)
         else:
-            self._prefix = self.speaker.extend(self._prefix, new, features, self.meter)
+            self._prefix = self.shared.extend(self._prefix, new, features, self.meter)
         self.meter.prefilled -= self._counted
         self._pending, self._counted = [], 0
 
@@ -200,7 +200,7 @@ class Conversation:
         if opening or self._pending or self._prefix is None:
             self.say(opening)
         stream = TextStream(
-            _Uncounted(self.speaker),
+            _Uncounted(self.shared),
             self.prefix,
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
@@ -237,7 +237,7 @@ class Conversation:
                     return written
                 ids = torch.tensor([list(turns[i]) for i in rows])
                 shown = [feature for i in rows for feature in features[i]]
-                prefix = self.speaker.extend(self.prefix, ids, shown, self.meter)
+                prefix = self.shared.extend(self.prefix, ids, shown, self.meter)
                 self._write_rows(prefix, [written[i] for i in rows], frozenset(stop_ids), max_new_tokens)
         return written
 
@@ -260,11 +260,11 @@ class Conversation:
             going -= {row for row in going if len(rows[row]) >= limit}
             if not going or self.meter.out_of_time():
                 return
-            prefix = _Uncounted(self.speaker).extend(prefix, torch.tensor(chosen)[:, None])
+            prefix = _Uncounted(self.shared).extend(prefix, torch.tensor(chosen)[:, None])
             self.meter.passes += 1
 
     def _filters(self, stop_ids: Collection[int]) -> list[LogitFilter]:
-        return [Suppress(self.speaker.processor.special_ids - frozenset(stop_ids)), NoRepeat(NO_REPEAT)]
+        return [Suppress(self.shared.processor.special_ids - frozenset(stop_ids)), NoRepeat(NO_REPEAT)]
 
     def put(self, opening: Sequence[int], words: Sequence[int]) -> None:
         """Into the model's mouth: what it said another time. Fed with what comes next."""
@@ -272,7 +272,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """Another conversation with the same beginning; neither hears of what is said in the other."""
-        other = Conversation(self.speaker, self.meter, self.total_length)
+        other = Conversation(self.shared, self.meter, self.total_length)
         other._prefix = self.prefix
         return other
 
@@ -280,9 +280,9 @@ class Conversation:
 class _Uncounted:
     """The model's own words, fed back to it: they are counted as generated, not as prompt."""
 
-    def __init__(self, speaker: Speaker) -> None:
-        self._speaker = speaker
+    def __init__(self, shared: SharedModel) -> None:
+        self._shared = shared
 
     def extend(self, prefix: Prefix, input_ids: Sequence[int] | Tensor, /) -> Prefix:
-        with self._speaker.lock:
-            return self._speaker.model.extend(prefix, input_ids)
+        with self._shared.lock:
+            return self._shared.model.extend(prefix, input_ids)

@@ -1,6 +1,6 @@
 """`Phi3VisionRerank`: candidates ranked by Phi-3 Vision on this machine.
 
-Owns the options, the loaded model and the memory of captions; `Sitting` has the conversation.
+Owns the options, the loaded model and the memory of captions; `RerankSession` has the conversation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mm_retriever.llm import Phi3VisionLLM
 from mm_retriever.models.phi3_vision import DEFAULT_MODEL, Phi3Vision, load_phi3_vision
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
 from mm_retriever.rerank.candidates import Candidate, Ranking
-from mm_retriever.rerank.conversation import Speaker
+from mm_retriever.rerank.conversation import SharedModel
 from mm_retriever.rerank.order import Fusion
-from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank
-from mm_retriever.rerank.sitting import Options, Sitting
+from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
+from mm_retriever.rerank.session import Options, RerankSession
 
 CAPTIONS_KEPT = 256
 PICTURE_MEMORY = 256 * 2**20  # bytes
@@ -46,7 +46,7 @@ PROMPTS = {
 }
 
 
-class Phi3VisionRerank(VisionRerank):
+class Phi3VisionRerank(Reranker):
     """Ranks candidates with Phi-3 Vision, every one exactly once, and says why the first one fits.
 
     The model first says what the query picture shows and what is wanted. Then, by `mode`:
@@ -102,7 +102,7 @@ class Phi3VisionRerank(VisionRerank):
     sheet_crops: int = Field(default=4, ge=1)
     max_new_tokens: int = Field(default=60, ge=1)
 
-    _speaker: Speaker = PrivateAttr()
+    _shared: SharedModel = PrivateAttr()
     _captions: OrderedDict[str, tuple[int, ...]] = PrivateAttr(default_factory=OrderedDict)
     _turn: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
@@ -160,7 +160,7 @@ class Phi3VisionRerank(VisionRerank):
             loaded, processor = model
         else:
             loaded, processor = load_phi3_vision(os.fspath(model), revision=revision, device=device, dtype=dtype)
-        self._speaker = Speaker(loaded, processor, lock, picture_memory)
+        self._shared = SharedModel(loaded, processor, lock, picture_memory)
         self._image_policy = image_policy or ImagePolicy()
         self._set_prompts(PROMPTS)
 
@@ -172,12 +172,12 @@ class Phi3VisionRerank(VisionRerank):
     @property
     def model(self) -> Phi3Vision:
         """The model, to share it."""
-        return self._speaker.model
+        return self._shared.model
 
     @property
     def processor(self) -> Phi3VisionProcessor:
         """Of the model."""
-        return self._speaker.processor
+        return self._shared.processor
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         options = Options(
@@ -192,23 +192,23 @@ class Phi3VisionRerank(VisionRerank):
             sheet_crops=self.sheet_crops,
             max_new_tokens=self.max_new_tokens,
         )
-        sitting = Sitting(self._speaker, self._say, options, meter, query, candidates)
-        self._understand(sitting, meter)
-        ranking = self._settle(candidates, sitting.judge())
+        session = RerankSession(self._shared, self._say, options, meter, query, candidates)
+        self._understand(session, meter)
+        ranking = self._settle(candidates, session.judge())
         told = {"first": 1, "all": self.top_n, "none": 0}[self.reasons]
-        reasons = sitting.reasons(ranking.order[:told])
-        return replace(ranking, caption=sitting.caption, wanted=sitting.wanted, reasons=reasons)
+        reasons = session.reasons(ranking.order[:told])
+        return replace(ranking, caption=session.caption, wanted=session.wanted, reasons=reasons)
 
-    def _understand(self, sitting: Sitting, meter: Meter) -> None:
+    def _understand(self, session: RerankSession, meter: Meter) -> None:
         """Have the query understood, with the caption of its picture from memory where it is there."""
-        image = sitting.query.image
+        image = session.query.image
         if image is None or not self.caption:
-            sitting.understand()
+            session.understand()
             return
         digest = pixel_digest(image)
         with self._turn:
             known = self._captions.get(digest)
-        caption = sitting.understand(known)
+        caption = session.understand(known)
         if known is None and not meter.out_of_time():
             with self._turn:
                 self._captions[digest] = tuple(caption)

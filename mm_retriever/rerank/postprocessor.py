@@ -104,8 +104,8 @@ class Reranking:
     error: str = ""
 
 
-class VisionRerank(BaseNodePostprocessor, PromptMixin):
-    """The part of a reranker that does not depend on the model."""
+class Reranker(BaseNodePostprocessor, PromptMixin):
+    """The part of a reranker that does not depend on the model: the superclass of all in this package."""
 
     model_name: str
     top_n: int = Field(default=9, ge=1)

@@ -17,13 +17,13 @@ from mm_retriever.models.bge_m3 import flag_model_folder
 from mm_retriever.models.visualized_bge import default_device
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion
-from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank
+from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
 
 DEFAULT_MODEL = "BAAI/bge-reranker-v2-m3"
 _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "sentencepiece*")
 
 
-class TextRerank(VisionRerank):
+class TextRerank(Reranker):
     """Ranks texts by how well they answer a question; pictures it cannot see, and says so.
 
     Scores and metadata of the nodes that come back are those of every reranker of this package.

@@ -29,7 +29,7 @@ from mm_retriever.image import ImagePolicy, encode_thumbnail
 from mm_retriever.rerank.answers import Answer, read_answer, reasons_by_label, repair
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
-from mm_retriever.rerank.postprocessor import Meter, Query, VisionRerank
+from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ _TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError, RecursionError)
 
 
-class VisionLLMRerank(VisionRerank):
+class VisionLLMRerank(Reranker):
     """Ranks candidates with a vision LLM of your choice, every one exactly once, whatever it answers.
 
     The LLM sees the query, its picture and the candidates, and answers with a caption, a ranking and reasons as JSON.

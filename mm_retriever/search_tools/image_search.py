@@ -34,7 +34,7 @@ from mm_retriever.image import (
     thumbnail_data_uri,
 )
 from mm_retriever.image_format import sniff_format
-from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
+from mm_retriever.rerank.candidates import LONGEST_SIDE, METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_result_number, read_text
 from mm_retriever.search_tools.conversation import Conversation
@@ -62,7 +62,6 @@ DESCRIBE = (
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
 _READERS = min(4, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
-_QUERY_SIDE = 1344  # pixels that a reranker sees at most
 _MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
 
 
@@ -272,7 +271,7 @@ class ImageSearch:
         if self._rerank and nodes:
             tell(2, steps, f"reranking {len(nodes)} results")
             if picture:  # rerankers look for the query picture at the bundle's path
-                query.image_path = thumbnail_data_uri(load_image(picture.data), _QUERY_SIDE)
+                query.image_path = thumbnail_data_uri(load_image(picture.data), LONGEST_SIDE)
             for postprocessor in self._rerank:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")

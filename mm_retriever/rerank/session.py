@@ -20,7 +20,7 @@ from mm_retriever.errors import PromptError, RerankError
 from mm_retriever.models.phi3_vision import Prefix
 from mm_retriever.models.phi3_vision_processor import Slot, Turn
 from mm_retriever.rerank.candidates import Candidate
-from mm_retriever.rerank.conversation import Conversation, Speaker
+from mm_retriever.rerank.conversation import Conversation, SharedModel
 from mm_retriever.rerank.order import best_first, reciprocal_ranks, shuffled, windows
 from mm_retriever.rerank.postprocessor import Meter, Query
 
@@ -29,20 +29,20 @@ NO = ("no", "No", "NO")
 SMALLEST_WINDOW = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How candidates are judged; see `Phi3VisionRerank`."""
 
-    mode: Literal["likelihood", "sheet", "pictures", "pointwise"] = "likelihood"
-    ranking: Literal["single_pass", "generated"] = "single_pass"
-    caption: bool = True
-    window: int = 9
-    stride: int = 4
-    passes: int = 1
-    seed: int = 0
-    num_crops: int = 1
-    sheet_crops: int = 4
-    max_new_tokens: int = 60
+    mode: Literal["likelihood", "sheet", "pictures", "pointwise"]
+    ranking: Literal["single_pass", "generated"]
+    caption: bool
+    window: int
+    stride: int
+    passes: int
+    seed: int
+    num_crops: int
+    sheet_crops: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Shown:
     features: tuple[Tensor, ...]
 
 
-class Sitting:
+class RerankSession:
     """See the module's docstring.
 
     Args:
-        speaker: The model.
+        shared: The model.
         say: A prompt by name, with its blanks filled in.
         options: How to judge.
         meter: Tokens and time.
@@ -67,16 +67,16 @@ class Sitting:
 
     def __init__(
         self,
-        speaker: Speaker,
+        shared: SharedModel,
         say: Callable[..., str],
         options: Options,
         meter: Meter,
         query: Query,
         candidates: Sequence[Candidate],
     ) -> None:
-        self.speaker, self.meter, self.query = speaker, meter, query
+        self.shared, self.meter, self.query = shared, meter, query
         self.candidates, self.options = candidates, options
-        self.processor = speaker.with_crops(options.num_crops)
+        self.processor = shared.with_crops(options.num_crops)
         self.encode = self.processor.encode_turns
         self.caption = self.wanted = ""
         self._say = say
@@ -84,16 +84,16 @@ class Sitting:
         self._end = self.processor.token_id("<|end|>")
         self._stops = frozenset(self.processor.stop_ids)
         # a caption and a description are one line each
-        self._line_stops = self._stops.union(self._behind_caption[:1], speaker.following("\n")[:1])
+        self._line_stops = self._stops.union(self._behind_caption[:1], shared.following("\n")[:1])
         self._ask = self._question()
         self.window, total_length = self._plan()
-        self.talk = Conversation(speaker, meter, total_length)
+        self.talk = Conversation(shared, meter, total_length)
 
     # ------------------------------------------------------------------ the query
 
     @property
     def _behind_caption(self) -> list[int]:
-        return self.speaker.following(self._say("answer_wanted"))
+        return self.shared.following(self._say("answer_wanted"))
 
     def _question(self) -> list[int]:
         """The question and the first word of the answer."""
@@ -110,7 +110,7 @@ class Sitting:
     def understand(self, known_caption: Sequence[int] | None = None) -> list[int]:
         """Fill in `caption` and `wanted`; ids of the caption come back, to be given as `known_caption` another time."""
         image, limit = self.query.image, self.options.max_new_tokens
-        features = [] if image is None else self.speaker.features([image], self.options.num_crops, self.meter)
+        features = [] if image is None else self.shared.features([image], self.options.num_crops, self.meter)
         self.talk.say(self._ask, features)
         caption: list[int] = []
         opening: list[int] = []
@@ -170,7 +170,7 @@ class Sitting:
             return
         head = _beginning(prompts)
         longest = max(len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True))
-        prefix = self.speaker.beginning(prompts[0][:head], longest, self.meter) if head else None
+        prefix = self.shared.beginning(prompts[0][:head], longest, self.meter) if head else None
         at_once = max(1, TOKENS_AT_ONCE // longest)
         for start in range(0, len(group), at_once):
             if self.meter.out_of_time():
@@ -178,7 +178,7 @@ class Sitting:
             some = slice(start, start + at_once)
             shown = self._show(group[some])
             assert prefix is not None  # a prompt starts with a control token at least
-            scores = self.speaker.log_probs(
+            scores = self.shared.log_probs(
                 prefix,
                 [prompt[head:] for prompt in prompts[some]],
                 [one.features for one in shown],
@@ -208,7 +208,7 @@ class Sitting:
                 some = same[start : start + at_once]
                 features = [feature for one in self._show([group[k] for k in some]) for feature in one.features]
                 ids = torch.tensor([prompts[k][head:] for k in some])
-                logits = finite(self.speaker.extend(talk.prefix, ids, features, self.meter).logits).double()
+                logits = finite(self.shared.extend(talk.prefix, ids, features, self.meter).logits).double()
                 odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
                 yield from zip([group[k] for k in some], odds.tolist(), strict=True)
 
@@ -270,7 +270,7 @@ class Sitting:
         positions = [i for i in items if not self.candidates[i].missing]
         labels = [str(number) for number, i in enumerate(items, start=1) if not self.candidates[i].missing]
         sequences = label_sequences(self.processor.encode_literal, labels)
-        model = _Counted(self.speaker, self.meter)
+        model = _Counted(self.shared, self.meter)
         if self.options.ranking == "single_pass":
             scores = rank_at_once(model, talk.prefix, sequences).tolist()
             return dict(zip(positions, scores, strict=True))
@@ -286,8 +286,8 @@ class Sitting:
         parts: list[str | Slot] = []
         if self.options.mode == "sheet":
             sheet = contact_sheet([self.candidates[i].picture() for i in items], self.query.image)
-            features = self.speaker.features([sheet], self.options.sheet_crops, self.meter)
-            tokens = self.speaker.with_crops(self.options.sheet_crops).image_tokens(*sheet.size)
+            features = self.shared.features([sheet], self.options.sheet_crops, self.meter)
+            tokens = self.shared.with_crops(self.options.sheet_crops).image_tokens(*sheet.size)
             parts = [Slot(tokens), self._say("rank_sheet", count=len(items))]
         else:
             shown = [i for i in items if not self.candidates[i].missing]
@@ -326,7 +326,7 @@ class Sitting:
         """Features of those that are pictures, computed together and once."""
         todo = [i for i in positions if i not in self._shown and self.candidates[i].image is not None]
         images = [image for i in todo if (image := self.candidates[i].image) is not None]
-        found = dict(zip(todo, self.speaker.features(images, self.options.num_crops, self.meter), strict=True))
+        found = dict(zip(todo, self.shared.features(images, self.options.num_crops, self.meter), strict=True))
         for i in positions:
             if i not in self._shown:
                 self._shown[i] = Shown(self._part(i), (found[i],) if i in found else ())
@@ -337,7 +337,7 @@ class Sitting:
 
     def _plan(self) -> tuple[int, int]:
         """How many candidates go into one prompt, and the most tokens that any prompt will have."""
-        most = int(self.speaker.model.config.max_position_embeddings)
+        most = int(self.shared.model.config.max_position_embeddings)
         sentence = self.options.max_new_tokens
         answers = len(self._ask) + 2 * sentence + len(self._behind_caption)
         costs = sorted((self._cost(candidate) for candidate in self.candidates), reverse=True)
@@ -377,13 +377,13 @@ class Sitting:
 class _Counted:
     """The model for decoding, with every token counted."""
 
-    def __init__(self, speaker: Speaker, meter: Meter) -> None:
-        self._speaker, self._meter = speaker, meter
+    def __init__(self, shared: SharedModel, meter: Meter) -> None:
+        self._shared, self._meter = shared, meter
         self.calls = 0
 
     def extend(self, prefix: Prefix, input_ids: Sequence[int] | Tensor, /) -> Prefix:
         self.calls += 1
-        return self._speaker.extend(prefix, input_ids, (), self._meter)
+        return self._shared.extend(prefix, input_ids, (), self._meter)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
