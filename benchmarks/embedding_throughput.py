@@ -77,7 +77,7 @@ def build(dtype: torch.dtype, device: str) -> VisualizedBGEEncoder:
     """The full-size model with random weights, and a tokenizer that knows no words."""
     torch.manual_seed(0)
     config = VisualizedBGEConfig()
-    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "[UNK]": 100}, unk_token="[UNK]"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "[UNK]": 100}, unk_token="[UNK]"))  # noqa: S106 - a piece of text, no password
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
     )

@@ -95,7 +95,7 @@ def repeat(noise: Tensor, like: Tensor) -> Tensor:
 def make_processor(config: Phi3VisionConfig, num_crops: int) -> Phi3VisionProcessor:
     """The real picture side; a vocabulary of control tokens on the word side."""
     names = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))  # noqa: S106 - a piece of text, no password
     tokenizer.add_special_tokens(names)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])

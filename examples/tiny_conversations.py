@@ -52,7 +52,7 @@ def build_tokenizer() -> Tokenizer:
     words = {*vocabulary(), *_CHATTER.split(), *re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", said).lower())}
     tokens = ["<unk>", *CONTROL_TOKENS, *_MARKS, *(f"##{piece}" for piece in _ENDINGS), *"0123456789", *sorted(words)]
     entries = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = Tokenizer(models.WordPiece(entries, unk_token="<unk>", max_input_chars_per_word=60))  # noqa: S106
+    tokenizer = Tokenizer(models.WordPiece(entries, unk_token="<unk>", max_input_chars_per_word=60))  # noqa: S106 - a piece of text, no password
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
     )
@@ -68,7 +68,7 @@ def build_tokenizer() -> Tokenizer:
         [decoders.WordPiece(cleanup=False), decoders.Fuse(), *(decoders.Replace(*pair) for pair in closed_up)]
     )
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, rstrip=token != "<unk>") for token in ("<unk>", *CONTROL_TOKENS)]  # noqa: S105
+        [AddedToken(token, normalized=False, rstrip=token != "<unk>") for token in ("<unk>", *CONTROL_TOKENS)]  # noqa: S105 - a piece of text, no password
     )
     return tokenizer
 

@@ -215,7 +215,7 @@ def build_tokenizer() -> Tokenizer:
     extra = {word for phrase in (*_OPENINGS, *_CLOSINGS) for word in phrase.strip(",?!").split()}
     words = sorted({*vocabulary(), *extra})
     entries = {token: number for number, token in enumerate((*SPECIAL_TOKENS, *_MARKS, *_ENDINGS, *words))}
-    tokenizer = Tokenizer(models.WordPiece(entries, unk_token="[UNK]", max_input_chars_per_word=60))  # noqa: S106
+    tokenizer = Tokenizer(models.WordPiece(entries, unk_token="[UNK]", max_input_chars_per_word=60))  # noqa: S106 - a piece of text, no password
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
