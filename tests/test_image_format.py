@@ -298,6 +298,20 @@ def test_compressed_words_in_a_png_are_not_unpacked(kind: bytes) -> None:
         tracemalloc.stop()
 
 
+def test_an_orientation_of_ten_million_numbers_is_not_read() -> None:
+    """A PNG of 20 MB whose EXIF says one thing ten million times. Truth: read as numbers it takes 220 MB."""
+    numbers = b"\1\0" * 10_000_000
+    exif = b"II*\0" + struct.pack("<LHHHLLL", 8, 1, 0x0112, 3, len(numbers) // 2, 26, 0) + numbers
+    plain = encoded(Image.new("RGB", (4, 4)), "PNG")
+    data = plain[:33] + chunk(b"eXIf", exif) + plain[33:]
+    tracemalloc.start()
+    try:
+        assert outcome(data, ImagePolicy()) == "picture"
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    finally:
+        tracemalloc.stop()
+
+
 # ---------------------------------------------------------------------------------------------- headers
 
 
