@@ -20,8 +20,22 @@ Every class also inherits the builtin it specialises, so that code that has neve
     │   └── StoreUnavailableError (ConnectionError) no answer from the server in time
     └── MissingExtraError       (ImportError)      an optional dependency; the message names the extra
 
-A message says what was given, what is accepted, and what to do. This file imports nothing.
+A message says what was given, what is accepted, and what to do; `shown` writes what was given, whatever it is.
 """
+
+import reprlib
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: at most a few hundred characters, however large or deep a stranger made it."""
+    try:
+        text = _REPR.repr(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes, a __repr__ without end
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 class MMRetrieverError(Exception):

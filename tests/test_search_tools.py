@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -306,6 +307,21 @@ def test_a_model_cannot_break_out_of_its_filters(search, value, operator):
     for key in (value, "$meta", "_node_content", "embedding", f"label != '' or {value}"):
         with pytest.raises(FilterError, match="cannot filter"):
             search.search("leopard", filters=[{"key": key, "operator": "==", "value": "x"}])
+
+
+@pytest.mark.parametrize("image", ["result" + " " * 100_000 + "x", "result 1 of" + " " * 100_000, "#" * 100_000])
+def test_a_long_argument_keeps_nobody_waiting(search, talk, image):
+    """The pattern for result numbers took 12 s for 40,000 blanks, and no other thread ran meanwhile."""
+    start = time.process_time()
+    with pytest.raises(QueryError):
+        search.describe(image, conversation=talk)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"year": 1' + "0" * 5000 + "}", [[[[[[[[1]]]]]]]], {"a": 10**5000}])
+def test_filters_too_deep_or_too_large_are_refused_in_words(search, value):
+    with pytest.raises(FilterError, match=r"nested|digits|64 bits"):
+        search.search("mug", filters=value)
 
 
 def test_nothing_found_says_which_keys_there_are(search):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeAlias
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 from pydantic import Field
 
-from mm_retriever.errors import FilterError, QueryError
+from mm_retriever.errors import FilterError, QueryError, shown
 
 TextArgument: TypeAlias = Annotated[
     str | None,
@@ -52,6 +52,7 @@ _FORM = '[{"key": "label", "operator": "==", "value": "mug"}]'
 _ALIASES = {"=": "==", "eq": "==", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "not in": "nin"}
 _MAX_CONDITIONS = 64
 _MAX_DEPTH = 4
+_LONGEST_RESULT = 64  # characters; the pattern looks at blanks again and again
 _RESULT = re.compile(
     r"(?:(?:result|picture|image|number|no\.?|nr\.?)\s*)?#?\s*(?P<rank>\d{1,4})"
     r"(?:\s*(?:of|from|in)\s*search\s*#?\s*(?P<search>\d{1,6}))?",
@@ -61,7 +62,7 @@ _RESULT = re.compile(
 
 def read_result_number(text: str) -> tuple[int, int | None] | None:
     """Return rank and search of "result 3", "#3", "3" or "result 3 of search 1"; None for any other text."""
-    match = _RESULT.fullmatch(text.strip())
+    match = _RESULT.fullmatch(text.strip()) if len(text) <= _LONGEST_RESULT else None
     if match is None:
         return None
     return int(match["rank"]), int(match["search"]) if match["search"] else None
@@ -80,7 +81,7 @@ def read_count(value: object, *, default: int, most: int) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise QueryError(f"top_k {_shown(value)}: give a whole number from 1 to {most}")
+        raise QueryError(f"top_k {shown(value)}: give a whole number from 1 to {most}")
     return min(value, most)
 
 
@@ -93,7 +94,7 @@ def read_text(value: object, name: str, *, most: int) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise QueryError(f"{name} {_shown(value)}: give text")
+        raise QueryError(f"{name} {shown(value)}: give text")
     if len(value) > most:
         raise QueryError(f"{name}: {len(value)} characters, at most {most} are taken")
     return value.encode("utf-8", "replace").decode().strip()  # half surrogate pairs become question marks
@@ -113,8 +114,10 @@ def read_filters(value: object) -> MetadataFilters | None:
             return None
         try:
             value = json.loads(value)
+        except RecursionError:
+            raise FilterError(f"filters nested more than {_MAX_DEPTH} deep") from None
         except ValueError as error:
-            raise FilterError(f"filters {_shown(value)}: not JSON ({error}); give {_FORM}") from None
+            raise FilterError(f"filters {shown(value)}: not JSON ({error}); give {_FORM}") from None
     if value is None or value in ({}, []):
         return None
     budget = [_MAX_CONDITIONS]
@@ -131,13 +134,13 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
     if isinstance(value, list | tuple):
         return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in value])
     if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
-        raise FilterError(f"filters {_shown(value)}: give a list of conditions, {_FORM}")
+        raise FilterError(f"filters {shown(value)}: give a list of conditions, {_FORM}")
     if "filters" in value:
         return _group(value, budget, depth)
     if "key" in value and not value.keys() - {"key", "operator", "value"}:
         return _condition(value)
     if "operator" in value:
-        raise FilterError(f"filters {_shown(value)}: a condition has key, operator and value, {_FORM}")
+        raise FilterError(f"filters {shown(value)}: a condition has key, operator and value, {_FORM}")
     return MetadataFilters(
         filters=[_condition({"key": key, "operator": "==", "value": one}) for key, one in value.items()]
     )
@@ -146,35 +149,30 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
 def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataFilters:
     inside = value["filters"]
     if value.keys() - {"condition", "filters"} or not isinstance(inside, list | tuple):
-        raise FilterError(f'filters {_shown(value)}: a group is {{"condition": "or", "filters": [...]}}')
+        raise FilterError(f'filters {shown(value)}: a group is {{"condition": "or", "filters": [...]}}')
     try:
         condition = FilterCondition(str(value.get("condition") or "and").lower())
     except ValueError:
-        raise FilterError(f"condition {_shown(value['condition'])}: give and, or, not") from None
+        raise FilterError(f"condition {shown(value['condition'])}: give and, or, not") from None
     return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in inside], condition=condition)
 
 
 def _condition(value: Mapping[str, Any]) -> MetadataFilter:
     key, wanted = value["key"], value.get("value")
     if not isinstance(key, str):
-        raise FilterError(f"key {_shown(key)}: give the name of a metadata column")
+        raise FilterError(f"key {shown(key)}: give the name of a metadata column")
     name = str(value.get("operator") or ("in" if isinstance(wanted, list) else "==")).strip().lower()
     try:
         operator = FilterOperator(_ALIASES.get(name, name))
     except ValueError:
         known = ", ".join(one.value for one in FilterOperator)
-        raise FilterError(f"operator {_shown(value['operator'])} of {key[:60]!r}: give one of {known}") from None
+        raise FilterError(f"operator {shown(value['operator'])} of {key[:60]!r}: give one of {known}") from None
     if isinstance(wanted, bool):  # stored as 1 or 0
         wanted = int(wanted)
     flat = wanted if isinstance(wanted, list) else [wanted]
     if not all(one is None or isinstance(one, str | int | float) for one in flat):
-        raise FilterError(f"value {_shown(wanted)} of {key[:60]!r}: give text, a number, or a list of them")
+        raise FilterError(f"value {shown(wanted)} of {key[:60]!r}: give text, a number, or a list of them")
     try:
         return MetadataFilter(key=key, operator=operator, value=wanted)
     except ValueError:  # pydantic: a list of mixed types
-        raise FilterError(f"value {_shown(wanted)} of {key[:60]!r}: a list holds texts or numbers, not both") from None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+        raise FilterError(f"value {shown(wanted)} of {key[:60]!r}: a list holds texts or numbers, not both") from None

@@ -232,7 +232,8 @@ def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without
 
 def one_line(text: object, most: int) -> str:
     """Return text on one line without control and direction characters, cut to `most` characters."""
-    words = "".join(" " if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") else sign for sign in str(text))
+    start = str(text)[: 16 * most]  # a stranger's text may have millions
+    words = "".join(" " if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") else sign for sign in start)
     line = " ".join(words.split())
     return line if len(line) <= most else line[: most - 3] + "..."
 

@@ -21,11 +21,10 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-from mm_retriever.errors import FilterError
+from mm_retriever.errors import FilterError, shown
 
 ID_FIELD = "id"
 DOC_ID_FIELD = "doc_id"
@@ -49,6 +48,11 @@ RESERVED_KEYS = frozenset(
 
 MAX_DEPTH = 16
 MAX_CONDITIONS = 4096
+"""Conditions and values of one filter together."""
+
+MAX_FILTER_TEXT = 2**20
+"""Characters of all the texts in one filter."""
+
 MAX_TEXT_BYTES = 65_535
 """Of a text, of a node as JSON, and of all its metadata columns together: what a Milvus column holds."""
 
@@ -84,11 +88,13 @@ def filter_expression(filters: MetadataFilters | None) -> str:
         return ""
     if not isinstance(filters, MetadataFilters):
         raise FilterError(f"filters must be MetadataFilters, got {type(filters).__name__}")
-    return _group(filters, negated=False, depth=1, budget=count(1)) if filters.filters else ""
+    return _group(filters, negated=False, depth=1, budget=_Budget()) if filters.filters else ""
 
 
 def quoted(text: str) -> str:
     """Return a Milvus string literal that stands for exactly this text, whatever is in it."""
+    if not isinstance(text, str):
+        raise FilterError(f"text is needed, got {shown(text)}")
     try:
         size = len(str.encode(text))  # str's own methods: a subclass has no say in what is written
     except UnicodeEncodeError:
@@ -100,6 +106,8 @@ def quoted(text: str) -> str:
 
 def one_of(column: str, values: Iterable[str]) -> str:
     """Return `column in [...]` for one of the store's own text columns."""
+    if isinstance(values, str):  # its characters would be taken for ids
+        raise FilterError(f"a list of ids is needed, got the text {shown(values)}")
     return f"{column} in [{', '.join(map(quoted, values))}]"
 
 
@@ -136,7 +144,7 @@ def takes_lists(key: str) -> bool:
 # ---------------------------------------------------------------------------------------------- groups
 
 
-def _group(group: MetadataFilters, *, negated: bool, depth: int, budget: count[int]) -> str:
+def _group(group: MetadataFilters, *, negated: bool, depth: int, budget: _Budget) -> str:
     """One group, with NOT pushed down to the leaves: only a leaf can be negated exactly (see `_Leaf.negation`)."""
     if depth > MAX_DEPTH:
         raise FilterError(f"filters nested more than {MAX_DEPTH} deep")
@@ -150,8 +158,7 @@ def _group(group: MetadataFilters, *, negated: bool, depth: int, budget: count[i
     every = inner if condition is FilterCondition.NOT else negated != (condition is FilterCondition.AND)
     parts = []
     for item in group.filters:
-        if next(budget) > MAX_CONDITIONS:
-            raise FilterError(f"more than {MAX_CONDITIONS} conditions in one filter")
+        budget.spend(item.value if isinstance(item, MetadataFilter) else None)
         if isinstance(item, MetadataFilters):
             parts.append(_group(item, negated=inner, depth=depth + 1, budget=budget))
         elif isinstance(item, MetadataFilter):
@@ -161,7 +168,7 @@ def _group(group: MetadataFilters, *, negated: bool, depth: int, budget: count[i
     return joined(parts, "and" if every else "or")
 
 
-def _condition(item: MetadataFilter, *, negated: bool, budget: count[int]) -> str:
+def _condition(item: MetadataFilter, *, negated: bool, budget: _Budget) -> str:
     try:
         operator = FilterOperator(item.operator)
     except ValueError:
@@ -173,6 +180,22 @@ def _condition(item: MetadataFilter, *, negated: bool, budget: count[int]) -> st
 
 
 # ---------------------------------------------------------------------------------------------- leaves
+
+
+class _Budget:
+    """What one filter may still say: a model that writes filters must not keep the server busy for minutes."""
+
+    def __init__(self) -> None:
+        self._conditions, self._characters = MAX_CONDITIONS, MAX_FILTER_TEXT
+
+    def spend(self, value: object) -> None:
+        """Count one more condition or value."""
+        self._conditions -= 1
+        self._characters -= len(value) if isinstance(value, str) else 0
+        if self._conditions < 0:
+            raise FilterError(f"more than {MAX_CONDITIONS} conditions and values in one filter")
+        if self._characters < 0:
+            raise FilterError(f"more than {MAX_FILTER_TEXT} characters in one filter")
 
 
 @dataclass(frozen=True)
@@ -214,7 +237,7 @@ def _column(key: str) -> _Column:
     return _Column(key, f"$meta[{quoted(key)}]", own=False)
 
 
-def _leaf(column: _Column, operator: FilterOperator, value: object, budget: count[int]) -> _Leaf:
+def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Budget) -> _Leaf:
     exists = () if column.own else (f"(exists {column.expression})",)
     if operator is FilterOperator.EQ:
         return _Leaf(f"({column.expression} == {_scalar(column, operator, value)})", exists)
@@ -223,20 +246,18 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: coun
         test = f"({column.expression} {_COMPARISONS[operator]} {literal})"
         return _Leaf(test, (*exists, *_same_type(column, value)))
     if operator is FilterOperator.IN:
-        tests = [f"({column.expression} == {_scalar(column, operator, one)})" for one in _values(operator, value)]
-        for _ in tests:
-            if next(budget) > MAX_CONDITIONS:
-                raise FilterError(f"more than {MAX_CONDITIONS} values in one filter")
+        values = _values(operator, value, budget)
+        tests = [f"({column.expression} == {_scalar(column, operator, one)})" for one in values]
         return _Leaf(joined(tests, "or"), exists)
     if operator is FilterOperator.TEXT_MATCH:
         return _Leaf(f"({column.expression} like {_substring(value)})", exists)
     if operator is FilterOperator.IS_EMPTY:
         if value is not None:
-            raise FilterError(f"is_empty takes no value (None), got {value!r}")
+            raise FilterError(f"is_empty takes no value (None), got {shown(value)}")
         empty = f'({column.expression} == "")'
         return _Leaf(empty if column.own else f"((not (exists {column.expression})) or {empty})", ())
     if operator in _LIST_OPERATORS:
-        return _list_leaf(column, operator, value, exists)
+        return _list_leaf(column, operator, value, exists, budget)
     if operator is FilterOperator.TEXT_MATCH_INSENSITIVE:
         raise FilterError("text_match_insensitive: Milvus compares text by case; store a lower-cased column instead")
     raise FilterError(f"operator {operator.value!r} cannot be expressed in Milvus")
@@ -251,11 +272,13 @@ def _same_type(column: _Column, value: object) -> tuple[str, ...]:
     return (f"(not {column.has_text()})", *no_list)
 
 
-def _list_leaf(column: _Column, operator: FilterOperator, value: object, exists: tuple[str, ...]) -> _Leaf:
+def _list_leaf(
+    column: _Column, operator: FilterOperator, value: object, exists: tuple[str, ...], budget: _Budget
+) -> _Leaf:
     column.require_metadata(operator)
     if not takes_lists(column.name):
         raise FilterError(f"{operator.value!r} needs a key of ASCII letters, digits and '_', got {column.name!r}")
-    values = [value] if operator is FilterOperator.CONTAINS else _values(operator, value)
+    values = [value] if operator is FilterOperator.CONTAINS else _values(operator, value, budget)
     # Not json_contains: Milvus Lite's takes no minus. A server finds 1.0 in a list only as 1.0, so both are looked for.
     spellings = [_spellings(column, operator, one) for one in values]
     if operator is FilterOperator.ALL:
@@ -273,11 +296,13 @@ def _spellings(column: _Column, operator: FilterOperator, value: object) -> list
     return literals
 
 
-def _values(operator: FilterOperator, value: object) -> Sequence[object]:
+def _values(operator: FilterOperator, value: object, budget: _Budget) -> Sequence[object]:
     if not isinstance(value, list | tuple):
-        raise FilterError(f"{operator.value!r} needs a list of values, got {value!r}")
+        raise FilterError(f"{operator.value!r} needs a list of values, got {shown(value)}")
     if not value:
         raise FilterError(f"{operator.value!r} with an empty list: leave the filter out, or say what is meant")
+    for one in value:
+        budget.spend(one)
     return value
 
 
@@ -286,12 +311,12 @@ def _scalar(column: _Column, operator: FilterOperator, value: object) -> str:
     if isinstance(value, str):
         return quoted(value)
     if column.own:
-        raise FilterError(f"{column.name!r} is a text column and cannot be compared with {value!r}")
+        raise FilterError(f"{column.name!r} is a text column and cannot be compared with {shown(value)}")
     if isinstance(value, bool):  # stored as 1 or 0
         return "1" if value else "0"
     if isinstance(value, int):
         if not -MAX_INTEGER <= value <= MAX_INTEGER:
-            raise FilterError(f"{value} does not fit into 64 bits")
+            raise FilterError(f"{shown(value)} does not fit into 64 bits")
         return int.__repr__(value)
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -304,7 +329,7 @@ def _scalar(column: _Column, operator: FilterOperator, value: object) -> str:
 
 def _substring(value: object) -> str:
     if not isinstance(value, str):
-        raise FilterError(f"text_match needs text, got {value!r}")
+        raise FilterError(f"text_match needs text, got {shown(value)}")
     if any(sign in value for sign in "%_\\"):
         # Milvus Lite has no escape for its wildcards that works on every row
         raise FilterError(f"text_match of {value!r}: '%', '_' and '\\' are wildcards that Milvus cannot search for")

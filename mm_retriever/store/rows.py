@@ -14,7 +14,7 @@ import numpy as np
 from llama_index.core.schema import BaseNode, ImageNode, MediaResource, Node, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
-from mm_retriever.errors import NodeError
+from mm_retriever.errors import NodeError, shown
 from mm_retriever.store.filters import (
     CONTENT_FIELD,
     DOC_ID_FIELD,
@@ -66,10 +66,14 @@ def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
 
 
 def row_to_node(row: dict[str, Any]) -> BaseNode:
-    """Return the node of a row; a row that another program wrote becomes a TextNode of its text."""
-    if row.get(CONTENT_FIELD) is None:
-        return TextNode(id_=row[ID_FIELD], text=row.get(TEXT_FIELD) or "")
-    return metadata_dict_to_node(row, text=row.get(TEXT_FIELD) or "")
+    """Return the node of a row; a row that another program wrote, or spoiled, becomes a TextNode of its text."""
+    text = row.get(TEXT_FIELD) or ""
+    try:
+        node = metadata_dict_to_node(row, text=text)
+    except (ValueError, TypeError, AttributeError, RecursionError):  # such a row must not end a search that meets it
+        return TextNode(id_=row[ID_FIELD], text=text)
+    node.id_ = row[ID_FIELD]  # whatever its content says
+    return node
 
 
 def storable_node(node: BaseNode) -> ImageNode | TextNode:
@@ -135,7 +139,7 @@ def _column_value(value: object, where: str) -> object:
         return value
     if isinstance(value, int):
         if not -MAX_INTEGER <= value <= MAX_INTEGER:
-            raise NodeError(f"{where}: {value} does not fit into 64 bits")
+            raise NodeError(f"{where}: {shown(value)} does not fit into 64 bits")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):

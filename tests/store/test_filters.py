@@ -154,6 +154,37 @@ def test_deep_and_wide_filters_are_refused_before_they_reach_milvus():
     assert max(accumulate({"(": 1, ")": -1}.get(sign, 0) for sign in wide)) <= 14
 
 
+@pytest.mark.parametrize("operator", ["in", "nin", "any", "all"])
+def test_a_filter_of_many_or_long_values_is_refused_before_it_is_built(operator: str):
+    """A model can write 50 MB of filter in one call; the server would be busy for minutes."""
+    with pytest.raises(FilterError, match="more than 4096"):
+        filter_expression(group(where("tags", operator, list(range(5000)))))
+    with pytest.raises(FilterError, match="more than 1048576 characters"):
+        filter_expression(group(where("tags", operator, ["x" * 60_000] * 20)))
+
+
+@pytest.mark.parametrize("operator", ["==", ">", "contains", "is_empty"])
+def test_a_number_of_more_digits_than_python_writes_is_refused_in_words(operator: str):
+    item = MetadataFilter.model_construct(key="a", value=10**5000, operator=Op(operator))
+    with pytest.raises(FilterError, match="a value of type int"):
+        filter_expression(MetadataFilters.model_construct(filters=[item], condition=FilterCondition.AND))
+
+
+def test_ids_are_a_list_of_texts(store: ImageStore):
+    """A text is a sequence too: `delete_nodes("abc")` would remove the rows a, b and c."""
+    put(store, [{}])
+    for call in (
+        lambda: store.delete_nodes("row 0"),
+        lambda: store.get_nodes("row 0"),
+        lambda: store.delete_nodes([5]),
+        lambda: store.query(VectorStoreQuery(query_embedding=[1.0, 0, 0], similarity_top_k=1, node_ids=[None])),
+        lambda: store.query(VectorStoreQuery(query_embedding=[1.0, 0, 0], similarity_top_k=1, doc_ids="row 0")),
+    ):
+        with pytest.raises(FilterError, match="is needed, got"):
+            call()
+    assert store.count() == 1
+
+
 def test_a_wide_filter_works(store: ImageStore):
     put(store, [{"year": 3999}, {"year": 4000}])
     assert found(store, group(where("year", "in", list(range(4000))))) == {0}

@@ -172,3 +172,31 @@ def test_texts_that_are_too_long_or_no_text_are_refused():
 
 def test_a_row_of_another_program_is_a_text_node():
     assert row_to_node({"id": "x", "text": "words"}).get_content() == "words"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "null",
+        "5",
+        "[]",
+        '"text"',
+        "{}",
+        '{"id_": 5}',
+        '{"metadata": 5}',
+        "[" * 100_000,
+        '{"relationships": {"x": 1}}',
+    ],
+)
+@pytest.mark.parametrize("kind", ["ImageNode", "IndexNode", "Node", "TextNode", "os.system", ""])
+def test_a_spoiled_row_is_a_text_of_its_own_id_and_ends_no_search(content, kind):
+    """Our choice: whoever may write a row could otherwise end every search that meets it."""
+    node = row_to_node({"id": "row", "text": "words", "_node_content": content, "_node_type": kind})
+    assert (node.node_id, node.get_content()) == ("row", "words")
+
+
+def test_a_row_says_nothing_of_another_id():
+    content = ImageNode(id_="another", image_path="/a.png").to_json()
+    node = row_to_node({"id": "row", "text": "", "_node_content": content, "_node_type": "ImageNode"})
+    assert (node.node_id, node.image_path) == ("row", "/a.png")
