@@ -74,7 +74,7 @@ class MilvusServer:
                 stdin=subprocess.PIPE,  # its end tells the launcher that we are gone
                 stdout=subprocess.PIPE,
                 stderr=log,
-                start_new_session=True,  # so that a signal reaches the server and its launcher together
+                start_new_session=True,  # so that the end reaches the server and its launcher together
             )
         if wait:
             self.wait()
@@ -107,11 +107,16 @@ class MilvusServer:
         self.kill()
 
     def freeze(self) -> None:
-        """Let it accept connections and answer nothing, until `thaw`."""
-        self._signal(signal.SIGSTOP)
+        """Let it accept connections and answer nothing, until `thaw`.
+
+        Only what stands between is stopped: the server itself would take its parts for dead, and end when it wakes up.
+        """
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._signal(signal.SIGCONT)
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def __enter__(self) -> MilvusServer:
         self.start()

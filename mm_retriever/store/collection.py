@@ -95,6 +95,7 @@ class Collection:
                 self._check(hybrid)
             else:
                 self.words = new_word_index(hybrid)
+                self._check_server()
                 self._create()
             if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
                 self._create_index(self.index_type)
@@ -140,6 +141,19 @@ class Collection:
         params.add_index(field, index_name=field, index_type=index_type, metric_type=metric, **build)
         # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
         self._ask(self._client.create_index, index_params=params, sync=False)
+
+    def _check_server(self) -> None:
+        """Refuse an index of words where the server is too old, before half a collection is made."""
+        if self.words is None or self._lite:
+            return
+        said = str(self.connection.ask(self._client.get_server_version))
+        version = re.match(r"v?(\d+)\.(\d+)", said)
+        first, hybrid = ((2, 4), "a sparse model") if self.words.model else ((2, 5), "True")
+        if version and (int(version[1]), int(version[2])) < first:
+            needed = ".".join(map(str, first))
+            raise StoreError(
+                f"{self.connection.where} is Milvus {said.lstrip('v')}; hybrid={hybrid} needs {needed} or later"
+            )
 
     def _check(self, hybrid: bool | SparseEmbedding) -> None:
         description = self._ask(self._client.describe_collection)

@@ -11,7 +11,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Connection:
         lite_path: absolute path of the Milvus Lite file, None for a server.
         where: the place, for people: a path, or a URI without credentials.
         timeout: seconds for one request.
-        write_lock: held while writing; Milvus Lite takes one writer at a time, whichever store it comes from.
+        write_lock: held while writing; Milvus Lite takes one writer at a time, whichever store it comes from. A server
+            takes many, and behind a lock they would wait for one that is away one after the other.
     """
 
     def __init__(self, uri: str | Path, *, token: str | None, timeout: float) -> None:
@@ -51,7 +52,7 @@ class Connection:
         self.lite_path = None if _SERVER_URI.fullmatch(place) else _lite_path(place)
         self.where = self.lite_path or _CREDENTIALS.sub(r"\1", place)
         self._open = True
-        self.write_lock = threading.RLock()
+        self.write_lock: AbstractContextManager[Any] = nullcontext()
         with self.request("connecting"), self.deadline():
             self.client = self._lite_client(self.lite_path) if self.lite_path else self._server_client(place, token)
 
@@ -167,7 +168,10 @@ def _short(error: BaseException) -> str:
         text = error.message
     else:
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
-    return " ".join(str(text or type(error).__name__).split())[:300]
+    line = " ".join(str(text or type(error).__name__).split())
+    return (
+        line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
+    )  # an expression first, what is wrong with it last
 
 
 class _LiteFiles:
