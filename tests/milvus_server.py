@@ -27,7 +27,7 @@ from pathlib import Path
 
 START_SECONDS = 180
 SETTINGS = {
-    "common.session.ttl": "5",  # seconds (30) for which a killed server's parts count as alive beside the new ones
+    "common.session.ttl": "15",  # seconds (30) for which a killed server's parts count as alive beside the new ones
     "common.gracefulStopTimeout": "3",
     "grpc.client.initialBackOff": "0.1",  # its parts look for each other a little more often: it starts in 2 to 8 s
     "grpc.client.maxBackoff": "0.5",

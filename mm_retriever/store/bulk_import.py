@@ -239,7 +239,8 @@ class _Import:
             elif time.monotonic() > deadline:
                 raise StoreUnavailableError(
                     f"Milvus at {self._connection.where} made no progress with {len(waiting)} import tasks for "
-                    f"{self._timeout:g} s. It may still; the same call waits for them and goes on"
+                    f"{self._timeout:g} s. It may still; one that was killed gives lost tasks up after a quarter of an "
+                    "hour. The same call waits for them and goes on"
                 )
             if waiting:
                 time.sleep(_POLL_SECONDS)

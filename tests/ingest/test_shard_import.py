@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mm_retriever.cli import main
 from mm_retriever.errors import StoreError
 from mm_retriever.ingest import embed_to_shards, import_shards, ingest_images
 from mm_retriever.ingest.plan import read_plan
@@ -19,13 +21,14 @@ from tests.milvus_server import MilvusServer
 from tests.processes import ends, python
 
 pytestmark = pytest.mark.slow
+ROWS = 13
 HOSTILE = ('quote".png', "back\\slash.png", "new\nline.png", "ü😀 漢.png", "'); drop.png")
 SIDECAR = {"ü😀 漢.png": {"price": 9.5, "tags": ["a", 'b"'], "n": 2**60 + 1, "said": 'q"\\\n\0'}}
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """35 pictures and two that are none, in 8 shards."""
+    """35 pictures and two that are none, in shards of 13, 13 and 9 rows."""
     root = tmp_path / "photos"
     for number in range(30):
         paint(root / ("cars" if number % 2 else "") / f"{number:02d}.png", list(COLOURS)[number % 8], (number + 8, 20))
@@ -39,9 +42,9 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def out(folder, tmp_path) -> Path:
     report = embed_to_shards(
-        folder, tmp_path / "out", ColourEmbedding(), rows_per_shard=5, sidecar=SIDECAR, show_progress=False
+        folder, tmp_path / "out", ColourEmbedding(), rows_per_shard=ROWS, sidecar=SIDECAR, show_progress=False
     )
-    assert (report.rows, report.shards, len(report.skipped)) == (35, 8, 2)
+    assert (report.rows, report.shards, len(report.skipped)) == (35, 3, 2)
     return tmp_path / "out"
 
 
@@ -74,8 +77,10 @@ def check_whole(store: ImageStore, folder: Path) -> None:
         assert np.array_equal(np.float32(row["embedding"]), np.float32(model.get_image_embedding(row["file_path"])))
 
 
-def test_a_server_imports_each_row_once_as_ingestion_would_store_it(folder, out, remote, store, tmp_path):
-    """Truth: rows that `ingest_images` stores, column by column; some are there before. A second call does nothing."""
+def test_a_server_imports_each_row_once_as_ingestion_would_store_it(folder, out, remote, store, tmp_path, capsys):
+    """Truth: rows that `ingest_images` stores, column by column; some are there before. A second call, from the
+    command line, does nothing.
+    """
     ingest_images([folder / "00.png", folder / HOSTILE[0]], store, ColourEmbedding(), show_progress=False)
     report = import_shards(out, store, remote_folder=remote, show_progress=False)
     assert (report.imported, report.present) == (35, 0)
@@ -90,8 +95,10 @@ def test_a_server_imports_each_row_once_as_ingestion_would_store_it(folder, out,
             row["embedding"] = np.float32(row["embedding"]).tolist()
     assert found == expected
     check_whole(store, folder)
-    again = import_shards(out, store, remote_folder=remote, show_progress=False)
-    assert (again.imported, again.present) == (0, 35)
+    with pytest.raises(SystemExit) as ended:
+        main(["import", str(out), "--db", store.uri, "--collection", store.collection_name, "--remote-folder", remote])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("0 rows imported, 35 there already, in ")
     check_whole(store, folder)
 
 
@@ -101,7 +108,7 @@ def test_rows_that_are_there_twice_are_there_once_afterwards(folder, out, remote
     for name in ("000000.parquet", "000000.parquet", "000001.parquet"):
         handler.do_bulk_insert(store.collection_name, "", [f"{remote}/{name}"], timeout=30)
     report = import_shards(out, store, remote_folder=remote, show_progress=False)
-    assert (report.imported, report.present) == (30, 5)
+    assert (report.imported, report.present) == (22, 13)
     check_whole(store, folder)
 
 
@@ -111,8 +118,8 @@ from mm_retriever.ingest import import_shards
 from mm_retriever.store import open_store
 from tests.colour_embedding import ColourEmbedding
 
-uri, collection, out, remote = sys.argv[1:]
-with open_store(uri, ColourEmbedding(), collection=collection, timeout=60) as store:
+uri, collection, out, remote, timeout = sys.argv[1:]
+with open_store(uri, ColourEmbedding(), collection=collection, timeout=int(timeout)) as store:
     print("start", flush=True)
     import_shards(out, store, remote_folder=remote, show_progress=False)
     print("done", flush=True)
@@ -122,8 +129,8 @@ with open_store(uri, ColourEmbedding(), collection=collection, timeout=60) as st
 def test_an_importer_killed_in_the_middle_is_repeated(folder, out, remote, store, milvus_server, tried):
     """Killed as soon as the server has some of its tasks, and again while it waits for them to show."""
     handler = store.client._get_connection()
-    for enough in (3, 8):
-        process = python("-c", IMPORT, milvus_server.uri, store.collection_name, out, remote)
+    for enough in (1, 3):
+        process = python("-c", IMPORT, milvus_server.uri, store.collection_name, out, remote, 60)
         assert process.stdout.readline() == "start\n"
         while len(handler.list_bulk_insert_tasks(0, store.collection_name, timeout=30)) < enough:
             time.sleep(0.002)
@@ -134,26 +141,59 @@ def test_an_importer_killed_in_the_middle_is_repeated(folder, out, remote, store
     check_whole(store, folder)
 
 
+def importing(server: MilvusServer, store: ImageStore, out: Path, remote: str, timeout: int) -> subprocess.Popen[str]:
+    """An importer in a process of its own, as soon as the server reads one of its files."""
+    arguments = (server.uri, store.collection_name, out, remote, timeout)
+    with (out / "said").open("w") as said:
+        process = python("-c", IMPORT, *arguments, stderr=said)
+    assert process.stdout.readline() == "start\n"
+    handler = store.client._get_connection()
+    while all(task.state_name == "Pending" for task in handler.list_bulk_insert_tasks(0, store.collection_name)):
+        time.sleep(0.002)
+        assert process.poll() is None
+    return process
+
+
 def test_a_server_killed_in_the_middle_of_an_import_is_a_clear_error_and_the_same_call_goes_on(
-    folder, out, remote, store, milvus_server, tried
+    folder, tmp_path, out, remote, store, milvus_server, tried
 ):
-    """The server forgets what it was about: its own reason is in the error, and nothing is there twice afterwards."""
-    process = python(
-        "-c", IMPORT, milvus_server.uri, store.collection_name, out, remote, stderr=(out / "said").open("w")
-    )
+    """The server forgets what it was about: its own reason is in the error, and nothing is there twice afterwards.
+
+    One file: of others that wait meanwhile this server may lose sight for a quarter of an hour.
+    """
+    single = tmp_path / "single"
+    embed_to_shards(folder, single, ColourEmbedding(), sidecar=SIDECAR, show_progress=False)
+    shutil.copy(read_plan(single).shard(0), Path(remote) / "000000.parquet")
+    process = importing(milvus_server, store, single, remote, 300)
     try:
-        handler = store.client._get_connection()
-        while len(handler.list_bulk_insert_tasks(0, store.collection_name, timeout=30)) < 8:
-            time.sleep(0.002)
         milvus_server.kill()
         tried["servers killed"] += 1
         milvus_server.start()
         process.wait(120)
-        said = (out / "said").read_text()
+        said = (single / "said").read_text()
         assert process.returncode == 1, said
         assert "mm_retriever.errors.StoreError: the server did not import" in said
         assert "the same call goes on" in said
     finally:
+        ends(process)
+    import_shards(single, store, remote_folder=remote, show_progress=False)
+    check_whole(store, folder)
+
+
+def test_a_server_that_stops_answering_is_a_clear_error_and_the_same_call_goes_on(
+    folder, out, remote, store, milvus_server, tried
+):
+    """It still has the tasks when it wakes up: they are waited for, and their rows are not imported again."""
+    process = importing(milvus_server, store, out, remote, 5)
+    try:
+        milvus_server.freeze()
+        tried["servers frozen"] += 1
+        process.wait(60)
+        said = (out / "said").read_text()
+        assert process.returncode == 1, said
+        assert "mm_retriever.errors.StoreUnavailableError: no answer from Milvus" in said
+    finally:
+        milvus_server.thaw()
         ends(process)
     import_shards(out, store, remote_folder=remote, show_progress=False)
     check_whole(store, folder)
@@ -161,14 +201,14 @@ def test_a_server_killed_in_the_middle_of_an_import_is_a_clear_error_and_the_sam
 
 def test_what_the_server_cannot_import_is_said_with_its_reason(folder, out, remote, store):
     """A file that was not copied, then another in its place; the shards that came before are not lost by it."""
-    shard = Path(remote) / "000003.parquet"
+    shard = Path(remote) / "000001.parquet"
     shard.unlink()
-    with pytest.raises(StoreError, match=r"did not import .*/000003.parquet': .*no such file or directory.*goes on"):
+    with pytest.raises(StoreError, match=r"did not import .*/000001.parquet': .*no such file or directory.*goes on"):
         import_shards(out, store, remote_folder=remote, show_progress=False)
-    shutil.copy(Path(remote) / "000002.parquet", shard)
-    with pytest.raises(StoreError, match=r"imported from .*/000003.parquet' is not what .*: copy the file again"):
+    shutil.copy(Path(remote) / "000000.parquet", shard)
+    with pytest.raises(StoreError, match=r"imported from .*/000001.parquet' is not what .*: copy the file again"):
         import_shards(out, store, remote_folder=remote, show_progress=False)
-    shutil.copy(read_plan(out).shard(3), shard)
+    shutil.copy(read_plan(out).shard(1), shard)
     import_shards(out, store, remote_folder=remote, show_progress=False)
     check_whole(store, folder)
 
@@ -181,11 +221,11 @@ def test_a_copy_with_other_vectors_is_noticed(folder, out, remote, store, tmp_pa
             return -super().embed_images(images)
 
     other = tmp_path / "other"
-    embed_to_shards(folder, other, Other(), rows_per_shard=5, show_progress=False)
+    embed_to_shards(folder, other, Other(), rows_per_shard=ROWS, show_progress=False)
     shutil.copy(read_plan(other).shard(0), Path(remote) / "000000.parquet")
     with pytest.raises(StoreError, match=r"000000.parquet' is not what"):
         import_shards(out, store, remote_folder=remote, show_progress=False)
     shutil.copy(read_plan(out).shard(0), Path(remote) / "000000.parquet")
     report = import_shards(out, store, remote_folder=remote, show_progress=False)
-    assert (report.imported, report.present) == (5, 30)
+    assert (report.imported, report.present) == (13, 22)
     check_whole(store, folder)
