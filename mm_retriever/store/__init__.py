@@ -7,7 +7,8 @@ of picture files. Its files:
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
 - `words.py`: what hybrid search indexes beside the vectors.
 - `channel.py`: requests to a server that end by their deadline, and are sent again until then.
-- `connection.py`: where Milvus is, who else has it open, and what its failures mean.
+- `lite_files.py`: Milvus Lite files, who has them open, and what a killed process left there.
+- `connection.py`: where Milvus is, and what its failures mean.
 - `collection.py`: a collection's schema and index; its rows written, read and searched.
 - `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection.
 - `parquet.py`, `bulk_import.py`: rows in files that a server imports by itself, each exactly once.

@@ -86,7 +86,7 @@ class Collection:
 
     def open(self, hybrid: bool | SparseEmbedding, *, overwrite: bool) -> None:
         """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
-        with self.connection.write_lock, self.connection.request("opening the collection"):
+        with self.connection.turn, self.connection.request("opening the collection"):
             exists = self._ask(self._client.has_collection)
             if exists and overwrite:
                 self._ask(self._client.drop_collection)
@@ -105,7 +105,7 @@ class Collection:
 
     def clear(self) -> None:
         """Remove every row; the collection stays open."""
-        with self.connection.write_lock, self.connection.request("clearing the collection"):
+        with self.connection.turn, self.connection.request("clearing the collection"):
             self._ask(self._client.drop_collection)
             self._create()
             self._create_index(self.index_type)
@@ -204,7 +204,7 @@ class Collection:
         # On Milvus Lite an upsert leaves columns of the old row that the new one lacks; its insert replaces rows whole.
         # On a server an insert leaves the old row there, and an upsert replaces it whole.
         call = self._client.insert if self._lite else self._client.upsert
-        with self.connection.write_lock, self.connection.request(f"storing {len(rows)} rows"):
+        with self.connection.turn, self.connection.request(f"storing {len(rows)} rows"):
             self._ask(call, data=list(rows))
 
     def delete_where(self, expression: str) -> None:
@@ -215,7 +215,7 @@ class Collection:
     def delete_ids(self, ids: Sequence[str]) -> None:
         """Remove the rows with these ids."""
         for some in chunks(ids, _IDS_PER_REQUEST):
-            with self.connection.write_lock, self.connection.request(f"removing {len(some)} rows"):
+            with self.connection.turn, self.connection.request(f"removing {len(some)} rows"):
                 self._ask(self._client.delete, filter=one_of(ID_FIELD, some))
         self._last_delete = time.monotonic()
 
@@ -327,7 +327,7 @@ class Collection:
 
     def _read(self, call: Callable[..., Any], **options: Any) -> Any:
         """The answer to a read; a collection that a restarted server has not loaded (yet) is loaded first."""
-        with self.connection.deadline() as until:
+        with self.connection.turn, self.connection.deadline() as until:
             while True:
                 try:
                     return self._ask(call, **options)

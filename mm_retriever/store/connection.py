@@ -1,7 +1,7 @@
-"""Where Milvus is, who else has it open, and what its failures mean.
+"""Where Milvus is, and what its failures mean.
 
-Owns the rules for URIs and Milvus Lite paths, the locks of Milvus Lite files, and the one translation of what pymilvus
-and gRPC raise into our errors. Knows nothing of collections and rows.
+Owns the rules for URIs, and the one translation of what pymilvus and gRPC raise into our errors. Knows nothing of
+collections and rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
 from mm_retriever.store.channel import Deadline, deadline, open_channel
+from mm_retriever.store.lite_files import LiteFiles, lite_path
 
 _SERVER_URI = re.compile(r"(?:https?|tcp)://.+|unix:.+", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(//)[^/@]*@")
@@ -40,8 +40,9 @@ class Connection:
         lite_path: absolute path of the Milvus Lite file, None for a server.
         where: the place, for people: a path, or a URI without credentials.
         timeout: seconds for one request.
-        write_lock: held while writing; Milvus Lite takes one writer at a time, whichever store it comes from. A server
-            takes many, and behind a lock they would wait for one that is away one after the other.
+        turn: held while rows are written or read. Milvus Lite takes one writer at a time, whichever store it comes
+            from, and a read that overlaps one may miss rows (it empties its memory to disk in steps). A server takes
+            any number, and behind a lock they would wait for one that is away one after the other.
     """
 
     def __init__(self, uri: str | Path, *, token: str | None, timeout: float) -> None:
@@ -49,15 +50,15 @@ class Connection:
             raise StoreError(f"timeout {timeout!r}: give seconds above 0")
         place = str(uri)
         self.timeout = timeout
-        self.lite_path = None if _SERVER_URI.fullmatch(place) else _lite_path(place)
+        self.lite_path = None if _SERVER_URI.fullmatch(place) else lite_path(place)
         self.where = self.lite_path or _CREDENTIALS.sub(r"\1", place)
         self._open = True
-        self.write_lock: AbstractContextManager[Any] = nullcontext()
+        self.turn: AbstractContextManager[Any] = nullcontext()
         with self.request("connecting"), self.deadline():
             self.client = self._lite_client(self.lite_path) if self.lite_path else self._server_client(place, token)
 
     def _lite_client(self, path: str) -> MilvusClient:
-        self.write_lock = _LITE_FILES.enter(path)
+        self.turn = _LITE_FILES.enter(path)
         try:
             with _LITE_FILES.opening:
                 return MilvusClient(path, timeout=self.timeout, dedicated=True)
@@ -138,25 +139,6 @@ class Connection:
         return StoreError(f"Milvus at {self.where} failed while {doing}: {_short(reason)}")
 
 
-def _lite_path(place: str) -> str:
-    """Absolute path of a Milvus Lite file, its folder made."""
-    if "\0" in place:
-        raise StoreError("a path holds no NUL byte")
-    if not place.endswith(".db"):
-        raise StoreError(
-            f"{place!r} is neither a server (http://, https://, tcp://, unix:) nor a Milvus Lite file: Milvus knows "
-            f"its files by a name that ends in '.db', in small letters; try {place.rstrip('/') + '.db'!r}"
-        )
-    path = Path(place).expanduser().resolve()
-    if path.is_file():
-        raise StoreError(f"{path} is a file, as Milvus Lite 2 wrote it; Milvus Lite 3 keeps a folder: index anew")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot make the folder of {path}: {error.strerror or error}") from error
-    return str(path)
-
-
 def _is_away(error: BaseException) -> bool:
     if isinstance(error, _TimeOverError | grpc.FutureTimeoutError):
         return True
@@ -168,36 +150,11 @@ def _short(error: BaseException) -> str:
         text = error.message
     else:
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
-    line = " ".join(str(text or type(error).__name__).split())
-    return (
-        line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
-    )  # an expression first, what is wrong with it last
+    line = " ".join(str(text or type(error).__name__).split())  # an expression comes first, what is wrong with it last
+    return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 
-class _LiteFiles:
-    """The Milvus Lite files that stores of this process have open, and the lock that the writers of each share."""
-
-    def __init__(self) -> None:
-        self.opening = threading.RLock()  # two threads that open one file at once would lock each other out of it
-        self._users: Counter[str] = Counter()
-        self._write_locks: dict[str, threading.RLock] = {}
-
-    def enter(self, path: str) -> threading.RLock:
-        with self.opening:
-            self._users[path] += 1
-            return self._write_locks.setdefault(path, threading.RLock())
-
-    def leave(self, path: str) -> None:
-        from milvus_lite.server_manager import server_manager_instance
-
-        with self.opening:
-            self._users[path] -= 1
-            if not self._users[path]:
-                del self._users[path], self._write_locks[path]
-                server_manager_instance.release_server(path)
-
-
-_LITE_FILES = _LiteFiles()
+_LITE_FILES = LiteFiles()
 _COUNTING = threading.Lock()
 _CAPTURED: ContextVar[list[logging.LogRecord] | None] = ContextVar("captured", default=None)
 

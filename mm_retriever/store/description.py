@@ -17,7 +17,7 @@ def describe_store(uri: str | Path, *, token: str | None = None, timeout: float 
     """
     connection = Connection(uri, token=token, timeout=timeout)
     try:
-        with connection.request("describing the collections"):
+        with connection.turn, connection.request("describing the collections"):
             client = connection.client
             found: dict[str, dict[str, Any]] = {}
             for name in sorted(client.list_collections(timeout=timeout)):

@@ -224,6 +224,17 @@ def test_a_subclass_of_a_number_or_text_prints_as_its_value():
         def __str__(self):
             return "1 or id != ''"
 
+    class Sly(str):
+        def __str__(self):
+            return "year) > 0 or (id"
+
+        def __format__(self, form):
+            return str(self)
+
+    for operator in (Op.CONTAINS, Op.GT, Op.EQ):
+        item = MetadataFilter.model_construct(key=Sly("tags"), value=1, operator=operator)
+        sly = MetadataFilters.model_construct(filters=[item], condition=FilterCondition.AND)
+        assert "year" not in filter_expression(sly)
     for value in (Evil("x"), Loud(1)):
         item = MetadataFilter.model_construct(key="a", value=value, operator=Op.EQ)
         expression = filter_expression(MetadataFilters.model_construct(filters=[item], condition=FilterCondition.AND))
