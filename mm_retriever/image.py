@@ -15,13 +15,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image, ImageFile, ImageOps
 
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image_format import FORMATS, describe_bytes, read_header
 from mm_retriever.image_source import DEFAULT_POLICY, ImagePolicy, ImageSource, read_source, source_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -65,6 +69,8 @@ _READERS = {
     "PPM": "PpmImagePlugin.PpmImageFile",
     "AVIF": "AvifImagePlugin.AvifImageFile",
 }
+_LONGEST_SIDE = 1_000_000  # pixels; each row costs 8 bytes and more beside its pixels
+_STRIP = 2**20  # pixels turned from numbers to grey at a time
 _LARGEST_EXIF = 2**20  # 16 times what a JPEG can hold; a tag of ten million numbers is no orientation
 
 
@@ -196,6 +202,8 @@ def _check_size(size: tuple[int, int], policy: ImagePolicy) -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageLoadError(f"no pixels ({width}x{height})")
+    if max(size) > _LONGEST_SIDE:
+        raise ImageLoadError(f"{width}x{height} pixels; no side may be longer than {_LONGEST_SIDE}")
     if width * height > policy.max_pixels:
         raise ImageLoadError(
             f"{width}x{height} pixels, more than the limit of {policy.max_pixels} (ImagePolicy.max_pixels)"
@@ -274,13 +282,22 @@ def _float_to_grey(image: Image.Image) -> Image.Image:
     """0..1 and 0..255 keep their meaning; any other range has no agreed white and is stretched from black to white."""
     import numpy as np  # only pictures of floats need it
 
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    samples = np.asarray(image)
+    rows = max(1, _STRIP // image.width)  # strip by strip: as doubles, all of it would take a gigabyte
+    places = [slice(top, top + rows) for top in range(0, image.height, rows)]
+
+    def doubles(place: slice) -> NDArray[np.float64]:
+        return np.nan_to_num(samples[place].astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+
+    low = min(float(doubles(place).min()) for place in places)
+    high = max(float(doubles(place).max()) for place in places)
+    black, scale = 0.0, 255.0 if high <= 1 else 1.0
     if low < 0 or high > 255:
-        values = (values - low) * (255 / (high - low))
-    elif high <= 1:
-        values = values * 255
-    return Image.fromarray((values + 0.5).astype(np.uint8))
+        black, scale = low, 255 / (high - low or 1.0)
+    grey = np.empty(samples.shape, np.uint8)
+    for place in places:
+        grey[place] = (doubles(place) - black) * scale + 0.5
+    return Image.fromarray(grey)
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -17,11 +17,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
 
 # Limits that no honest file comes near. Blocks: so many, plus one for every so many bytes of the file.
 MAX_JPEG_SCANS = 100  # 10 to 20 in a progressive file; each is a pass over the whole picture
+MAX_JPEG_EXIF = 100  # 1, and 1 in each picture behind it; each is copied again for every one that follows
+MAX_PNG_TEXTS = 1_000  # a few, or none; each may unpack to a megabyte
 MAX_TIFF_TAGS = 1_000
 MAX_TIFF_VALUES = 200_000  # strips, mostly: one a row and channel; a 16-bit palette has 196,608
 MAX_FREE_TILE = (
     2_048 * 2_048
 )  # a tile may be larger than the picture, but is allocated whole: 146 bytes could ask for 2 GB
+MAX_FREE_TILES = 16 * MAX_FREE_TILE  # all of them, which are unpacked whole, also where they stand out of the picture
 MAX_SLOW_BYTES = 4 * 2**20  # for what Pillow decodes in Python, at 3 to 6 MB/s: run-length BMP, PPM of odd depth
 _FREE_BLOCKS = 2_000
 _BYTES_A_BLOCK = {"JPEG": 1_024, "PNG": 512, "GIF": 128}
@@ -29,6 +32,10 @@ _BYTES_A_BLOCK = {"JPEG": 1_024, "PNG": 512, "GIF": 128}
 _PPM_HEADER = re.compile(rb"P[456](?:\s|#[^\r\n]*[\r\n])+\d{1,10}(?:\s|#[^\r\n]*[\r\n])+\d{1,10}\s")
 _PPM_WHITE = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*(\d{1,10})\s")
 _FILL = re.compile(rb"\xff*")
+_JPEG_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})  # no length behind them; decoders pass over a zero too
+# What both decoders, Pillow's and libjpeg's, pass over by its length. They look into all others for markers.
+_JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDB, 0xF0), 0xFE}) - {0xC8}
+_PNG_TEXTS = (b"iCCP", b"iTXt", b"zTXt")
 _FRAME = struct.Struct(">HHB")
 _AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 
@@ -46,6 +53,7 @@ _BIG_TIFF = _TiffLayout(first=8, count="Q", entry="HHQ8s", offset="Q")
 _TIFF_BYTES = frozenset({1, 2, 6, 7})
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q"}
 _TIFF_SIZES = (0x100, 0x101, 0x142, 0x143)  # width and height of the picture and of a tile
+_TIFF_LISTS = frozenset({0x111, 0x117, 0x140, 0x144, 0x145})  # strips, colours, tiles: lists, also when stored as bytes
 _TIFF_NESTED = frozenset({0x8769, 0x8825, 0xA005})  # EXIF, GPS, interoperability
 
 
@@ -126,7 +134,12 @@ def _most_blocks(kind: str, data: bytes) -> int:
 
 
 def _jpeg_header(data: bytes) -> PictureHeader:
-    """Walk the segments up to the first scan. Source: ITU-T T.81, annex B."""
+    """Walk the segments up to the first scan, as decoders do. Source: ITU-T T.81, annex B.
+
+    Whatever a decoder would read where this walk does not look could be of any size, so a doubt is a refusal.
+    """
+    if (parts := data.count(b"Exif\0\0")) > MAX_JPEG_EXIF:
+        raise ImageLoadError(f"{parts} parts of EXIF, more than the {MAX_JPEG_EXIF} that any honest file has")
     at, size, components, several_scans = 2, None, 0, False
     for _ in range(_most_blocks("JPEG", data)):
         if at + 4 > len(data) or data[at] != 0xFF:
@@ -134,13 +147,15 @@ def _jpeg_header(data: bytes) -> PictureHeader:
         marker = data[at + 1]
         if marker == 0xFF:  # fill bytes: any number of them
             at = _FILL.match(data, at).end() - 1  # type: ignore[union-attr]
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # these stand alone
+        elif marker in _JPEG_ALONE:
             at += 2
         elif marker == 0xDA:
             several_scans |= data[at + 4] != components if at + 4 < len(data) else False
             if several_scans and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
                 raise ImageLoadError(f"{scans} scans, more than the {MAX_JPEG_SCANS} that any honest file has")
             return PictureHeader("JPEG", size)
+        elif marker not in _JPEG_SEGMENTS:
+            raise ImageLoadError(f"a segment of kind {marker:#x}, which no decoder knows")
         else:
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= len(data):  # the frame
                 height, width, components = _FRAME.unpack_from(data, at + 5)
@@ -153,11 +168,14 @@ def _png_header(data: bytes) -> PictureHeader:
     """Size from the header, and every chunk counted. Source: W3C PNG, section 5."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         raise ImageLoadError("truncated or broken header")
-    at = 8
+    at, texts = 8, 0
     for _ in range(_most_blocks("PNG", data)):
         if at + 8 > len(data) or data.startswith(b"IEND", at + 4):
             width, height = struct.unpack_from(">LL", data, 16)
             return PictureHeader("PNG", (width, height))
+        texts += data.startswith(_PNG_TEXTS, at + 4)
+        if texts > MAX_PNG_TEXTS:
+            raise ImageLoadError(f"more than {MAX_PNG_TEXTS} compressed texts and profiles")
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     raise ImageLoadError("more chunks than any honest PNG has")
 
@@ -236,7 +254,7 @@ def _check_tiff_directory(data: bytes, at: int, order: str, layout: _TiffLayout,
     for tag, kind, count, value in struct.iter_unpack(
         order + layout.entry, data[at : at + entries * struct.calcsize("<" + layout.entry)]
     ):
-        if kind not in _TIFF_BYTES and count > MAX_TIFF_VALUES:
+        if count > MAX_TIFF_VALUES and (kind not in _TIFF_BYTES or tag in _TIFF_LISTS):
             raise ImageLoadError(f"{count} values in one tag, more than the {MAX_TIFF_VALUES} that any honest TIFF has")
         if tag in _TIFF_SIZES and tag in values:
             raise ImageLoadError("a size is given twice")
@@ -246,8 +264,12 @@ def _check_tiff_directory(data: bytes, at: int, order: str, layout: _TiffLayout,
         if tag in _TIFF_NESTED and not nested and 0 < values.get(tag, 0) < len(data):
             _check_tiff_directory(data, values[tag], order, layout, nested=True)
     width, height, tile_width, tile_height = (values.get(tag, 0) for tag in _TIFF_SIZES)
-    if tile_width * tile_height > max(MAX_FREE_TILE, 2 * width * height):
-        raise ImageLoadError(f"tiles of {tile_width}x{tile_height} in a picture of {width}x{height} pixels")
+    if tile_width < 1 or tile_height < 1:
+        return
+    tiles = -(-width // tile_width) * -(-height // tile_height)
+    for pixels, free in ((tile_width * tile_height, MAX_FREE_TILE), (tiles * tile_width * tile_height, MAX_FREE_TILES)):
+        if pixels > max(free, 2 * width * height):
+            raise ImageLoadError(f"tiles of {tile_width}x{tile_height} in a picture of {width}x{height} pixels")
 
 
 def _check_bmp(data: bytes) -> None:

@@ -264,7 +264,7 @@ def _get(target: SplitResult, sock: _DeadlineSocket, max_bytes: int) -> tuple[by
 
 def _check_response(response: http.client.HTTPResponse, max_bytes: int) -> None:
     if response.status != 200:
-        raise ImageLoadError(f"the server answers {response.status} {response.reason}"[:120])
+        raise ImageLoadError(f"the server answers {response.status} ({response.reason[:60]!r})")
     media_type = (response.getheader("Content-Type") or "").split(";")[0].strip().lower()
     if not media_type.startswith("image/") and media_type not in (
         "",

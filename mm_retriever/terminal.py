@@ -1,11 +1,13 @@
 """What the command line shows: result tables, pages and sheets, the ends of an ingestion, progress of a download.
 
-Owns the way from retrieved nodes to what a person reads. Knows no options, opens no store and loads no model: the
-commands hand over what they found.
+Owns the way from retrieved nodes to what a person reads, in which no word of a stranger (a file name, a sidecar, a
+model's reason, a collection's description) is a command to the terminal or markup. Knows no options, opens no store and
+loads no model: the commands hand over what they found.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,15 +21,21 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mm_retriever.demo import AMAZON_BYTES, download_amazon
-from mm_retriever.report import Hit, SearchReport, write_html, write_png
+from mm_retriever.report import Hit, SearchReport, printable, write_html, write_png
 
 if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore
 
-    from mm_retriever.ingest import IngestReport
+    from mm_retriever.ingest import IngestReport, ShardReport
     from mm_retriever.rerank.postprocessor import Reranking
 
 SKIPPED_SHOWN = 10
+
+# What JSON lets pass, and a terminal, a reader's eye or the encoding of stdout does not.
+_JSON_ESCAPES = {
+    sign: f"\\u{sign:04x}"
+    for sign in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+}
 
 
 def search_report(
@@ -56,22 +64,27 @@ def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
     ]
 
 
+def print_json(value: object) -> None:
+    """The value as JSON that any terminal takes and any reader of JSON reads back whole."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2).translate(_JSON_ESCAPES))
+
+
 def print_search(report: SearchReport) -> None:
     """The results as a table; when they were reranked, as a second one with what the model said."""
     console = Console()
     for heading, hits in (("", report.hits), ("reranked", report.reranked)):
         if hits is None:
             continue
-        table = Table("#", "score", "label", title=Text(heading or _asked(report)), title_justify="left", box=None)
+        table = Table("#", "score", "label", title=_words(heading or _asked(report)), title_justify="left", box=None)
         table.add_column("file", overflow="fold")
         for hit in hits:
             score = "" if hit.score is None else f"{hit.score:.3f}"
-            table.add_row(str(hit.rank), score, Text(hit.label), Text(_shown(hit)))
+            table.add_row(str(hit.rank), score, _words(hit.label), _words(_shown(hit)))
         console.print(table)
     said = (("it sees", report.caption), *report.facts, ("the first because", report.reason))
     for name, words in said if report.reranked is not None else ():
         if words:
-            console.print(Text(f"{name}: {words}"))
+            console.print(_words(f"{name}: {words}"))
     if not report.hits:
         console.print("nothing found")
 
@@ -85,20 +98,20 @@ def write_search(report: SearchReport, *, html: Path | None, png: Path | None, q
                 typer.echo(f"wrote {path}")
 
 
-def print_ingestion(report: IngestReport) -> None:
+def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report FILE lists them all") -> None:
     """What an ingestion did, and the first of the files that it skipped."""
     typer.echo(str(report))
     for skipped in report.skipped[:SKIPPED_SHOWN]:
-        typer.echo(f"  skipped {skipped.path}: {skipped.reason}")
+        typer.echo(printable(f"  skipped {skipped.path}: {skipped.reason}"))
     if len(report.skipped) > SKIPPED_SHOWN:
-        typer.echo(f"  and {len(report.skipped) - SKIPPED_SHOWN} more; --report FILE lists them all")
+        typer.echo(f"  and {len(report.skipped) - SKIPPED_SHOWN} more; {rest}")
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
     """Names and what they are, in two columns."""
     table = Table(show_header=False, box=None)
     for name, fact in facts.items():
-        table.add_row(name, fact)
+        table.add_row(_words(name), _words(fact))
     Console().print(table)
 
 
@@ -106,6 +119,11 @@ def download_archive(target: Path) -> Path:
     """The published Amazon archive at `target`, with a progress bar."""
     with tqdm(total=AMAZON_BYTES, unit="B", unit_scale=True, desc="Downloading") as bar:
         return download_amazon(target, progress=bar.update)
+
+
+def _words(text: str) -> Text:
+    """A stranger's text for rich: its brackets are no markup, and it holds no command."""
+    return Text(printable(text))
 
 
 def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import os
+import random
 import socket
 import threading
+from collections import Counter
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image import ImagePolicy, load_image, read_image_bytes, source_name
+from tests.effort import EFFORT
 
 
 def encoded(kind: str = "PNG", colour: str = "teal") -> bytes:
@@ -308,9 +311,59 @@ def test_files_inside_the_roots_are_read(folders: Path) -> None:
         "~/secret.png",
     ],
 )
-def test_files_outside_the_roots_are_refused(folders: Path, path: str) -> None:
+def test_files_outside_the_roots_are_refused(folders: Path, tried: Counter[str], path: str) -> None:
     """Truth: none of these names a regular file inside root without '..'."""
+    tried["paths outside the roots"] += 1
     refusal(str(folders / path), ImagePolicy(roots=(folders / "root",)))
+
+
+def test_the_system_s_own_links_do_not_lead_out(folders: Path, tried: Counter[str]) -> None:
+    """Truth: /proc has links that `realpath` cannot see through, also from inside; and a chain of links can be long."""
+    root, secret = folders / "root", folders / "outside/secret.png"
+    policy = ImagePolicy(roots=(root,))
+    for number in range(1_500):
+        (root / f"chain {number}.png").symlink_to(f"chain {number + 1}.png")
+    (root / "chain 1500.png").symlink_to(secret)
+    with secret.open("rb") as file:
+        ways = [f"/proc/self/fd/{file.fileno()}", f"/dev/fd/{file.fileno()}", f"/proc/self/root{secret}"]
+        for number, way in enumerate(ways):
+            (root / f"way {number}.png").symlink_to(way)
+        (root / "all").symlink_to("/proc/self/root")
+        inside = [f"way {number}.png" for number in range(len(ways))]
+        names = [*ways, *inside, f"all{secret}", "chain 0.png", "chain 9.png"]
+        for name in names:
+            tried["paths outside the roots"] += 1
+            refusal(name, policy)
+            refusal(root / name, policy)
+
+
+def test_no_path_of_any_make_leads_out(folders: Path, monkeypatch: pytest.MonkeyPatch, tried: Counter[str]) -> None:
+    """Truth: what lies outside is red. Paths of pieces that mean something to a file system, from three folders."""
+    for path in ("outside/secret.png", "outside/a.png", "root-not/c.png", "root-not/a.png"):
+        (folders / path).write_bytes(encoded(colour="red"))
+    (folders / "root/sub/up").symlink_to("..")
+    (folders / "root/sub/upup").symlink_to("../..")
+    policy, chance, outcomes = ImagePolicy(roots=(folders / "root",)), random.Random(7), Counter[str]()
+    pieces = [
+        *("root", "outside", "sub", "up", "upup", "a.png", "b.png", "c.png", "secret.png", "link-in.png"),
+        *("link-out.png", "folder-out", "link-to-root", "root-not", "..", ".", "", "~", "file:", "file://"),
+        *("/proc/self/cwd", "/proc/self/root", "\\", "%2e%2e", "..%2f", "\u2025", "\uff0e\uff0e", " ", "\n"),
+        *("\0", "\udc80", str(folders)),
+    ]
+    files = ("a.png", "b.png", "c.png", "secret.png") * 9
+    starts = ["", "", str(folders / "root"), str(folders)]
+    for _ in range(3_000 * EFFORT):
+        monkeypatch.chdir(folders / chance.choice(("", "root", "outside")))
+        folder, name = chance.choices(pieces, k=chance.randint(0, 3)), chance.choice((*pieces, *files))
+        path = "/".join([chance.choice(starts), *folder, name]).removeprefix("/")
+        path = path if chance.random() < 0.5 else "/" + path
+        tried["paths outside the roots"] += 1
+        try:
+            assert load_image(path, policy=policy).getpixel((0, 0)) == TEAL, path
+            outcomes["read"] += 1
+        except ImageLoadError:
+            outcomes["refused"] += 1
+    assert min(outcomes["read"], outcomes["refused"]) > 20 * EFFORT
 
 
 def test_relative_paths_cannot_climb_out(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +402,7 @@ def test_a_refusal_tells_nothing_about_files_outside(folders: Path) -> None:
 
 
 @pytest.mark.skipif(os.open not in os.supports_dir_fd, reason="needs openat")
-def test_a_folder_swapped_for_a_link_while_opening_never_leads_out(folders: Path) -> None:
+def test_a_folder_swapped_for_a_link_while_opening_never_leads_out(folders: Path, tried: Counter[str]) -> None:
     """Truth: the secret has another colour; a thread swaps folder and link as fast as it can while we read."""
     (folders / "outside/b.png").write_bytes(encoded(colour="red"))
     policy = ImagePolicy(roots=(folders / "root",))
@@ -375,8 +428,9 @@ def test_a_folder_swapped_for_a_link_while_opening_never_leads_out(folders: Path
     thread.start()
     outcomes = {"read": 0, "refused": 0}
     try:
-        for _ in range(1_500):
+        for _ in range(1_500 * EFFORT):
             outcomes[attempt()] += 1
+            tried["paths outside the roots"] += 1
     finally:
         stop.set()
         thread.join()

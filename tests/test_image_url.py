@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import random
 import shutil
 import socket
 import ssl
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +23,7 @@ from PIL import Image
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image import ImagePolicy, load_image
 from mm_retriever.image_url import fetch_image
+from tests.effort import EFFORT
 
 
 def encoded() -> bytes:
@@ -217,12 +220,17 @@ PRIVATE = [
     "fec0::1",
     "ff02::1",
     "100::1",
+    "::ffff:0:127.0.0.1",
+    "5f00::1",
+    "4000::1",
+    "2606:4700::1111%eth0",
 ]
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_no_connection_is_made_to_an_address_that_is_not_public(address: str) -> None:
+def test_no_connection_is_made_to_an_address_that_is_not_public(address: str, tried: Counter[str]) -> None:
     """Truth: the IANA special-purpose registries, and the metadata services of the clouds."""
+    tried["hostile URLs"] += 1
     connected: list[str] = []
     message = refusal(
         "http://innocent.example/a.png",
@@ -235,9 +243,15 @@ def test_no_connection_is_made_to_an_address_that_is_not_public(address: str) ->
     assert "'innocent.example'" in message
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "localhost", "[::1]"])
-def test_loopback_is_refused_however_it_is_written(server: Server, host: str) -> None:
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "localhost", "[::1]", "0", "0x7f.1", "127.0.0.1.",
+     "[::ffff:127.0.0.1]", "[::127.0.0.1]", "[fe80::1%25lo]", "\u2460\u2461\u2466.\u24ea.\u24ea.\u2460",
+     "127\u30020\u30020\u30021", "LOCALHOST", "%31%32%37.0.0.1", "a.localhost"],
+)  # fmt: skip
+def test_loopback_is_refused_however_it_is_written(server: Server, tried: Counter[str], host: str) -> None:
     """Truth: what the system's resolver makes of each; the server must not see a request."""
+    tried["hostile URLs"] += 1
     message = refusal(f"http://{host}:{server.port}/a.png", allow_private_addresses=False)
     assert "no public address" in message or "does not resolve" in message
     assert not server.requests
@@ -287,8 +301,11 @@ def test_public_addresses_are_reached_without_any_switch(server: Server) -> None
     "target",
     ["file:///etc/passwd", "ftp://127.0.0.1/a", "gopher://127.0.0.1/", "data:image/png;base64,AAAA", "//user:pw@host/"],
 )
-def test_a_redirect_to_another_scheme_or_with_credentials_is_refused(server: Server, target: str) -> None:
+def test_a_redirect_to_another_scheme_or_with_credentials_is_refused(
+    server: Server, tried: Counter[str], target: str
+) -> None:
     """Truth: http and https only, at every hop."""
+    tried["hostile URLs"] += 1
     server.answers["/go"] = lambda handler: send(handler, b"", 302, Location=target)
     message = refusal(server.url + "/go")
     assert "only http and https" in message or "user name or password" in message
@@ -330,11 +347,91 @@ def test_a_ring_of_redirects_ends(server: Server) -> None:
         ("http://" + "a" * 9_000, "characters"),
         ("http://" + "ä" * 100 + ".example/", "UnicodeError"),
         ("http://does-not-exist.invalid/a.png", "does not resolve"),
+        ("http://a\uff0fb/", "NFKC"),
+        ("http://a\uff20b/", "NFKC"),
+        ("http://a\u2028b/", "UnicodeError"),
+        ("http://\ud800/", "UnicodeError"),
+        ("http://a\t.example/", "control character"),
+        ("http://[a]b/", "ValueError"),
+        ("http:\\\\127.0.0.1\\", "backslash"),
+        ("javascript://127.0.0.1/", "only http and https"),
     ],
 )
-def test_urls_that_are_no_plain_web_address_are_refused(url: str, reason: str) -> None:
+def test_urls_that_are_no_plain_web_address_are_refused(tried: Counter[str], url: str, reason: str) -> None:
     """Truth: RFC 3986 and what confuses parsers (CVEs of this kind abound)."""
+    tried["hostile URLs"] += 1
     assert reason in refusal(url)
+
+
+def test_what_connects_was_judged_whatever_the_url_looks_like(server: Server, tried: Counter[str]) -> None:
+    """Truth: RFC 3986 says what each piece of a URL is; two thousand URLs of pieces that parsers disagree on.
+
+    Names resolve to a private address unless they are the one name that is public. Nothing else is ever connected to.
+    """
+    chance = random.Random(5)
+    pieces = [
+        *(
+            "http",
+            "https",
+            ":",
+            "/",
+            "//",
+            "@",
+            "\\",
+            "#",
+            "?",
+            "%",
+            "%2f",
+            "%40",
+            "%00",
+            "[",
+            "]",
+            "[::1]",
+            "public.example",
+        ),
+        *(
+            "127.0.0.1",
+            "0",
+            "evil.example",
+            ":80",
+            ":",
+            ".",
+            "..",
+            "\t",
+            "\r\n",
+            " ",
+            "user:pw@",
+            "\uff0f",
+            "\u3002",
+            "x",
+            "ftp:",
+        ),
+    ]
+    connected: list[str] = []
+
+    def connect(address: str, port: int, timeout: float) -> socket.socket:
+        connected.append(address)
+        return socket.create_connection(("127.0.0.1", server.port), timeout=timeout)
+
+    for _ in range(2_000 * EFFORT):
+        url = "http://" * (chance.random() < 0.8) + "".join(chance.choices(pieces, k=chance.randint(1, 7)))
+        asked: list[str] = []
+
+        def resolve(host: str, port: int, asked: list[str] = asked) -> list[str]:
+            asked.append(host)
+            return ["8.8.8.8"] if host.rstrip(".") == "public.example" else ["10.0.0.1"]
+
+        before, options = len(connected), {"resolve": resolve, "connect": connect, "allow_private_addresses": False}
+        with contextlib.suppress(ImageLoadError):
+            fetch(url, **options)
+        tried["hostile URLs"] += 1
+        assert len(connected) == before or [host.rstrip(".") for host in asked] == ["public.example"], url
+        assert "@" not in url.split("#")[0].split("?")[0].removeprefix("http://").split("/")[0] or not asked, url
+    assert set(connected) == {"8.8.8.8"}
+    assert all(
+        set(headers) <= {"Host", "Accept", "Accept-Encoding", "User-Agent", "Connection"}
+        for _, headers in server.requests
+    )
 
 
 def test_an_international_name_is_resolved_in_ascii() -> None:

@@ -12,18 +12,19 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mm_retriever.errors import CheckpointError, ModelNotFoundError
+from mm_retriever.errors import CheckpointError, ModelNotFoundError, shown
 
 Family = Literal["visualized_bge", "phi3_vision"]
+M = TypeVar("M", bound=nn.Module)
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -237,7 +238,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in set(map(str, weight_map.values())):
         # a plain name of a file in the same folder: an index must not reach for other files of this machine
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names the shard {shard!r}; only *.safetensors files beside it are read")
+            raise CheckpointError(f"{index} names the shard {shown(shard)}; only *.safetensors beside it are read")
     state: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         tensors = _read_safetensors(_existing(index.parent / shard))
@@ -252,31 +253,61 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as entries:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist()):
-                raise CheckpointError(f"{path} has compressed entries, which torch.save never writes: not read")
     try:
+        archive = zipfile.is_zipfile(path)
+        if archive and _is_compressed(path):
+            raise CheckpointError(f"{path} has compressed entries, which torch.save never writes: not read")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and could run code: refused ({_refused_global(error)})"
         ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is not a whole file of torch.save: {reason}") from error
+    except Exception as error:  # on damaged files three parsers raise what they like
+        raise CheckpointError(f"{path} is not a whole file of torch.save: {reason_of(error)}") from error
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a flat dict of tensors by name")
+    for key, tensor in content.items():
+        # one number that claims to be a billion of them would become a billion as soon as it is copied into a model
+        if tensor.layout == torch.strided and not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {key} has fewer numbers in the file than its shape says: not read")
     return dict(content)
+
+
+def _is_compressed(archive: Path) -> bool:
+    with zipfile.ZipFile(archive) as entries:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist())
 
 
 def _refused_global(error: BaseException) -> str:
     """The one telling line of torch's long message: which function the pickle asks for."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "GLOBAL" in line or "global" in line), (lines or ["not a pickle"])[-1])[:300]
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, on one line of bounded length, however much of a stranger's file it repeats."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:
+    """A model without weights, on the meta device: it has names and shapes, and takes no memory.
+
+    Args:
+        build: makes it from a config, which may come from a stranger and say anything.
+        source: for the error message.
+
+    Raises:
+        CheckpointError: the config describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as error:  # sizes that are none go wrong in every way there is
+        raise CheckpointError(f"the config of {os.fspath(source)} describes no model: {reason_of(error)}") from error
 
 
 def load_strict(
@@ -339,7 +370,7 @@ def _kind(tensor: Tensor) -> str:
 def _listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - MAX_LISTED_KEYS
-    return ", ".join(ordered[:MAX_LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(name[:200] for name in ordered[:MAX_LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:

@@ -34,12 +34,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
-from mm_retriever.errors import CheckpointError, PromptError
-from mm_retriever.models.checkpoint import ModelFiles, load_strict, locate, read_json, read_state_dict
+from mm_retriever.errors import CheckpointError, PromptError, shown
+from mm_retriever.models.checkpoint import (
+    ModelFiles,
+    load_strict,
+    locate,
+    read_json,
+    read_state_dict,
+    reason_of,
+    skeleton,
+)
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
 from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig, Phi3VisionEmbeddings
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
+# what no model exceeds; its files may come from a stranger
+MAX_LAYERS = 256
+MAX_CROPS = 256
 
 _BAR_LOCK = threading.Lock()  # transformers has one hook for all threads
 _LONG_ROPE: ContextVar[bool | None] = ContextVar("long_rope", default=None)
@@ -407,14 +418,26 @@ def _read_config(files: ModelFiles) -> Phi3VisionConfig:
         raise CheckpointError(f"{files.name!r} has no config.json; Phi-3 Vision needs it beside the weights")
     stored = read_json(files.config)
     if stored.get("model_type") != Phi3VisionConfig.model_type:
-        raise CheckpointError(
-            f"{str(files.config)!r} describes a model of type {stored.get('model_type')!r}; Phi-3 Vision's is 'phi3_v'"
-        )
+        kind = shown(stored.get("model_type"))
+        raise CheckpointError(f"{str(files.config)!r} describes a model of type {kind}; Phi-3 Vision's is 'phi3_v'")
     try:
         config = Phi3VisionConfig.from_dict(stored)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise CheckpointError(f"{str(files.config)!r} does not describe a Phi-3 Vision model: {error}") from error
+    except (ValueError, TypeError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{str(files.config)!r} does not describe a Phi-3 Vision model: {reason_of(error)}"
+        ) from error
     assert isinstance(config, Phi3VisionConfig)
+    vision: Any = config.vision_config
+    turned = config.rope.get("partial_rotary_factor", 1.0)
+    for name, value, most in (
+        ("num_hidden_layers", config.num_hidden_layers, MAX_LAYERS),
+        ("vision_config.num_hidden_layers", vision.num_hidden_layers, MAX_LAYERS),
+        ("partial_rotary_factor", turned, 1),
+    ):
+        if not isinstance(value, int | float) or not 0 < value <= most:
+            raise CheckpointError(f"{str(files.config)!r}: {name} {shown(value)} is not above 0 and up to {most}")
+    if not isinstance(config.embd_layer or {}, dict):
+        raise CheckpointError(f"{str(files.config)!r}: embd_layer {shown(config.embd_layer)} is not a JSON object")
     return config
 
 
@@ -427,11 +450,10 @@ def _choose_dtype(wanted: str | torch.dtype | None, config: Phi3VisionConfig, de
 
 
 def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtype) -> Phi3Vision:
-    with torch.device("meta"):
-        skeleton = Phi3Vision(config)
-    unused = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ()))
+    empty = skeleton(lambda: Phi3Vision(config), files.weights)
+    unused = re.compile("|".join(empty._keys_to_ignore_on_load_unexpected or ()))
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not unused.search(key)}
-    load_strict(skeleton, state, source=files.weights, device="meta")  # compares names and shapes, copies nothing
+    load_strict(empty, state, source=files.weights, device="meta")  # compares names and shapes, copies nothing
     with _without_progress_bar():
         model = Phi3Vision.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     assert isinstance(model, Phi3Vision)
@@ -476,7 +498,10 @@ def processor_for(
 
 def _stored_num_crops(files: ModelFiles) -> int:
     stored = files.weights.parent / "preprocessor_config.json"
-    return int(read_json(stored).get("num_crops", 16)) if stored.is_file() else 16
+    crops = read_json(stored).get("num_crops", 16) if stored.is_file() else 16
+    if not isinstance(crops, int) or not 1 <= crops <= MAX_CROPS:
+        raise CheckpointError(f"{str(stored)!r}: num_crops {shown(crops)} is not a whole number from 1 to {MAX_CROPS}")
+    return crops
 
 
 def _input_device(parameter: Tensor) -> torch.device:

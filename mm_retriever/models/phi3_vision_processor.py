@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mm_retriever.errors import CheckpointError, PromptError
+from mm_retriever.models.checkpoint import MAX_JSON_BYTES
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -287,6 +288,8 @@ def read_tokenizer(path: str | Path) -> Any:
     """
     if not Path(path).is_file():
         raise CheckpointError(f"no tokenizer at {str(path)!r}; Phi-3 Vision needs its tokenizer.json")
+    if (size := Path(path).stat().st_size) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{str(path)!r} has {size:,} bytes; more than {MAX_JSON_BYTES:,} is not read")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for every kind of damage

@@ -26,7 +26,7 @@ from transformers import BertConfig, PreTrainedModel, initialization
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from mm_retriever.errors import CheckpointError, ModelNotFoundError
+from mm_retriever.errors import CheckpointError, ModelNotFoundError, shown
 from mm_retriever.models.checkpoint import (
     PUBLISHED,
     SAFETENSORS,
@@ -37,6 +37,8 @@ from mm_retriever.models.checkpoint import (
     locate_tokenizer,
     read_json,
     read_state_dict,
+    reason_of,
+    skeleton,
     warn_if_not_published,
 )
 from mm_retriever.models.eva_vit import (
@@ -391,12 +393,12 @@ def _read(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
         return _config_of(state, files.weights), state
     content = read_json(files.config)
     if content.get("model_type") != VisualizedBGEConfig.model_type:
-        kind = content.get("model_type")
-        raise CheckpointError(f"{files.config} is of model_type {kind!r}, expected {VisualizedBGEConfig.model_type!r}")
+        kind = shown(content.get("model_type"))
+        raise CheckpointError(f"{files.config} is of model_type {kind}, expected {VisualizedBGEConfig.model_type!r}")
     try:
         return VisualizedBGEConfig(vision=content.get("vision"), text=content.get("text")), state
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{files.config} does not describe a Visualized BGE model: {error}") from error
+        raise CheckpointError(f"{files.config} does not describe a Visualized BGE model: {reason_of(error)}") from error
 
 
 def _config_of(state: Mapping[str, Tensor], source: Path) -> VisualizedBGEConfig:
@@ -453,8 +455,7 @@ def _filled(
     device: torch.device,
     dtype: torch.dtype,
 ) -> VisualizedBGE:
-    with torch.device("meta"):
-        model = VisualizedBGE(config)
+    model = skeleton(lambda: VisualizedBGE(config), files.weights)
     load_strict(model, state, source=files.weights, device=device, dtype=dtype)
     model.fingerprint = fingerprint(state)
     model.train(False)

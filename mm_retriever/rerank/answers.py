@@ -15,14 +15,16 @@ from typing import Any
 LONGEST_ANSWER = 40_000  # characters that are read: half from the beginning, half from the end
 MOST_NUMBERS = 5_000
 LONGEST_SENTENCE = 1_000  # characters of a caption or a reason that are kept
+_DEEPEST = 9  # how far inside a list its numbers are looked for
 _NAMED = 8  # strangers, repeats and missing ones that a repair names, of each
 
 _LIST = re.compile(r"\[([^\[\]{}]*)\]")
 # a number of its own: no part of a word, a decimal or a negative number
 _NUMBER = re.compile(r"(?<![\w.\-])\d{1,6}(?![\w]|\.\d)")
 _STRANGE = re.compile(r"(?<!\w)-?\d{1,12}(?:\.\d{1,12})?(?!\w)")
-# "1. candidate 5": the number in front counts lines, if the line goes on to name a number
-_BULLET = re.compile(r"^[ \t]*(?:\d{1,4}[.)]|[-*])[ \t]+(?=[^\n]*\d)", re.MULTILINE)
+# "1. candidate 5": the number in front counts lines, if the line goes on to name a number. Few blanks: the rest of the
+# line is looked through once for each of them
+_BULLET = re.compile(r"^[ \t]*(?:\d{1,4}[.)]|[-*])[ \t]{1,9}(?=[^\n]*\d)", re.MULTILINE)
 # JSON that ended too soon
 _CUT_OFF = re.compile(r"rank[a-z_ ]{0,12}[\"']?\s{0,9}[:=]\s{0,9}\[([^\[\]{}]*)$", re.IGNORECASE)
 _RANKING_KEYS = ("ranking", "ranked_list", "ranked list", "order", "ranked", "rank", "list", "result")
@@ -124,8 +126,8 @@ def _numbers_of(value: Any) -> tuple[str, ...]:
     return tuple(number for entry in value[:MOST_NUMBERS] for number in _number_of(entry))
 
 
-def _number_of(entry: Any) -> tuple[str, ...]:
-    if isinstance(entry, bool) or entry is None:
+def _number_of(entry: Any, depth: int = 0) -> tuple[str, ...]:
+    if isinstance(entry, bool) or entry is None or depth > _DEEPEST:
         return ()
     if isinstance(entry, int | float):
         whole = isinstance(entry, int) or entry.is_integer()
@@ -133,7 +135,7 @@ def _number_of(entry: Any) -> tuple[str, ...]:
     if isinstance(entry, str):
         return _strange_numbers(entry)[:1]
     if isinstance(entry, dict):
-        return next((said for value in list(entry.values())[:9] if (said := _number_of(value))), ())
+        return next((said for value in list(entry.values())[:9] if (said := _number_of(value, depth + 1))), ())
     return ()
 
 

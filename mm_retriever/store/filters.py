@@ -230,6 +230,8 @@ class _Leaf:
 
 
 def _column(key: str) -> _Column:
+    if isinstance(key, str):
+        key = str.__str__(key)  # a subclass has no say in what is written
     if isinstance(key, str) and key in OWN_TEXT_COLUMNS:
         return _Column(key, OWN_TEXT_COLUMNS[key], own=True)
     if (problem := key_problem(key)) is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import random
+import shutil
 import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,14 @@ from torch import Tensor
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
 from mm_retriever.models import checkpoint
 from mm_retriever.models.checkpoint import PublishedFile, load_strict, locate, read_state_dict
+from mm_retriever.models.phi3_vision import load_phi3_vision
 from mm_retriever.models.visualized_bge import (
     VisualizedBGE,
     VisualizedBGEConfig,
     convert_checkpoint,
     load_visualized_bge,
 )
+from tests.effort import EFFORT
 from tests.models.golden import (
     DATA,
     TOLERANCE,
@@ -36,6 +42,7 @@ from tests.models.golden import (
     small_model,
     word_tokenizer,
 )
+from tests.test_image_format import mutated
 
 State = dict[str, Tensor]
 
@@ -137,8 +144,11 @@ def test_every_missing_and_unexpected_key_is_named(official: Path) -> None:
         (torch.zeros(64, 64, device="meta"), r"visual_proj\.weight \[64, 64\] float32"),
     ],
 )
-def test_tensors_of_another_shape_or_kind_are_refused(official: Path, tensor: Tensor, message: str) -> None:
+def test_tensors_of_another_shape_or_kind_are_refused(
+    official: Path, tried: Counter[str], tensor: Tensor, message: str
+) -> None:
     """Our choice: a tensor is taken only under the name, shape and kind that the model has."""
+    tried["hostile weight files"] += 1
     change(official, lambda state: state.update({"visual_proj.weight": tensor}))
     with pytest.raises(CheckpointError, match=message):
         load_visualized_bge(official)
@@ -154,8 +164,11 @@ class Payload:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
-def test_a_pickle_with_code_is_refused_and_does_not_run(official: Path, tmp_path: Path, form: str) -> None:
+def test_a_pickle_with_code_is_refused_and_does_not_run(
+    official: Path, tmp_path: Path, tried: Counter[str], form: str
+) -> None:
     """The classic attack on ``torch.load``, in every container that torch reads."""
+    tried["hostile weight files"] += 1
     witness = tmp_path / "ran"
     state = {"visual_proj.weight": Payload(witness)}
     if form == "bare pickle":
@@ -174,6 +187,118 @@ def test_a_file_that_is_no_checkpoint_is_refused(official: Path, content: bytes)
     with pytest.raises(CheckpointError, match=r"official\.pth") as refused:
         load_visualized_bge(official)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_number_that_claims_to_be_a_billion_is_refused(official: Path, tried: Counter[str], legacy: bool) -> None:
+    """A stride of 0 is a tensor of any shape in one number: 2 KB that would become 40 GB when copied into a model."""
+    state = torch.load(official, weights_only=True)
+    state["bge_embeddings.word_embeddings.weight"] = torch.zeros(1).expand(10**7, 1_000)
+    torch.save(state, official, _use_new_zipfile_serialization=not legacy)
+    tried["hostile weight files"] += 1
+    with pytest.raises(CheckpointError, match=r"word_embeddings\.weight has fewer numbers in the file"):
+        load_visualized_bge(official)
+
+
+def test_a_part_of_a_larger_tensor_is_taken(tmp_path: Path) -> None:
+    """torch.save writes the whole storage of a view; an axis of length 1 may have any stride."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {"a": whole[1:, ::2], "b": torch.arange(4).expand(1, 4), "c": torch.zeros(0, 5), "d": torch.tensor(1.0)}
+    torch.save(state, tmp_path / "x.pth")
+    read = read_state_dict(tmp_path / "x.pth")
+    assert all(torch.equal(read[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["model.safetensors", "new.pth", "legacy.pth", "model.safetensors.index.json"])
+def test_damaged_weights_load_whole_or_are_refused(tmp_path: Path, tried: Counter[str], name: str) -> None:
+    """Truth: the contract; 500 seeded mutations of each container, mostly of its header."""
+    model = torch.nn.Linear(3, 2)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "new.pth")
+    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    shards(tmp_path, shard=state)
+    path, whole, chance, outcomes = tmp_path / name, (tmp_path / name).read_bytes(), random.Random(3), Counter[str]()
+    for _ in range(500 * EFFORT):
+        path.unlink()  # the one before may still be mapped
+        path.write_bytes(mutated(whole, chance))
+        tried["hostile weight files"] += 1
+        try:
+            load_strict(model, read_state_dict(path), source=path)
+            outcomes["loaded"] += 1
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 250 * EFFORT
+    assert [parameter.shape for parameter in model.parameters()] == [(2, 3), (2,)]
+
+
+SIZES = [10**9, 2**40, 10**30, 0, -1, 1.5, float("inf"), float("nan"), None, "8", "x" * 10**6, [1], {}, True]
+
+
+def numbers_in(config: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The place of every value in a config but those that only name things."""
+    found = []
+    for key, value in config.items():
+        inner = numbers_in(value, (*path, key)) if isinstance(value, dict) else []
+        found += [*inner, (*path, key)] if key not in ("architectures", "dtype", "transformers_version") else []
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["visualized_bge", "phi3_vision"])
+def test_a_config_may_say_anything(tmp_path: Path, tried: Counter[str], family: checkpoint.Family) -> None:
+    """Sizes of another kind, of none and without end, in every place of the bundled models' configs.
+
+    Truth: the contract; a billion layers would be built one by one until the memory is full.
+    """
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.BUNDLED[family]["tiny"], folder)
+    original = json.loads((folder / "config.json").read_text())
+    load = load_visualized_bge if family == "visualized_bge" else load_phi3_vision
+    chance, places = random.Random(11), numbers_in(original)
+    pairs = [(place, size) for place in places if "layers" in place[-1] for size in SIZES]
+    pairs += [(chance.choice(places), chance.choice(SIZES)) for _ in range(120 * EFFORT)]
+    for place, size in pairs:
+        config = json.loads(json.dumps(original))
+        inner = config
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = size
+        (folder / "config.json").write_text(json.dumps(config))
+        tried["hostile weight files"] += 1
+        try:
+            load(str(folder), device="cpu")
+        except CheckpointError as error:
+            assert len(str(error)) < 10_000, place
+
+
+@pytest.mark.parametrize("crops", [0, -1, 257, 10**12, 1.5, None, "4", [4], float("inf")])
+def test_a_number_of_crops_that_no_model_takes_is_refused(tmp_path: Path, tried: Counter[str], crops: object) -> None:
+    """The largest that is published is 16; a picture would be enlarged to as many crops as the file says."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.BUNDLED["phi3_vision"]["tiny"], folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"num_crops": crops}))
+    tried["hostile weight files"] += 1
+    with pytest.raises(CheckpointError, match="num_crops"):
+        load_phi3_vision(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("family", ["visualized_bge", "phi3_vision"])
+def test_json_of_any_size_is_not_read(
+    tmp_path: Path, tried: Counter[str], family: checkpoint.Family, name: str
+) -> None:
+    """A hole of a file: it takes no disk, and would take the memory."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint.BUNDLED[family]["tiny"], folder)
+    if "index" in name:
+        (folder / "model.safetensors").rename(folder / name)
+    os.truncate(folder / name, 2**36)
+    tried["hostile weight files"] += 1
+    with pytest.raises(CheckpointError, match="is not read"):
+        (load_visualized_bge if family == "visualized_bge" else load_phi3_vision)(str(folder), device="cpu")
 
 
 def test_a_truncated_official_file_is_refused(official: Path) -> None:
@@ -229,10 +354,17 @@ def described(**tensors: Any) -> bytes:
             b={"dtype": "F32", "shape": [100], "data_offsets": [0, 400]},
         ),
         described(a={"dtype": "PICKLE", "shape": [100], "data_offsets": [0, 400]}),
+        described(a={"dtype": "F32", "shape": [-100], "data_offsets": [0, 400]}),
+        described(a={"dtype": "F32", "shape": [100], "data_offsets": [-400, 400]}),
+        described(a={"dtype": "F32", "shape": [50], "data_offsets": [0, 200]}),
+        described(a={"dtype": "F32", "shape": [100], "data_offsets": [0, 400], "file": "/etc/passwd"}, b=7),
+        header(100_000, b"[" * 100_000),
+        header(400, b"{" + b" " * 399),
     ],
 )
-def test_hostile_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_hostile_safetensors_are_refused(tmp_path: Path, tried: Counter[str], content: bytes) -> None:
     """Empty, huge header, overflowing shape, offsets past the end, reversed and overlapping, unknown dtype."""
+    tried["hostile weight files"] += 1
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_state_dict(tmp_path / "model.safetensors")
@@ -271,17 +403,33 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x.safetensors", "..", ""]
+    "shard",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "..",
+        "",
+        "./x.safetensors",
+        "x.safetensors/",
+        "model.safetensors.index.json",
+        "x.pth",
+        "file:///x.safetensors",
+        pytest.param("x" * 10**6 + "/.safetensors", id="long"),
+    ],
 )
-def test_a_shard_index_cannot_point_out_of_its_folder(tmp_path: Path, shard: str) -> None:
+def test_a_shard_index_cannot_point_out_of_its_folder(tmp_path: Path, tried: Counter[str], shard: str) -> None:
     """Path tricks."""
+    tried["hostile weight files"] += 1
     folder = tmp_path / "model"
     folder.mkdir()
     save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(CheckpointError, match="names the shard"):
+    with pytest.raises(CheckpointError, match="names the shard") as refused:
         read_state_dict(index)
+    assert len(str(refused.value)) < 1_000
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000])
