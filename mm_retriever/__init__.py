@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         IngestReport,
         ShardReport,
         embed_to_shards,
+        embed_to_shards_on_ray,
         import_shards,
         ingest_images,
     )
@@ -53,6 +54,7 @@ _HOME = {
     "before_after": "contact_sheet",
     "contact_sheet": "contact_sheet",
     "embed_to_shards": "ingest",
+    "embed_to_shards_on_ray": "ingest",
     "image_query_engine": "engine",
     "import_shards": "ingest",
     "ingest_images": "ingest",
@@ -80,6 +82,7 @@ __all__ = [
     "before_after",
     "contact_sheet",
     "embed_to_shards",
+    "embed_to_shards_on_ray",
     "image_query_engine",
     "import_shards",
     "ingest_images",

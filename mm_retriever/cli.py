@@ -1,4 +1,4 @@
-"""The command line: ``mm-retriever index | search | convert | info | demo | mcp``.
+"""The command line: ``mm-retriever index | search | embed | import | convert | info | demo | mcp``.
 
 Owns commands, options and exit codes; every piece of work is a call into the package, imported inside the command,
 so that ``--help`` answers at once, and what a command shows is `mm_retriever.terminal`'s. Errors of the package are
@@ -7,13 +7,13 @@ one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -87,7 +87,7 @@ def index(
 ) -> None:
     """Put a folder of pictures into the store. Run it again at any time: only what changed is embedded."""
     from mm_retriever.ingest import ingest_images
-    from mm_retriever.terminal import print_ingestion
+    from mm_retriever.terminal import print_ingestion, print_json
 
     embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
     with _opened(db, embed_model, collection=collection, token=token, hybrid=hybrid) as store:
@@ -102,7 +102,7 @@ def index(
             show_progress=not as_json,
         )
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
+        print_json(result.to_dict())
     else:
         print_ingestion(result)
 
@@ -142,7 +142,7 @@ def search(
 ) -> None:
     """Search by text, by picture, or by both: `--text "phone case with this" --image leopard.jpg`."""
     from mm_retriever.retriever import ComposedRetriever
-    from mm_retriever.terminal import print_search, result_rows, search_report, write_search
+    from mm_retriever.terminal import print_json, print_search, result_rows, search_report, write_search
 
     if not (text and text.strip()) and image is None:
         raise QueryError("nothing to search for: give --text, --image, or both")
@@ -168,11 +168,81 @@ def search(
         reranking = reranker.rerank(nodes, query, query_image=image)
     found = search_report(text, image, nodes, reranking=reranking)
     if as_json:
-        rows = result_rows(nodes if reranking is None else reranking.nodes)
-        typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        print_json(result_rows(nodes if reranking is None else reranking.nodes))
     else:
         print_search(found)
     write_search(found, html=html, png=png, quiet=as_json)
+
+
+@app.command()
+def embed(
+    out: Annotated[Path, typer.Argument(help="A folder for the files; what is done there already stays.")],
+    source: Annotated[
+        Path | None, typer.Argument(help="A folder of pictures. Default: go on with what OUT was begun for.")
+    ] = None,
+    model: Model = REAL_MODEL,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Pictures in one file.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Pictures embedded at a time.")] = 32,
+    sidecar: Annotated[Path | None, typer.Option(help="JSON or CSV with more columns for each picture.")] = None,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="For a collection that indexes the words too.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On a Ray cluster (RAY_ADDRESS), or a local Ray: a file to a worker.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray. Default: as many as there is room for.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, with all that was skipped.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Embed millions of pictures into files that a Milvus server imports by itself. Run it again to go on."""
+    from mm_retriever.ingest import embed_to_shards, embed_to_shards_on_ray
+    from mm_retriever.terminal import print_ingestion, print_json
+
+    if workers is not None and not ray:
+        raise QueryError("--workers is taken only with --ray")
+    embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
+    run = partial(embed_to_shards_on_ray, workers=workers) if ray else embed_to_shards
+    with redirect_stdout(sys.stderr):  # where Ray says that a worker died
+        result = run(
+            source,
+            out,
+            embed_model,
+            rows_per_shard=rows_per_file,
+            batch_size=batch_size,
+            sidecar=sidecar,
+            hybrid=hybrid,
+            show_progress=not as_json,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_ingestion(result, rest="--json lists them all")
+
+
+@app.command("import")
+def import_(
+    out: Annotated[Path, typer.Argument(help="The folder that `embed` filled.")],
+    db: Annotated[str, typer.Option(help="The URI of a Milvus server.")],
+    remote_folder: Annotated[
+        str, typer.Option(help="Where the server's object storage has the files of OUT/shards.")
+    ] = "",
+    collection: Collection = "mm_retriever",
+    timeout: Annotated[float, typer.Option(help="Seconds without any progress of the server.")] = 600.0,
+    token: Token = None,
+) -> None:
+    """Have a Milvus server import what `embed` made, each picture exactly once. Run it again to go on."""
+    from mm_retriever.ingest import import_shards
+    from mm_retriever.ingest.plan import read_plan
+    from mm_retriever.store import open_store
+
+    _must_exist(db)
+    plan = read_plan(out)  # knows the model that it is for: nothing is loaded
+    with open_store(db, plan, collection=collection, token=token, hybrid=plan.words == "BM25") as store:
+        typer.echo(str(import_shards(out, store, remote_folder=remote_folder, timeout=timeout)))
 
 
 @app.command()
@@ -300,7 +370,7 @@ def mcp(
     dtype: Dtype = None,
     revision: Revision = None,
 ) -> None:
-    """Serve image search to an MCP client. Needs: pip install "mm-retriever[mcp]"."""
+    r"""Serve image search to an MCP client. Needs: pip install "mm-retriever\[mcp]"."""
     from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
 
     if http:
@@ -339,7 +409,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
-    print("mm-retriever: " + " ".join(message.split()), file=sys.stderr)  # noqa: T201 - the command line's own voice
+    # a message may repeat what a stranger wrote: a file name, a server's answer
+    line = " ".join(message.split())
+    words = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+    print(f"mm-retriever: {words}", file=sys.stderr)  # noqa: T201 - the command line's own voice
     if code == EXIT_USAGE and os.environ.get("MM_RETRIEVER_DEBUG"):
         traceback.print_exc()
     sys.exit(code)

@@ -428,6 +428,10 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         kept = type(self).model_fields.keys() - {"callback_manager", "rate_limiter"}  # they hold locks
         return {"__dict__": {name: getattr(self, name) for name in kept}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In the other process: LlamaIndex's own would go on with half a model where loading fails."""
+        self.__init__(**state["__dict__"])  # type: ignore[misc]
+
 
 def node_image(node: BaseNode) -> ImageSource | None:
     """The picture of a LlamaIndex node or document, unread, or None. URLs are fetched only where a policy allows it."""

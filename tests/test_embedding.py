@@ -29,7 +29,7 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image, ImageDraw
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
-from mm_retriever.errors import ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
+from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
 from mm_retriever.image import ImagePolicy
 from mm_retriever.models import visualized_bge_encoder
 from mm_retriever.vector_cache import VectorCache
@@ -337,6 +337,15 @@ def test_a_pipeline_of_processes_loads_the_model_in_each(model: VisualizedBGEEmb
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         vector = other.submit(model.get_image_embedding, str(pictures[0])).result()
     assert close(vector, model.get_image_embedding(pictures[0]))
+
+
+def test_a_process_that_cannot_load_a_pickled_model_says_why(model: VisualizedBGEEmbedding) -> None:
+    """LlamaIndex's own unpickling goes on with half a model."""
+    state = model.__getstate__()
+    state["__dict__"]["device"] = "no such device"
+    half = VisualizedBGEEmbedding.__new__(VisualizedBGEEmbedding)
+    with pytest.raises(CheckpointError, match="no such device"):
+        half.__setstate__(state)
 
 
 def test_to_dict_describes_and_from_dict_restores(folder: Path, tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_the_name_is_that_of_the_weights(folder, sparse, tmp_path):
     assert BGEM3SparseEmbedding(other, device="cpu").model_id != sparse.model_id
 
 
+def test_a_model_goes_to_other_processes_as_its_options(sparse):
+    """Workers of a Ray cluster load the weights themselves."""
+    carried = pickle.dumps(sparse)
+    assert len(carried) < 1000
+    again = pickle.loads(carried)
+    assert again.model_id == sparse.model_id
+    assert again.encode_queries(["xk-2041 lid"]) == sparse.encode_queries(["xk-2041 lid"])
+
+
 def test_texts_may_be_encoded_by_many_threads_and_nothing_is_printed(sparse, capfd):
     texts = ["spare lid", "orders", "XK-2042", "shop red lid"]
     expected = sparse.encode_documents(texts)

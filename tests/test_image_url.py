@@ -741,6 +741,7 @@ NETWORK = {"aiohttp", "ftplib", "http", "httpx", "requests", "smtplib", "socket"
 KNOWN = {
     "mm_retriever/image_url.py": {"http.client", "socket", "ssl"},
     "mm_retriever/demo.py": {"urllib.request"},  # one published archive, when someone asks for it
+    "mm_retriever/ingest/ray_data.py": {"socket"},  # is there a Ray where RAY_ADDRESS says?
     "mm_retriever/rerank/vision_llm.py": {"httpx"},  # the server that the caller names
 }
 

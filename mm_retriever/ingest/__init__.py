@@ -14,9 +14,11 @@ For collections of millions there is another way, into files that a server impor
 
 - `plan.py`: which picture is in which file, fixed once.
 - `shards.py`: `embed_to_shards`, which makes the files, and `import_shards`, which has them imported.
+- `ray_data.py`: `embed_to_shards_on_ray`, which has them made by the workers of a Ray cluster.
 """
 
 from mm_retriever.ingest.pipeline import ingest_images
+from mm_retriever.ingest.ray_data import embed_to_shards_on_ray
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.shards import ShardReport, embed_to_shards, import_shards
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
@@ -29,6 +31,7 @@ __all__ = [
     "Sidecar",
     "SkippedImage",
     "embed_to_shards",
+    "embed_to_shards_on_ray",
     "import_shards",
     "ingest_images",
     "read_sidecar",

@@ -7,6 +7,7 @@ done when its file is there; a run that died, or another machine, does those tha
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -92,6 +93,48 @@ def embed_to_shards(
         IngestError: a source that cannot be used at all, or a plan in `out` for something else.
         MissingExtraError: pyarrow is not installed.
     """
+    return make_shards(
+        source,
+        out,
+        embed_model,
+        _one_after_another,
+        rows_per_shard=rows_per_shard,
+        batch_size=batch_size,
+        sidecar=sidecar,
+        hybrid=hybrid,
+        show_progress=show_progress,
+        image_policy=image_policy,
+    )
+
+
+def make_shards(
+    source: PathsOrURLs | None,
+    out: str | Path,
+    embed_model: PictureEmbedding,
+    write: Callable[[ShardWriter, Sequence[int], Callable[[int], object]], int],
+    *,
+    rows_per_shard: int,
+    batch_size: int,
+    sidecar: SidecarSource | None,
+    hybrid: bool | SparseEmbedding,
+    show_progress: bool,
+    image_policy: ImagePolicy,
+) -> ShardReport:
+    """Plan shards, have those written that are not done, and return what all of them hold.
+
+    Args:
+        source: as in `embed_to_shards`, as are the others.
+        out: 〃
+        embed_model: 〃
+        write: called with a writer, the numbers of the shards to write, and what takes the number of pictures that were
+            just dealt with; returns how many shards it made.
+        rows_per_shard: 〃
+        batch_size: 〃
+        sidecar: 〃
+        hybrid: 〃
+        show_progress: 〃
+        image_policy: 〃
+    """
     start = time.perf_counter()
     plan = make_plan(
         source,
@@ -111,12 +154,18 @@ def embed_to_shards(
         unit="picture",
         disable=not show_progress,
     ) as bar:
-        written = sum(writer.write(number, bar.update) for number in unfinished)
+        written = write(writer, unfinished, bar.update)
     return report_of(plan, written, time.perf_counter() - start)
 
 
+def _one_after_another(writer: ShardWriter, unfinished: Sequence[int], progress: Callable[[int], object]) -> int:
+    return sum(writer.write(number, progress) for number in unfinished)
+
+
 class ShardWriter:
-    """Makes the shards of one plan, one at a time, with one model.
+    """Makes the shards of one plan, one at a time, with one model. Goes to other processes if the model does.
+
+    Its `call` is a name that its copies there share, and that each shard bears which one of them made.
 
     Args:
         plan: what is in which shard.
@@ -137,7 +186,8 @@ class ShardWriter:
     ) -> None:
         if batch_size < 1:
             raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
-        self._plan = plan
+        self.plan = plan
+        self.call = uuid.uuid4().hex
         self._embed_model = embed_model
         self._vectors = Vectors(embed_model)
         self._hybrid = hybrid
@@ -145,16 +195,17 @@ class ShardWriter:
         self._policy = image_policy
 
     def write(self, number: int, progress: Callable[[int], object] = lambda pictures: None) -> bool:
-        """Make a shard, and return whether this call did; another process may have, meanwhile.
+        """Make a shard, and return whether this writer did, or a copy of it; somebody else may have, meanwhile.
 
         Args:
             number: of the shard.
             progress: called with the number of pictures that were just dealt with.
         """
-        path = self._plan.shard(number)
+        path = self.plan.shard(number)
         if path.exists():
-            return False
-        rows = ParquetRows(self._plan.dimension, self._hybrid)
+            return read_account(path)[1].get("call") == self.call
+        self._check_models()
+        rows = ParquetRows(self.plan.dimension, self._hybrid)
         skipped: list[tuple[str, str]] = []
         batch: list[tuple[Task, ReadPicture]] = []
         with closing(read_ahead(self._tasks(number, skipped), self._read, ahead=2 * self._batch_size)) as pictures:
@@ -168,15 +219,22 @@ class ShardWriter:
                     progress(len(batch))
                     batch.clear()
         self._embed(batch, rows, skipped)
-        if skipped and self._plan.source_is_gone():
+        if skipped and self.plan.source_is_gone():
             raise IngestError(
-                f"{self._plan.source!r} is empty or gone: a drive that is missing? Its pictures are planned"
+                f"{self.plan.source!r} is empty or gone: a drive that is missing? Its pictures are planned"
             )
-        progress(self._plan.size(number) - (len(rows) + len(skipped)))
-        return rows.write(path, self._plan.drafts, {"plan": self._plan.id, "shard": number, "skipped": skipped})
+        progress(self.plan.size(number) - (len(rows) + len(skipped)))
+        account = {"plan": self.plan.id, "shard": number, "skipped": skipped, "call": self.call}
+        return rows.write(path, self.plan.drafts, account)
+
+    def _check_models(self) -> None:
+        """In another process, and on another machine, the models were loaded again: from the same files?"""
+        planned = (self.plan.model_id, self.plan.words)
+        if (loaded := (self._embed_model.model_id, words_name(self._hybrid))) != planned:
+            raise IngestError(f"the shards are planned for the models {planned}, and {loaded} were loaded here")
 
     def _tasks(self, number: int, skipped: list[tuple[str, str]]) -> Iterator[Task]:
-        for item in self._plan.items(number):
+        for item in self.plan.items(number):
             try:
                 stamp = stamp_of(item.path) if item.path is not None else {}  # a URL is taken to be unchanging
             except (OSError, ValueError) as error:

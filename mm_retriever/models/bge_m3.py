@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class BGEM3SparseEmbedding:
         if not (folder / _HEAD).is_file():  # FlagEmbedding would go on with random numbers
             raise CheckpointError(f"{os.fspath(model_name)!r} has no {_HEAD}: it is no BGE-M3, or not all of one")
         self._model: Any = BGEM3FlagModel(str(folder), use_fp16=False, devices=device or default_device())
+        options = {"revision": revision, "device": device, "batch_size": batch_size, "max_length": max_length}
+        self._load_again = partial(type(self), model_name, **options)
         self._batch_size = batch_size
         self._max_length = max_length
         self._turn = threading.Lock()
@@ -62,6 +65,10 @@ class BGEM3SparseEmbedding:
         parts = self._model.model
         weights = {**parts.model.state_dict(), **parts.sparse_linear.state_dict(prefix="sparse_linear.")}
         self._model_id = f"{name}@{fingerprint(weights)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For other processes: the options; they load the model themselves."""
+        return self._load_again, ()
 
     @property
     def model_id(self) -> str:
