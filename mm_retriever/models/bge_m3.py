@@ -56,8 +56,9 @@ class BGEM3SparseEmbedding:
         if not (folder / _HEAD).is_file():  # FlagEmbedding would go on with random numbers
             raise CheckpointError(f"{os.fspath(model_name)!r} has no {_HEAD}: it is no BGE-M3, or not all of one")
         self._model: Any = BGEM3FlagModel(str(folder), use_fp16=False, devices=device or default_device())
-        options = {"revision": revision, "device": device, "batch_size": batch_size, "max_length": max_length}
-        self._load_again = partial(type(self), model_name, **options)
+        self._load_again = partial(
+            type(self), model_name, revision=revision, device=device, batch_size=batch_size, max_length=max_length
+        )
         self._batch_size = batch_size
         self._max_length = max_length
         self._turn = threading.Lock()

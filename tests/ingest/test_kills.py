@@ -32,6 +32,7 @@ from mm_retriever.models.visualized_bge_encoder import Content
 from mm_retriever.store import open_store
 from mm_retriever.store.rows import row_to_node
 from mm_retriever.vector_cache import FILE_NAME, VectorCache
+from tests.effort import EFFORT
 from tests.processes import python
 
 COUNTS = ("indexed", "replaced", "updated", "unchanged", "removed")
@@ -241,11 +242,12 @@ def kills(run: Any, scene: Scene, chance: random.Random, wanted: int) -> Counter
     return died
 
 
-def test_runs_that_are_killed_leave_whole_rows_and_the_next_one_ends_the_work(tmp_path, model):
+def test_runs_that_are_killed_leave_whole_rows_and_the_next_one_ends_the_work(tmp_path, model, tried):
     chance = random.Random(3)
     scene = Scene(tmp_path, model, chance, 30)
     with warm() as run:
-        assert sum(kills(run, scene, chance, 12).values()) == 12
+        tried["runs of ingestion killed"] += sum(kills(run, scene, chance, 6).values())
+        assert tried["runs of ingestion killed"] == 6
         before = scene.rows
         assert run(tmp_path)["step"] == "end"
     scene.check_finished(before)
@@ -253,20 +255,21 @@ def test_runs_that_are_killed_leave_whole_rows_and_the_next_one_ends_the_work(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flush_bytes", [128 * 2**20, 60_000])
-def test_many_kills_at_random_moments_of_runs_that_follow_each_other(tmp_path, model, flush_bytes):
-    """60 each; with small segments Milvus Lite writes and merges them in the middle of a run."""
+def test_many_kills_at_random_moments_of_runs_that_follow_each_other(tmp_path, model, flush_bytes, tried):
+    """With small segments Milvus Lite writes and merges them in the middle of a run."""
     chance = random.Random(5)
     scene = Scene(tmp_path, model, chance, 60)
     with warm(flush_bytes) as run:
-        died = kills(run, scene, chance, 60)
+        died = kills(run, scene, chance, 60 * EFFORT)
+        tried["runs of ingestion killed"] += sum(died.values())
         before = scene.rows
         assert run(tmp_path)["step"] == "end"
     scene.check_finished(before)
-    assert died.keys() >= {"load", "open", "pictures", "close"}, died
+    assert died.keys() >= {"open", "pictures"}, died
 
 
 @pytest.mark.slow
-def test_a_kill_before_every_file_that_a_first_run_makes_renames_or_removes(tmp_path, model):
+def test_a_kill_before_every_file_that_a_first_run_makes_renames_or_removes(tmp_path, model, tried):
     """The folder of the cache, the collection, its schema, index, log and segments, the report: one after the other."""
     with warm() as run:
         Scene(tmp_path / "whole", model, random.Random(7), 12)
@@ -275,6 +278,7 @@ def test_a_kill_before_every_file_that_a_first_run_makes_renames_or_removes(tmp_
         for number in range(1, operations + 1):
             scene = Scene(tmp_path / str(number), model, random.Random(7), 12)
             assert run(scene.place, "operation", number)["killed"]
+            tried["runs of ingestion killed"] += 1
             scene.check()
             before = scene.rows
             assert run(scene.place)["step"] == "end"
