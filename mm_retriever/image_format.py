@@ -21,7 +21,7 @@ MAX_JPEG_EXIF = 100  # 1, and 1 in each picture behind it; each is copied again 
 MAX_PNG_TEXTS = 1_000  # a few, or none; each may unpack to a megabyte
 MAX_TIFF_TAGS = 1_000
 MAX_TIFF_VALUES = 200_000  # strips, mostly: one a row and channel; a 16-bit palette has 196,608
-# A tile may be larger than the picture, but is allocated whole: 146 bytes could ask for 2 gb.
+# A tile may be larger than the picture, but is allocated whole: 146 bytes could ask for 2 GB.
 MAX_FREE_TILE = 2_048 * 2_048
 MAX_FREE_TILES = 16 * MAX_FREE_TILE  # all of them, which are unpacked whole, also where they stand out of the picture
 MAX_SLOW_BYTES = 4 * 2**20  # for what Pillow decodes in Python, at 3 to 6 MB/s: run-length BMP, PPM of odd depth

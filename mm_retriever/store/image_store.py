@@ -123,7 +123,7 @@ class ImageStore(MilvusVectorStore):
     """A `MilvusVectorStore` for pictures: ready after opening, safe to filter, quick to query; use `open_store`.
 
     Every method has an `a...` twin that runs it in a thread, so one store serves any number of event loops. One store
-    may be used by many threads; writes to a Milvus Lite file take turns.
+    may be used by many threads; what they ask of a Milvus Lite file takes turns.
     """
 
     _collection: Collection = PrivateAttr()
