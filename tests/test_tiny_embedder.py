@@ -73,6 +73,7 @@ def test_vectors_have_length_one_and_any_text_can_be_asked(embedder):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_held_out_products_are_found_by_composed_queries(quality, embedder, products, candidates):
     """Issue: R@1 >= .85 and R@9 >= .99 on average over four kinds of query; here one query a product among fewer."""
     found_1, found_9 = [], []
@@ -86,6 +87,7 @@ def test_held_out_products_are_found_by_composed_queries(quality, embedder, prod
     assert np.mean(found_9) >= 0.98
 
 
+@pytest.mark.slow
 def test_wordings_that_training_never_used_are_understood(quality, embedder, products, candidates):
     """Issue: R@1 >= .75 with wordings not used in training."""
     found = []
