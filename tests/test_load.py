@@ -44,6 +44,7 @@ from mm_retriever.ingest.sources import path_id
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.channel import deadline
+from mm_retriever.store.lite_files import Turn
 from mm_retriever.vector_cache import VectorCache
 from tests.drawn_store import KINDS, draw_leopard, draw_pictures
 from tests.effort import EFFORT
@@ -661,6 +662,27 @@ def test_who_reads_while_milvus_lite_empties_its_memory_to_disk_misses_no_row(tm
         store.add([TextNode(id_="c", text="c", embedding=[0.0, 1.0])])
         assert emptying.is_set()
         assert answer.result() >= {"a", "b"}
+
+
+def test_who_comes_back_for_another_turn_at_once_waits_behind_who_waits_already():
+    """A plain lock goes to the thread that has just let go of it: ingestion would not get on beside busy queries."""
+    turn, order = Turn(), []
+
+    def waiter() -> None:
+        with turn:
+            order.append("waited")
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(50):
+            with turn:
+                waiting = pool.submit(waiter)
+                asked = time.monotonic()
+                while not turn._next.locked():  # until it waits
+                    assert time.monotonic() < asked + 30
+            with turn:
+                order.append("came back")
+            waiting.result()
+    assert order == ["waited", "came back"] * 50
 
 
 def test_the_model_works_for_one_thread_at_a_time(drawn):
