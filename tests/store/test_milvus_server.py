@@ -22,7 +22,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from llama_index.core import VectorStoreIndex
-from llama_index.core.schema import ImageNode, NodeRelationship, RelatedNodeInfo
 from llama_index.core.vector_stores.types import (
     FilterOperator,
     MetadataFilter,
@@ -39,6 +38,7 @@ from tests.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.effort import EFFORT
 from tests.metadata_filters import NASTY, PINNED_ROWS, filters, found, group, matches, metadata, row_nodes, where
 from tests.milvus_server import MilvusServer
+from tests.store.test_image_store import asked, node
 
 pytestmark = pytest.mark.slow
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
@@ -76,22 +76,6 @@ def folder(tmp_path) -> Path:
     for number in range(PICTURES):
         paint(tmp_path / "photos" / f"{number:03d}.png", list(COLOURS)[number % 8], size=(number + 8, 20))
     return tmp_path / "photos"
-
-
-def node(id_: str, vector: list[float] | None = None, source: str | None = None, **metadata: Any) -> ImageNode:
-    relationships = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=source)} if source else {}
-    return ImageNode(
-        id_=id_,
-        image_path=f"/photos/{id_}.jpg",
-        metadata=metadata,
-        relationships=relationships,
-        embedding=vector or [1.0, 0.0, 0.0],
-    )
-
-
-def asked(store: ImageStore, vector: list[float] | None = None, top_k: int = 10, **options: Any) -> list[str]:
-    query = VectorStoreQuery(query_embedding=vector or [1.0, 0.0, 0.0], similarity_top_k=top_k, **options)
-    return store.query(query).ids or []
 
 
 def check_whole(store: ImageStore, folder: Path, **options: Any) -> None:
