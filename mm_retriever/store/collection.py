@@ -88,14 +88,13 @@ class Collection:
         """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
         with self.connection.turn, self.connection.request("opening the collection"):
             exists = self._ask(self._client.has_collection)
-            if exists and overwrite:
-                self._ask(self._client.drop_collection)
-                exists = False
-            if exists:
+            if exists and not overwrite:
                 self._check(hybrid)
             else:
                 self.words = new_word_index(hybrid)
                 self._check_server()
+                if exists:
+                    self._ask(self._client.drop_collection)
                 self._create()
             if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
                 self._create_index(self.index_type)
@@ -143,7 +142,7 @@ class Collection:
         self._ask(self._client.create_index, index_params=params, sync=False)
 
     def _check_server(self) -> None:
-        """Refuse an index of words where the server is too old, before half a collection is made."""
+        """Refuse an index of words where the server is too old, before a collection is dropped or half of one made."""
         if self.words is None or self._lite:
             return
         said = str(self.connection.ask(self._client.get_server_version))
