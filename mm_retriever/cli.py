@@ -147,6 +147,7 @@ def search(
     if not (text and text.strip()) and image is None:
         raise QueryError("nothing to search for: give --text, --image, or both")
     filters = _filters(where or [])
+    _must_exist(db)  # before a model is loaded
     embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision)
     with _opened(db, embed_model, collection=collection, token=token, must_exist=True) as store:
         if hybrid and not store.hybrid:
@@ -375,6 +376,7 @@ def mcp(
 
     if http:
         check_access(host, http_token)
+    _must_exist(db)  # before a model is loaded
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
         embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision)
         with _opened(db, embed_model, collection=collection, token=token, must_exist=True) as store:
@@ -443,9 +445,7 @@ def _opened(
 ) -> Iterator[ImageStore]:
     from mm_retriever.store import open_store
 
-    if must_exist:
-        _must_exist(db)
-    store = open_store(db, embed_model, collection=collection, token=token, hybrid=hybrid)
+    store = open_store(db, embed_model, collection=collection, token=token, hybrid=hybrid, create=not must_exist)
     try:
         yield store
     finally:
@@ -453,8 +453,9 @@ def _opened(
 
 
 def _must_exist(db: str | Path) -> None:
-    if str(db).endswith(".db") and "://" not in str(db) and not Path(db).exists():
-        raise QueryError(f"there is no store {str(db)!r}; make it with: mm-retriever index FOLDER --db {db}")
+    from mm_retriever.store import check_exists
+
+    check_exists(db)
 
 
 def _filters(conditions: Sequence[str]) -> MetadataFilters | None:

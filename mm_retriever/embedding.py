@@ -93,6 +93,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
     _encoder: Any = PrivateAttr(default=None)
     _cache: VectorCache | None = PrivateAttr(default=None)
     _model_id: str = PrivateAttr(default="")
+    _model_note: str = PrivateAttr(default="")
 
     def __init__(
         self,
@@ -138,7 +139,8 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         self._encoder = VisualizedBGEEncoder(model, processor)
         path = Path(self.model_name).expanduser()
         name = path.resolve().name if path.exists() else self.model_name
-        self._model_id = f"{name}@{model.fingerprint}/{self.dtype}"
+        self._model_id = f"visualized-bge@{model.fingerprint}.{self._encoder.processor.fingerprint()}"
+        self._model_note = f"{name}, {self.dtype}"
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension)
 
@@ -154,8 +156,16 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
 
     @property
     def model_id(self) -> str:
-        """Name, weights and dtype in one line, the same wherever the files lie: kept with a collection."""
+        """Family, weights and tokenizer in one line, kept with a collection: what decides which vectors compare.
+
+        The same wherever the files lie and whatever they are called, and in every float format.
+        """
         return self._model_id
+
+    @property
+    def model_note(self) -> str:
+        """Name and float format, for people; kept with a collection too."""
+        return self._model_note
 
     @property
     def encoder(self) -> VisualizedBGEEncoder:

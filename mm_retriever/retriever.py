@@ -18,7 +18,7 @@ from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQue
 
 from mm_retriever.errors import ImageLoadError, QueryError, StoreMismatchError
 from mm_retriever.image import DEFAULT_POLICY, ImageSource, read_image_bytes
-from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression
+from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 
 
 class QueryEmbedding(Protocol):
@@ -92,7 +92,7 @@ class ComposedRetriever(BaseRetriever):
             raise QueryError("mode 'hybrid' needs a store with an index of words: open_store(..., hybrid=True)")
         if mode == "hybrid" and min_score is not None:
             raise QueryError("min_score goes with mode 'default': hybrid scores say ranks, not how near a picture is")
-        if store.model_id != embed_model.model_id:
+        if not same_model(store.model_id, embed_model.model_id):
             raise StoreMismatchError(
                 f"the store was opened for {store.model_id!r}, the model given is {embed_model.model_id!r}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import multiprocessing
 import pickle
 import sqlite3
@@ -27,11 +28,13 @@ from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent,
 from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
 from mm_retriever.image import ImagePolicy
 from mm_retriever.models import visualized_bge_encoder
+from mm_retriever.models.visualized_bge import convert_checkpoint
 from mm_retriever.vector_cache import VectorCache
 from tests.models.golden import small_model, word_tokenizer
 
@@ -210,12 +213,13 @@ def test_pairs_must_pair(model: VisualizedBGEEmbedding, pictures: list[Path]) ->
 
 
 def test_half_precision_points_the_same_way(folder: Path, model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
-    """Our bound for a small random model; and the identity tells the two apart."""
+    """Our bound for a small random model: such vectors may be compared, so the float format is a note."""
     half = VisualizedBGEEmbedding(folder, device="cpu", dtype="bfloat16")
     ours = np.asarray(half.get_composed_embedding_batch(TEXTS, pictures))
     theirs = np.asarray(model.get_composed_embedding_batch(TEXTS, pictures))
     assert (ours * theirs).sum(1).min() > 0.99
-    assert half.model_id.removesuffix("bfloat16") == model.model_id.removesuffix("float32")
+    assert half.model_id == model.model_id
+    assert (half.model_note, model.model_note) == (f"{folder.name}, bfloat16", f"{folder.name}, float32")
 
 
 # ------------------------------------------------------------------------------------------------------------ queries
@@ -570,15 +574,39 @@ def test_the_embeddings_cache_of_llama_index_is_honoured(folder: Path) -> None:
 
 
 def test_the_identity_does_not_depend_on_the_place(folder: Path, tmp_path: Path, model: VisualizedBGEEmbedding) -> None:
-    """A folder that is moved is the same model; other weights are not."""
-    parent = tmp_path / "elsewhere"
-    moved = parent / folder.name
+    """A copy under another name is the same model; other weights are not."""
+    moved = tmp_path / "elsewhere" / "a-copy"
     moved.mkdir(parents=True)
     for path in folder.iterdir():
         (moved / path.name).write_bytes(path.read_bytes())
     assert VisualizedBGEEmbedding(moved, device="cpu").model_id == model.model_id
     small_model(seed=1).save_pretrained(moved)
     assert VisualizedBGEEmbedding(moved, device="cpu").model_id != model.model_id
+
+
+def test_a_rounded_copy_of_the_weights_is_the_same_model_until_they_change(
+    folder: Path, tmp_path: Path, model: VisualizedBGEEmbedding
+) -> None:
+    """Our choice: the copy names the weights it was rounded from, which counts for as long as it is that copy."""
+    rounded = convert_checkpoint(folder, tmp_path / "rounded", dtype="bfloat16")
+    assert VisualizedBGEEmbedding(rounded, device="cpu").model_id == model.model_id
+    twice = convert_checkpoint(rounded, tmp_path / "twice", dtype="float32")
+    assert VisualizedBGEEmbedding(twice, device="cpu").model_id == model.model_id
+    weights = load_file(rounded / "model.safetensors")
+    weights["visual_proj.bias"] += 1
+    save_file(weights, rounded / "model.safetensors", metadata={"format": "pt"})
+    assert VisualizedBGEEmbedding(rounded, device="cpu").model_id != model.model_id
+
+
+def test_a_tokenizer_counts_only_where_it_splits_texts_differently(
+    folder: Path, tmp_path: Path, model: VisualizedBGEEmbedding
+) -> None:
+    """Another layout of the same file gives the same vectors; other numbers for the same words do not."""
+    same, other = tmp_path / "same.json", tmp_path / "other.json"
+    same.write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text()), indent=4, sort_keys=True))
+    assert VisualizedBGEEmbedding(folder, tokenizer=same, device="cpu").model_id == model.model_id
+    word_tokenizer(model.encoder.model.config, WORDS[::-1]).save(str(other))
+    assert VisualizedBGEEmbedding(folder, tokenizer=other, device="cpu").model_id != model.model_id
 
 
 def test_a_name_that_leads_nowhere_says_what_works() -> None:
@@ -600,7 +628,7 @@ def test_batch_sizes_are_checked(folder: Path) -> None:
 def test_the_bundled_model_needs_no_network(pictures: list[Path]) -> None:
     """By its name: the same class and loading code as the real one."""
     tiny = VisualizedBGEEmbedding("tiny", device="cpu")
-    assert tiny.model_id.startswith("tiny@")
+    assert (tiny.model_id[:15], tiny.model_note) == ("visualized-bge@", "tiny, float32")
     composed = tiny.get_composed_embedding_batch(["phone case with this"] * 2, pictures[:2])
     assert np.asarray(composed).shape == (2, tiny.dimension)
     assert not close(composed[0], composed[1])

@@ -31,7 +31,7 @@ from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
 from mm_retriever.ingest.sources import Item, Source, items, path_id, source_folder, walk
 from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
-from mm_retriever.store import ImageStore
+from mm_retriever.store import ImageStore, same_model
 
 _WINDOW = 256
 """Items looked up in the store with one request."""
@@ -79,7 +79,7 @@ def ingest_images(
     """
     if batch_size < 1:
         raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
-    if (store.dim, store.model_id) != (embed_model.dimension, embed_model.model_id):
+    if store.dim != embed_model.dimension or not same_model(store.model_id, embed_model.model_id):
         raise StoreMismatchError(
             f"the store was opened for {store.model_id!r} ({store.dim} numbers), "
             f"the model given is {embed_model.model_id!r} ({embed_model.dimension} numbers)"

@@ -26,6 +26,7 @@ from mm_retriever.errors import IngestError
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
 from mm_retriever.ingest.sources import Item, items, source_folder
+from mm_retriever.store import same_model
 from mm_retriever.store.parquet import sync
 
 PathsOrURLs: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -33,6 +34,7 @@ SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]]
 
 _VERSION = 1
 _PLAN = "plan"
+_MODELS = ("model_id", "words")
 _FACTS = "plan.json"
 
 
@@ -161,7 +163,8 @@ def make_plan(
 
 def _checked(plan: ShardPlan, asked: Mapping[str, Any]) -> ShardPlan:
     for name, value in asked.items():
-        if (planned := getattr(plan, name)) != value:
+        planned = getattr(plan, name)
+        if planned != value and not (name in _MODELS and planned and value and same_model(planned, value)):
             raise IngestError(
                 f"the shards in {str(plan.out)!r} are planned for {name} {planned!r}, and {value!r} is asked for. "
                 "Give another folder, or remove this one to start anew"

@@ -24,7 +24,7 @@ from mm_retriever.ingest.plan import PathsOrURLs, ShardPlan, SidecarSource, make
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
-from mm_retriever.store import ImageStore, SparseEmbedding
+from mm_retriever.store import ImageStore, SparseEmbedding, same_model
 from mm_retriever.store.bulk_import import ImportReport, import_files
 from mm_retriever.store.parquet import ParquetRows, read_account, remove_drafts
 from mm_retriever.store.words import words_name
@@ -230,7 +230,8 @@ class ShardWriter:
     def _check_models(self) -> None:
         """In another process, and on another machine, the models were loaded again: from the same files?"""
         planned = (self.plan.model_id, self.plan.words)
-        if (loaded := (self._embed_model.model_id, words_name(self._hybrid))) != planned:
+        loaded = (self._embed_model.model_id, words_name(self._hybrid))
+        if not same_model(planned[0], loaded[0]) or not same_model(planned[1] or "", loaded[1] or ""):
             raise IngestError(f"the shards are planned for the models {planned}, and {loaded} were loaded here")
 
     def _tasks(self, number: int, skipped: list[tuple[str, str]]) -> Iterator[Task]:
@@ -326,7 +327,7 @@ def import_shards(
         StoreError: the server refused a file, the message has its reason; or the store is a Milvus Lite file.
     """
     plan = read_plan(out)
-    if (store.dim, store.model_id) != (plan.dimension, plan.model_id):
+    if store.dim != plan.dimension or not same_model(plan.model_id, store.model_id):
         raise StoreMismatchError(
             f"the shards are of {plan.model_id!r} ({plan.dimension} numbers), "
             f"the store was opened for {store.model_id!r} ({store.dim} numbers)"

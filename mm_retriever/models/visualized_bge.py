@@ -116,7 +116,10 @@ class BgeTextConfig:
 
 
 class VisualizedBGEConfig(PreTrainedConfig):
-    """``vision`` and ``text`` hold the fields of :class:`EvaVisionConfig` and :class:`BgeTextConfig` as plain dicts."""
+    """``vision`` and ``text`` hold the fields of :class:`EvaVisionConfig` and :class:`BgeTextConfig` as plain dicts.
+
+    ``rounded``: fingerprint of these weights to that of those they were rounded from; says nothing of other weights.
+    """
 
     model_type = "visualized_bge"
 
@@ -124,12 +127,14 @@ class VisualizedBGEConfig(PreTrainedConfig):
         self,
         vision: Mapping[str, Any] | EvaVisionConfig | None = None,
         text: Mapping[str, Any] | BgeTextConfig | None = None,
+        rounded: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         vision = vision if isinstance(vision, EvaVisionConfig) else EvaVisionConfig(**(vision or {}))
         text = text if isinstance(text, BgeTextConfig) else BgeTextConfig(**(text or {}))
         self.vision: dict[str, Any] = {**asdict(vision), "stem_channels": list(vision.stem_channels)}
         self.text: dict[str, Any] = asdict(text)
+        self.rounded: dict[str, str] = dict(rounded or {})
         super().__init__(**kwargs)
 
     @property
@@ -146,6 +151,10 @@ class VisualizedBGEConfig(PreTrainedConfig):
     def dimension(self) -> int:
         """Length of an embedding."""
         return int(self.text["hidden_size"])
+
+    def inputs(self) -> dict[str, Any]:
+        """Return all that decides what the weights make of their inputs, and that no tensor says."""
+        return {"vision": self.vision, "text": {key: value for key, value in self.text.items() if key != "dropout"}}
 
     def room(self, *, beside_image: bool = False) -> int:
         """Most text tokens the position table has room for, [CLS] and [SEP] counted."""
@@ -217,7 +226,7 @@ class VisualizedBGE(PreTrainedModel):
     main_input_name = "pixel_values"
     _no_split_modules = ["Block", "BertLayer"]  # noqa: RUF012 - as transformers declares it
 
-    fingerprint: str = ""  # of the weights that were loaded: tells one set from another
+    fingerprint: str = ""  # of the weights that were loaded, before any rounding: tells one set from another
 
     def __init__(self, config: VisualizedBGEConfig) -> None:
         super().__init__(config)
@@ -344,6 +353,8 @@ def convert_checkpoint(
     part = folder / f"{SAFETENSORS}.part"
     save_file(model.state_dict(), part, metadata={"format": "pt"})
     part.replace(folder / SAFETENSORS)
+    if (own := fingerprint(model.state_dict())) != model.fingerprint:
+        config.rounded = {own: model.fingerprint}
     config.architectures = [VisualizedBGE.__name__]
     config.dtype = model.dtype
     config.save_pretrained(folder)
@@ -396,7 +407,8 @@ def _read(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
         kind = shown(content.get("model_type"))
         raise CheckpointError(f"{files.config} is of model_type {kind}, expected {VisualizedBGEConfig.model_type!r}")
     try:
-        return VisualizedBGEConfig(vision=content.get("vision"), text=content.get("text")), state
+        rounded = content.get("rounded") if isinstance(content.get("rounded"), dict) else None
+        return VisualizedBGEConfig(vision=content.get("vision"), text=content.get("text"), rounded=rounded), state
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{files.config} does not describe a Visualized BGE model: {reason_of(error)}") from error
 
@@ -458,6 +470,8 @@ def _filled(
     model = skeleton(lambda: VisualizedBGE(config), files.weights)
     load_strict(model, state, source=files.weights, device=device, dtype=dtype)
     model.fingerprint = fingerprint(state)
+    if config.rounded.get(model.fingerprint):  # a rounded copy, unchanged since: still the same model
+        model.fingerprint = config.rounded[model.fingerprint]
     model.train(False)
     return model
 

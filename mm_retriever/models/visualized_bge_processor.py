@@ -6,6 +6,8 @@ research/visual_bge (github.com/FlagOpen/FlagEmbedding at 7ed43d67, MIT); equal 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+_PROBES = ("Phone case with this, in RED", "déjà vu – 50 €\n\tnaïve", "手机壳 スマホケース чехол", "a" * 40)
 LONGEST = 32  # times the short side; a longer picture is not resized whole: one of 1 x 60,000 would take 9 GB
 
 
@@ -41,6 +44,14 @@ class VisualizedBGEProcessor:
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(Path(tokenizer), config)
         self.tokenizer.no_truncation()  # a file may carry both; lengths depend on what stands beside the text
         self.tokenizer.no_padding()
+
+    def fingerprint(self) -> str:
+        """Six hex digits that tell apart what pictures and texts become before they reach the weights.
+
+        A tokenizer file of another layout that splits texts alike has the same.
+        """
+        facts = [self.config.inputs(), self.token_ids([*_PROBES])]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:6]
 
     def square(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3) of one picture of any size and mode: all that the model will see of it."""

@@ -5,6 +5,7 @@ of picture files. Its files:
 
 - `rows.py`: a LlamaIndex node to a row, and back; what may be stored.
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
+- `identity.py`: whose vectors a collection holds, and which other models' may be compared with them.
 - `words.py`: what hybrid search indexes beside the vectors.
 - `channel.py`: requests to a server that end by their deadline, and are sent again until then.
 - `lite_files.py`: Milvus Lite files, who has them open, and what a killed process left there.
@@ -16,9 +17,11 @@ of picture files. Its files:
 """
 
 from mm_retriever.store.bulk_import import ImportReport
+from mm_retriever.store.connection import check_exists
 from mm_retriever.store.description import describe_store
 from mm_retriever.store.filters import filter_expression
-from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store
+from mm_retriever.store.identity import StoredIdentity, same_model
+from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store, open_stored
 from mm_retriever.store.rows import metadata_columns, storable_node
 from mm_retriever.store.words import SparseEmbedding
 
@@ -28,9 +31,13 @@ __all__ = [
     "ImageStore",
     "ImportReport",
     "SparseEmbedding",
+    "StoredIdentity",
+    "check_exists",
     "describe_store",
     "filter_expression",
     "metadata_columns",
     "open_store",
+    "open_stored",
+    "same_model",
     "storable_node",
 ]

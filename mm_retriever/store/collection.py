@@ -31,6 +31,7 @@ from mm_retriever.store.filters import (
     one_of,
     quoted,
 )
+from mm_retriever.store.identity import StoredIdentity, same_model
 from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ _IDS_PER_REQUEST = 1_000
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
 _MODEL_PROPERTY = "mm_retriever.model"
+_NOTE_PROPERTY = "mm_retriever.model_note"
 _SPARSE_PROPERTY = "mm_retriever.sparse_model"
 _RRF_K = 60
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
@@ -64,6 +66,7 @@ class Collection:
         name: of the collection.
         dimension: numbers in one vector.
         model_id: whose vectors they are.
+        model_note: name and float format of that model, for people; kept with a new collection.
         index: "auto" or one of `INDEXES`, in any case.
         metric: one of `METRICS`, in any case.
 
@@ -73,9 +76,18 @@ class Collection:
     """
 
     def __init__(
-        self, connection: Connection, name: str, *, dimension: int, model_id: str, index: str, metric: str
+        self,
+        connection: Connection,
+        name: str,
+        *,
+        dimension: int,
+        model_id: str,
+        index: str,
+        metric: str,
+        model_note: str = "",
     ) -> None:
         self.connection, self.name, self.dimension, self.model_id = connection, name, dimension, model_id
+        self.model_note = model_note
         self.metric = metric.upper()
         self.index_type = "auto" if index.lower() == "auto" else index.upper()
         self.words: WordIndex | None = None
@@ -84,10 +96,16 @@ class Collection:
 
     # ------------------------------------------------------------------------------------------ schema and index
 
-    def open(self, hybrid: bool | SparseEmbedding, *, overwrite: bool) -> None:
-        """Make the collection, or check that it is ours; then load it: only a loaded one can be searched."""
+    def open(self, hybrid: bool | SparseEmbedding, *, overwrite: bool, create: bool = True) -> None:
+        """Make the collection, or check that it is ours; then load it: only a loaded one can be searched.
+
+        Raises:
+            StoreError: there is none, and `create` is False.
+        """
         with self.connection.turn, self.connection.request("opening the collection"):
             exists = self._ask(self._client.has_collection)
+            if not exists and not create:
+                raise missing_collection(self.connection, self.name)
             if exists and not overwrite:
                 self._check(hybrid)
             else:
@@ -114,6 +132,8 @@ class Collection:
     def _create(self) -> None:
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
         identity = {_MODEL_PROPERTY: self.model_id}
+        if self.model_note:
+            identity[_NOTE_PROPERTY] = self.model_note
         if self.words is not None and self.words.model is not None:
             identity[_SPARSE_PROPERTY] = self.words.model.model_id
         description = "" if self._lite else json.dumps(identity)
@@ -177,8 +197,12 @@ class Collection:
                 self.connection.where,
                 self.model_id,
             )
-        elif stored != self.model_id:
-            raise self._mismatch(f"holds vectors of the model {stored!r}, the model given is {self.model_id!r}")
+        elif not same_model(stored, self.model_id):
+            note = f" ({kept})" if (kept := _stored(description, _NOTE_PROPERTY)) else ""
+            given = f" ({self.model_note})" if self.model_note else ""
+            raise self._mismatch(
+                f"holds vectors of the model {stored!r}{note}, the model given is {self.model_id!r}{given}"
+            )
 
     def _check_index(self) -> None:
         name = self._ask(self._client.list_indexes, field_name=VECTOR_FIELD)[0]
@@ -390,6 +414,46 @@ def check_options(collection: str, dimension: int, index: str, metric: str) -> N
 def stored_model(description: Mapping[str, Any]) -> str | None:
     """Return the name of the model whose vectors a collection holds; None where it does not say."""
     return _stored(description, _MODEL_PROPERTY)
+
+
+def stored_note(description: Mapping[str, Any]) -> str:
+    """Return name and float format of the model whose vectors a collection holds, for people; "" if it does not say."""
+    return _stored(description, _NOTE_PROPERTY) or ""
+
+
+def stored_identity(connection: Connection, name: str) -> StoredIdentity:
+    """Return what a collection says of its vectors.
+
+    Raises:
+        StoreError: there is no such collection, or it is another program's.
+    """
+    client, options = connection.client, {"timeout": connection.timeout}
+    with connection.turn, connection.request("reading what the collection holds"):
+        if not client.has_collection(name, **options):
+            raise missing_collection(connection, name)
+        description = client.describe_collection(name, **options)
+        fields = {field["name"]: field for field in description["fields"]}
+        if VECTOR_FIELD not in fields:
+            raise StoreError(f"collection {name!r} at {connection.where} was made by another program")
+        indexes = client.list_indexes(name, field_name=VECTOR_FIELD, **options)
+        metric = client.describe_index(name, indexes[0], **options).get("metric_type") if indexes else "IP"
+    return StoredIdentity(
+        dimension=int(fields[VECTOR_FIELD]["params"]["dim"]),
+        model_id=stored_model(description) or "not said",
+        metric=str(metric),
+        model_note=stored_note(description),
+        sparse_model=_stored(description, _SPARSE_PROPERTY),
+    )
+
+
+def missing_collection(connection: Connection, name: str) -> StoreError:
+    """Return the error for a collection that is not there; it lists those that are."""
+    client, timeout = connection.client, connection.timeout
+    names = sorted(client.list_collections(timeout=timeout))
+    held = [f"{one!r} ({client.get_collection_stats(one, timeout=timeout)['row_count']} rows)" for one in names[:20]]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    there = f"there are: {', '.join(held)}{more}" if held else "it holds none yet"
+    return StoreError(f"there is no collection {name!r} at {connection.where}; {there}")
 
 
 def _stored(description: Mapping[str, Any], name: str) -> str | None:

@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,25 @@ class Connection:
             )
         reason = causes[-1] if doing == "connecting" and causes else error  # pymilvus logs why Milvus Lite did not open
         return StoreError(f"Milvus at {self.where} failed while {doing}: {_short(reason)}")
+
+
+def check_exists(uri: str | Path) -> None:
+    """Refuse a Milvus Lite file that is not there, which connecting would make; a server says so itself.
+
+    Raises:
+        StoreError: there is none; lists the files beside it.
+    """
+    place = str(uri)
+    if _SERVER_URI.fullmatch(place) or not place.endswith(".db"):
+        return
+    path = Path(place).expanduser()
+    if path.exists():
+        return
+    beside: list[str] = []
+    with suppress(OSError):
+        beside = sorted(one.name for one in path.parent.glob("*.db"))[:20]
+    others = f"there are {', '.join(map(repr, beside))} in its folder; or " if beside else ""
+    raise StoreError(f"there is no store {place!r}; {others}make it with: mm-retriever index FOLDER --db {place}")
 
 
 def _is_away(error: BaseException) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.store.collection import stored_model
-from mm_retriever.store.connection import Connection
+from mm_retriever.store.collection import stored_model, stored_note
+from mm_retriever.store.connection import Connection, check_exists
 
 
 def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:
-    """Return, for each collection, its number of ``rows``, ``dimension`` and ``model``; nothing is loaded or changed.
+    """Return, for each collection, its number of ``rows``, ``dimension`` and ``model``, and what it notes of it.
+
+    Nothing is loaded or changed.
 
     Raises:
         StoreError: there is no such Milvus Lite file, it is locked, or the server does not answer.
     """
+    check_exists(uri)
     connection = Connection(uri, token=token, timeout=timeout)
     try:
         with connection.turn, connection.request("describing the collections"):
@@ -28,6 +31,8 @@ def describe_store(uri: str | Path, *, token: str | None = None, timeout: float 
                     "dimension": vectors[0] if vectors else None,
                     "model": stored_model(facts) or "not said",
                 }
+                if note := stored_note(facts):
+                    found[name]["model_note"] = note
             return found
     finally:
         connection.close()

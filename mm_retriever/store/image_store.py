@@ -24,8 +24,16 @@ from llama_index.core.vector_stores.types import (
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from mm_retriever.errors import FilterError, QueryError
-from mm_retriever.store.collection import WRITE_ROWS, Collection, Hit, Row, check_options, chunks
-from mm_retriever.store.connection import Connection
+from mm_retriever.store.collection import (
+    WRITE_ROWS,
+    Collection,
+    Hit,
+    Row,
+    check_options,
+    chunks,
+    stored_identity,
+)
+from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.filters import (
     DOC_ID_FIELD,
     ID_FIELD,
@@ -67,7 +75,7 @@ class EmbeddingIdentity(Protocol):
 
     @property
     def model_id(self) -> str:
-        """Equal for two models if and only if their vectors may be compared."""
+        """Says whether vectors of two models may be compared; see `same_model`."""
         ...
 
 
@@ -82,6 +90,7 @@ def open_store(
     timeout: float = 30.0,
     overwrite: bool = False,
     hybrid: bool | SparseEmbedding = False,
+    create: bool = True,
 ) -> ImageStore:
     """Return a store that is ready to be written and searched; the collection is made if it is not there.
 
@@ -98,8 +107,11 @@ def open_store(
         hybrid: True also indexes the words of each node (its text, and the texts in its metadata) by BM25, for hybrid
             search; a sparse model (`BGEM3SparseEmbedding`) does it by learned weights. A BM25 index that is there is
             kept up either way. A server must be Milvus 2.5 or later.
+        create: False refuses a file or collection that is not there, and lists those that are: for searching, where a
+            mistyped name must not become an empty collection.
 
     Raises:
+        StoreError: there is no such file or collection, and `create` is False.
         StoreMismatchError: the collection holds vectors of another model, dimension, metric or index, or no index of
             words where one is asked for.
         StoreLockedError: another process has the Milvus Lite file open.
@@ -116,7 +128,51 @@ def open_store(
         timeout=timeout,
         overwrite=overwrite,
         hybrid=hybrid,
+        create=create,
+        model_note=str(getattr(embed_model, "model_note", "")),
     )
+
+
+def open_stored(
+    uri: str | Path,
+    *,
+    collection: str = "mm_retriever",
+    token: str | None = None,
+    timeout: float = 30.0,
+) -> ImageStore:
+    """Return an existing store without a model: to count, read and remove rows, not to add any.
+
+    Raises:
+        StoreError: there is no such file or collection; lists those that are. The others are those of `open_store`.
+    """
+    check_exists(uri)
+    connection = Connection(uri, token=token, timeout=timeout)
+    try:
+        stored = stored_identity(connection, collection)
+    finally:
+        connection.close()
+    return open_store(
+        uri,
+        stored,
+        collection=collection,
+        token=token,
+        metric=stored.metric,
+        timeout=timeout,
+        hybrid=_NoWords(stored.sparse_model) if stored.sparse_model else False,
+        create=False,
+    )
+
+
+class _NoWords:
+    """Stands for the sparse model of a collection that is opened without its models."""
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+
+    def encode_documents(self, texts: Sequence[str]) -> list[dict[int, float]]:
+        raise QueryError(f"this store was opened without its sparse model {self.model_id!r}: open_store(..., hybrid=)")
+
+    encode_queries = encode_documents
 
 
 class ImageStore(MilvusVectorStore):
@@ -141,8 +197,12 @@ class ImageStore(MilvusVectorStore):
         timeout: float = 30.0,
         overwrite: bool = False,
         hybrid: bool | SparseEmbedding = False,
+        create: bool = True,
+        model_note: str = "",
     ) -> None:
         check_options(collection, dimension, index, metric)
+        if not create:
+            check_exists(uri)
         connection = Connection(uri, token=token, timeout=timeout)
         fields: dict[str, Any] = {
             "uri": connection.where,
@@ -162,12 +222,18 @@ class ImageStore(MilvusVectorStore):
         # Not MilvusVectorStore's constructor: it would connect and create without timeouts, checks or our schema.
         super(MilvusVectorStore, self).__init__(**fields)
         self._collection = Collection(
-            connection, collection, dimension=dimension, model_id=model_id, index=index, metric=metric
+            connection,
+            collection,
+            dimension=dimension,
+            model_id=model_id,
+            index=index,
+            metric=metric,
+            model_note=model_note,
         )
         self._milvusclient = connection.client
         self._async_milvusclient = None
         try:
-            self._collection.open(hybrid, overwrite=overwrite)
+            self._collection.open(hybrid, overwrite=overwrite, create=create)
         except BaseException:
             self.close()
             raise

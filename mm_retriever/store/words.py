@@ -14,6 +14,7 @@ from llama_index.core.schema import BaseNode
 from pymilvus import CollectionSchema, DataType, Function, FunctionType
 
 from mm_retriever.store.filters import MAX_TEXT_BYTES, SPARSE_FIELD, WORDS_FIELD
+from mm_retriever.store.identity import same_model
 
 SparseVector: TypeAlias = dict[int, float]
 """Weights of terms, by the number of the term."""
@@ -144,7 +145,7 @@ def word_index_of(
     if stored_model is not None:
         if isinstance(hybrid, bool):
             return f"holds sparse vectors of the model {stored_model!r}: give that model as hybrid="
-        if hybrid.model_id != stored_model:
+        if not same_model(stored_model, hybrid.model_id):
             return f"holds sparse vectors of the model {stored_model!r}, hybrid= is {hybrid.model_id!r}"
         return WordIndex(text_field="", model=hybrid)
     for function in description.get("functions") or ():

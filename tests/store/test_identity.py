@@ -1,0 +1,92 @@
+"""Whose vectors a collection holds: which models it opens for, and opening it without one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from mm_retriever.errors import QueryError, StoreError, StoreMismatchError
+from mm_retriever.store import describe_store, open_store, open_stored, same_model
+from tests.store.test_image_store import MODEL, asked, node
+
+WEIGHTS, OTHERS = "0123456789ab", "ba9876543210"
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "same"),
+    [
+        (f"tiny@{WEIGHTS}/float32", f"visualized-bge@{WEIGHTS}.abcdef", True),
+        (f"tiny@{WEIGHTS}/bfloat16", f"tiny@{WEIGHTS}/float32", True),
+        (f"my copy@{WEIGHTS}/float32", f"BAAI/bge-visualized@{WEIGHTS}/float32", True),
+        (f"my@copy@{WEIGHTS}/float16", f"visualized-bge@{WEIGHTS}.abcdef", True),
+        (f"copy@{WEIGHTS}", f"BAAI/bge-m3@{WEIGHTS}", True),
+        (f"tiny@{WEIGHTS}/float32", f"tiny@{OTHERS}/float32", False),
+        (f"visualized-bge@{WEIGHTS}.abcdef", f"visualized-bge@{WEIGHTS}.fedcba", False),
+        ("colours", "colours", True),
+        ("colours", "others", False),
+        ("colours", f"visualized-bge@{WEIGHTS}.abcdef", False),
+        (f"{WEIGHTS}/float32", f"{WEIGHTS}/bfloat16", False),
+    ],
+)
+def test_vectors_compare_where_the_weights_are_the_same(stored, given, same):
+    """Our choice: name, place and float format are no part of it; what earlier versions wrote is understood."""
+    assert same_model(stored, given) is same
+    assert same_model(given, stored) is same
+
+
+def test_a_collection_of_an_earlier_version_opens_under_a_copy_of_its_model_and_says_what_differs(tmp_path):
+    """Earlier versions kept `name@weights/dtype` and no note."""
+    earlier = SimpleNamespace(dimension=3, model_id=f"tiny@{WEIGHTS}/bfloat16")
+    with open_store(tmp_path / "a.db", earlier) as store:
+        store.add([node("a")])
+    now = SimpleNamespace(dimension=3, model_id=f"visualized-bge@{WEIGHTS}.abcdef", model_note="copy, float32")
+    with open_store(tmp_path / "a.db", now) as store:
+        assert asked(store) == ["a"]
+    other = SimpleNamespace(dimension=3, model_id=f"visualized-bge@{OTHERS}.abcdef", model_note="base, float32")
+    with pytest.raises(StoreMismatchError, match=rf"'tiny@{WEIGHTS}/bfloat16', .* \(base, float32\)"):
+        open_store(tmp_path / "a.db", other)
+    with open_store(tmp_path / "b.db", now) as store:
+        assert store.count() == 0
+    assert describe_store(tmp_path / "b.db")["mm_retriever"]["model_note"] == "copy, float32"
+
+
+def test_what_is_not_there_is_refused_and_not_made_where_nothing_is_to_be_made(tmp_path):
+    """A mistyped name must not become an empty collection that answers every search with nothing."""
+    with open_store(tmp_path / "photos.db", MODEL) as store:
+        store.add([node("a")])
+    for open_again in (lambda **options: open_store(**options, embed_model=MODEL, create=False), open_stored):
+        with pytest.raises(StoreError, match=r"no collection 'typo' .* there are: 'mm_retriever' \(1 rows\)"):
+            open_again(uri=tmp_path / "photos.db", collection="typo")
+        with pytest.raises(StoreError, match=r"no store .*photo\.db'; there are 'photos\.db' in its folder"):
+            open_again(uri=tmp_path / "photo.db")
+    with pytest.raises(StoreError, match="no store"):
+        describe_store(tmp_path / "none" / "photo.db")
+    assert [path.name for path in tmp_path.glob("*.db")] == ["photos.db"]
+    assert not (tmp_path / "none").exists()
+    assert describe_store(tmp_path / "photos.db").keys() == {"mm_retriever"}
+
+
+class Sparse:
+    model_id = "sparse"
+
+    def encode_documents(self, texts):
+        return [{1: 1.0} for _ in texts]
+
+    encode_queries = encode_documents
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "COSINE"}, {"hybrid": True}, {"hybrid": Sparse()}])
+def test_a_store_is_opened_without_its_models_to_count_and_remove(tmp_path, options):
+    """Removing rows needs no vectors, so it must not load a model of gigabytes, nor be told metric and words."""
+    with open_store(tmp_path / "a.db", MODEL, **options) as store:
+        store.add([node("a"), node("b")])
+    with open_stored(tmp_path / "a.db") as store:
+        assert (store.model_id, store.dim, store.similarity_metric) == (MODEL.model_id, 3, options.get("metric", "IP"))
+        store.delete_nodes(["a"])
+        assert store.count() == 1
+        if isinstance(options.get("hybrid"), Sparse):
+            with pytest.raises(QueryError, match="without its sparse model 'sparse'"):
+                store.add([node("c")])
+    with open_store(tmp_path / "a.db", MODEL, **options) as store:
+        assert asked(store) == ["b"]
