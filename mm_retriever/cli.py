@@ -8,7 +8,6 @@ one line on stderr and exit code 2.
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mm_retriever import __version__
-from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.errors import FilterError, MMRetrieverError, QueryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
-CONDITION = re.compile(r"(?P<key>[A-Za-z_]\w*)\s*(?P<sign>:=|!=|>=|<=|=|>|<)(?P<value>.*)", re.DOTALL)
 TINY_FUSION = 0.3
 """Weight of the retrieval score beside the small reranker's, chosen on seen compositions (its model card)."""
 EXIT_USAGE = 2
@@ -118,7 +116,11 @@ def search(
     collection: Collection = "mm_retriever",
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=16_384, help="How many results.")] = 9,
     where: Annotated[
-        list[str] | None, typer.Option(help="What a result must be: label=shoes, year>2020; repeat for more.")
+        list[str] | None,
+        typer.Option(
+            help="What a result must be: label=shoes, year>2020, taken>=2024-01-31, 'label in mug, cup', "
+            "'caption contains red', 'price is empty'; repeat for more."
+        ),
     ] = None,
     min_score: Annotated[float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).")] = None,
     hybrid: Annotated[
@@ -152,6 +154,7 @@ def search(
     with _opened(db, embed_model, collection=collection, token=token, must_exist=True) as store:
         if hybrid and not store.hybrid:
             raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
+        _check_filters(store, filters)
         retriever = ComposedRetriever(
             store,
             embed_model,
@@ -459,29 +462,24 @@ def _must_exist(db: str | Path) -> None:
 
 
 def _filters(conditions: Sequence[str]) -> MetadataFilters | None:
-    from llama_index.core.vector_stores import FilterOperator, MetadataFilter, MetadataFilters
+    from llama_index.core.vector_stores import MetadataFilters
 
-    filters: list[MetadataFilter | MetadataFilters] = []
-    for condition in conditions:
-        match = CONDITION.fullmatch(condition)
-        if match is None:
-            raise QueryError(
-                f"--where {condition!r} is not key=value, key!=value, or key>number (also >=, <, <=, :=number)"
-            )
-        key, sign, value = match["key"], match["sign"], match["value"]
-        numeric = sign not in ("=", "!=")
-        operator = FilterOperator({"=": "==", ":=": "=="}.get(sign, sign))
-        filters.append(
-            MetadataFilter(key=key, value=_number(condition, value) if numeric else value, operator=operator)
-        )
-    return MetadataFilters(filters=filters) if filters else None
+    from mm_retriever.store.conditions import read_condition, second_condition
 
-
-def _number(condition: str, value: str) -> int | float:
+    if not conditions:
+        return None
     try:
-        return int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
-    except ValueError:
-        raise QueryError(f"--where {condition!r}: {value!r} is not a number; for text use key=value") from None
+        filters = MetadataFilters(filters=[read_condition(condition) for condition in conditions])
+    except FilterError as error:
+        raise QueryError(f"--where {error}") from None
+    for condition in filter(second_condition, conditions):
+        typer.echo(f"--where {condition!r} is taken as one condition; repeat --where for each", err=True)
+    return filters
+
+
+def _check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:
+    if problems := store.filter_problems(filters):
+        raise QueryError(f"--where: {'; '.join(problems)}")
 
 
 def _reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hypothesis import strategies as st
@@ -37,27 +38,66 @@ def matches(item: MetadataFilter | MetadataFilters, row: dict[str, Any]) -> bool
         return not matches(
             MetadataFilter(key=item.key, operator=Op.EQ if operator is Op.NE else Op.IN, value=value), row
         )
+    if operator is Op.EQ and value is None:
+        return nothing
     if nothing:
         return False
     if operator is Op.EQ:
-        return bool(stored == value)
+        return equal(stored, value)
     if operator is Op.IN:
-        return any(stored == one for one in value)
+        return any(equal(stored, one) for one in value)
     if operator is Op.TEXT_MATCH:
         return isinstance(stored, str) and value in stored
     if operator in (Op.CONTAINS, Op.ANY, Op.ALL):
         if not isinstance(stored, list):
             return False
         wanted = [value] if operator is Op.CONTAINS else value
-        return (all if operator is Op.ALL else any)(one in stored for one in wanted)
-    if isinstance(stored, list) or isinstance(stored, str) != isinstance(value, str):
+        return (all if operator is Op.ALL else any)(any(equal(each, one) for each in stored) for one in wanted)
+    if isinstance(stored, list):
         return False
+    if isinstance(stored, str) and not isinstance(value, str):
+        return False
+    if isinstance(value, str) and not isinstance(stored, str):
+        value = number_of(value)
+        if value is None:
+            return False
     return {
         Op.GT: stored > value,
         Op.GTE: stored >= value,
         Op.LT: stored < value,
         Op.LTE: stored <= value,
     }[operator]
+
+
+def equal(stored: Any, value: Any) -> bool:
+    """Whether a stored text or number is the value of a filter."""
+    if isinstance(stored, list):
+        return False
+    if isinstance(value, str):
+        truth = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+        if value in truth:
+            return truth.get(stored) is truth[value] if isinstance(stored, str) else bool(stored == truth[value])
+        return stored == value if isinstance(stored, str) else stored == number_of(value)
+    if not isinstance(stored, str):
+        return bool(stored == value)
+    plain = {str(value)}
+    if isinstance(value, int):
+        plain |= {str(float(value))} if float(value) == value else set()
+    elif value.is_integer() and abs(value) < 2**63:
+        plain.add(str(int(value)))
+    return stored in plain
+
+
+def number_of(text: str) -> int | float | None:
+    """The number that a text reads as: digits, a sign, a point, an exponent, and nothing else."""
+    if not text or set(text) - set("0123456789+-.eE"):
+        return None
+    try:
+        if not set(text) & set(".eE"):
+            return int(text) if abs(int(text)) < 2**63 else None
+        return float(text) if math.isfinite(float(text)) else None
+    except ValueError:
+        return None
 
 
 # ------------------------------------------------------------------------------------------ strategies
@@ -71,13 +111,26 @@ NASTY = (
     'x" or id like "%', "\\n", "\\u0041", "$meta", "%", "_", "50%", "a_b",
 )  # fmt: skip
 
+NUMERALS = (
+    "0", "-0", "1", "5", "-5", "+5", "007", "05", "5.0", "5.", ".5", "0.5", "5.00", "1e0", "1E3", "1000", "1000.0",
+    "1e400", "-1.5", "2020", "2020.0", "9007199254740993", "9007199254740992.0", "9223372036854775807",
+    "99999999999999999999", "1e+16", "10000000000000000", "true", "True", "FALSE", "tRue", "1.0", "٥", " 5", "5 ",
+    "1_0", "+", "-", ".", "e", "--5", "1e", "0x5", "inf", "nan", "2024-01-31",
+)  # fmt: skip
+
 numbers = st.one_of(
     st.integers(-5, 5),
     st.integers(-(2**53), 2**53),
-    st.sampled_from([0.5, -1.5, 1.0, 5.0, 1e-7, -1e300, 1e300, 5e-324, -0.0]),
+    st.sampled_from([2020, 1000, 10**16, 2**53 + 1, 2**63 - 1, 1 - 2**63]),
+    st.sampled_from([0.5, -1.5, 1.0, 5.0, 1e-7, -1e300, 1e300, 5e-324, -0.0, 2020.0, 1000.0, 1e16]),
     st.floats(allow_nan=False, allow_infinity=False),
 )
-texts = st.one_of(st.sampled_from(NASTY), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+texts = st.one_of(
+    st.sampled_from(NUMERALS),
+    numbers.map(str),
+    st.sampled_from(NASTY),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+)
 scalars = st.one_of(numbers, texts)
 stored_values = st.one_of(
     st.none(),
@@ -103,10 +156,15 @@ def conditions(draw: st.DrawFn) -> MetadataFilter:
     if operator is Op.IS_EMPTY:
         value = None
     elif operator in (Op.IN, Op.NIN, Op.ANY, Op.ALL):
-        value = draw(st.one_of(st.lists(texts, min_size=1, max_size=4), st.lists(numbers, min_size=1, max_size=4)))
+        least = 1 if operator is Op.ALL else 0
+        value = draw(
+            st.one_of(st.lists(texts, min_size=least, max_size=4), st.lists(numbers, min_size=least, max_size=4))
+        )
         value = [float(one) for one in value] if any(isinstance(one, float) for one in value) else value
     elif operator is Op.TEXT_MATCH:
         value = draw(texts.filter(lambda text: not set(text) & set("%_\\")))
+    elif operator in (Op.EQ, Op.NE):
+        value = draw(st.one_of(scalars, scalars, scalars, st.none()))
     else:
         value = draw(scalars)
     return MetadataFilter(key=key, operator=operator, value=value)
@@ -132,6 +190,9 @@ PINNED_ROWS: list[dict[str, Any]] = [
     {"year": None, "owner": "", "tags": [1, 2], "mixed": ["5"]},
     {"owner": "line\nbreak", "mixed": '["5"]'},
     {"owner": 'x") or (id != "', "mixed": 5.0},
+    {"year": "2020", "owner": 5, "tags": ["2020", 5], "mixed": "5.0"},
+    {"year": "true", "owner": "007", "tags": ["5.0", 1.0], "mixed": False},
+    {"year": 2**53 + 1, "owner": "9007199254740993", "tags": [2**53 + 1, "x"], "mixed": "2020.0"},
     {"owner": "漢字", "Größe": 5, "file path": "/a b/c", "a.b-c": "x", "in": 1},
 ]
 

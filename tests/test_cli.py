@@ -98,6 +98,97 @@ def test_a_condition_cannot_be_broken_out_of(capfd, db, value):
         assert run(capfd, "search", "--db", db, "--model", "tiny", "-t", "mug", "--where", condition)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("condition", "years"),
+    [
+        ("year=2020", [2020]),
+        ("year != 2020", [2019, 2021]),
+        ("year == 2020.0", [2020]),
+        ("year=>2020", [2020, 2021]),
+        ("year < 2020", [2019]),
+        ("year in 2019, 2021", [2019, 2021]),
+        ("year not in (2019, 2021)", [2020]),
+        ("code=007", [2020]),
+        ("code != '007'", [2019, 2021]),
+        ("taken>=2024-01-02", [2020, 2021]),
+        ("taken<=2024-01-02", [2019, 2020]),  # all of that day
+        ("taken = 2024-01-02", [2020]),
+        ("taken < 2024-02", [2019, 2020]),
+        ("title contains red", [2019]),
+        ("title is empty", [2021]),
+        ("title!=", [2019, 2020]),
+        ("'title' = \"a red mug\"", [2019]),
+    ],
+)
+def test_conditions_are_understood_as_people_write_them(capfd, years_db, condition, years):
+    """Truth: by hand, on three rows."""
+    options = ("--db", years_db, "--model", "tiny", "-t", "mug", "--json")
+    code, out, err = run(capfd, "search", *options, "--where", condition)
+    assert (code, err) == (0, "")
+    assert sorted(row["year"] for row in json.loads(out)) == years
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ("Year=2020", "no column 'Year'; there are: "),
+        ("Year=2020", "did you mean 'year'?"),
+        ("colour!=red", "no column 'colour'"),
+        ("title>5", "column 'title' holds text, which > does not compare with the number 5"),
+        ("year>2024-01-01", "column 'year' holds numbers, which > does not compare with the text '2024-01-01'"),
+        ("year=~20", "'=~' is none of"),
+        ("year", "is not key=value"),
+        ("year in", "values are missing"),
+        ("year>", "a value is missing"),
+    ],
+)
+def test_conditions_that_nothing_can_meet_are_refused(capfd, years_db, condition, says):
+    """Our choice: nothing found, or everything, must not look like an answer."""
+    code, out, err = run(capfd, "search", "--db", years_db, "--model", "tiny", "-t", "mug", "--where", condition)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_two_conditions_in_one_are_said(capfd, years_db):
+    options = ("--db", years_db, "--model", "tiny", "-t", "mug", "--json")
+    code, out, err = run(capfd, "search", *options, "--where", "title=a red mug and year>2000")
+    assert (code, json.loads(out)) == (0, [])
+    assert "repeat --where" in err
+
+
+@pytest.fixture(scope="module")
+def years_db(pictures, tmp_path_factory):
+    """Three pictures with columns of every type, on Milvus Lite."""
+    folder = tmp_path_factory.mktemp("years")
+    sources = sorted(pictures.rglob("*.jpg"))[:3]
+    (folder / "pictures").mkdir()
+    for source in sources:
+        (folder / "pictures" / source.name).write_bytes(source.read_bytes())
+    facts = [
+        {"year": 2019, "code": "7", "taken": "2024-01-01T23:59:59", "title": "a red mug"},
+        {"year": 2020, "code": "007", "taken": "2024-01-02T10:00:00", "title": "a blue mug"},
+        {"year": 2021, "code": "x", "taken": "2024-02-01T00:00:00"},
+    ]
+    sidecar = folder / "facts.json"
+    sidecar.write_text(
+        json.dumps({source.name: fact for source, fact in zip(sources, facts, strict=True)}), encoding="utf-8"
+    )
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "index",
+                str(folder / "pictures"),
+                "--db",
+                str(folder / "a.db"),
+                "--model",
+                "tiny",
+                "--sidecar",
+                str(sidecar),
+            ]
+        )
+    return folder / "a.db"
+
+
 def test_words_beside_pictures_are_found_exactly_with_hybrid(capfd, pictures, db, tmp_path):
     """A code that no model knows, from a sidecar: only BM25 tells it from others."""
     sidecar, words = tmp_path / "facts.json", tmp_path / "words.db"

@@ -2,7 +2,7 @@
 
 Owns the descriptions of the arguments that every host shows to its model. Models send numbers as text, JSON inside
 strings and a mapping where a list is asked for: what can be meant in one way only is taken, the rest is refused with an
-error that shows what to write. Knows nothing of stores and conversations.
+error that shows what to write. Knows nothing of conversations.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
-from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 from pydantic import Field
 
 from mm_retriever.errors import FilterError, QueryError, shown
+from mm_retriever.store.conditions import condition
 
 TextArgument: TypeAlias = Annotated[
     str | None,
@@ -43,13 +44,12 @@ FiltersArgument: TypeAlias = Annotated[
     list[dict[str, Any]] | None,
     Field(
         description='Conditions that every result must meet, as [{"key": "label", "operator": "==", "value": "mug"}]. '
-        "Operators: ==, !=, >, >=, <, <=, in, nin, contains, text_match, is_empty."
+        "Operators: ==, !=, >, >=, <, <=, in, nin, contains, text_match, is_empty. Dates are text like 2024-01-31."
     ),
 ]
 TopKArgument: TypeAlias = Annotated[int | None, Field(description="How many results.")]
 
 _FORM = '[{"key": "label", "operator": "==", "value": "mug"}]'
-_ALIASES = {"=": "==", "eq": "==", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<=", "not in": "nin"}
 _MAX_CONDITIONS = 64
 _MAX_DEPTH = 4
 _LONGEST_RESULT = 64  # characters; the pattern looks at blanks again and again
@@ -141,9 +141,7 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
         return _condition(value)
     if "operator" in value:
         raise FilterError(f"filters {shown(value)}: a condition has key, operator and value, {_FORM}")
-    return MetadataFilters(
-        filters=[_condition({"key": key, "operator": "==", "value": one}) for key, one in value.items()]
-    )
+    return MetadataFilters(filters=[_condition({"key": key, "value": one}) for key, one in value.items()])
 
 
 def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataFilters:
@@ -151,28 +149,15 @@ def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataF
     if value.keys() - {"condition", "filters"} or not isinstance(inside, list | tuple):
         raise FilterError(f'filters {shown(value)}: a group is {{"condition": "or", "filters": [...]}}')
     try:
-        condition = FilterCondition(str(value.get("condition") or "and").lower())
+        joined = FilterCondition(str(value.get("condition") or "and").lower())
     except ValueError:
         raise FilterError(f"condition {shown(value['condition'])}: give and, or, not") from None
-    return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in inside], condition=condition)
+    return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in inside], condition=joined)
 
 
-def _condition(value: Mapping[str, Any]) -> MetadataFilter:
+def _condition(value: Mapping[str, Any]) -> MetadataFilter | MetadataFilters:
     key, wanted = value["key"], value.get("value")
     if not isinstance(key, str):
         raise FilterError(f"key {shown(key)}: give the name of a metadata column")
-    name = str(value.get("operator") or ("in" if isinstance(wanted, list) else "==")).strip().lower()
-    try:
-        operator = FilterOperator(_ALIASES.get(name, name))
-    except ValueError:
-        known = ", ".join(one.value for one in FilterOperator)
-        raise FilterError(f"operator {shown(value['operator'])} of {key[:60]!r}: give one of {known}") from None
-    if isinstance(wanted, bool):  # stored as 1 or 0
-        wanted = int(wanted)
-    flat = wanted if isinstance(wanted, list) else [wanted]
-    if not all(one is None or isinstance(one, str | int | float) for one in flat):
-        raise FilterError(f"value {shown(wanted)} of {key[:60]!r}: give text, a number, or a list of them")
-    try:
-        return MetadataFilter(key=key, operator=operator, value=wanted)
-    except ValueError:  # pydantic: a list of mixed types
-        raise FilterError(f"value {shown(wanted)} of {key[:60]!r}: a list holds texts or numbers, not both") from None
+    operator = value.get("operator") or ("in" if isinstance(wanted, list) else "==")
+    return condition(key, str(operator), wanted)

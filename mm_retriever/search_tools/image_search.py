@@ -21,7 +21,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
-from mm_retriever.errors import ImageLoadError, QueryError
+from mm_retriever.errors import FilterError, ImageLoadError, QueryError
 from mm_retriever.image import (
     DEFAULT_POLICY,
     ImagePolicy,
@@ -47,7 +47,7 @@ from mm_retriever.search_tools.results import (
     one_line,
     shown_metadata,
 )
-from mm_retriever.store import ImageStore, filter_expression
+from mm_retriever.store import ImageStore
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many steps of how many are done, and what comes next; in the thread that searches."""
@@ -141,7 +141,8 @@ class ImageSearch:
 
         Raises:
             QueryError: nothing to search for, a picture that nobody knows, or a number out of range.
-            FilterError: filters that are no filters, or cannot be expressed.
+            FilterError: filters that are no filters, that cannot be expressed, or that no stored picture can meet as
+                they are written, for example on a column that does not exist.
             ImageLoadError: the picture cannot or must not be read.
         """
         words = read_text(text, "text", most=self.limits.query_text)
@@ -260,7 +261,8 @@ class ImageSearch:
     ) -> SearchResult:
         count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
         asked = read_filters(filters)
-        filter_expression(asked)  # what cannot be expressed is refused before a model is asked
+        if problems := self._store.filter_problems(asked):  # refused before a model is asked
+            raise FilterError(f"filters: {'; '.join(problems)}")
         tell, steps = progress or _nobody, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
         picture = self._read(image, conversation) if image else None

@@ -6,6 +6,8 @@ of picture files. Its files:
 - `rows.py`: a LlamaIndex node to a row, and back; what may be stored.
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
 - `identity.py`: whose vectors a collection holds, and which other models' may be compared with them.
+- `conditions.py`: conditions as people and language models write them, to metadata filters.
+- `columns.py`: which metadata columns there are, and what filters say that they do not bear out.
 - `words.py`: what hybrid search indexes beside the vectors.
 - `channel.py`: requests to a server that end by their deadline, and are sent again until then.
 - `lite_files.py`: Milvus Lite files, who has them open, and what a killed process left there.

@@ -264,6 +264,10 @@ class Collection:
             yield page
             after = f"({ID_FIELD} > {quoted(page[-1][ID_FIELD])})"
 
+    def some(self, names: Sequence[str], expression: str, limit: int) -> list[Row]:
+        """Return any rows that match, at most so many."""
+        return self._fetch(expression, names, limit=limit)
+
     def count(self, expression: str) -> int:
         """Return how many rows match; "" counts all."""
         if expression and self._lite:  # Milvus Lite counts by fetching whole rows

@@ -5,10 +5,14 @@ have mixed types. Knows nothing of connections: `filter_expression` is a pure fu
 
 What a filter means (Milvus Lite and Milvus servers agree, and a property test holds it):
 
-- A missing key, None and an empty list are the same: nothing. It satisfies `!=`, `nin` and `is_empty`, and no other
-  operator; the empty text satisfies `is_empty` too.
+- A missing key, None and an empty list are the same: nothing. It satisfies `!=`, `nin`, `is_empty` and `== None`, and
+  no other operator; the empty text satisfies `is_empty` too.
 - Numbers compare by value (1 == 1.0); a stored bool is the number 1 or 0. Text compares by code point.
-- A number and a text are never equal, and neither is less than the other; a list equals and precedes nothing.
+- A text that reads as a number ("2020", "1.50", "-3e2") also equals that number: nobody who writes a filter can see
+  whether a column holds 2020 or "2020". "true" and "false" read as 1 and 0, and equal each other in any of the usual
+  cases. A number also equals the texts that spell it plainly: 2020 equals "2020" and "2020.0", but not "02020".
+- `>` and its like compare a number with numbers, a text with texts, and a text that reads as a number with both.
+- `in []` matches nothing and `nin []` everything; a list equals and precedes nothing.
 - `contains`, `any` and `all` look into lists only; `text_match` finds a substring of a text, case and all.
 - NOT matches where none of its filters match, exactly: also where the key is missing or of another type.
 
@@ -64,6 +68,13 @@ _KEY = re.compile(r"\w[\w .-]{0,127}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _KEYWORDS = frozenset(("and", "or", "not", "in", "like", "is", "null", "exists", "iso", "interval", "true", "false"))
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_LONGEST_NUMBER = 400  # characters: more than any float needs
+_TRUTH = dict.fromkeys(("true", "True", "TRUE"), ("true", "True", "TRUE")) | dict.fromkeys(
+    ("false", "False", "FALSE"), ("false", "False", "FALSE")
+)
+_NOWHERE = f'({ID_FIELD} < "")'  # true of no row: no text comes before the empty one
 
 _COMPARISONS = {
     FilterOperator.GT: ">",
@@ -134,6 +145,17 @@ def key_problem(key: object) -> str | None:
     if not _KEY.fullmatch(key):
         return f"{key[:60]!r} is not a key: up to 128 letters, digits, '_', ' ', '.' and '-', the first no punctuation"
     return None
+
+
+def read_number(text: str) -> int | float | None:
+    """Return the number that a text reads as, None if it reads as none or as one that no column can hold."""
+    if len(text) > _LONGEST_NUMBER or _NUMBER.fullmatch(text) is None:
+        return None
+    if text.lstrip("+-").isdigit():
+        whole = int(text)
+        return whole if -MAX_INTEGER <= whole <= MAX_INTEGER else None
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def takes_lists(key: str) -> bool:
@@ -213,20 +235,39 @@ class _Column:
 
 
 @dataclass(frozen=True)
-class _Leaf:
-    """One condition.
+class _Test:
+    """One way in which a condition may hold: true where it does, false or unknown elsewhere.
 
     Attributes:
-        test: true where the condition holds, false or unknown elsewhere.
+        test: the expression.
         guards: what makes `test` certain. Milvus Lite calls a comparison with a missing value or another type
-            unknown, and NOT unknown is unknown; a server calls it false. Behind its guards it is false on both.
+            unknown, and NOT unknown is unknown; a server calls it false. With its guards before it, it is false on
+            both.
     """
 
     test: str
-    guards: tuple[str, ...]
+    guards: tuple[str, ...] = ()
+
+    def certain(self) -> str:
+        return joined([*self.guards, self.test], "and")
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One condition, which holds where one of its tests does."""
+
+    tests: tuple[_Test, ...]
+
+    def __init__(self, *tests: _Test) -> None:
+        object.__setattr__(self, "tests", tests)
+
+    @property
+    def test(self) -> str:
+        return joined([one.test for one in self.tests], "or")
 
     def negation(self) -> str:
-        return f"(not {joined([*self.guards, self.test], 'and')})" if self.guards else f"(not ({self.test}))"
+        certain = [one.certain() for one in self.tests]
+        return f"(not {certain[0]})" if len(certain) == 1 else f"(not {joined(certain, 'or')})"
 
 
 def _column(key: str) -> _Column:
@@ -241,23 +282,22 @@ def _column(key: str) -> _Column:
 
 def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Budget) -> _Leaf:
     exists = () if column.own else (f"(exists {column.expression})",)
+    if operator is FilterOperator.EQ and value is None:
+        return _Leaf(_Test(f'({column.expression} == "")' if column.own else f"(not (exists {column.expression}))"))
     if operator is FilterOperator.EQ:
-        return _Leaf(f"({column.expression} == {_scalar(column, operator, value)})", exists)
+        return _Leaf(_Test(_equality(column, [_Equal.of(column, operator, value)]), exists))
     if operator in _COMPARISONS:
-        literal = _scalar(column, operator, value)
-        test = f"({column.expression} {_COMPARISONS[operator]} {literal})"
-        return _Leaf(test, (*exists, *_same_type(column, value)))
+        return _order_leaf(column, operator, value, exists)
     if operator is FilterOperator.IN:
-        values = _values(operator, value, budget)
-        tests = [f"({column.expression} == {_scalar(column, operator, one)})" for one in values]
-        return _Leaf(joined(tests, "or"), exists)
+        equals = [_Equal.of(column, operator, one) for one in _values(operator, value, budget)]
+        return _Leaf(_Test(_equality(column, equals), exists))
     if operator is FilterOperator.TEXT_MATCH:
-        return _Leaf(f"({column.expression} like {_substring(value)})", exists)
+        return _Leaf(_Test(f"({column.expression} like {_substring(value)})", exists))
     if operator is FilterOperator.IS_EMPTY:
         if value is not None:
             raise FilterError(f"is_empty takes no value (None), got {shown(value)}")
         empty = f'({column.expression} == "")'
-        return _Leaf(empty if column.own else f"((not (exists {column.expression})) or {empty})", ())
+        return _Leaf(_Test(empty if column.own else f"((not (exists {column.expression})) or {empty})"))
     if operator in _LIST_OPERATORS:
         return _list_leaf(column, operator, value, exists, budget)
     if operator is FilterOperator.TEXT_MATCH_INSENSITIVE:
@@ -265,13 +305,21 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Bud
     raise FilterError(f"operator {operator.value!r} cannot be expressed in Milvus")
 
 
-def _same_type(column: _Column, value: object) -> tuple[str, ...]:
+def _order_leaf(column: _Column, operator: FilterOperator, value: object, exists: tuple[str, ...]) -> _Leaf:
+    def against(literal: str, *guards: str) -> _Test:
+        return _Test(f"({column.expression} {_COMPARISONS[operator]} {literal})", (*exists, *guards))
+
     if column.own:
-        return ()
-    if isinstance(value, str):
-        return (column.has_text(),)
-    no_list = (f"(array_length({column.name}) == 0)",) if takes_lists(column.name) else ()  # no empty list is stored
-    return (f"(not {column.has_text()})", *no_list)
+        if not isinstance(value, str):
+            raise _mismatched(column, value)
+        return _Leaf(against(quoted(value)))
+    tests = [against(quoted(value), column.has_text())] if isinstance(value, str) else []
+    number = read_number(value) if isinstance(value, str) else _number(column, operator, value)
+    if number is not None:
+        # no empty list is stored
+        no_list = (f"(array_length({column.name}) == 0)",) if takes_lists(column.name) else ()
+        tests.append(against(_literal(number), f"(not {column.has_text()})", *no_list))
+    return _Leaf(*tests)
 
 
 def _list_leaf(
@@ -281,52 +329,111 @@ def _list_leaf(
     if not takes_lists(column.name):
         raise FilterError(f"{operator.value!r} needs a key of ASCII letters, digits and '_', got {column.name!r}")
     values = [value] if operator is FilterOperator.CONTAINS else _values(operator, value, budget)
-    # Not json_contains: Milvus Lite's takes no minus. A server finds 1.0 in a list only as 1.0, so both are looked for.
-    spellings = [_spellings(column, operator, one) for one in values]
+    if not values and operator is FilterOperator.ALL:
+        raise FilterError("'all' with an empty list asks for nothing: leave the filter out")
+    equals = [_Equal.of(column, operator, one) for one in values]
     if operator is FilterOperator.ALL:
-        tests = [f"json_contains_any({column.name}, [{', '.join(one)}])" for one in spellings]
+        test = joined([_membership(column, [one]) for one in equals], "and")
     else:
-        tests = [f"json_contains_any({column.name}, [{', '.join(literal for one in spellings for literal in one)}])"]
+        test = _membership(column, equals) if equals else _NOWHERE
     # Milvus Lite reads a text that looks like a JSON list as a list: a text is none
-    return _Leaf(joined([f"(not {column.has_text()})", *tests], "and"), exists)
+    return _Leaf(_Test(joined([f"(not {column.has_text()})", test], "and"), exists))
 
 
-def _spellings(column: _Column, operator: FilterOperator, value: object) -> list[str]:
-    literals = [_scalar(column, operator, value)]
-    if isinstance(value, int | float) and abs(value) <= _EXACT_INTEGER and value == int(value):
-        literals.append(float.__repr__(float(value)) if isinstance(value, int) else int.__repr__(int(value)))
-    return literals
+# ---------------------------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True)
+class _Equal:
+    """What is equal to a value of a filter."""
+
+    number: int | float | None
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, column: _Column, operator: FilterOperator, value: object) -> _Equal:
+        if isinstance(value, str):
+            text = str.__str__(value)
+            spellings = _TRUTH.get(text, (text,))
+            number = int(spellings[0] == "true") if len(spellings) > 1 else read_number(text)
+            return cls(None if column.own else number, spellings)
+        number = _number(column, operator, value)
+        return cls(None if column.own else number, _spellings(value, number))
+
+    def literals(self) -> list[str]:
+        """The number as an integer and as a decimal: a server finds 1.0 in a list only as 1.0."""
+        if self.number is None:
+            return []
+        literals = [_literal(self.number)]
+        if abs(self.number) <= _EXACT_INTEGER and self.number == int(self.number):
+            whole = isinstance(self.number, int)
+            literals.append(_literal(float(self.number) if whole else int(self.number)))
+        return literals
+
+
+def _equality(column: _Column, equals: Sequence[_Equal]) -> str:
+    """Whether the column is one of these; a value that occurs twice is asked for once."""
+    numbers = dict.fromkeys(_literal(one.number) for one in equals if one.number is not None)
+    texts = dict.fromkeys(quoted(text) for one in equals for text in one.texts)
+    tests = [f"({column.expression} == {literal})" for literal in (*numbers, *texts)]
+    return joined(tests, "or") if tests else _NOWHERE
+
+
+def _membership(column: _Column, equals: Sequence[_Equal]) -> str:
+    """Whether a list holds one of these, by type. Not json_contains: on Milvus Lite its argument takes no minus."""
+    numbers = [literal for one in equals for literal in one.literals()]
+    texts = [quoted(text) for one in equals for text in one.texts]
+    tests = [f"json_contains_any({column.name}, [{', '.join(some)}])" for some in (numbers, texts) if some]
+    return joined(tests, "or")
+
+
+def _spellings(value: object, number: int | float) -> tuple[str, ...]:
+    """The texts that write a number plainly, as Python does; those of a truth value are words."""
+    if isinstance(value, bool):
+        return _TRUTH["true" if value else "false"]
+    plain = [_literal(number)]
+    if isinstance(number, int):
+        if float(number) == number:
+            plain.append(float.__repr__(float(number)))
+    elif abs(number) <= MAX_INTEGER and number.is_integer():
+        plain.append(int.__repr__(int(number)))
+    return tuple(plain)
+
+
+def _literal(number: int | float) -> str:
+    return int.__repr__(number) if isinstance(number, int) else float.__repr__(number)
+
+
+def _number(column: _Column, operator: FilterOperator, value: object) -> int | float:
+    """The value as a number that may stand in an expression."""
+    if isinstance(value, bool):  # stored as 1 or 0
+        return int(value)
+    if isinstance(value, int):
+        if not -MAX_INTEGER <= value <= MAX_INTEGER:
+            raise FilterError(f"{shown(value)} does not fit into 64 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise FilterError(f"{value!r} is not a number that can be compared")
+        return value
+    if value is None:
+        raise FilterError(f"{column.name!r} {operator.value} None: use the operator is_empty")
+    several = "; for one of several values use in" if isinstance(value, list | tuple) else ""
+    raise FilterError(
+        f"{column.name!r} {operator.value}: text or a number is needed, got {type(value).__name__}{several}"
+    )
+
+
+def _mismatched(column: _Column, value: object) -> FilterError:
+    return FilterError(f"{column.name!r} is a text column and cannot be compared with {shown(value)}")
 
 
 def _values(operator: FilterOperator, value: object, budget: _Budget) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         raise FilterError(f"{operator.value!r} needs a list of values, got {shown(value)}")
-    if not value:
-        raise FilterError(f"{operator.value!r} with an empty list: leave the filter out, or say what is meant")
     for one in value:
         budget.spend(one)
     return value
-
-
-def _scalar(column: _Column, operator: FilterOperator, value: object) -> str:
-    """One text or number as a literal."""
-    if isinstance(value, str):
-        return quoted(value)
-    if column.own:
-        raise FilterError(f"{column.name!r} is a text column and cannot be compared with {shown(value)}")
-    if isinstance(value, bool):  # stored as 1 or 0
-        return "1" if value else "0"
-    if isinstance(value, int):
-        if not -MAX_INTEGER <= value <= MAX_INTEGER:
-            raise FilterError(f"{shown(value)} does not fit into 64 bits")
-        return int.__repr__(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise FilterError(f"{value!r} is not a number that can be compared")
-        return float.__repr__(value)
-    if value is None:
-        raise FilterError(f"{column.name!r} {operator.value} None: use the operator is_empty")
-    raise FilterError(f"{column.name!r} {operator.value}: text or a number is needed, got {type(value).__name__}")
 
 
 def _substring(value: object) -> str:

@@ -6,6 +6,7 @@ Owns how LlamaIndex's nodes, queries and filters become rows, searches and expre
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +34,10 @@ from mm_retriever.store.collection import (
     chunks,
     stored_identity,
 )
+from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.filters import (
+    CONTENT_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
     TEXT_FIELD,
@@ -45,6 +48,8 @@ from mm_retriever.store.filters import (
 )
 from mm_retriever.store.rows import NODE_FIELDS, node_to_row, row_to_node
 from mm_retriever.store.words import SparseEmbedding, WordIndex
+
+logger = logging.getLogger(__name__)
 
 MAX_TOP_K = 16_384
 """The most rows that one Milvus request returns."""
@@ -183,6 +188,8 @@ class ImageStore(MilvusVectorStore):
     """
 
     _collection: Collection = PrivateAttr()
+    _columns: Columns = PrivateAttr()
+    _checked: set[tuple[str, str, str]] = PrivateAttr(default_factory=set)
 
     def __init__(
         self,
@@ -230,6 +237,7 @@ class ImageStore(MilvusVectorStore):
             metric=metric,
             model_note=model_note,
         )
+        self._columns = Columns(lambda expression, limit: self._collection.some([CONTENT_FIELD], expression, limit))
         self._milvusclient = connection.client
         self._async_milvusclient = None
         try:
@@ -291,6 +299,7 @@ class ImageStore(MilvusVectorStore):
                 columns = words.columns([kept[one] for one in ids])
                 batch = [{**row, **more} for row, more in zip(batch, columns, strict=True)]
             self._collection.write(batch)
+            self._columns.written(batch)
         return [node.node_id for node in nodes]
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
@@ -312,7 +321,7 @@ class ImageStore(MilvusVectorStore):
             FilterError: nothing is said about what to remove; `clear()` removes all.
         """
         _refuse_options("delete_nodes", delete_kwargs)
-        expression = filter_expression(filters)
+        expression = self._expression(filters)
         if node_ids is None and not expression:
             raise FilterError("delete_nodes needs node_ids or filters; clear() removes everything")
         if node_ids is None:
@@ -325,6 +334,7 @@ class ImageStore(MilvusVectorStore):
     def clear(self) -> None:
         """Remove every row; the store stays open and ready."""
         self._collection.clear()
+        self._columns.forget()
 
     # ------------------------------------------------------------------------------------------ searching
 
@@ -337,6 +347,8 @@ class ImageStore(MilvusVectorStore):
         similarities are sums of 1 / (60 + rank); without words, by vector alone; `hybrid_top_k` and `sparse_top_k` as
         LlamaIndex knows them). Filters hold for all. An empty list of doc_ids matches nothing; an empty list of
         node_ids is what a VectorStoreIndex sends for no restriction.
+
+        A filter that no row can meet as it is written is answered, and logged; see `filter_problems`.
 
         Raises:
             FilterError: a filter that cannot be expressed.
@@ -354,7 +366,7 @@ class ImageStore(MilvusVectorStore):
         words = self._word_index(query.mode) if query.mode in _WORD_MODES else None
         by_words_alone = words is not None and query.mode != VectorStoreQueryMode.HYBRID
         vector = [] if by_words_alone else self._query_vector(query.query_embedding)
-        expression = _restriction(query)
+        expression = _restriction(query, self._expression(query.filters))
         if expression is None:
             return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])
         if mmr:
@@ -450,7 +462,7 @@ class ImageStore(MilvusVectorStore):
             FilterError: neither ids nor filters are given, or a filter cannot be expressed.
         """
         _refuse_options("get_nodes", kwargs)
-        expression = filter_expression(filters)
+        expression = self._expression(filters)
         if node_ids is None:
             if not expression:
                 raise FilterError("get_nodes needs node_ids or filters; scan() goes through everything")
@@ -464,11 +476,36 @@ class ImageStore(MilvusVectorStore):
 
     def scan(self, names: Sequence[str] = (), filters: MetadataFilters | None = None) -> Iterator[list[Row]]:
         """Yield the rows that match (id and the named columns) in pages, by id; rows may be removed meanwhile."""
-        return self._collection.scan(names, filter_expression(filters))
+        return self._collection.scan(names, self._expression(filters))
 
     def count(self, filters: MetadataFilters | None = None) -> int:
         """Return how many rows there are, or how many match the filters."""
-        return self._collection.count(filter_expression(filters))
+        return self._collection.count(self._expression(filters))
+
+    def filter_problems(self, filters: MetadataFilters | None) -> list[str]:
+        """Return what filters say that the stored metadata do not bear out, a sentence each.
+
+        A column that no row has, an order comparison with values of another type, a list operator on a column without
+        lists: Milvus answers them with nothing, or with everything. The command line and the tools of agents refuse
+        such filters; every other method of the store answers them and logs a warning.
+
+        Raises:
+            FilterError: a filter that cannot be expressed.
+        """
+        filter_expression(filters)
+        return self._columns.problems(filters)
+
+    def _expression(self, filters: MetadataFilters | None) -> str:
+        """The expression of filters; what is wrong with them is logged once for each column and operator."""
+        expression = filter_expression(filters)
+        if expression and filters is not None:
+            conditions = set(_conditions(filters))
+            if conditions - self._checked:
+                for problem in self._columns.problems(filters):
+                    logger.warning("filter on collection %r: %s", self.collection_name, problem)
+                if self._columns.names:
+                    self._checked |= conditions
+        return expression
 
     # ------------------------------------------------------------------------------------------ asynchronous twins
 
@@ -519,14 +556,27 @@ def _refuse_options(method: str, options: Mapping[str, Any]) -> None:
         raise QueryError(f"{method}() takes no {names}: conditions are given as filters, never as expressions")
 
 
-def _restriction(query: VectorStoreQuery) -> str | None:
-    """The expression of all that limits the query; None where nothing can match."""
-    expression = filter_expression(query.filters)
+def _restriction(query: VectorStoreQuery, expression: str) -> str | None:
+    """The expression of all that limits the query; None where nothing can match.
+
+    Args:
+        query: what is asked.
+        expression: of its filters.
+    """
     if query.doc_ids is not None:
         if not query.doc_ids:
             return None
         expression = all_of(expression, one_of(DOC_ID_FIELD, query.doc_ids))
     return all_of(expression, one_of(ID_FIELD, query.node_ids)) if query.node_ids else expression
+
+
+def _conditions(filters: MetadataFilters) -> Iterator[tuple[str, str, str]]:
+    """Column, operator and type of value of each condition of filters that can be expressed."""
+    for item in filters.filters:
+        if isinstance(item, MetadataFilters):
+            yield from _conditions(item)
+        else:
+            yield item.key, str(item.operator), type(item.value).__name__
 
 
 def _mode_name(mode: VectorStoreQueryMode | str) -> str:

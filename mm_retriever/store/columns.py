@@ -1,0 +1,234 @@
+"""Which metadata columns a collection has and what they hold, so that a filter which cannot be meant so is said.
+
+Milvus keeps metadata as dynamic columns and answers a filter on a column that does not exist with nothing, or with
+everything. `Columns` knows the columns from a sample of the rows and from what is written through it; what is not among
+those is asked for exactly before anything is said. Knows nothing of connections: it is given two ways to ask.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+
+from mm_retriever.errors import shown
+from mm_retriever.store.filters import (
+    CONTENT_FIELD,
+    OWN_TEXT_COLUMNS,
+    RESERVED_KEYS,
+    filter_expression,
+    key_problem,
+    read_number,
+    takes_lists,
+)
+
+Kind: TypeAlias = Literal["numbers", "text", "lists"]
+
+SAMPLE_ROWS = 1_000
+BOOKKEEPING = frozenset({"file_path", "digest", "metadata_digest", "mtime_ns", "bytes"})
+"""Columns that ingestion writes for itself: they are not named to people, and a filter on them is nobody's mistake."""
+
+LAST = "~"
+"""Comes after everything that goes on with a date (digits, "-", ":", "T", blanks), and so ends a day or a month."""
+
+_NAMED = 24  # columns that a message names
+_ORDER = (FilterOperator.GT, FilterOperator.GTE, FilterOperator.LT, FilterOperator.LTE)
+_LISTS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
+_EQUALITY = (FilterOperator.EQ, FilterOperator.NE, FilterOperator.IN, FilterOperator.NIN)
+
+Fetch: TypeAlias = Callable[[str, int], Sequence[Mapping[str, Any]]]
+"""Rows that match an expression, at most so many, with `CONTENT_FIELD` where they have one."""
+
+
+class Columns:
+    """The metadata columns of one collection; may be used by many threads.
+
+    Args:
+        fetch: asks for rows.
+    """
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+        self._kinds: dict[str, set[Kind]] = {}
+        self._sampled = False
+        self._turn = threading.Lock()
+
+    def written(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take note of rows as they are written."""
+        with self._turn:
+            for row in rows:
+                self._note({key: value for key, value in row.items() if key not in RESERVED_KEYS})
+
+    def forget(self) -> None:
+        """Take note that the rows are gone."""
+        with self._turn:
+            self._kinds, self._sampled = {}, False
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are known, without ingestion's own, in order."""
+        self._sample()
+        with self._turn:
+            return sorted(self._kinds.keys() - BOOKKEEPING)
+
+    def problems(self, filters: MetadataFilters | None) -> list[str]:
+        """Return what the filters say that the columns do not bear out, one sentence each; none for an empty store."""
+        if filters is None or not filters.filters:
+            return []
+        found: dict[str, None] = {}
+        for item, alternatives in _leaves(filters):
+            if (problem := self._problem(item, alternatives)) is not None:
+                found[problem] = None
+        return list(found)
+
+    # ------------------------------------------------------------------------------------------ one condition
+
+    def _problem(self, item: MetadataFilter, alternatives: Sequence[MetadataFilter]) -> str | None:
+        key, operator = item.key, FilterOperator(item.operator)
+        if key in OWN_TEXT_COLUMNS or key in BOOKKEEPING or key_problem(key) is not None:
+            return None
+        if not self._has(key, None):
+            return self._unknown(key)
+        if operator in _ORDER:
+            return self._order_problem(key, operator, item.value)
+        wanted = _looked_into(item, alternatives)
+        if wanted and not any(self._has(key, kind) for kind in wanted):
+            kinds = self._known(key)
+            advice = "contains" if "lists" in kinds else "text_match" if "text" in kinds else "== or in"
+            return f"column {key!r} holds {self._described(key)}, which {operator.value} never matches; use {advice}"
+        return None
+
+    def _order_problem(self, key: str, operator: FilterOperator, value: object) -> str | None:
+        number = read_number(value) if isinstance(value, str) else value
+        kinds: list[Kind] = ["text"] if isinstance(value, str) else []
+        kinds += ["numbers"] if number is not None else []
+        if isinstance(value, str) and number is not None and not self._has(key, "numbers"):
+            kinds = []  # "9" > "10" as texts: nobody means that
+        if any(self._has(key, kind) for kind in kinds):
+            return None
+        given = f"the text {shown(str(value).removesuffix(LAST))}" if number is None else f"the number {shown(value)}"
+        return f"column {key!r} holds {self._described(key)}, which {operator.value} does not compare with {given}"
+
+    def _unknown(self, key: str) -> str | None:
+        names = self.names
+        if not names and not self._fetch("", 1):
+            return None
+        said = f"no column {key!r}"
+        if not names:
+            return f"{said}; there are none"
+        near = [name for name in names if name.casefold() == key.casefold()]
+        near = near or difflib.get_close_matches(key, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"{said}; there are: {', '.join(names[:_NAMED])}{rest}{hint}"
+
+    def _described(self, key: str) -> str:
+        kinds = sorted(self._known(key))
+        return " and ".join(kinds) if kinds else "nothing"
+
+    # ------------------------------------------------------------------------------------------ what is known
+
+    def _known(self, key: str) -> set[Kind]:
+        with self._turn:
+            return set(self._kinds.get(key, ()))
+
+    def _has(self, key: str, kind: Kind | None) -> bool:
+        """Whether any row has the column, with values of this kind; asked for exactly where the sample has none."""
+        self._sample()
+        known = self._known(key)
+        if kind in known or (kind is None and known):
+            return True
+        if kind == "lists" and not takes_lists(key):
+            return False
+        if not self._fetch(_exists(key, kind), 1):
+            return False
+        with self._turn:
+            self._kinds.setdefault(key, set()).update([kind] if kind else [])
+        if kind is None:
+            for each in ("numbers", "text", "lists"):
+                self._has(key, each)
+        return True
+
+    def _sample(self) -> None:
+        with self._turn:
+            if self._sampled:
+                return
+        rows = self._fetch("", SAMPLE_ROWS)
+        with self._turn:
+            self._sampled = True
+            for row in rows:
+                self._note(_metadata(row))
+
+    def _note(self, metadata: Mapping[str, Any]) -> None:
+        for key, value in metadata.items():
+            kind = _kind(value)
+            if kind is not None and key_problem(key) is None:
+                self._kinds.setdefault(key, set()).add(kind)
+
+
+def _kind(value: object) -> Kind | None:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, int | float):
+        return "numbers"
+    return "lists" if isinstance(value, list | tuple) and value else None
+
+
+def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        metadata = json.loads(row.get(CONTENT_FIELD) or "{}").get("metadata")
+    except (ValueError, AttributeError, RecursionError):  # a row that another program wrote
+        return {}
+    return metadata if isinstance(metadata, Mapping) else {}
+
+
+def _exists(key: str, kind: Kind | None) -> str:
+    """The expression of rows that have the column, with a value of this kind."""
+
+    def where(operator: FilterOperator, value: Any = None) -> MetadataFilter | MetadataFilters:
+        return MetadataFilter(key=key, operator=operator, value=value)
+
+    present = where(FilterOperator.NE, None)
+    if kind is None:
+        return filter_expression(MetadataFilters(filters=[present]))
+    if kind == "text":
+        return filter_expression(MetadataFilters(filters=[where(FilterOperator.TEXT_MATCH, "")]))
+    numbers = MetadataFilters(
+        filters=[where(FilterOperator.GTE, 0), where(FilterOperator.LT, 0)], condition=FilterCondition.OR
+    )
+    if kind == "numbers":
+        return filter_expression(numbers)
+    neither = MetadataFilters(filters=[where(FilterOperator.TEXT_MATCH, ""), numbers], condition=FilterCondition.NOT)
+    return filter_expression(MetadataFilters(filters=[present, neither]))
+
+
+def _leaves(group: MetadataFilters, depth: int = 0) -> Iterator[tuple[MetadataFilter, list[MetadataFilter]]]:
+    """Each condition, with its alternatives on the same column in the same OR."""
+    leaves = [item for item in group.filters if isinstance(item, MetadataFilter)]
+    either = group.condition == FilterCondition.OR
+    for item in leaves:
+        yield item, [other for other in leaves if either and other is not item and other.key == item.key]
+    if depth < 32:
+        for inner in group.filters:
+            if isinstance(inner, MetadataFilters):
+                yield from _leaves(inner, depth + 1)
+
+
+def _looked_into(item: MetadataFilter, alternatives: Sequence[MetadataFilter]) -> set[Kind]:
+    """The kinds of values that the condition, or an alternative, may match; empty: there is nothing to say."""
+    kinds: set[Kind] = set()
+    for one in (item, *alternatives):
+        operator = FilterOperator(one.operator)
+        if operator in _LISTS:
+            kinds.add("lists")
+        elif operator is FilterOperator.TEXT_MATCH:
+            kinds.add("text")
+        elif operator in _EQUALITY and one.value is not None:
+            kinds.update(("numbers", "text"))
+        else:
+            return set()
+    return kinds
