@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mm_retriever.contact_sheet import before_after, contact_sheet
     from mm_retriever.embedding import VisualizedBGEEmbedding
     from mm_retriever.engine import image_query_engine
     from mm_retriever.errors import MMRetrieverError
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from mm_retriever.rerank import Phi3VisionRerank, TextRerank, VisionLLMRerank
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.search_tools import Conversation, ImageSearch
+    from mm_retriever.sheet import before_after, contact_sheet
     from mm_retriever.store import ImageStore, open_store
     from mm_retriever.tools import ImageSearchToolSpec
 
@@ -51,8 +51,8 @@ _HOME = {
     "ShardReport": "ingest",
     "VisionLLMRerank": "rerank",
     "VisualizedBGEEmbedding": "embedding",
-    "before_after": "contact_sheet",
-    "contact_sheet": "contact_sheet",
+    "before_after": "sheet",
+    "contact_sheet": "sheet",
     "embed_to_shards": "ingest",
     "embed_to_shards_on_ray": "ingest",
     "image_query_engine": "engine",

@@ -154,7 +154,7 @@ def rank_at_once(
             logits = prefix.logits if not behind else _logits_behind(model, prefix, chunk, behind)
             for path, row in zip(chunk, logits, strict=True):
                 choices = sorted({sequences[i][length] for i in forks[path]})
-                shares = (finite(row[choices]).double() / temperature).log_softmax(-1)
+                shares = (finite(row[choices]).cpu().double() / temperature).log_softmax(-1)
                 for i in forks[path]:
                     scores[i] += shares[choices.index(sequences[i][length])].item()
     return scores

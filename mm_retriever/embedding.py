@@ -112,7 +112,8 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         embeddings_cache: Any | None = None,
         rate_limiter: Any | None = None,
     ) -> None:
-        from mm_retriever.models.visualized_bge import as_dtype, default_device, load_visualized_bge
+        from mm_retriever.devices import as_dtype, default_device
+        from mm_retriever.models.visualized_bge import load_visualized_bge
         from mm_retriever.models.visualized_bge_encoder import VisualizedBGEEncoder
 
         device = str(device or default_device())

@@ -84,7 +84,7 @@ class Phi3VisionLLM(LLM):
         model: A loaded model, e.g. quantised or with an adapter, instead of a name; needs `processor`.
         processor: Of that model.
         revision: Of the hub repository.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        device: "cpu", "cuda", "mps", ...; by default the fastest there is.
         dtype: "float32", "bfloat16", ...; by default what the weights are stored in.
         num_crops: Most crops per picture; fewer cost less and see less. By default the checkpoint's.
         max_new_tokens: Most tokens of an answer; ``max_new_tokens=...`` in a call overrides it.

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mm_retriever.contact_sheet import before_after, contact_sheet, with_text
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, source_name, thumbnail_data_uri
+from mm_retriever.sheet import before_after, contact_sheet, with_text
 
 THUMBNAIL = 320  # pixels
 MAX_PAGE_BYTES = 32 * 2**20

@@ -41,7 +41,7 @@ def lite_server(folder: Path, port: int) -> subprocess.Popen[str]:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
             return process
-        except OSError:  # noqa: PERF203
+        except OSError:
             time.sleep(0.1)
     ends(process)
     raise AssertionError("the server did not start")

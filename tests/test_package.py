@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -40,6 +41,67 @@ def test_every_public_name_is_there_and_listed():
     assert set(mm_retriever.__all__) <= set(dir(mm_retriever))
     for name in mm_retriever.__all__:
         assert getattr(mm_retriever, name) is not None
+
+
+NAMES_IN_EVERY_ORDER = """
+import os, pkgutil, sys
+from importlib import import_module
+from types import ModuleType
+import llama_index.core, pymilvus, torch, transformers  # once for both orders
+
+def modules():
+    for module in pkgutil.walk_packages(mm_retriever.__path__, "mm_retriever."):
+        import_module(module.name)
+
+def names():
+    for name in mm_retriever.__all__:
+        value = vars(mm_retriever).get(name) or getattr(mm_retriever, name)
+        assert not isinstance(value, ModuleType), f"{name} is a module"
+        assert value is getattr(import_module("mm_retriever." + mm_retriever._HOME[name]), name), name
+        scope = {}
+        exec(f"from mm_retriever import {name}", scope)
+        assert scope[name] is value, name
+
+for order in ([modules, names], [names, modules, names]):
+    child = os.fork()
+    if not child:
+        import mm_retriever
+        for step in order:
+            step()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, order
+"""
+
+
+def test_a_public_name_is_the_same_object_whatever_was_imported_before():
+    """Python binds an imported submodule in its package, over an object of the same name."""
+    done = subprocess.run([sys.executable, "-c", NAMES_IN_EVERY_ORDER], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["mm_retriever", "langchain_mm_retriever", "mcp_server_mm_retriever"])
+def test_no_package_exports_a_name_that_a_submodule_has(package: str):
+    """Except where the submodule stands aside for it, as the old place of `contact_sheet` does."""
+    home = Path(importlib.util.find_spec(package).origin).parent
+    for init in home.rglob("__init__.py"):
+        tree = ast.parse(init.read_text(encoding="utf-8"))
+        lists = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+        exported = {name for listed in lists for name in ast.literal_eval(listed)}
+        beside = {path.stem for path in init.parent.iterdir()} - {"__init__"}
+        assert exported & beside <= {"contact_sheet"}, init
+
+
+def test_the_old_place_of_the_contact_sheet_still_gives_its_names():
+    """Code that was written before the module was renamed."""
+    code = (
+        "from mm_retriever.contact_sheet import before_after, contact_sheet, with_text\n"
+        "import mm_retriever.contact_sheet as place\n"
+        "import mm_retriever, mm_retriever.sheet, pickle\n"
+        "assert contact_sheet is mm_retriever.contact_sheet is mm_retriever.sheet.contact_sheet is place\n"
+        "assert pickle.loads(pickle.dumps(contact_sheet)) is place.contact_sheet\n"
+        "assert before_after is mm_retriever.before_after"
+    )
+    assert "mm_retriever" in modules_loaded_by(code)
 
 
 def test_names_that_need_an_extra_are_there_without_it():

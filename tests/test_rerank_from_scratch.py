@@ -13,7 +13,6 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from PIL import Image
 from torch import Tensor
 
-from mm_retriever.contact_sheet import contact_sheet
 from mm_retriever.image import load_image
 from mm_retriever.models.phi3_vision_processor import Slot, Turn
 from mm_retriever.prompts import (
@@ -28,6 +27,7 @@ from mm_retriever.prompts import (
     RANK_SHEET,
 )
 from mm_retriever.rerank.conversation import PictureMemory
+from mm_retriever.sheet import contact_sheet
 from tests.phi3_vision_small import small_processor
 from tests.rerank_small import MODES, STEPS, composed, draw_folder, make_plain, pictures, plain_model
 

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm_retriever.devices import default_device
 from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError
 from mm_retriever.models.checkpoint import fingerprint
-from mm_retriever.models.visualized_bge import default_device
 
 DEFAULT_MODEL = "BAAI/bge-m3"
 _HEAD = "sparse_linear.pt"

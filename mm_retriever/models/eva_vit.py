@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mm_retriever.models.conv_stem import check_stem, halvings
 
@@ -152,9 +153,10 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: Tensor, turns: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D); ``turns`` as :class:`RotaryPositions` returns them."""
-        query = rotate(F.linear(hidden_states, self.q_proj.weight, self.q_bias), turns)
+        # each projection is called as a module, never by its weight: offloading, adapters and quantisation hang there
+        query = rotate(self.q_proj(hidden_states) + self.q_bias, turns)
         key = rotate(self.k_proj(hidden_states), turns)
-        value = F.linear(hidden_states, self.v_proj.weight, self.v_bias)
+        value = self.v_proj(hidden_states) + self.v_bias
         context = attend(*(split_heads(states, self.head_width) for states in (query, key, value)))
         projected: Tensor = self.proj(self.inner_attn_ln(context))
         return projected
@@ -177,7 +179,7 @@ class SwiGLU(nn.Module):
         return projected
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """One pre-norm layer: attention, then MLP, each added to what came in."""
 
     def __init__(self, config: EvaVisionConfig) -> None:

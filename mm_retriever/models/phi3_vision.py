@@ -15,6 +15,7 @@ report arXiv:2404.14219), rewritten; checked against their outputs. Rotary facto
 from __future__ import annotations
 
 import copy
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,12 +29,21 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, initialization
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    GenerationMixin,
+    initialization,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
 from transformers.utils import logging as transformers_logging
 
+from mm_retriever.devices import as_device, as_dtype, input_device, stored_dtype
 from mm_retriever.errors import CheckpointError, PromptError, shown
 from mm_retriever.models.checkpoint import (
     ModelFiles,
@@ -168,7 +178,7 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
             grids = (image_sizes // embeddings.image_size).tolist()
             pixel_values = torch.cat([crops[: 1 + h * w] for crops, (h, w) in zip(pixel_values, grids, strict=True)])
         home = embeddings.sub_GN
-        features: list[Tensor] = embeddings(pixel_values.to(_input_device(home), home.dtype), image_sizes)
+        features: list[Tensor] = embeddings(pixel_values.to(input_device(home), home.dtype), image_sizes)
         return features
 
     def embed(self, input_ids: Tensor | Sequence[int], features: Sequence[Tensor] = ()) -> Tensor:
@@ -182,7 +192,7 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
             PromptError: Slots and pictures do not match in number, order or size.
         """
         words = self.model.embed_tokens
-        ids = torch.as_tensor(input_ids, device=_input_device(words.weight))
+        ids = torch.as_tensor(input_ids, device=input_device(words.weight))
         ids = ids[None] if ids.dim() == 1 else ids
         slots = ids < 0
         embedded: Tensor = words(ids.clamp(min=0))
@@ -392,7 +402,7 @@ def load_phi3_vision(
     Args:
         name: Hub id, local folder with the official files, or "tiny", which comes with the package.
         revision: Of the hub repository.
-        device: By default a GPU if there is one.
+        device: By default the fastest there is: CUDA, else MPS, else the CPU.
         dtype: By default what the weights are stored in; float32 where that is float16 and the device a CPU.
         num_crops: Most crops per picture; by default what ``preprocessor_config.json`` says (16 or 4).
 
@@ -402,15 +412,27 @@ def load_phi3_vision(
     """
     files = locate(name, family="phi3_vision", revision=revision)
     config = _read_config(files)
-    if files.tokenizer is None:
-        raise CheckpointError(f"{name!r} has no tokenizer.json; Phi-3 Vision needs it beside the weights")
-    processor = processor_for(config, files.tokenizer, num_crops=num_crops or _stored_num_crops(files))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = _load_weights(files, config, _choose_dtype(dtype, config, device))
+    processor = _read_processor(files, config, num_crops)
+    device = as_device(device)
+    model = _load_weights(files, config, as_dtype(dtype, default=stored_dtype(config.dtype, device)))
     model.generation_config.eos_token_id = list(processor.stop_ids)
     model.generation_config.pad_token_id = config.pad_token_id
     model.to(device).eval()  # type: ignore[arg-type]
     return model, processor
+
+
+def load_processor(
+    name: str | os.PathLike[str], *, revision: str | None = None, num_crops: int | None = None
+) -> Phi3VisionProcessor:
+    """The processor alone, without reading weights; arguments and errors as of :func:`load_phi3_vision`."""
+    files = locate(name, family="phi3_vision", revision=revision)
+    return _read_processor(files, _read_config(files), num_crops)
+
+
+def _read_processor(files: ModelFiles, config: Phi3VisionConfig, num_crops: int | None) -> Phi3VisionProcessor:
+    if files.tokenizer is None:
+        raise CheckpointError(f"{files.name!r} has no tokenizer.json; Phi-3 Vision needs it beside the weights")
+    return processor_for(config, files.tokenizer, num_crops=num_crops or _stored_num_crops(files))
 
 
 def _read_config(files: ModelFiles) -> Phi3VisionConfig:
@@ -439,14 +461,6 @@ def _read_config(files: ModelFiles) -> Phi3VisionConfig:
     if not isinstance(config.embd_layer or {}, dict):
         raise CheckpointError(f"{str(files.config)!r}: embd_layer {shown(config.embd_layer)} is not a JSON object")
     return config
-
-
-def _choose_dtype(wanted: str | torch.dtype | None, config: Phi3VisionConfig, device: torch.device) -> torch.dtype:
-    dtype: Any = getattr(torch, wanted, wanted) if isinstance(wanted, str) else wanted or config.dtype or torch.float32
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"dtype={wanted!r} is not a floating-point type such as 'float32' or 'bfloat16'")
-    slow = wanted is None and dtype == torch.float16 and device.type == "cpu"
-    return torch.float32 if slow else dtype
 
 
 def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtype) -> Phi3Vision:
@@ -504,11 +518,6 @@ def _stored_num_crops(files: ModelFiles) -> int:
     return crops
 
 
-def _input_device(parameter: Tensor) -> torch.device:
-    """Where a module wants its inputs; one that is offloaded moves them itself, from anywhere real."""
-    return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
-
-
 def _fork(cache: DynamicCache, rows: int) -> DynamicCache:
     """A cache that starts where `cache` ends: shares its tensors, which growing replaces and never writes to."""
     forked = copy.copy(cache)
@@ -519,3 +528,10 @@ def _fork(cache: DynamicCache, rows: int) -> DynamicCache:
             layer.keys = layer.keys.expand(rows, -1, -1, -1)
             layer.values = layer.values.expand(rows, -1, -1, -1)
     return forked
+
+
+# transformers' Auto classes know the model as soon as this module is imported
+AutoConfig.register(Phi3VisionConfig.model_type, Phi3VisionConfig, exist_ok=True)
+AutoModelForCausalLM.register(Phi3VisionConfig, Phi3Vision, exist_ok=True)
+AutoModelForImageTextToText.register(Phi3VisionConfig, Phi3Vision, exist_ok=True)
+AutoProcessor.register(Phi3VisionConfig, Phi3VisionProcessor, exist_ok=True)

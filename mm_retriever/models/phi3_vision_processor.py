@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,31 @@ class Phi3VisionProcessor:
         self._control_ids = self.special_ids - {self.tokenizer.token_to_id("<unk>")}
         self._mean = torch.tensor(CLIP_MEAN).view(3, 1, 1)
         self._std = torch.tensor(CLIP_STD).view(3, 1, 1)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> Phi3VisionProcessor:
+        """The processor of a model, by the names that :func:`load_phi3_vision` takes; no weights are read.
+
+        Args:
+            name: "tiny", a local folder that :meth:`save_pretrained` and the model's have filled, or a hub repository.
+            **kwargs: ``revision`` of the hub repository, ``num_crops``; what else transformers passes along changes
+                nothing.
+        """
+        from mm_retriever.models.phi3_vision import load_processor
+
+        return load_processor(name, revision=kwargs.get("revision"), num_crops=kwargs.get("num_crops"))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> list[str]:
+        """Writes ``tokenizer.json`` and ``preprocessor_config.json``; returns their paths.
+
+        A folder that the model's ``save_pretrained`` has filled too is one that :func:`load_phi3_vision` loads.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(target / "tokenizer.json"))
+        settings = {"processor_class": type(self).__name__, "num_crops": self.num_crops}
+        (target / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return [str(target / name) for name in ("tokenizer.json", "preprocessor_config.json")]
 
     # ------------------------------------------------------------------ pictures
 

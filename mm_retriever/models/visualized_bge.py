@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, AutoModel, AutoProcessor, BertConfig, PreTrainedModel, initialization
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
+from mm_retriever.devices import DTYPES, as_device, as_dtype, default_device, input_device
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, shown
 from mm_retriever.models.checkpoint import (
     PUBLISHED,
@@ -53,17 +55,21 @@ from mm_retriever.models.eva_vit import (
 from mm_retriever.models.visualized_bge_processor import PIXEL_MEAN, PIXEL_STD, VisualizedBGEProcessor, crop_square
 
 __all__ = [
+    "DTYPES",
     "PIXEL_MEAN",
     "PIXEL_STD",
     "VisualizedBGE",
     "VisualizedBGEConfig",
     "VisualizedBGEProcessor",
+    "as_device",
+    "as_dtype",
     "convert_checkpoint",
     "crop_square",
+    "default_device",
+    "load_processor",
     "load_visualized_bge",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFICIAL_HEAD_WIDTH = 64  # of both published models; no tensor tells it
 # in the official files, never used by the branch that runs
 DEAD_KEYS = re.compile(
@@ -148,6 +154,15 @@ class VisualizedBGEConfig(PreTrainedConfig):
         return BgeTextConfig(**self.text)
 
     @property
+    def vocab_size(self) -> int:
+        """Entries of the word embeddings, under the name that transformers knows."""
+        return int(self.text["vocab_size"])
+
+    @vocab_size.setter
+    def vocab_size(self, size: int) -> None:
+        self.text["vocab_size"] = int(size)
+
+    @property
     def dimension(self) -> int:
         """Length of an embedding."""
         return int(self.text["hidden_size"])
@@ -178,44 +193,48 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         """(B, T, D) of a text alone, or (B, 1 + N + T - 1, D) with ``image_tokens`` (B, N, D) behind [CLS]."""
-        words = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
-        positions = self.position_embeddings.weight
-        if image_tokens is None:
-            hidden_states = words + positions[self.first_position : self.first_position + words.shape[1]]
-        else:
+        words = self.word_embeddings(input_ids) + self.token_type_embeddings(input_ids.new_zeros(()))
+        first = self.first_position
+        if image_tokens is not None:
             # parity: picture tokens get no token type, and positions start at 0 even for XLM-R
-            hidden_states = torch.cat((words[:, :1], image_tokens, words[:, 1:]), dim=1)
-            hidden_states = hidden_states + positions[: hidden_states.shape[1]]
+            words, first = torch.cat((words[:, :1], image_tokens, words[:, 1:]), dim=1), 0
+        positions = torch.arange(first, first + words.shape[1], device=input_ids.device)
+        hidden_states = words + self.position_embeddings(positions)
         normed: Tensor = self.dropout(self.LayerNorm(hidden_states))
         return normed
 
 
+class EncoderLayer(BertLayer):
+    """transformers' own layer and parts, called so that it may compute fewer rows than it looks at."""
+
+    def forward(self, queries: Tensor, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """The rows in ``queries`` (B, Q, D), which look at all ``hidden_states`` (B, T, D)."""
+        own = self.attention.self
+        query, key, value = (
+            split_heads(projected, own.attention_head_size)
+            for projected in (own.query(queries), own.key(hidden_states), own.value(hidden_states))
+        )
+        mask = None if mask is None else mask.to(query.device)
+        context = attend(query, key, value, mask=mask, dropout=own.dropout.p if self.training else 0.0)
+        attended = self.attention.output(context, queries)
+        hidden: Tensor = self.output(self.intermediate(attended), attended)
+        return hidden
+
+
 class TextEncoder(nn.Module):
-    """BERT's layers: transformers' own modules, run so that the last layer computes only what [CLS] needs."""
+    """BERT's layers, the last of which computes only what [CLS] needs."""
 
     def __init__(self, config: BgeTextConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config.layer_config()) for _ in range(config.num_hidden_layers))
+        layers = (EncoderLayer(config.layer_config()) for _ in range(config.num_hidden_layers))  # type: ignore[no-untyped-call]
+        self.layer = nn.ModuleList(layers)
 
     def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, D), the output at the first token; ``mask`` (B, 1, 1, T) is True where there is a token."""
         for layer in self.layer[:-1]:
-            hidden_states = encoder_layer(layer, hidden_states, hidden_states, mask)
-        return encoder_layer(self.layer[-1], hidden_states[:, :1], hidden_states, mask)[:, 0]
-
-
-def encoder_layer(layer: Any, queries: Tensor, hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-    """One BERT layer for the rows in ``queries``, which look at all ``hidden_states``."""
-    own = layer.attention.self
-
-    query, key, value = (
-        split_heads(projected, own.attention_head_size)
-        for projected in (own.query(queries), own.key(hidden_states), own.value(hidden_states))
-    )
-    context = attend(query, key, value, mask=mask, dropout=own.dropout.p if layer.training else 0.0)
-    attended = layer.attention.output(context, queries)
-    hidden: Tensor = layer.output(layer.intermediate(attended), attended)
-    return hidden
+            hidden_states = layer(hidden_states, hidden_states, mask)
+        last: Tensor = self.layer[-1](hidden_states[:, :1], hidden_states, mask)
+        return last[:, 0]
 
 
 class VisualizedBGE(PreTrainedModel):
@@ -224,7 +243,8 @@ class VisualizedBGE(PreTrainedModel):
     config_class = VisualizedBGEConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _no_split_modules = ["Block", "BertLayer"]  # noqa: RUF012 - as transformers declares it
+    _no_split_modules = ["Block", "EncoderLayer", "TextEmbeddings"]  # noqa: RUF012 - as transformers declares it
+    supports_gradient_checkpointing = True
 
     fingerprint: str = ""  # of the weights that were loaded, before any rounding: tells one set from another
 
@@ -246,6 +266,20 @@ class VisualizedBGE(PreTrainedModel):
             cos, sin = rope_frequencies(self.config.vision_shape)
             initialization.copy_(module.freqs_cos, cos)
             initialization.copy_(module.freqs_sin, sin)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embeddings, which transformers resizes and PEFT hooks into."""
+        return self.bge_embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Other word embeddings; the config follows their number."""
+        self.bge_embeddings.word_embeddings = value  # type: ignore[assignment]
+        self.config.vocab_size = value.num_embeddings
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where inputs go: beside the weights, or, where those are offloaded, the CPU."""
+        return input_device(self.bge_embeddings.LayerNorm.weight)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, D): a picture as tokens of the text side, without the tower's own CLS."""
@@ -332,6 +366,18 @@ def load_visualized_bge(
     return model, VisualizedBGEProcessor(config, tokens)
 
 
+def load_processor(name: str | os.PathLike[str], *, revision: str | None = None) -> VisualizedBGEProcessor:
+    """The processor alone, without reading weights where a config.json says what they are.
+
+    Raises:
+        ModelNotFoundError: the name leads to no files.
+        CheckpointError: the files are damaged, or of another model.
+    """
+    files = locate(name, family="visualized_bge", revision=revision)
+    config = _read(files)[0] if files.config is None else _read_config(files.config)
+    return VisualizedBGEProcessor(config, _tokenizer(files, config, None))
+
+
 def convert_checkpoint(
     weights: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -368,49 +414,24 @@ def convert_checkpoint(
     return folder
 
 
-def default_device() -> str:
-    """The fastest kind of device that this machine has."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def as_device(device: torch.device | str | None) -> torch.device:
-    """A device that can be used here, by name or as it is; by default the fastest."""
-    try:
-        chosen = torch.device(device or default_device())
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for "not here"
-        reason = str(error).strip().splitlines()[0]
-        here = ", ".join(dict.fromkeys(["cpu", default_device()]))
-        raise CheckpointError(
-            f"device {str(device)!r} cannot be used here ({reason}); this machine has {here}"
-        ) from error
-    return chosen
-
-
-def as_dtype(dtype: torch.dtype | str | None, *, default: torch.dtype = torch.float32) -> torch.dtype:
-    """One of :data:`DTYPES`, by name or as it is."""
-    chosen = default if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise CheckpointError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    return chosen
-
-
 def _read(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
     warn_if_not_published(files.weights)
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not DEAD_KEYS.fullmatch(key)}
     if files.config is None:
         return _config_of(state, files.weights), state
-    content = read_json(files.config)
+    return _read_config(files.config), state
+
+
+def _read_config(path: Path) -> VisualizedBGEConfig:
+    content = read_json(path)
     if content.get("model_type") != VisualizedBGEConfig.model_type:
         kind = shown(content.get("model_type"))
-        raise CheckpointError(f"{files.config} is of model_type {kind}, expected {VisualizedBGEConfig.model_type!r}")
+        raise CheckpointError(f"{path} is of model_type {kind}, expected {VisualizedBGEConfig.model_type!r}")
     try:
         rounded = content.get("rounded") if isinstance(content.get("rounded"), dict) else None
-        return VisualizedBGEConfig(vision=content.get("vision"), text=content.get("text"), rounded=rounded), state
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{files.config} does not describe a Visualized BGE model: {reason_of(error)}") from error
+        return VisualizedBGEConfig(vision=content.get("vision"), text=content.get("text"), rounded=rounded)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"{path} does not describe a Visualized BGE model: {reason_of(error)}") from error
 
 
 def _config_of(state: Mapping[str, Tensor], source: Path) -> VisualizedBGEConfig:
@@ -493,3 +514,9 @@ def _tokenizer(files: ModelFiles, config: VisualizedBGEConfig, given: str | os.P
             f"no tokenizer.json beside {files.weights}, and the model hub cannot be reached for that of {repo!r}; "
             "put the file there or name it with tokenizer="
         ) from error
+
+
+# transformers' Auto classes know the model as soon as this module is imported
+AutoConfig.register(VisualizedBGEConfig.model_type, VisualizedBGEConfig, exist_ok=True)
+AutoModel.register(VisualizedBGEConfig, VisualizedBGE, exist_ok=True)
+AutoProcessor.register(VisualizedBGEConfig, VisualizedBGEProcessor, exist_ok=True)

@@ -32,7 +32,8 @@ class Content:
 
     def key(self, model: str) -> bytes:
         """The same for the same content and model, and for nothing else."""
-        digest = hashlib.sha256(f"{model}\0{'text' if self.square is None else 'picture'}\0".encode())
+        kind = "text" if self.square is None else f"picture {self.square.shape} {self.square.dtype}"
+        digest = hashlib.sha256(f"{model}\0{kind}\0".encode())
         if self.square is not None:
             digest.update(self.square.tobytes())
         digest.update(self.text.encode("utf-8", "surrogatepass"))
@@ -64,7 +65,7 @@ class VisualizedBGEEncoder:
         return vectors
 
     def _encode(self, tokens: dict[str, Tensor], squares: Sequence[Any]) -> Tensor:
-        device = self.model.device
+        device = self.model.input_device
         tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
         if not squares:
             return self.model.encode_text(**tokens)
@@ -81,7 +82,7 @@ class VisualizedBGEEncoder:
         vision, text = self.model.config.vision_shape, self.model.config.text_shape
         patches = vision.patches if beside_image else 0
         widest = max(text.intermediate_size, int(vision.width * vision.mlp_ratio) if beside_image else 0)
-        most = PASS_VALUES["cpu" if self.model.device.type == "cpu" else "other"] // widest  # tokens
+        most = PASS_VALUES["cpu" if self.model.input_device.type == "cpu" else "other"] // widest  # tokens
         start = 0
         for row, length in enumerate(lengths):
             if row > start and (row + 1 - start) * (patches + length) > most:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,6 +53,30 @@ class VisualizedBGEProcessor:
         """
         facts = [self.config.inputs(), self.token_ids([*_PROBES])]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:6]
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **kwargs: Any) -> VisualizedBGEProcessor:
+        """The processor of a model, by the names that :func:`load_visualized_bge` takes; no weights are read.
+
+        Args:
+            name: "tiny", a local folder that :meth:`save_pretrained` and the model's have filled, or a hub repository.
+            **kwargs: ``revision`` of the hub repository; what else transformers passes along changes nothing.
+        """
+        from mm_retriever.models.visualized_bge import load_processor
+
+        return load_processor(name, revision=kwargs.get("revision"))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> list[str]:
+        """Writes ``tokenizer.json`` and ``processor_config.json``; returns their paths.
+
+        A folder that the model's ``save_pretrained`` has filled too is one that :func:`load_visualized_bge` loads.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(target / "tokenizer.json"))
+        settings = {"processor_class": type(self).__name__}
+        (target / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return [str(target / name) for name in ("tokenizer.json", "processor_config.json")]
 
     def square(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3) of one picture of any size and mode: all that the model will see of it."""

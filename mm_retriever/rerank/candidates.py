@@ -130,7 +130,7 @@ def _read(node: NodeWithScore, policy: ImagePolicy) -> Candidate:
     for source in _sources(node.node, policy):
         try:
             return Candidate(node, image=_shrunk(load_image(source, policy=policy)))
-        except ImageLoadError as error:  # noqa: PERF203 - three places at most
+        except ImageLoadError as error:
             reasons.append(str(error))
     if reasons:
         return Candidate(node, note="; ".join(reasons)[:500])

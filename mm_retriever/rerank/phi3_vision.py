@@ -83,7 +83,7 @@ class Phi3VisionRerank(Reranker):
         sheet_crops: Most crops of a sheet.
         max_new_tokens: Of each sentence.
         revision: Of a hub repository.
-        device: "cpu", "cuda", ...; by default a GPU if there is one.
+        device: "cpu", "cuda", ...; by default the fastest there is.
         dtype: "float32", "bfloat16", ...; by default what the weights are stored in.
         picture_memory: Bytes of features of pictures that are kept for the next query.
         image_policy: Which pictures may be read, and how large.

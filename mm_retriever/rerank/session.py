@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm_retriever.contact_sheet import contact_sheet
 from mm_retriever.decoding import TOKENS_AT_ONCE, finite, label_sequences, rank_at_once, rank_by_generation
 from mm_retriever.errors import PromptError, RerankError
 from mm_retriever.models.phi3_vision import Prefix
@@ -23,6 +22,7 @@ from mm_retriever.rerank.candidates import Candidate
 from mm_retriever.rerank.conversation import Conversation, SharedModel
 from mm_retriever.rerank.order import best_first, reciprocal_ranks, shuffled, windows
 from mm_retriever.rerank.postprocessor import Meter, Query
+from mm_retriever.sheet import contact_sheet
 
 YES = ("yes", "Yes", "YES")
 NO = ("no", "No", "NO")
@@ -208,7 +208,7 @@ class RerankSession:
                 some = same[start : start + at_once]
                 features = [feature for one in self._show([group[k] for k in some]) for feature in one.features]
                 ids = torch.tensor([prompts[k][head:] for k in some])
-                logits = finite(self.shared.extend(talk.prefix, ids, features, self.meter).logits).double()
+                logits = finite(self.shared.extend(talk.prefix, ids, features, self.meter).logits).cpu().double()
                 odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
                 yield from zip([group[k] for k in some], odds.tolist(), strict=True)
 

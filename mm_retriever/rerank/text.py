@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from pydantic import PrivateAttr
 
+from mm_retriever.devices import default_device
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
 from mm_retriever.models.bge_m3 import flag_model_folder
-from mm_retriever.models.visualized_bge import default_device
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion
 from mm_retriever.rerank.postprocessor import Meter, Query, Reranker

@@ -23,13 +23,13 @@ from PIL import Image
 from pydantic import Field, PrivateAttr
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from mm_retriever.contact_sheet import contact_sheet
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
 from mm_retriever.image import ImagePolicy, encode_thumbnail
 from mm_retriever.rerank.answers import Answer, read_answer, reasons_by_label, repair
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
 from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
+from mm_retriever.sheet import contact_sheet
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mm_retriever.contact_sheet import before_after, contact_sheet, with_text
+from mm_retriever.sheet import before_after, contact_sheet, with_text
 
 COLOURS = ["teal", "orange", "purple", "olive", "navy", "maroon", "gold", "black", "green"]
 

@@ -1,0 +1,69 @@
+"""Devices and dtypes: which one a model runs on, by name or by default. Plain torch; knows no model.
+
+The one place that both models, the rerankers and the command line ask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm_retriever.errors import CheckpointError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> str:
+    """The fastest kind of device that this machine has."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def available_devices() -> list[str]:
+    """Every device of this machine, graphics cards with their names."""
+    cards = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *cards, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device that can be used here, by name or as it is; by default the fastest.
+
+    Raises:
+        CheckpointError: torch does not know the device, or this machine does not have it.
+    """
+    try:
+        chosen = torch.device(device or default_device())
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three for "not here"
+        reason = str(error).strip().splitlines()[0]
+        here = ", ".join(dict.fromkeys(["cpu", default_device()]))
+        raise CheckpointError(
+            f"device {str(device)!r} cannot be used here ({reason}); this machine has {here}"
+        ) from error
+    return chosen
+
+
+def as_dtype(dtype: torch.dtype | str | None, *, default: torch.dtype = torch.float32) -> torch.dtype:
+    """One of :data:`DTYPES`, by name or as it is.
+
+    Raises:
+        CheckpointError: it is another type.
+    """
+    chosen = default if dtype is None else DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in DTYPES.values():
+        raise CheckpointError(f"dtype={str(dtype)!r} is not one of {', '.join(DTYPES)}")
+    return chosen
+
+
+def stored_dtype(stored: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """What weights are computed in by default: as stored, and float32 where that is float16 on a CPU, which is slow."""
+    dtype = getattr(torch, stored, None) if isinstance(stored, str) else stored
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        return torch.float32
+    return torch.float32 if dtype == torch.float16 and device.type == "cpu" else dtype
+
+
+def input_device(parameter: Tensor) -> torch.device:
+    """Where a module expects its inputs; one that is offloaded moves them itself, from anywhere real."""
+    return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
