@@ -5,9 +5,13 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import mm_retriever
 from mm_retriever import errors
@@ -149,3 +153,29 @@ def test_the_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)|src=\"(?!https?://)([^\"]+)\"", README):
         path = next(part for part in target if part)
         assert (ROOT / path).exists(), path
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.13.0"])
+def test_every_pinned_version_runs_on_every_python_that_is_promised(python: str) -> None:
+    """Truth: what the installed packages say of themselves; numpy 2.4 is not for Python 3.10."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert python in SpecifierSet(project["requires-python"])
+    assert f"Programming Language :: Python :: {python[:4]}" in project["classifiers"]
+    for name, version in pins().items():
+        with suppress(PackageNotFoundError):
+            found = metadata(name)
+            if found["Version"] == version:
+                assert python in SpecifierSet(found["Requires-Python"] or ""), name
+    assert "3.10.14" not in SpecifierSet(project["requires-python"])
+
+
+def test_the_pins_leave_room_for_the_readers_of_files_of_llama_index() -> None:
+    """Truth: the requirements of llama-index-readers-file 0.7, without which SimpleDirectoryReader reads bytes."""
+    assert pins()["pandas"] in SpecifierSet(">=2,<3")
+    assert pins()["pypdf"] in SpecifierSet(">=6.1.3,<7")
+    assert pins()["defusedxml"] in SpecifierSet(">=0.7.1")
