@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, features
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image_format import FORMATS, describe_bytes, read_header
+from mm_retriever.image_format import FORMATS, PictureHeader, describe_bytes, read_header
 from mm_retriever.image_source import DEFAULT_POLICY, ImagePolicy, ImageSource, read_source, source_name
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ __all__ = [
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".avif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
 })
 # fmt: on
 
@@ -69,6 +69,7 @@ _READERS = {
     "PPM": "PpmImagePlugin.PpmImageFile",
     "AVIF": "AvifImagePlugin.AvifImageFile",
 }
+_NO_READER = ImportError("no decoder")  # tells a reader that is missing from a file that is damaged
 _LONGEST_SIDE = 1_000_000  # pixels; each row costs 8 bytes and more beside its pixels
 _STRIP = 2**20  # pixels turned from numbers to grey at a time
 _LARGEST_EXIF = 2**20  # 16 times what a JPEG can hold; a tag of ten million numbers is no orientation
@@ -76,7 +77,8 @@ _LARGEST_EXIF = 2**20  # 16 times what a JPEG can hold; a tag of ten million num
 
 def is_image_path(path: str | os.PathLike[str]) -> bool:
     """Whether the suffix is that of a picture format which `load_image` reads (the file itself is not touched)."""
-    return os.path.splitext(os.fspath(path))[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - ten times Path's speed
+    suffix = os.path.splitext(os.fspath(path))[1].lower()  # noqa: PTH122 - ten times Path's speed
+    return suffix in IMAGE_SUFFIXES or _registered_reader(Image.EXTENSION.get(suffix, "")) is not None
 
 
 def load_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, keep_mode: bool = False) -> Image.Image:
@@ -172,12 +174,15 @@ def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool) -> Image.Image:
     if not data:
         raise ImageLoadError("zero bytes")
     header = read_header(data, max_frames=policy.max_frames)
-    if header is None:
+    reader = _reader(header.format) if header else _registered_reader_of(data)
+    if header is None and reader is not None:
+        header = PictureHeader(reader.format or "")
+    if header is None or reader is None:
         raise ImageLoadError(f"not a picture in a supported format ({', '.join(FORMATS)}): {describe_bytes(data)}")
     if header.size:
         _check_size(header.size, policy)
     # The reader itself, not Image.open: that would try every format, and warn about large pictures before we can look.
-    with _reader(header.format)(io.BytesIO(data), "") as image:
+    with reader(io.BytesIO(data), "") as image:
         _check_size(image.size, policy)
         frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
         if frames > policy.max_frames:
@@ -193,9 +198,44 @@ def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool) -> Image.Image:
 
 @cache
 def _reader(format_name: str) -> type[ImageFile.ImageFile]:
+    if format_name == "HEIC":
+        return _heic_reader()
+    if format_name == "AVIF" and not features.check("avif"):
+        if other := _registered_reader("AVIF"):
+            return other
+        raise ImageLoadError("AVIF, which this Pillow was built without: pip install --upgrade Pillow") from _NO_READER
     module, name = _READERS[format_name].split(".")
     reader: type[ImageFile.ImageFile] = getattr(importlib.import_module(f"PIL.{module}"), name)
     return reader
+
+
+def _heic_reader() -> type[ImageFile.ImageFile]:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise ImageLoadError('HEIC needs the extra "heic": pip install "mm-retriever[heic]"') from error
+    reader: type[ImageFile.ImageFile] = HeifImageFile
+    return reader
+
+
+def _registered_reader(format_name: str) -> type[ImageFile.ImageFile] | None:
+    """The reader of a format that another package has registered with Pillow, as `register_..._opener()` does.
+
+    Whoever registers one asks for it. Pillow's own readers beyond our list are never used: nobody looked at what
+    hostile bytes do to them.
+    """
+    factory = Image.OPEN.get(format_name, (None, None))[0]
+    if not isinstance(factory, type) or factory.__module__.partition(".")[0] == "PIL":
+        return None
+    return factory
+
+
+def _registered_reader_of(data: bytes) -> type[ImageFile.ImageFile] | None:
+    for name in Image.ID:
+        reader, accepts = _registered_reader(name), Image.OPEN[name][1]
+        if reader is not None and accepts is not None and accepts(data[:64]) is True:
+            return reader
+    return None
 
 
 def _check_size(size: tuple[int, int], policy: ImagePolicy) -> None:
@@ -212,7 +252,7 @@ def _check_size(size: tuple[int, int], policy: ImagePolicy) -> None:
 
 def _rawmode(image: ImageFile.ImageFile) -> str:
     """How samples lie in the file ("I;12", "L;4", "RGB;16B"), which the mode of the picture does not always say."""
-    arguments = image.tile[0].args if image.tile else None
+    arguments = image.tile[0][3] if image.tile else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
 

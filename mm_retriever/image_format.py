@@ -12,8 +12,9 @@ import struct
 from dataclasses import dataclass
 
 from mm_retriever.errors import ImageLoadError
+from mm_retriever.image_heif import heif_size
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIC")
 
 # Limits that no honest file comes near. Blocks: so many, plus one for every so many bytes of the file.
 MAX_JPEG_SCANS = 100  # 10 to 20 in a progressive file; each is a pass over the whole picture
@@ -36,7 +37,9 @@ _JPEG_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})  # no length behind th
 _JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDB, 0xF0), 0xFE}) - {0xC8}
 _PNG_TEXTS = (b"iCCP", b"iTXt", b"zTXt")
 _FRAME = struct.Struct(">HHB")
-_AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
+_HEIF_BRANDS = (b"mif1", b"msf1", b"mif2", b"miaf")  # say nothing of how the images are coded; other brands do
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,21 @@ def sniff_format(data: bytes) -> str | None:
         return "BMP"
     if data[:1] == b"P" and data[1:2] in (b"4", b"5", b"6") and data[2:3].isspace():
         return "PPM"
-    if data[4:8] == b"ftyp" and data[8:12] in _AVIF_BRANDS:
-        return "AVIF"
+    if data[4:8] == b"ftyp":
+        return _heif_kind(data)
     return None
+
+
+def _heif_kind(data: bytes) -> str | None:
+    """AVIF or HEIC, by the main brand; where that says only HEIF, by the first other one that says more."""
+    end = min(int.from_bytes(data[:4], "big"), len(data), 256)
+    main, others = data[8:12], [data[at : at + 4] for at in range(16, end - 3, 4)]
+    for brand in [main, *(others if main in _HEIF_BRANDS else ())]:
+        if brand in _AVIF_BRANDS:
+            return "AVIF"
+        if brand in _HEIC_BRANDS:
+            return "HEIC"
+    return "AVIF" if main in _HEIF_BRANDS else None
 
 
 def describe_bytes(data: bytes) -> str:
@@ -93,8 +108,6 @@ def describe_bytes(data: bytes) -> str:
         return "it looks like an HTML page"
     if b"<svg" in start:
         return "it looks like SVG, which has no pixels: render it first"
-    if data[4:8] == b"ftyp" and data[8:10] == b"he":
-        return "it looks like HEIC: convert it to JPEG first"
     if start.startswith(b"%pdf"):
         return "it looks like a PDF"
     return f"it starts with {data[:8]!r}"
@@ -121,6 +134,8 @@ def read_header(data: bytes, *, max_frames: int) -> PictureHeader | None:
         return _tiff_header(data, max_frames)
     if kind == "WEBP":
         return PictureHeader(kind, _webp_size(data))
+    if kind == "HEIC":
+        return PictureHeader(kind, heif_size(data))
     if kind == "BMP":
         _check_bmp(data)
     if kind == "PPM":

@@ -99,12 +99,19 @@ def write_search(report: SearchReport, *, html: Path | None, png: Path | None, q
 
 
 def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report FILE lists them all") -> None:
-    """What an ingestion did, and the first of the files that it skipped."""
+    """What an ingestion did, the first of the files that it skipped, and a table of what it did not take."""
     typer.echo(str(report))
     for skipped in report.skipped[:SKIPPED_SHOWN]:
         typer.echo(printable(f"  skipped {skipped.path}: {skipped.reason}"))
     if len(report.skipped) > SKIPPED_SHOWN:
         typer.echo(f"  and {len(report.skipped) - SKIPPED_SHOWN} more; {rest}")
+    if report.ignored:
+        typer.echo(f"not taken, because they are no images that are read; {rest}:")
+    for files in report.ignored[:SKIPPED_SHOWN]:
+        typer.echo(printable(f"  {files.count:>7} {files.kind:<8} {files.reason}"))
+    if len(report.ignored) > SKIPPED_SHOWN:
+        others = report.ignored[SKIPPED_SHOWN:]
+        typer.echo(f"  {sum(files.count for files in others):>7} of {len(others)} more types")
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

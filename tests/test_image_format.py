@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, features
 
@@ -76,6 +77,9 @@ def corpus() -> dict[str, bytes]:
     files["tiff float"] = encoded(Image.fromarray(np.linspace(0, 1, 493, dtype=np.float32).reshape(17, 29)), "TIFF")
     if features.check("avif"):
         files["avif"] = encoded(rgb, "AVIF")
+    heic = io.BytesIO()
+    pillow_heif.from_pillow(rgb).save(heic)
+    files["heic"] = heic.getvalue()
     return files
 
 
@@ -151,7 +155,7 @@ def test_the_unharmed_corpus_loads() -> None:
     """Truth: honest files of 29x17 pixels (17x29 where EXIF turns them)."""
     for name, data in CORPUS.items():
         assert sorted(load_image(data).size) == [17, 29], name
-    assert {sniff_format(data) for data in CORPUS.values()} | {"AVIF"} == set(FORMATS)
+    assert {sniff_format(data) for data in CORPUS.values()} | {"AVIF", "HEIC"} == set(FORMATS)
 
 
 def test_mutated_files_give_a_picture_or_an_image_load_error(tried: Counter[str]) -> None:
@@ -270,6 +274,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         + b"ANMF\0\0\0\0" * (SIZE // 8)
     ),
     "an AVIF of empty boxes": lambda: b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"\0\0\0\x08free" * (SIZE // 8),
+    "a HEIC of empty boxes": lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0\0\0\x08free" * (SIZE // 8),
+    "a HEIC of parameter sets": lambda: CORPUS["heic"] + b"\0\0\x0f\xff\x42\1" * (SIZE // 6),
     "a PPM of text": lambda: b"P2\n8000 2600\n255\n" + b"#\n" * (SIZE // 2),
     "a PPM with a long comment": lambda: b"P6\n#" + b"a" * SIZE,
     "a PPM of odd depth": lambda: b"P5\n4000 3000\n511\n" + bytes(SIZE),

@@ -3,6 +3,7 @@
 One picture goes through its files in this order:
 
 - `sources.py`: which things there are, and the id that each keeps.
+- `ignored.py`: what else a folder holds, counted by type.
 - `sidecar.py`: the columns that lie beside them in a JSON or CSV file.
 - `reading.py`: read and decoded ahead of the model, in flat memory.
 - `vectors.py`: what the model makes of it, and what happens when it fails.
@@ -17,6 +18,7 @@ For collections of millions there is another way, into files that a server impor
 - `ray_data.py`: `embed_to_shards_on_ray`, which has them made by the workers of a Ray cluster.
 """
 
+from mm_retriever.ingest.ignored import IgnoredFiles
 from mm_retriever.ingest.pipeline import ingest_images
 from mm_retriever.ingest.ray_data import embed_to_shards_on_ray
 from mm_retriever.ingest.report import IngestReport, SkippedImage
@@ -25,6 +27,7 @@ from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
 from mm_retriever.store import ImportReport
 
 __all__ = [
+    "IgnoredFiles",
     "ImportReport",
     "IngestReport",
     "ShardReport",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from mm_retriever.errors import IngestError, NodeError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
+from mm_retriever.ingest.ignored import IgnoredCounts
 from mm_retriever.ingest.nodes import BOOKKEEPING, Task, picture_node, reason_of, stamp_of, text_digest, text_node
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
 from mm_retriever.ingest.report import IngestReport, SkippedImage
@@ -60,9 +61,9 @@ def ingest_images(
     that cannot be read is skipped and listed. Memory does not grow with the number of pictures.
 
     Args:
-        source: a folder (recursive; by suffix, hidden files left out, links to folders not followed), a file, or any
-            iterable of paths, URLs (`image_policy` must allow them; taken to be unchanging) and LlamaIndex documents or
-            nodes: pictures by their pixels, others by their text.
+        source: a folder (recursive; links to folders followed once, hidden files left out; what is not an image is
+            counted by type in the report), a file, or any iterable of paths, URLs (`image_policy` must allow them;
+            taken to be unchanging) and LlamaIndex documents or nodes: images by their pixels, others by their text.
         store: from `open_store`, for the same model.
         embed_model: a `VisualizedBGEEmbedding`.
         batch_size: pictures that go through the model together.
@@ -130,6 +131,7 @@ class _Run:
         self._bar = bar
         self._counts: Counter[str] = Counter()
         self._skipped: list[SkippedImage] = []
+        self._ignored = IgnoredCounts()
         self._under_way: set[str] = set()  # ids that are being read or embedded
         self._unreadable: set[str] = set()  # ids of pictures that could not be read in this run
         self._files = 0
@@ -145,13 +147,18 @@ class _Run:
             stored = self._counts["indexed"] + self._counts["replaced"]
             raise type(error)(f"{error}. {stored} pictures were stored; the same call goes on from there") from error
         counts = {name: self._counts[name] for name in ("indexed", "replaced", "updated", "unchanged", "removed")}
-        return IngestReport(**counts, skipped=tuple(self._skipped), seconds=time.perf_counter() - start)
+        return IngestReport(
+            **counts,
+            skipped=tuple(self._skipped),
+            seconds=time.perf_counter() - start,
+            ignored=self._ignored.report(),
+        )
 
     # ------------------------------------------------------------------------------------------ what is to be done
 
     def _tasks(self, source: Source) -> Iterator[Task]:
         """Yield what is new or may have changed; what is stored as it is needs no task."""
-        everything = items(source, self._skip)
+        everything = items(source, self._skip, self._ignored)
         while window := list(islice(everything, _WINDOW)):
             by_id = {item.id: item for item in window if item.id not in self._under_way}
             self._bar.update(len(window) - len(by_id))  # named twice

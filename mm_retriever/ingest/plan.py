@@ -15,7 +15,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
@@ -23,6 +23,7 @@ from typing import Any, TextIO, TypeAlias
 from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import IngestError
+from mm_retriever.ingest.ignored import IgnoredCounts, IgnoredFiles
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
 from mm_retriever.ingest.sources import Item, items, source_folder
@@ -54,6 +55,7 @@ class ShardPlan:
         pictures: how many there are in all.
         shards: how many shards they make.
         skipped: what the source named and is no picture's path.
+        ignored: what the folder holds beside images, by type.
     """
 
     out: Path
@@ -67,6 +69,7 @@ class ShardPlan:
     pictures: int
     shards: int
     skipped: tuple[SkippedImage, ...]
+    ignored: tuple[IgnoredFiles, ...] = ()
 
     def shard(self, number: int) -> Path:
         """Return where the file of a shard is, once it is done."""
@@ -119,7 +122,11 @@ def read_plan(out: str | Path) -> ShardPlan:
         raise IngestError(f"cannot read the plan {str(path)!r}: {error}") from error
     if not isinstance(facts, dict) or facts.pop("version", None) != _VERSION:
         raise IngestError(f"{str(path)!r} was written by another version of mm_retriever; give another folder")
-    return ShardPlan(out=folder, **{**facts, "skipped": tuple(SkippedImage(*one) for one in facts["skipped"])})
+    facts["skipped"] = tuple(SkippedImage(*one) for one in facts["skipped"])
+    facts["ignored"] = tuple(
+        IgnoredFiles(**{**files, "paths": tuple(files["paths"])}) for files in facts.get("ignored", ())
+    )
+    return ShardPlan(out=folder, **facts)
 
 
 def make_plan(
@@ -181,9 +188,10 @@ class _Entries:
         self._digest = hashlib.sha256()
         self._left = iter(self._checked())
         self._source = source
+        self.ignored = IgnoredCounts()
 
     def items(self, skip: Callable[[str, str], None]) -> Iterator[Item]:
-        return items(self._source if self.folder is not None else self._left, skip)
+        return items(self._source if self.folder is not None else self._left, skip, self.ignored)
 
     def name(self) -> str:
         """A folder's path, or a digest of a list, gone through if that is not done."""
@@ -219,6 +227,7 @@ def _write_plan(folder: Path, entries: _Entries, columns: Sidecar, asked: Mappin
             raise IngestError(f"there are no pictures to plan for in {entries.folder or 'the list'!r}{reasons}")
         facts = {"version": _VERSION, "id": uuid.uuid4().hex, **asked, "source": entries.name()}
         facts |= {"pictures": pictures, "shards": shards, "skipped": skipped}
+        facts["ignored"] = [asdict(files) for files in entries.ignored.report()]
         with _synced(draft / _FACTS) as file:
             json.dump(facts, file, indent=1)
         sync(draft)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_retriever.errors import IngestError
+from mm_retriever.ingest.ignored import IgnoredFiles
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class IngestReport:
         removed: rows whose file is gone or spoiled, taken out (`prune=True` only).
         skipped: not stored, with reasons.
         seconds: wall clock of the whole call.
+        ignored: what the folder holds beside images, by type, with reasons.
     """
 
     indexed: int
@@ -45,6 +47,7 @@ class IngestReport:
     removed: int
     skipped: tuple[SkippedImage, ...]
     seconds: float
+    ignored: tuple[IgnoredFiles, ...] = ()
 
     @property
     def embedded(self) -> int:
@@ -60,6 +63,7 @@ class IngestReport:
         counts = ("indexed", "replaced", "updated", "unchanged", "removed")
         parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
         parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
+        parts += [f"{ignored} ignored"] if (ignored := sum(files.count for files in self.ignored)) else []
         return f"{', '.join(parts)} in {self.seconds:.1f} s ({self.pictures_per_second:.1f} pictures/s)"
 
     def to_dict(self) -> dict[str, Any]:

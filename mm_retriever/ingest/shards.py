@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mm_retriever.errors import IngestError, NodeError, StoreMismatchError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
+from mm_retriever.ingest.ignored import IgnoredFiles
 from mm_retriever.ingest.nodes import Task, picture_node, reason_of, stamp_of
 from mm_retriever.ingest.plan import PathsOrURLs, ShardPlan, SidecarSource, make_plan, read_plan
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
@@ -40,6 +41,7 @@ class ShardReport:
         rows: pictures in all of them.
         skipped: pictures in none of them, with reasons.
         seconds: wall clock of the call.
+        ignored: what the folder holds beside images, by type, with reasons.
     """
 
     shards: int
@@ -47,9 +49,11 @@ class ShardReport:
     rows: int
     skipped: tuple[SkippedImage, ...]
     seconds: float
+    ignored: tuple[IgnoredFiles, ...] = ()
 
     def __str__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        skipped += f", {ignored} ignored" if (ignored := sum(files.count for files in self.ignored)) else ""
         return f"{self.rows} rows in {self.shards} shards, {self.written} of them new{skipped}, in {self.seconds:.1f} s"
 
     def to_dict(self) -> dict[str, Any]:
@@ -281,7 +285,7 @@ def report_of(plan: ShardPlan, written: int, seconds: float) -> ShardReport:
         rows += held
         skipped += left_out
         remove_drafts(plan.shard(number), plan.drafts)
-    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds)
+    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds, plan.ignored)
 
 
 def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:

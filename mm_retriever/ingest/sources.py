@@ -1,6 +1,7 @@
 """What to ingest: a folder, paths and URLs, or LlamaIndex nodes, one item at a time in a fixed order.
 
-Owns which files of a folder count, and the id that a picture keeps from one run to the next. Reads no file.
+Owns which files of a folder count, and the id that an image keeps from one run to the next. Opens only files whose
+suffix says nothing, to see whether they begin like an image.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,7 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelations
 
 from mm_retriever.errors import IngestError, NodeError
 from mm_retriever.image import is_image_path
+from mm_retriever.ingest.ignored import HIDDEN, LINKED, Ignore, not_counted, why_ignored
 from mm_retriever.store import storable_node
 
 Entry: TypeAlias = str | os.PathLike[str] | BaseNode
@@ -69,11 +72,11 @@ Skip: TypeAlias = Callable[[str, str], None]
 """Called with the name and the reason of what cannot be an item."""
 
 
-def items(source: Source, skip: Skip) -> Iterator[Item]:
-    """Yield the items of any source, lazily; what cannot be one goes to `skip`."""
+def items(source: Source, skip: Skip, ignore: Ignore = not_counted) -> Iterator[Item]:
+    """Yield the items of any source, lazily; what cannot be one goes to `skip`, other files to `ignore`."""
     folder = source_folder(source)
     if folder is not None:
-        for path in walk(folder, skip):
+        for path in walk(folder, skip, ignore):
             yield from _guarded(path, skip, root=folder)
         return
     for entry in [source] if isinstance(source, str | os.PathLike) else source:
@@ -84,42 +87,111 @@ def source_folder(source: Source) -> str | None:
     """Return the folder that a source is, absolute and without symbolic links; None if it is something else."""
     if not isinstance(source, str | os.PathLike) or _URL.match(os.fspath(source)):
         return None
-    path = Path(source)
-    if not path.exists():
-        raise IngestError(f"there is no file or folder {str(path)!r}")
+    path = existing_path(source)
     return str(path.resolve()) if path.is_dir() else None
 
 
-def walk(folder: str, skip: Skip) -> Iterator[str]:
-    """Yield the picture files below a folder, sorted by name, one folder's names in memory at a time.
+def existing_path(source: str | os.PathLike[str]) -> Path:
+    """Return the path of a file or folder as the disk has it: composed and decomposed letters name the same.
 
-    By suffix only. Hidden files and folders are left out; links to files are followed, links to folders are not, so
-    that a loop of links cannot hold the walk up. A folder that cannot be read goes to `skip`.
+    Raises:
+        IngestError: there is none, or it cannot be looked at.
     """
-    open_folders = [(folder, iter(_listing(folder, skip)))]
+    given = Path(source)
+    names = dict.fromkeys([str(given), *(unicodedata.normalize(form, str(given)) for form in ("NFC", "NFD"))])
+    for path in map(Path, names):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            raise IngestError(f"cannot look at {str(given)!r}: {getattr(error, 'strerror', None) or error}") from error
+        return path
+    raise IngestError(f"there is no file or folder {str(given)!r}")
+
+
+def walk(folder: str, skip: Skip, ignore: Ignore = not_counted) -> Iterator[str]:
+    """Yield the images below a folder, sorted by name, one folder's names in memory at a time.
+
+    By suffix; a file whose suffix says nothing is taken if it begins like an image. Hidden files and folders are left
+    out. Links to files are followed. Links to folders are followed once, after all that lies in the folder itself, so
+    that a path does not depend on which links there are: what was walked already, and what contains the folder, is not
+    walked again. A folder that cannot be read goes to `skip`, what is left out to `ignore`.
+    """
+    walked: set[tuple[int, int]] = set()
+    links: list[str] = []
+    yield from _walk_real(folder, walked, links, skip, ignore)
+    above = {identity for place in Path(folder).parents if (identity := _folder_identity(str(place))) is not None}
+    while links:
+        links.sort(reverse=True)
+        link = links.pop()
+        if _folder_identity(link) in above:
+            ignore(LINKED, "a link to a folder that contains this one", link)
+        else:
+            yield from _walk_real(link, walked, links, skip, ignore)
+
+
+def _walk_real(
+    folder: str, walked: set[tuple[int, int]], links: list[str], skip: Skip, ignore: Ignore
+) -> Iterator[str]:
+    open_folders = [(folder, _entries(folder, walked, skip, ignore))]
     while open_folders:
         place, entries = open_folders[-1]
         entry = next(entries, None)
         if entry is None:
             open_folders.pop()
             continue
-        name, is_folder = entry
+        name, kind = entry
         path = f"{place.rstrip(os.sep)}{os.sep}{name}"
-        if is_folder:
-            open_folders.append((path, iter(_listing(path, skip))))
+        if kind == "folder":
+            open_folders.append((path, _entries(path, walked, skip, ignore)))
+        elif kind == "link":
+            links.append(path)
         elif is_image_path(name):
+            yield path
+        elif (why := why_ignored(path)) is not None:
+            ignore(*why, path)
+        else:
             yield path
 
 
-def _listing(folder: str, skip: Skip) -> list[tuple[str, bool]]:
-    """Names that are not hidden, sorted, and whether each is a folder."""
+def _entries(folder: str, walked: set[tuple[int, int]], skip: Skip, ignore: Ignore) -> Iterator[tuple[str, str]]:
+    """Names that are not hidden, sorted, each with "folder", "link" (to a folder) or "file"; nothing a second time."""
+    identity = _folder_identity(folder)
+    if identity in walked:
+        ignore(LINKED, "walked already, under another name", folder)
+        return iter(())
+    if identity is not None:
+        walked.add(identity)
+    found = []
     try:
         with os.scandir(folder) as listing:
-            visible = (entry for entry in listing if not entry.name.startswith("."))
-            return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in visible)
+            for entry in listing:
+                if entry.name.startswith("."):
+                    ignore(HIDDEN, "its name begins with a dot", entry.path)
+                else:
+                    found.append((entry.name, _entry_kind(entry)))
     except OSError as error:
         skip(folder, f"cannot read the folder: {error.strerror or error}")
-        return []
+        return iter(())
+    return iter(sorted(found))
+
+
+def _entry_kind(entry: os.DirEntry[str]) -> str:
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return "folder"
+        return "link" if entry.is_symlink() and entry.is_dir() else "file"
+    except OSError:  # a stale mount: whoever looks at the file itself says so
+        return "file"
+
+
+def _folder_identity(folder: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)  # noqa: PTH116 - ten times Path's speed
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else None
 
 
 def path_id(path: str) -> str:
