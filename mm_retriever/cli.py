@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -109,7 +110,8 @@ def index(
 def search(
     text: Annotated[str | None, typer.Option("--text", "-t", help="What to look for, or what to change.")] = None,
     image: Annotated[
-        Path | None, typer.Option("--image", "-i", help="A picture to look for, or to start from.")
+        str | None,
+        typer.Option("--image", "-i", help="An image to look for, or to start from: a file, a URL or a data URI."),
     ] = None,
     db: Db = "photos.db",
     model: Model = REAL_MODEL,
@@ -164,13 +166,15 @@ def search(
             mode="hybrid" if hybrid else "default",
             exclude_query_image=exclude_query,
         )
-        query = embed_model.get_query_bundle(text, image)
+        # whoever types a URL wants it fetched; addresses in a private network stay closed
+        policy = replace(embed_model.image_policy, allow_urls=True)
+        query = embed_model.get_query_bundle(text, image, image_policy=policy)
         nodes = retriever.retrieve(query)
     reranking = None
     if rerank or rerank_url or rerank_model:
         reranker = _reranker(model, rerank_model, rerank_url, top_n=top_k, device=device)
-        reranking = reranker.rerank(nodes, query, query_image=image)
-    found = search_report(text, image, nodes, reranking=reranking)
+        reranking = reranker.rerank(nodes, query)
+    found = search_report(text, query.image_path, nodes, reranking=reranking)
     if as_json:
         print_json(result_rows(nodes if reranking is None else reranking.nodes))
     else:
@@ -525,7 +529,7 @@ def _run_demo(
         for query in queries:
             bundle = embed_model.get_query_bundle(query.text, query.image)
             nodes = retriever.retrieve(bundle)
-            reranking = reranker.rerank(nodes, bundle, query_image=query.image) if reranker else None
+            reranking = reranker.rerank(nodes, bundle) if reranker else None
             report = search_report(query.text, query.image, nodes, title=query.title, reranking=reranking)
             typer.echo("")
             print_search(report)

@@ -23,13 +23,21 @@ from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayloa
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
-from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, QueryBundle
+from llama_index.core.schema import BaseNode, MetadataMode, QueryBundle
 from llama_index.core.utils import get_tqdm_iterable
 from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.errors import QueryError
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, source_name
+from mm_retriever.image import (
+    DEFAULT_POLICY,
+    ImagePolicy,
+    ImageSource,
+    first_readable,
+    load_image,
+    portable_image,
+    source_name,
+)
 from mm_retriever.vector_cache import VectorCache
 
 if TYPE_CHECKING:
@@ -39,7 +47,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 _READERS = min(8, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
-_LONGEST_PATH = 1024  # a longer string is a picture in base64, not the place of one
 _UNSTABLE = ("model_id", "pictures")  # what `to_dict` adds to the fields
 
 dispatcher = get_dispatcher(__name__)
@@ -47,10 +54,19 @@ dispatcher = get_dispatcher(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What someone wants a vector of: a text, a picture, or both."""
+    """What someone wants a vector of: a text, an image, or both.
+
+    Args:
+        text: the text.
+        image: the image.
+        elsewhere: further places of the same image, for where the first cannot be read.
+        policy: which images may be read; None: the policy of the model.
+    """
 
     text: str | None = None
     image: ImageSource | None = None
+    elsewhere: tuple[ImageSource, ...] = ()
+    policy: ImagePolicy | None = None
 
     @property
     def label(self) -> str:
@@ -198,7 +214,8 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
 
         if request.image is None:
             return Content(request.text or "")
-        image = load_image(request.image, policy=self.image_policy, keep_mode=True)
+        read = partial(load_image, policy=request.policy or self.image_policy, keep_mode=True)
+        image = first_readable((request.image, *request.elsewhere), read)
         return Content(request.text or "", self.prepare_image(image))
 
     def _embedding(self, request: Request) -> Embedding:
@@ -370,26 +387,46 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         """As :meth:`get_composed_embedding_batch`; the event loop stays free."""
         return await asyncio.to_thread(self.get_composed_embedding_batch, texts, images, show_progress)
 
-    def get_query_bundle(self, text: str | None = None, image: ImageSource | None = None) -> QueryBundle:
-        """A query that carries its vector: any LlamaIndex retriever or engine answers it, composed or not.
+    def get_query_bundle(
+        self,
+        text: str | None = None,
+        image: ImageSource | None = None,
+        *,
+        image_policy: ImagePolicy | None = None,
+    ) -> QueryBundle:
+        """A query that carries its vector and its image: any retriever, reranker or engine answers it.
+
+        The bundle's ``image_path`` is the image's path, or, where there is none, a data URI of it: of the very bytes
+        that were given, or of exactly the pixels of a PIL image or an array. So all who use the bundle see one image.
+
+        Args:
+            text: what to look for, or to change.
+            image: a path, URL, data URI, bytes, file object, upload, PIL image or numpy array (see `load_image`).
+            image_policy: which images may be read; default: the policy of the model.
 
         Raises:
-            QueryError: neither text nor picture.
-            ImageLoadError: the picture cannot or must not be read.
+            QueryError: neither text nor image.
+            ImageLoadError: the image cannot or must not be read.
         """
-        if image is None and not (text and text.strip()):
-            raise QueryError("nothing to search for: give a text, a picture, or both")
-        named = os.fspath(image) if isinstance(image, str | os.PathLike) else ""
-        path = named if len(named) <= _LONGEST_PATH and not named.startswith("data:") else ""
+        words = text if text and text.strip() else ""
         if image is None:
-            embedding = self.get_query_embedding(text or "")
-        else:
-            embedding = self.get_composed_embedding(text, image) if text else self.get_image_embedding(image)
-        return QueryBundle(query_str=text or "", image_path=path or None, embedding=embedding)
+            if not words:
+                raise QueryError("nothing to search for: give a text, a picture, or both")
+            return QueryBundle(query_str=words, embedding=self.get_query_embedding(words))
+        policy = image_policy or self.image_policy
+        carried = portable_image(image, policy=policy)
+        embedding = self._single(Request(words or None, carried, policy=policy))
+        return QueryBundle(query_str=words, image_path=carried, embedding=embedding)
 
-    async def aget_query_bundle(self, text: str | None = None, image: ImageSource | None = None) -> QueryBundle:
+    async def aget_query_bundle(
+        self,
+        text: str | None = None,
+        image: ImageSource | None = None,
+        *,
+        image_policy: ImagePolicy | None = None,
+    ) -> QueryBundle:
         """As :meth:`get_query_bundle`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_query_bundle, text, image)
+        return await asyncio.to_thread(self.get_query_bundle, text, image, image_policy=image_policy)
 
     # --------------------------------------------------------------------------- as a pipeline's transformation
 
@@ -408,12 +445,12 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         return await asyncio.to_thread(self.__call__, nodes, **kwargs)
 
     def _node_request(self, node: BaseNode) -> Request:
-        image = node_image(node)
-        if image is None:
+        images = node_images(node)
+        if not images:
             return Request(node.get_content(metadata_mode=MetadataMode.EMBED))
-        if self.compose_nodes and node.get_content(metadata_mode=MetadataMode.NONE).strip():
-            return Request(node.get_content(metadata_mode=MetadataMode.EMBED), image)
-        return Request(image=image)
+        composed = self.compose_nodes and node.get_content(metadata_mode=MetadataMode.NONE).strip()
+        text = node.get_content(metadata_mode=MetadataMode.EMBED) if composed else None
+        return Request(text, images[0], elsewhere=images[1:])
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The fields, the model's identity, and a number that is never the same twice.
@@ -444,14 +481,24 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         self.__init__(**state["__dict__"])  # type: ignore[misc]
 
 
-def node_image(node: BaseNode) -> ImageSource | None:
-    """The picture of a LlamaIndex node or document, unread, or None. URLs are fetched only where a policy allows it."""
+def node_images(node: BaseNode) -> tuple[ImageSource, ...]:
+    """The places of the image of a LlamaIndex node or document, unread: its path, its own bytes, its URL.
+
+    All that look at a node take the first of them that can be read (`first_readable`): embedding, reranking, engine
+    and tools. The path comes first because it is what a store keeps; bytes stay outside of it. A URL is fetched only
+    where a policy allows it.
+    """
     resource = getattr(node, "image_resource", None)
-    if isinstance(node, ImageNode):
-        return node.image.encode() if node.image else node.image_path or node.image_url
-    if resource is None:
-        return None
-    if resource.data:
-        data: bytes = resource.data
-        return data
-    return str(resource.path or resource.url or "") or None
+    path = getattr(node, "image_path", None) or getattr(resource, "path", None)
+    encoded = getattr(node, "image", None) or getattr(resource, "data", None)
+    url = getattr(node, "image_url", None) or getattr(resource, "url", None)
+    places: list[ImageSource] = [str(path)] if path else []
+    if encoded:
+        text = encoded.decode("ascii", "replace") if isinstance(encoded, bytes) else str(encoded)
+        places.append(text if text[:5].lower() == "data:" else f"data:image/unknown;base64,{text}")
+    return (*places, str(url)) if url else tuple(places)
+
+
+def node_image(node: BaseNode) -> ImageSource | None:
+    """The first place of the image of a node (see `node_images`), or None."""
+    return next(iter(node_images(node)), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, ImageBlock, MessageRole, TextBlock
@@ -25,9 +26,9 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.core.vector_stores.types import MetadataFilters
 from PIL import Image
 
-from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
+from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import ImageLoadError, QueryError
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, encode_thumbnail, load_image
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, encode_thumbnail, first_readable, load_image
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore
 
@@ -220,10 +221,10 @@ class PictureSynthesizer(BaseSynthesizer):
             pictures[0] = self._small(load_image(query.image_path, policy=self._policy))
         shown = []
         for position, node in enumerate(nodes, 1):
-            source, note = node_image(node.node), ""
-            if source is not None and position <= self._max_pictures:
+            images, note = node_images(node.node), ""
+            if images and position <= self._max_pictures:
                 try:
-                    pictures[position] = self._small(load_image(source, policy=self._policy))
+                    pictures[position] = self._small(first_readable(images, partial(load_image, policy=self._policy)))
                 except ImageLoadError as error:
                     note = f"(the picture cannot be read: {error.reason})"
             shown.append(_as_words(node, note))

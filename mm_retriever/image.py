@@ -1,4 +1,4 @@
-"""Pictures in: path, URL, data URI, base64, bytes, file object or PIL picture to a safe, upright RGB picture.
+"""Images in: path, URL, data URI, base64, bytes, file, upload, PIL image or array to a safe, upright RGB image.
 
 The public face of four files: `image_source` decides what may be read, `image_url` fetches, `image_format` looks at
 the bytes before a decoder does, and this one turns every kind of pixel into 8-bit RGB. Knows nothing of models or
@@ -12,30 +12,49 @@ import hashlib
 import importlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from PIL import Image, ImageFile, ImageOps, features
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image_format import FORMATS, PictureHeader, describe_bytes, read_header
-from mm_retriever.image_source import DEFAULT_POLICY, ImagePolicy, ImageSource, read_source, source_name
+from mm_retriever.image_format import FORMATS, PictureHeader, describe_bytes, read_header, sniff_format
+from mm_retriever.image_source import (
+    DEFAULT_POLICY,
+    ImageDataURI,
+    ImagePolicy,
+    ImageSource,
+    PixelArray,
+    is_pixel_array,
+    is_place,
+    is_url,
+    read_source,
+    source_name,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+T = TypeVar("T")
+
 __all__ = [
     "DEFAULT_POLICY",
     "IMAGE_SUFFIXES",
+    "ImageDataURI",
     "ImagePolicy",
     "ImageSource",
     "encode_thumbnail",
+    "first_readable",
     "is_image_path",
+    "is_place",
     "load_image",
+    "lossless_bytes",
+    "media_type",
     "pixel_digest",
+    "portable_image",
     "read_image_bytes",
     "source_name",
     "thumbnail_data_uri",
@@ -72,6 +91,7 @@ _READERS = {
 _NO_READER = ImportError("no decoder")  # tells a reader that is missing from a file that is damaged
 _LONGEST_SIDE = 1_000_000  # pixels; each row costs 8 bytes and more beside its pixels
 _STRIP = 2**20  # pixels turned from numbers to grey at a time
+_MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
 _LARGEST_EXIF = 2**20  # 16 times what a JPEG can hold; a tag of ten million numbers is no orientation
 
 
@@ -99,6 +119,8 @@ def load_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, kee
             _check_size(source.size, policy)
             source.load()
             return _normalised(source, rawmode="", keep_mode=keep_mode)
+        if is_pixel_array(source):
+            return _normalised(_from_array(source, policy), rawmode="", keep_mode=keep_mode)
         return _decode(read_source(source, policy), policy, keep_mode)
 
 
@@ -106,10 +128,70 @@ def read_image_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLIC
     """Return the encoded bytes under the same rules as `load_image`, to hash and decode from a single read.
 
     Raises:
-        ImageLoadError: the source must not be read, is too large, or is a PIL picture, which has no file bytes.
+        ImageLoadError: the source must not be read, is too large, or is a PIL image or an array, which has no file
+            bytes: `lossless_bytes` encodes it.
     """
     with _errors_name(source):
         return read_source(source, policy)
+
+
+def lossless_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> bytes:
+    """Return the encoded bytes as they are, or, of a PIL image or an array, a file with exactly its pixels.
+
+    Raises:
+        ImageLoadError: the source cannot or must not be read.
+    """
+    if not isinstance(source, Image.Image) and not is_pixel_array(source):
+        return read_image_bytes(source, policy=policy)
+    image = load_image(source, policy=policy, keep_mode=True)
+    out = io.BytesIO()
+    if image.mode == "CMYK":  # PNG has none
+        image.save(out, "TIFF")
+    else:
+        image.save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def portable_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
+    """Return an image as a text that every later reader finds the same pixels in.
+
+    A path stays a path. All else is read here and now, once, and comes back as a data URI: the bytes of a URL, a file
+    object or an upload as they are, a PIL image or an array as a lossless file.
+
+    Raises:
+        ImageLoadError: the source cannot or must not be read.
+    """
+    if is_place(source) and not is_url(source):
+        return os.fsdecode(source)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return source if isinstance(source, ImageDataURI) else ImageDataURI(source)
+    data = lossless_bytes(source, policy=policy)
+    uri = f"data:{media_type(sniff_format(data) or 'unknown')};base64,{base64.b64encode(data).decode()}"
+    return ImageDataURI(uri, source_name(source), source if is_url(source) else "")
+
+
+def media_type(format_name: str) -> str:
+    """Return the media type of a format as `sniff_format` names it: "image/jpeg" of "JPEG"."""
+    return _MEDIA_TYPES.get(format_name, f"image/{format_name.lower()}")
+
+
+def first_readable(sources: Iterable[ImageSource], read: Callable[[ImageSource], T]) -> T:
+    """Return what `read` makes of the first of several places of one image that can be read.
+
+    Raises:
+        ImageLoadError: none can be read; the message has the reason of each.
+    """
+    errors: list[ImageLoadError] = []
+    for source in sources:
+        try:
+            return read(source)
+        except ImageLoadError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    refusal = ImageLoadError("; ".join(map(str, errors)) or "there is no image")
+    refusal.reason = "; ".join(error.reason for error in errors)
+    raise refusal
 
 
 def pixel_digest(image: Image.Image) -> str:
@@ -168,6 +250,23 @@ def _reason(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- bytes to pixels
+
+
+def _from_array(source: PixelArray, policy: ImagePolicy) -> Image.Image:
+    import numpy as np  # whoever gives an array has loaded it
+
+    pixels = np.asarray(source)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype not in (np.uint8, np.bool_) or not (
+        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8)
+    ):
+        raise ImageLoadError(
+            f"an array of {pixels.dtype} and shape {pixels.shape}; give uint8 of shape (H, W), (H, W, 3) as RGB or "
+            "(H, W, 4) as RGBA; numbers from 0 to 1: (255 * array).round().astype('uint8')"
+        )
+    _check_size((pixels.shape[1], pixels.shape[0]), policy)
+    return Image.fromarray(np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else pixels * np.uint8(255)))
 
 
 def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool) -> Image.Image:

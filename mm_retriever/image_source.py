@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
+import inspect
 import os
 import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias, TypeGuard
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
@@ -23,8 +24,24 @@ from PIL import Image
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image_format import sniff_format
 
-ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image
-"""A path, an http(s) URL, a data URI or base64 text; the bytes of a file; an open binary file; a PIL picture."""
+
+class PixelArray(Protocol):
+    """A numpy array of pixels: uint8 or bool, of shape (H, W), (H, W, 3) as RGB or (H, W, 4) as RGBA."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """Where the pixels lie in memory."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, and channels where there are several."""
+        ...
+
+
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | PixelArray
+"""A path, an http(s) URL, a data URI or base64 text; the bytes of a file; an open binary file or an upload of a web
+framework; a PIL image; a numpy array."""
 
 _LONGEST_PATH = 4096
 _SHORTEST_BASE64 = 40  # a GIF of one pixel takes 48
@@ -75,10 +92,40 @@ class ImagePolicy:
 DEFAULT_POLICY = ImagePolicy()
 
 
+class ImageDataURI(str):
+    """A data URI that holds a whole image, and never shows it: its repr is short, for logs and events.
+
+    It is a string in all other respects. Copies and pickles keep the two attributes; JSON keeps the URI alone.
+
+    Args:
+        uri: the data URI.
+        name: what messages call the image; by default the beginning of the URI.
+        url: where the image was fetched from; "" if nowhere.
+    """
+
+    name: str
+    url: str
+
+    def __new__(cls, uri: str, name: str = "", url: str = "") -> ImageDataURI:
+        """Return the string with its attributes."""
+        made = super().__new__(cls, uri)
+        made.name = name or _shortened(uri)
+        made.url = url
+        return made
+
+    def __repr__(self) -> str:
+        """Return the name: the URI may have millions of characters."""
+        return self.name
+
+
 def source_name(source: ImageSource) -> str:
     """Return a short printable name of a source for messages: a path in quotes, never the contents."""
+    if isinstance(source, ImageDataURI):
+        return source.name
     if isinstance(source, Image.Image):
         return f"<{source.mode} picture of {source.width}x{source.height}>"
+    if is_pixel_array(source):
+        return f"<array of shape {'x'.join(map(str, source.shape))}>"
     if isinstance(source, bytes | bytearray | memoryview):
         return f"<{len(source)} bytes>"
     if isinstance(source, str | os.PathLike):
@@ -86,10 +133,34 @@ def source_name(source: ImageSource) -> str:
         if isinstance(text, str) and (url := _URL.match(text)):  # without what may be secret: password, query
             return repr(url["scheme"] + url["host"] + url["path"])[:200]
         if isinstance(text, str) and (text[:5].lower() == "data:" or len(text) > 300):
-            return f"{text[:40]!r}... ({len(text)} characters)"
+            return _shortened(text)
         return repr(text)
-    name = getattr(source, "name", None)
-    return repr(name)[:300] if isinstance(name, str) else f"<{type(source).__name__}>"
+    for attribute in ("name", "filename"):  # of a file, of an upload
+        name = getattr(source, attribute, None)
+        if isinstance(name, str):
+            return repr(name)[:300]
+    return f"<{type(source).__name__}>"
+
+
+def _shortened(text: str) -> str:
+    return f"{text[:40]!r}... ({len(text)} characters)"
+
+
+def is_pixel_array(source: object) -> TypeGuard[PixelArray]:
+    """Whether it is a numpy array, or shares memory as one does; numpy is not loaded to find out."""
+    return hasattr(source, "__array_interface__") and not isinstance(source, Image.Image)
+
+
+def is_place(source: object) -> TypeGuard[str | os.PathLike[str]]:
+    """Whether it says where an image is (a path or a URL) rather than being the image itself."""
+    if not isinstance(source, str):
+        return isinstance(source, os.PathLike)
+    return len(source) <= _LONGEST_PATH and not _DATA_URI.match(source) and not _looks_like_base64(source)
+
+
+def is_url(source: object) -> TypeGuard[str]:
+    """Whether it is an http(s) URL."""
+    return isinstance(source, str) and _URL.match(source) is not None
 
 
 def read_source(source: ImageSource, policy: ImagePolicy) -> bytes:
@@ -100,15 +171,30 @@ def read_source(source: ImageSource, policy: ImagePolicy) -> bytes:
         return _read_text(source, policy)
     if isinstance(source, os.PathLike):
         return _read_file(os.fsdecode(source), policy)
-    if isinstance(source, Image.Image):
-        raise ImageLoadError("a PIL picture has no file bytes")
+    if isinstance(source, Image.Image) or is_pixel_array(source):
+        raise ImageLoadError("a PIL image or an array has no file bytes")
     if callable(getattr(source, "read", None)):
-        if getattr(source, "seekable", lambda: False)():
-            source.seek(0)
-        return _limited(_read_stream(source.read, policy.max_bytes), policy)
+        return _limited(_read_open_file(source, policy), policy)
     raise ImageLoadError(
-        f"{type(source).__name__} is no picture; give a path, URL, data URI, base64, bytes, binary file or PIL picture"
+        f"{type(source).__name__} is not an image; give a path, URL, data URI, base64, bytes, binary file, PIL image "
+        "or numpy array"
     )
+
+
+def _read_open_file(source: Any, policy: ImagePolicy) -> bytes:
+    """All of a file or an upload from its beginning; it stays open, and where it was, for who reads it next."""
+    if inspect.iscoroutinefunction(source.read):  # Starlette's upload; the file it wraps can be read here
+        source = getattr(source, "file", source)
+        if inspect.iscoroutinefunction(getattr(source, "read", None)):
+            raise ImageLoadError("its read() must be awaited; give the bytes: await file.read()")
+    if not callable(getattr(source, "seek", None)) or not getattr(source, "seekable", lambda: True)():
+        return _read_stream(source.read, policy.max_bytes)
+    position = source.tell()
+    source.seek(0)
+    try:
+        return _read_stream(source.read, policy.max_bytes)
+    finally:
+        source.seek(position)
 
 
 def _read_bytes(source: bytes | bytearray | memoryview, policy: ImagePolicy) -> bytes:

@@ -7,18 +7,42 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Protocol, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.embeddings.base import mean_agg
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
+from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
 from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
+from PIL import Image
 
+from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError, QueryError, StoreMismatchError
-from mm_retriever.image import DEFAULT_POLICY, ImageSource, read_image_bytes
+from mm_retriever.image import (
+    DEFAULT_POLICY,
+    ImageDataURI,
+    ImagePolicy,
+    ImageSource,
+    first_readable,
+    is_place,
+    load_image,
+    pixel_digest,
+    portable_image,
+    read_image_bytes,
+)
+from mm_retriever.image_format import sniff_format
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
+
+logger = logging.getLogger(__name__)
+
+_LOSSLESS = ("PNG", "TIFF")  # what the pixels of a PIL image or an array arrive as
 
 
 class QueryEmbedding(Protocol):
@@ -49,8 +73,10 @@ class QueryEmbedding(Protocol):
 class ComposedRetriever(BaseRetriever):
     """Retrieves by text, by picture, or by both at once.
 
-    `retrieve` takes a text or a `QueryBundle(query_str, image_path=...)`; a bundle whose `embedding` is set is searched
-    by that. It returns `NodeWithScore`s, best first: `ImageNode`s where pictures were stored, and `score` their inner
+    `retrieve` takes a text or a `QueryBundle(query_str, image_path=...)`, where `image_path` is a path or a data URI;
+    a bundle whose `embedding` is set is searched by that. Several `custom_embedding_strs` are averaged, each together
+    with the image if there is one. LlamaIndex's transforms of queries drop the image: `KeepQueryImage` puts it back.
+    It returns `NodeWithScore`s, best first: `ImageNode`s where pictures were stored, and `score` their inner
     product with the query, from -1 to 1 and higher for nearer (the cosine, as the vectors have length 1).
 
     Args:
@@ -61,8 +87,10 @@ class ComposedRetriever(BaseRetriever):
         min_score: only what scores at least this.
         mode: "default" searches by vector; "hybrid" also by the words of the query, in a store opened with `hybrid`.
             `score` is then the sum of 1 / (60 + rank) over both rankings.
-        exclude_query_image: leave out the query picture itself, by its path and by its contents wherever copies of it
-            lie: a composed query otherwise finds it first. The places it frees go to the next results.
+        exclude_query_image: leave out the query image itself: by its path or URL, by the bytes of its file wherever
+            copies of it lie, and, of an image without a file of its own (PIL, an array, a PNG that was uploaded), by
+            its pixels. A composed query otherwise finds it first. The places it frees go to the next results.
+        image_policy: which images may be read to leave out the query image; default: the policy of the model.
         callback_manager: as LlamaIndex knows it.
 
     Raises:
@@ -80,6 +108,7 @@ class ComposedRetriever(BaseRetriever):
         min_score: float | None = None,
         mode: Literal["default", "hybrid"] = "default",
         exclude_query_image: bool = False,
+        image_policy: ImagePolicy | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
@@ -105,8 +134,12 @@ class ComposedRetriever(BaseRetriever):
         self._min_score = min_score
         self._mode = VectorStoreQueryMode(mode)
         self._exclude_query_image = exclude_query_image
+        self._policy = image_policy or cast("ImagePolicy", getattr(embed_model, "image_policy", DEFAULT_POLICY))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        image: Any = query_bundle.image_path  # LlamaIndex says text, but checks nothing
+        if image is not None and not isinstance(image, str):
+            query_bundle = replace(query_bundle, image_path=portable_image(image, policy=self._policy))
         vector = self._vector(query_bundle)
         if self._exclude_query_image and query_bundle.image_path:
             return self._others(query_bundle, vector, query_bundle.image_path)
@@ -120,9 +153,10 @@ class ComposedRetriever(BaseRetriever):
             return query.embedding
         text = query.query_str if query.query_str and query.query_str.strip() else ""
         if query.image_path:
-            if text:
-                return self._embed_model.get_composed_embedding(text, query.image_path)
-            return self._embed_model.get_image_embedding(query.image_path)
+            texts = query.custom_embedding_strs or ([text] if text else [])
+            if not texts:
+                return self._embed_model.get_image_embedding(query.image_path)
+            return mean_agg([self._embed_model.get_composed_embedding(one, query.image_path) for one in texts])
         if query.custom_embedding_strs:
             return self._embed_model.get_agg_embedding_from_queries(query.custom_embedding_strs)
         if text:
@@ -145,26 +179,97 @@ class ComposedRetriever(BaseRetriever):
 
     def _others(self, query: QueryBundle, vector: list[float], image: str) -> list[NodeWithScore]:
         """The nearest that are not the query picture; more are fetched for as long as copies of it take up places."""
-        places, digest = _identity(image, getattr(self._embed_model, "image_policy", DEFAULT_POLICY))
+        itself = _QueryImage(image, self._policy)
         limit = min(self._top_k + 1, MAX_TOP_K)
         while True:
             found = list(self._search(query, vector, limit))
-            others = [one for one in found if not _is_picture(one.node, places, digest)]
+            others = itself.left_out_of(found)
             if len(others) >= self._top_k or len(found) < limit or limit == MAX_TOP_K:
                 return others[: self._top_k]
             limit = min(4 * limit, MAX_TOP_K)
 
 
-def _identity(image: str, policy: Any) -> tuple[set[str], str | None]:
-    """Names and digest of the file of a picture, as ingestion stores them."""
-    try:
-        digest = hashlib.sha256(read_image_bytes(image, policy=policy)).hexdigest()
-    except ImageLoadError:  # the bundle brought its vector along; the file need not be here
-        digest = None
-    return {image, os.path.abspath(image), os.path.realpath(image)}, digest  # noqa: PTH100 - may be no path at all
+class KeepQueryImage(BaseQueryTransform):
+    """Another transform of queries (HyDE, decomposition, ...), after which the query still has its image.
+
+    LlamaIndex's own rewrite the words into a new bundle without the image, and so into another question.
+
+    Args:
+        transform: what rewrites the words.
+    """
+
+    def __init__(self, transform: BaseQueryTransform) -> None:
+        super().__init__()
+        self._transform = transform
+
+    def _run(self, query_bundle: QueryBundle, metadata: dict[str, Any]) -> QueryBundle:
+        changed = self._transform.run(query_bundle, metadata)
+        return replace(changed, image_path=query_bundle.image_path) if changed.image_path is None else changed
+
+    def _get_prompts(self) -> PromptDictType:
+        return {}
+
+    def _get_prompt_modules(self) -> PromptMixinType:
+        return {"transform": self._transform}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        """There are none but the transform's."""
 
 
-def _is_picture(node: BaseNode, places: set[str], digest: str | None) -> bool:
-    if digest is not None and node.metadata.get("digest") == digest:
-        return True
-    return isinstance(node, ImageNode) and (node.image_path in places or node.image_url in places)
+class _QueryImage:
+    """What tells that a node is the query image: its places, the digest of its file, its pixels."""
+
+    def __init__(self, image: str, policy: ImagePolicy) -> None:
+        self._image, self._policy = image, policy
+        self._places: set[str] = set()
+        if isinstance(image, ImageDataURI):
+            self._places = {image.url} - {""}
+        elif is_place(image):
+            self._places = {image, os.path.abspath(image), os.path.realpath(image)}  # noqa: PTH100 - may be a URL
+        self._digest: str | None = None
+        self._lossless = False
+        self._loaded: Image.Image | None = None
+        in_memory = not is_place(image)
+        # what is in memory already is not limited again
+        largest = max(policy.max_bytes, len(image)) if in_memory else policy.max_bytes
+        try:
+            data = read_image_bytes(image, policy=replace(policy, max_bytes=largest))
+        except ImageLoadError as error:  # the bundle brought its vector along; the file need not be here
+            logger.warning("the query image is left out of the results by its path alone: %s", error)
+        else:
+            self._digest = hashlib.sha256(data).hexdigest()
+            self._lossless = in_memory and sniff_format(data) in _LOSSLESS
+
+    def left_out_of(self, found: list[NodeWithScore]) -> list[NodeWithScore]:
+        """The nodes that are not the query image."""
+        others = [one for one in found if not self._is_file(one.node)]
+        if self._lossless and len(others) == len(found):  # perhaps the file was decoded before it became the query
+            others = self._without_same_pixels(others)
+        return others
+
+    def _is_file(self, node: BaseNode) -> bool:
+        if self._digest is not None and node.metadata.get("digest") == self._digest:
+            return True
+        return isinstance(node, ImageNode) and (node.image_path in self._places or node.image_url in self._places)
+
+    def _without_same_pixels(self, found: list[NodeWithScore]) -> list[NodeWithScore]:
+        read = partial(load_image, policy=self._policy)
+        try:
+            self._loaded = self._loaded or read(self._image)
+        except ImageLoadError as error:
+            logger.warning("the pixels of the results are not compared with the query image: %s", error)
+            return found
+        query, pixels = self._loaded, pixel_digest(self._loaded)
+
+        def is_same(node: BaseNode) -> bool:
+            size = node.metadata.get("width", query.width), node.metadata.get("height", query.height)
+            images = node_images(node)
+            if not images or size != query.size:
+                return False
+            try:
+                return pixel_digest(first_readable(images, read)) == pixels
+            except ImageLoadError as error:
+                logger.warning("not compared with the query image: %s", error)
+                return False
+
+        return [one for one in found if not is_same(one.node)]

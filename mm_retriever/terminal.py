@@ -21,6 +21,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mm_retriever.demo import AMAZON_BYTES, download_amazon
+from mm_retriever.image import ImageSource, is_place, source_name
 from mm_retriever.report import Hit, SearchReport, printable, write_html, write_png
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _JSON_ESCAPES = {
 
 def search_report(
     text: str | None,
-    image: Path | None,
+    image: ImageSource | None,
     nodes: Sequence[NodeWithScore],
     *,
     title: str = "",
@@ -150,6 +151,12 @@ def _shown(hit: Hit) -> str:
 
 
 def _asked(report: SearchReport) -> str:
-    picture = f"[{Path(str(report.query_image)).name}]" if report.query_image is not None else ""
+    image = report.query_image
+    if image is None:
+        picture = ""
+    elif is_place(image):
+        picture = f"[{Path(image).name}]"
+    else:
+        picture = f"[{source_name(image)}]"
     asked = " ".join(part for part in (picture, report.query_text) if part)
     return f"{report.title}: {asked}" if report.title else asked

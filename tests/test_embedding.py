@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.image import ImagePolicy, read_image_bytes
 from mm_retriever.models import visualized_bge_encoder
 from mm_retriever.models.visualized_bge import convert_checkpoint
 from mm_retriever.vector_cache import VectorCache
@@ -236,7 +236,8 @@ def test_a_query_bundle_carries_the_composed_vector(model: VisualizedBGEEmbeddin
     assert text.image_path is None
     assert close(text.embedding, model.get_query_embedding("red shoe"))
     picture = model.get_query_bundle(image=pictures[0].read_bytes())
-    assert (picture.query_str, picture.image_path) == ("", None)
+    assert picture.query_str == ""
+    assert read_image_bytes(picture.image_path or "") == pictures[0].read_bytes()
     assert close(picture.embedding, model.get_image_embedding(pictures[0]))
 
 

@@ -138,7 +138,7 @@ def test_what_is_no_source_is_refused_by_name(source: object) -> None:
     """Truth: the list of accepted kinds in the message."""
     message = refusal(source)
     assert type(source).__name__ in message
-    assert "give a path, URL, data URI, base64, bytes, binary file or PIL picture" in message
+    assert "give a path, URL, data URI, base64, bytes, binary file, PIL image or numpy array" in message
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, MMRetrieverError, QueryError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.image import ImagePolicy, read_image_bytes
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
 from mm_retriever.search_tools.results import one_line
 from mm_retriever.store import ImageStore, filter_expression, open_store
@@ -450,7 +450,7 @@ class Backwards(BaseNodePostprocessor):
         return turned
 
 
-def test_rerankers_see_the_query_picture_and_their_order_is_kept(store, embed_model, talk):
+def test_rerankers_see_the_query_picture_and_their_order_is_kept(store, embed_model, talk, leopard):
     plain = ImageSearch(store, embed_model).search("phone case", "photo.png", conversation=talk)
     reranker = Backwards()
     found = ImageSearch(store, embed_model, rerank=reranker).search(
@@ -460,7 +460,7 @@ def test_rerankers_see_the_query_picture_and_their_order_is_kept(store, embed_mo
     assert found.pictures[0].reason == "it was last"
     assert 'reason "it was last"' in found.pictures[0].line
     assert "rerank_rank" not in found.pictures[0].metadata
-    assert reranker.asked[0].image_path.startswith("data:image/jpeg;base64,")
+    assert read_image_bytes(reranker.asked[0].image_path) == leopard.read_bytes()
     assert reranker.asked[0].query_str == "phone case"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from langchain_core.callbacks import Callbacks
@@ -12,8 +11,8 @@ from llama_index.core.schema import QueryBundle
 from pydantic import ConfigDict
 
 from langchain_mm_retriever.documents import ComposedQuery, read_query, to_document, to_node
-from mm_retriever.image import ImageSource, load_image, thumbnail_data_uri
-from mm_retriever.rerank.candidates import LONGEST_SIDE
+from mm_retriever.image import DEFAULT_POLICY, portable_image
+from mm_retriever.rerank.postprocessor import Reranker
 
 
 class RerankCompressor(BaseDocumentCompressor):
@@ -40,13 +39,7 @@ class RerankCompressor(BaseDocumentCompressor):
             RerankError: no ranking could be obtained.
         """
         text, image = read_query(query)
-        bundle = QueryBundle(text, image_path=None if image is None else _place(image))
+        policy = self.reranker.image_policy if isinstance(self.reranker, Reranker) else DEFAULT_POLICY
+        bundle = QueryBundle(text, image_path=None if image is None else portable_image(image, policy=policy))
         nodes = self.reranker.postprocess_nodes([to_node(one) for one in documents], query_bundle=bundle)
         return [to_document(one) for one in nodes]
-
-
-def _place(image: ImageSource) -> str:
-    """A picture as a bundle names it: its place, or itself as a data URI."""
-    if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
-    return thumbnail_data_uri(load_image(image), LONGEST_SIDE)

@@ -1,23 +1,25 @@
 """Nodes in, nodes out: what a reranker sees of a node, and the node that comes back.
 
-A picture is read by `load_image` under an `ImagePolicy`, from the node's path, its own bytes, or its URL where the
-policy allows that; ``resolve_image``, which would download any URL, is never called. Nodes that come back are copies.
-Knows nothing of models and of ranking.
+An image is read by `load_image` under an `ImagePolicy`, from the first of the node's places (`node_images`) that can be
+read, as the embedding reads it; ``resolve_image``, which would download any URL, is never called. Nodes that come back
+are copies. Knows nothing of models and of ranking.
 """
 
 from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from PIL import Image, ImageDraw, ImageFont
 
+from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image import ImagePolicy, ImageSource, load_image
+from mm_retriever.image import ImagePolicy, first_readable, load_image
 
 RETRIEVAL_SCORE = "retrieval_score"
 RETRIEVAL_RANK = "retrieval_rank"
@@ -126,33 +128,16 @@ def text_card(text: str, side: int = _CARD) -> Image.Image:
 
 
 def _read(node: NodeWithScore, policy: ImagePolicy) -> Candidate:
-    reasons: list[str] = []
-    for source in _sources(node.node, policy):
+    images = [image for image in node_images(node.node) if policy.allow_urls or "://" not in str(image)[:40]]
+    if images:
         try:
-            return Candidate(node, image=_shrunk(load_image(source, policy=policy)))
+            return Candidate(node, image=_shrunk(first_readable(images, partial(load_image, policy=policy))))
         except ImageLoadError as error:
-            reasons.append(str(error))
-    if reasons:
-        return Candidate(node, note="; ".join(reasons)[:500])
+            return Candidate(node, note=str(error)[:500])
     text = node.node.get_content(MetadataMode.NONE).strip()
     if not text:
         return Candidate(node, note=_nothing_to_show(node.node))
     return Candidate(node, text=text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " ...")
-
-
-def _sources(node: BaseNode, policy: ImagePolicy) -> Iterator[ImageSource]:
-    """Where the node's picture may be, the most trusted place first. Serves ImageNode, ImageDocument and Node."""
-    resource = getattr(node, "image_resource", None)
-    path = getattr(node, "image_path", None) or getattr(resource, "path", None)
-    if path:
-        yield str(path)
-    encoded = getattr(node, "image", None) or getattr(resource, "data", None)
-    if encoded:
-        text = encoded.decode("ascii", "replace") if isinstance(encoded, bytes) else str(encoded)
-        yield text if text[:5].lower() == "data:" else f"data:image/unknown;base64,{text}"
-    url = getattr(node, "image_url", None) or getattr(resource, "url", None)
-    if url and (policy.allow_urls or str(url)[:5].lower() == "data:"):
-        yield str(url)
 
 
 def _nothing_to_show(node: BaseNode) -> str:

@@ -7,10 +7,11 @@ A subclass says how candidates are ranked; whatever it does, every candidate com
 from __future__ import annotations
 
 import logging
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llama_index.core.callbacks import CBEventType, EventPayload
@@ -24,7 +25,7 @@ from PIL import Image
 from pydantic import Field, PrivateAttr
 
 from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError
-from mm_retriever.image import ImagePolicy, ImageSource, load_image
+from mm_retriever.image import ImagePolicy, ImageSource, is_place, load_image, source_name
 from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
 from mm_retriever.rerank.order import Fusion, best_first, finite, fuse, shares
 
@@ -123,6 +124,11 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
         """All candidates, at least one, in their new order."""
 
     @property
+    def image_policy(self) -> ImagePolicy:
+        """Which images may be read, the query's and the candidates'."""
+        return self._image_policy
+
+    @property
     def last_usage(self) -> Usage | None:
         """What the reranking that finished last cost; with several threads, read `Reranking.usage` instead."""
         return self._last_usage
@@ -140,8 +146,8 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
 
         Args:
             nodes: as retrieved, best first; they are not changed.
-            query: a text, or a bundle with a text, an ``image_path``, or both.
-            query_image: the query picture, if it is not at the bundle's ``image_path``.
+            query: a text, or a bundle with a text, an ``image_path`` (a path or a data URI), or both.
+            query_image: the query image in any form that `load_image` takes; it goes before the bundle's.
 
         Raises:
             QueryError: neither a text nor a picture.
@@ -149,15 +155,16 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
             RerankError: no ranking could be obtained; with ``on_error="keep_order"`` the order stays as it is.
         """
         bundle = QueryBundle(query) if isinstance(query, str) else query or QueryBundle("")
-        source = bundle.image_path if query_image is None else query_image
+        source: ImageSource | None = bundle.image_path if query_image is None else query_image
+        if isinstance(source, str) and not source:
+            source = None
         text = (bundle.query_str or "").strip()
-        if not text and (source is None or source == ""):
+        if not text and source is None:
             raise QueryError(
                 "nothing to rerank by: give a text, QueryBundle(query_str, image_path=...), or query_image"
             )
-        dispatcher.event(
-            ReRankStartEvent(query=bundle, nodes=list(nodes), top_n=self.top_n, model_name=self.model_name)
-        )
+        told = replace(bundle, image_path=None if source is None else _place_or_name(source))
+        dispatcher.event(ReRankStartEvent(query=told, nodes=list(nodes), top_n=self.top_n, model_name=self.model_name))
         payload: dict[str, Any] = {
             EventPayload.NODES: list(nodes),
             EventPayload.MODEL_NAME: self.model_name,
@@ -182,7 +189,7 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
         meter = Meter(self.time_budget_s)
         candidates: list[Candidate] = []
         try:
-            image = load_image(source, policy=self._image_policy) if source is not None and source != "" else None
+            image = None if source is None else load_image(source, policy=self._image_policy)
             candidates = read_candidates(nodes, self._image_policy)
             ranking = self._rank(Query(text, image), candidates, meter)
         except Exception as error:
@@ -247,6 +254,11 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
         if unknown:
             raise QueryError(f"no prompts {unknown}; there are {', '.join(sorted(self._prompts))}")
         self._prompts |= prompts
+
+
+def _place_or_name(source: ImageSource) -> str:
+    """What events are told of the query image: where it is, never the image itself, which may have many megabytes."""
+    return os.fsdecode(source) if is_place(source) else source_name(source)
 
 
 def _one_line(error: Exception) -> str:

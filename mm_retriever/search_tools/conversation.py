@@ -6,18 +6,15 @@ third of the last search of this one. Knows nothing of stores and models.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama_index.core.schema import BaseNode
-from PIL import Image
 
 from mm_retriever.errors import QueryError
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, read_image_bytes
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, lossless_bytes
 from mm_retriever.search_tools.arguments import read_result_number
 
 MAX_ATTACHMENTS = 64
@@ -29,11 +26,11 @@ _LATEST = frozenset({"attachment", "the attachment", "attached picture", "attach
 
 @dataclass(frozen=True)
 class AttachedPicture:
-    """A picture that the host attached: the bytes of its file."""
+    """An image that the host attached: the bytes of its file, and the policy it was read under."""
 
     name: str
     data: bytes = field(repr=False)
-    digest: str
+    policy: ImagePolicy
 
 
 class Conversation:
@@ -59,14 +56,9 @@ class Conversation:
             ImageLoadError: the picture cannot or must not be read.
         """
         name = _checked_name(name)
-        if isinstance(picture, Image.Image):
-            written = io.BytesIO()
-            load_image(picture, policy=policy).save(written, "PNG")
-            data = written.getvalue()
-        else:
-            data = read_image_bytes(picture, policy=policy)
-            load_image(data, policy=policy)  # refused now, by its host, rather than later, by a tool
-        attached = AttachedPicture(name, data, hashlib.sha256(data).hexdigest())
+        data = lossless_bytes(picture, policy=policy)
+        load_image(data, policy=policy)  # refused now, by its host, rather than later, by a tool
+        attached = AttachedPicture(name, data, policy)
         with self._turn:
             self._attachments.pop(name.casefold(), None)
             self._attachments[name.casefold()] = attached

@@ -7,11 +7,11 @@ of agents, and nothing of the host that shows the answer.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
@@ -20,21 +20,22 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
-from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
+from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError
 from mm_retriever.image import (
     DEFAULT_POLICY,
     ImagePolicy,
     ImageSource,
     encode_thumbnail,
+    first_readable,
     is_image_path,
     load_image,
+    media_type,
     read_image_bytes,
     source_name,
-    thumbnail_data_uri,
 )
 from mm_retriever.image_format import sniff_format
-from mm_retriever.rerank.candidates import LONGEST_SIDE, METADATA_KEYS, RERANK_NOTE, RERANK_REASON
+from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_result_number, read_text
 from mm_retriever.search_tools.conversation import Conversation
@@ -62,7 +63,6 @@ DESCRIBE = (
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
 _READERS = min(4, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
-_MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Picture:
 
     name: str
     data: bytes
-    digest: str
+    policy: ImagePolicy
     node: BaseNode | None = None
 
 
@@ -193,12 +193,12 @@ class ImageSearch:
         tell = progress or _nobody
         steps = 3 if self._llm else 2
         tell(0, steps, "reading the picture")
-        name, node, source, policy = self._named(image, conversation)
+        name, node, images, policy = self._named(image, conversation)
         facts = {} if node is None else self._facts(node)
         try:
-            if source is None:
+            if not images:
                 return PictureDescription(name, note="a text, not a picture", **facts)
-            picture = load_image(source, policy=policy)
+            picture = first_readable(images, partial(load_image, policy=policy))
         except ImageLoadError as error:
             if node is None:
                 raise
@@ -224,15 +224,16 @@ class ImageSearch:
             ImageLoadError: its file cannot or must not be read, is no picture, or is larger than `limits` allow.
         """
         node = self._stored(node_id)
-        source = None if node is None else node_image(node)
-        if node is None or source is None:
+        images = () if node is None else node_images(node)
+        if node is None or not images:
             raise QueryError(f"there is no picture of the id {one_line(node_id, 80)!r} in the store")
-        data = read_image_bytes(source, policy=replace(self.stored_policy, max_bytes=self.limits.original_bytes))
+        policy = replace(self.stored_policy, max_bytes=self.limits.original_bytes)
+        data = first_readable(images, partial(read_image_bytes, policy=policy))
         name = one_line(node.metadata.get("file_name") or node_id, 200)
         kind = sniff_format(data)
         if kind is None:
             raise ImageLoadError(f"the file of {name!r} is not a picture")
-        return Original(node_id, name, _MEDIA_TYPES.get(kind, f"image/{kind.lower()}"), data)
+        return Original(node_id, name, media_type(kind), data)
 
     async def asearch(self, *args: Any, **kwargs: Any) -> SearchResult:
         """`search`, in a thread."""
@@ -267,13 +268,15 @@ class ImageSearch:
         tell(0, steps, "reading the query")
         picture = self._read(image, conversation) if image else None
         tell(1, steps, "searching")
-        query = self._embed_model.get_query_bundle(words or None, picture.data if picture else None)
+        query = (
+            self._embed_model.get_query_bundle(words, picture.data, image_policy=picture.policy)
+            if picture
+            else self._embed_model.get_query_bundle(words)
+        )
         wanted = max(count, self.limits.candidates) if self._rerank else count
-        nodes = self._retrieve(query, _all(asked, _not_itself(picture) if others else None), wanted)
+        nodes = self._retrieve(query, _all(asked, _not_itself(picture) if others else None), wanted, others=others)
         if self._rerank and nodes:
             tell(2, steps, f"reranking {len(nodes)} results")
-            if picture:  # rerankers look for the query picture at the bundle's path
-                query.image_path = thumbnail_data_uri(load_image(picture.data), LONGEST_SIDE)
             for postprocessor in self._rerank:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
@@ -285,18 +288,28 @@ class ImageSearch:
         names += [f'"{one_line(words, 300)}"'] if words else []
         return SearchResult(number, " and ".join(names), found, "" if found else self._hint(query, asked))
 
-    def _retrieve(self, query: QueryBundle, filters: MetadataFilters | None, top_k: int) -> list[NodeWithScore]:
-        return ComposedRetriever(self._store, self._embed_model, top_k=top_k, filters=filters).retrieve(query)
+    def _retrieve(
+        self, query: QueryBundle, filters: MetadataFilters | None, top_k: int, *, others: bool = False
+    ) -> list[NodeWithScore]:
+        return ComposedRetriever(
+            self._store,
+            self._embed_model,
+            top_k=top_k,
+            filters=filters,
+            exclude_query_image=others,
+            image_policy=self.stored_policy,
+        ).retrieve(query)
 
     def _found(self, rank: int, found: NodeWithScore) -> FoundPicture:
         node = found.node
         facts = self._facts(node)
         notes = [one_line(node.metadata[RERANK_NOTE], 200)] if node.metadata.get(RERANK_NOTE) else []
         thumbnail = None
-        source = node_image(node)
-        if source is not None and rank <= self.limits.thumbnails:
+        images = node_images(node)
+        if images and rank <= self.limits.thumbnails:
             try:
-                thumbnail = encode_thumbnail(load_image(source, policy=self.stored_policy), self.limits.thumbnail_side)
+                image = first_readable(images, partial(load_image, policy=self.stored_policy))
+                thumbnail = encode_thumbnail(image, self.limits.thumbnail_side)
             except ImageLoadError as error:
                 notes.append(f"the picture cannot be read: {one_line(error.reason, 200)}")
         return FoundPicture(
@@ -333,37 +346,36 @@ class ImageSearch:
     # ------------------------------------------------------------------------------------------ pictures
 
     def _read(self, image: str, conversation: Conversation | None) -> _Picture:
-        name, node, source, policy = self._named(image, conversation)
-        if source is None:
+        name, node, images, policy = self._named(image, conversation)
+        if not images:
             raise QueryError(f"{name} is a text, not a picture; give its words as text instead")
-        data = read_image_bytes(source, policy=policy)
-        return _Picture(name, data, hashlib.sha256(data).hexdigest(), node)
+        return _Picture(name, first_readable(images, partial(read_image_bytes, policy=policy)), policy, node)
 
     def _named(
         self, image: object, conversation: Conversation | None
-    ) -> tuple[str, BaseNode | None, ImageSource | None, ImagePolicy]:
-        """What a picture argument names: its name for people, its node, where it is, and what may be read there."""
+    ) -> tuple[str, BaseNode | None, tuple[ImageSource, ...], ImagePolicy]:
+        """What an image argument names: its name for people, its node, its places, and what may be read there."""
         if isinstance(image, int) and not isinstance(image, bool):
             image = str(image)
         if not isinstance(image, str) or not image.strip():
             raise QueryError(f"image {one_line(repr(image), 80)}: give a name as text; {_known(conversation)}")
         image = image.strip()
         if image[:5].lower() == "data:":
-            return "the picture given", None, image, self.image_policy
+            return "the picture given", None, (image,), self.image_policy
         number = read_result_number(image)
         if conversation is not None and (attached := conversation.attachment(image) or conversation.latest(image)):
-            return f"attachment {attached.name!r}", None, attached.data, self.stored_policy
+            return f"attachment {attached.name!r}", None, (attached.data,), attached.policy
         node = self._stored(image)
         if conversation is not None and number is not None and (node is None or conversation.has_result(*number)):
             node = conversation.result(*number)
-            return f"result {number[0]}", node, node_image(node), self.stored_policy
+            return f"result {number[0]}", node, node_images(node), self.stored_policy
         if node is not None:
-            return f"picture {one_line(image, 80)!r}", node, node_image(node), self.stored_policy
+            return f"picture {one_line(image, 80)!r}", node, node_images(node), self.stored_policy
         if conversation is None and number is not None:
             raise QueryError(f"{one_line(image, 80)!r}: earlier results are not remembered here; give the id of one")
         if "://" not in image and not (is_image_path(image) and self.image_policy.roots != ()):
             raise QueryError(f"no picture is known as {one_line(image, 80)!r}; {_known(conversation)}")
-        return one_line(source_name(image), 200), None, image, self.image_policy
+        return one_line(source_name(image), 200), None, (image,), self.image_policy
 
     def _stored(self, node_id: str) -> BaseNode | None:
         if not node_id or len(node_id) > _LONGEST_ID:
@@ -392,13 +404,11 @@ def _known(conversation: Conversation | None) -> str:
 
 
 def _not_itself(picture: _Picture | None) -> MetadataFilters | None:
-    """Conditions that the query picture itself and copies of its file do not meet."""
-    if picture is None:
+    """A condition that the node which is the query does not meet; copies of it are left out by the retriever."""
+    if picture is None or picture.node is None:
         return None
-    itself = [MetadataFilter(key="digest", operator=FilterOperator.NE, value=picture.digest)]
-    if picture.node is not None:
-        itself.append(MetadataFilter(key="id", operator=FilterOperator.NE, value=picture.node.node_id))
-    return MetadataFilters(filters=[*itself])
+    itself = MetadataFilter(key="id", operator=FilterOperator.NE, value=picture.node.node_id)
+    return MetadataFilters(filters=[itself])
 
 
 def _all(*filters: MetadataFilters | None) -> MetadataFilters | None:
