@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from mm_retriever import __version__
-from mm_retriever.errors import FilterError, MMRetrieverError, QueryError
+from mm_retriever.errors import FilterError, MMRetrieverError, QueryError, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -382,6 +382,8 @@ def mcp(
     from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
 
     if http:
+        if http_token is None:
+            http_token = os.environ.get("MM_RETRIEVER_MCP_TOKEN")  # an empty one, which typer takes for none
         check_access(host, http_token)
     _must_exist(db)  # before a model is loaded
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
@@ -393,7 +395,7 @@ def mcp(
             if http:
                 serve_http(search, host=host, port=port, token=http_token)
             else:
-                with redirect_stdout(sys.__stdout__):
+                with redirect_stdout(sys.__stdout__), _ends_on_interrupt(store):
                     serve_stdio(search)
 
 
@@ -418,10 +420,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
-    # a message may repeat what a stranger wrote: a file name, a server's answer
-    line = " ".join(message.split())
-    words = "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
-    print(f"mm-retriever: {words}", file=sys.stderr)  # noqa: T201 - the command line's own voice
+    # a message may repeat untrusted text: a file name, a server's answer
+    print(f"mm-retriever: {one_line(message)}", file=sys.stderr)  # noqa: T201 - the command line's own voice
     if code == EXIT_USAGE and os.environ.get("MM_RETRIEVER_DEBUG"):
         traceback.print_exc()
     sys.exit(code)
@@ -457,6 +457,25 @@ def _opened(
         yield store
     finally:
         store.close()
+
+
+@contextmanager
+def _ends_on_interrupt(store: ImageStore) -> Iterator[None]:
+    """Close the store and end the process on Ctrl-C, where a thread that reads stdin would wait for one more line."""
+    import signal
+    import threading
+
+    def end(*_: object) -> None:
+        closing = threading.Thread(target=store.close, daemon=True)
+        closing.start()
+        closing.join(5)
+        os._exit(EXIT_INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _must_exist(db: str | Path) -> None:

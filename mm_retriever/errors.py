@@ -20,10 +20,12 @@ Every class also inherits the builtin it specialises, so that code that has neve
     │   └── StoreUnavailableError (ConnectionError) no answer from the server in time
     └── MissingExtraError       (ImportError)      an optional dependency; the message names the extra
 
-A message says what was given, what is accepted, and what to do; `shown` writes what was given, whatever it is.
+A message says what was given, what is accepted, and what to do; `shown` writes what was given, whatever it is, and
+`one_line` makes untrusted text safe to show.
 """
 
 import reprlib
+import unicodedata
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -36,6 +38,30 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of more digits than Python writes, a __repr__ without end
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+_INVISIBLE = ("Cf", "Cn", "Co")  # zero-width, direction and tag characters; what Unicode has not assigned
+
+
+def one_line(text: object, most: int = 2_000) -> str:
+    """Return text on one line, cut to `most` characters, that commands no terminal and hides no words.
+
+    Control characters become spaces; characters that cannot be seen, or that turn the order of the text round, go; half
+    a surrogate pair becomes U+FFFD.
+    """
+    start = str(text)[: 16 * most]  # untrusted text may have millions
+    words = "".join(_visible(character) for character in start) if not start.isprintable() else start
+    line = " ".join(words.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    category = unicodedata.category(character)
+    if category == "Cs":
+        return "\ufffd"
+    return "" if category in _INVISIBLE else " "
 
 
 class MMRetrieverError(Exception):

@@ -345,7 +345,9 @@ def _open_inside(path: str, roots: tuple[Path, ...]) -> int:
                     missing = error
     if missing is not None:
         raise missing
-    raise ImageLoadError(f"outside the folders that may be read ({', '.join(map(str, roots)) or 'none'})")
+    raise ImageLoadError(
+        f"outside the folders that may be read ({', '.join(repr(str(root)) for root in roots) or 'none'})"
+    )
 
 
 def _open_beneath(root: str, relative: str) -> int:

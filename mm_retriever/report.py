@@ -19,13 +19,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from mm_retriever.errors import ImageLoadError
+from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, source_name, thumbnail_data_uri
 from mm_retriever.sheet import before_after, contact_sheet, with_text
 
 THUMBNAIL = 320  # pixels
 MAX_PAGE_BYTES = 32 * 2**20
-_LONGEST_TEXT = 2_000  # characters
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def write_png(
     """
     query = None if report.query_image is None else _load(report.query_image, image_policy)[0]
     pictures = [_load(_source(hit), image_policy)[0] for hit in report.hits]
-    title = printable(": ".join(text for text in (report.title, report.query_text) if text))
+    title = one_line(": ".join(text for text in (report.title, report.query_text) if text))
     places = {hit.id: position for position, hit in enumerate(report.hits)}
     order = [places[hit.id] for hit in report.reranked or () if hit.id in places]
     if order:
@@ -154,24 +153,10 @@ def _load(source: ImageSource, policy: ImagePolicy) -> tuple[Image.Image | None,
 
 # ---------------------------------------------------------------------------------------------- HTML
 
-# Letters that turn the order of the text round them, command a terminal, or stand for none.
-_UNPRINTABLE = {
-    **dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "\ufffd"),
-    **dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)), "\ufffd"),
-    **{ord(space): " " for space in "\t\n\r"},
-}
-
-
-def printable(text: str) -> str:
-    """Return a stranger's text on one line, of bounded length, without what commands a terminal or turns text round."""
-    if len(text) > _LONGEST_TEXT:
-        text = text[:_LONGEST_TEXT] + "..."
-    return text.translate(_UNPRINTABLE)
-
 
 def _text(text: str) -> str:
     """Text for HTML, inside an element or a quoted attribute."""
-    return escape(printable(text), quote=True)
+    return escape(one_line(text), quote=True)
 
 
 def _element(name: str, text: str) -> str:

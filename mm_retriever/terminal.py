@@ -21,8 +21,9 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mm_retriever.demo import AMAZON_BYTES, download_amazon
+from mm_retriever.errors import one_line
 from mm_retriever.image import ImageSource, is_place, source_name
-from mm_retriever.report import Hit, SearchReport, printable, write_html, write_png
+from mm_retriever.report import Hit, SearchReport, write_html, write_png
 
 if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
     from mm_retriever.rerank.postprocessor import Reranking
 
 SKIPPED_SHOWN = 10
-
-# What JSON lets pass, and a terminal, a reader's eye or the encoding of stdout does not.
-_JSON_ESCAPES = {
-    sign: f"\\u{sign:04x}"
-    for sign in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
-}
 
 
 def search_report(
@@ -67,7 +62,9 @@ def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
 
 def print_json(value: object) -> None:
     """The value as JSON that any terminal takes and any reader of JSON reads back whole."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=2).translate(_JSON_ESCAPES))
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    # what cannot be seen, or commands a terminal, is escaped: both \u forms read back the same
+    typer.echo("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
 
 
 def print_search(report: SearchReport) -> None:
@@ -103,13 +100,13 @@ def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report
     """What an ingestion did, the first of the files that it skipped, and a table of what it did not take."""
     typer.echo(str(report))
     for skipped in report.skipped[:SKIPPED_SHOWN]:
-        typer.echo(printable(f"  skipped {skipped.path}: {skipped.reason}"))
+        typer.echo(one_line(f"  skipped {skipped.path}: {skipped.reason}"))
     if len(report.skipped) > SKIPPED_SHOWN:
         typer.echo(f"  and {len(report.skipped) - SKIPPED_SHOWN} more; {rest}")
     if report.ignored:
         typer.echo(f"not taken, because they are no images that are read; {rest}:")
     for files in report.ignored[:SKIPPED_SHOWN]:
-        typer.echo(printable(f"  {files.count:>7} {files.kind:<8} {files.reason}"))
+        typer.echo(one_line(f"  {files.count:>7} {files.kind:<8} {files.reason}"))
     if len(report.ignored) > SKIPPED_SHOWN:
         others = report.ignored[SKIPPED_SHOWN:]
         typer.echo(f"  {sum(files.count for files in others):>7} of {len(others)} more types")
@@ -131,7 +128,7 @@ def download_archive(target: Path) -> Path:
 
 def _words(text: str) -> Text:
     """A stranger's text for rich: its brackets are no markup, and it holds no command."""
-    return Text(printable(text))
+    return Text(one_line(text))
 
 
 def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:

@@ -203,7 +203,7 @@ def test_very_many_attachments_and_searches_are_not_kept():
     conversation = Conversation()
     for number in range(80):
         conversation.attach(f"picture {number:03}.png", Image.new("RGB", (2, 2)))
-        conversation.remember([TextNode(text="x")])
+        conversation.remember([str(number)])
     assert len(conversation.attachments) == 64
     assert conversation.attachments[-1] == "picture 079.png"
     with pytest.raises(QueryError, match="searches 49 to 80"):

@@ -12,15 +12,8 @@ except ImportError as error:
 if not hasattr(mcp.server, "MCPServer"):
     raise MissingExtraError('an mcp below 2 is installed, MCPServer is missing: pip install "mm-retriever[mcp]"')
 
-from mcp_server_mm_retriever.server import (
-    ImageSearchServer,
-    check_access,
-    create_server,
-    http_app,
-    image_search,
-    serve_http,
-    serve_stdio,
-)
+from mcp_server_mm_retriever.http import check_access, http_app, serve_http
+from mcp_server_mm_retriever.server import ImageSearchServer, create_server, image_search, serve_stdio
 
 __all__ = [
     "ImageSearchServer",

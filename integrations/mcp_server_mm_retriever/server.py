@@ -1,14 +1,12 @@
-"""`ImageSearch` over the Model Context Protocol: three tools, originals as resources, stdio or streamable HTTP.
+"""`ImageSearch` over the Model Context Protocol: three tools, originals as resources.
 
-Owns what is MCP's: content blocks, resource URIs, progress, sessions, and who may connect over HTTP. Knows nothing of
-stores and models. (No `from __future__ import annotations` here: the tools' types are read at run time.)
+Owns what is MCP's: content blocks, resource URIs, progress, sessions. Knows nothing of HTTP, stores and models. (No
+`from __future__ import annotations` here: the tools' types are read at run time.)
 """
 
 import base64
-import hmac
 import logging
-import sys
-from collections import OrderedDict
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,14 +17,12 @@ from urllib.parse import quote, unquote
 import anyio
 import anyio.from_thread
 import anyio.to_thread
-import uvicorn
 from mcp.server import MCPServer
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp_types import CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent, ToolAnnotations
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mm_retriever import __version__
 from mm_retriever.embedding import VisualizedBGEEmbedding
@@ -47,6 +43,7 @@ from mm_retriever.search_tools import (
     SearchResult,
     TextArgument,
     TopKArgument,
+    without_folders,
 )
 from mm_retriever.store import ImageStore
 from mm_retriever.tools import ImageSearchToolSpec
@@ -57,9 +54,8 @@ INSTRUCTIONS = (
     f"the original file of a result is the resource {PICTURES}ID."
 )
 MAX_SESSIONS = 256
+IDLE_SECONDS = 30 * 60  # after which the SDK ends a session
 SEARCHES_AT_ONCE = 4
-SHORTEST_TOKEN = 16
-LOOPBACK = ("127.0.0.1", "localhost", "::1")  # where the SDK checks the host that a request names
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +74,11 @@ class ImageSearchServer(MCPServer[Any]):
     """
 
     def __init__(self, search: ImageSearch, *, one_client: bool) -> None:
+        handlers = list(logging.getLogger().handlers)
         super().__init__("mm-retriever", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
+        logging.getLogger().handlers[:] = handlers  # the SDK's draws boxes around tracebacks; logging is the program's
         self._search = search
-        self._conversations = _Conversations(one_client)
+        self.conversations = Conversations(one_client)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         looks = ToolAnnotations(
             read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False
@@ -122,11 +120,11 @@ class ImageSearchServer(MCPServer[Any]):
 
     async def _ask(self, ctx: Context, request: Callable[..., Answer], *arguments: object) -> Answer:
         """Run one request in a thread, telling the client how far it is."""
-        call = partial(request, *arguments, conversation=self._conversations.of(ctx), progress=_progress(ctx))
+        call = partial(request, *arguments, conversation=self.conversations.of(ctx), progress=_progress(ctx))
         try:
             return await anyio.to_thread.run_sync(call, limiter=self._turns)
         except MMRetrieverError as error:
-            raise ToolError(str(error)) from error
+            raise ToolError(without_folders(str(error))) from error
 
     async def read_resource(self, uri: Any, context: Any = None) -> Iterable[ReadResourceContents] | Any:
         """Return the original of an indexed picture with its own media type, which a template could not give it."""
@@ -136,9 +134,9 @@ class ImageSearchServer(MCPServer[Any]):
         try:
             original = await anyio.to_thread.run_sync(self._search.original, node_id, limiter=self._turns)
         except QueryError as error:
-            raise ResourceNotFoundError(str(error)) from error
+            raise ResourceNotFoundError(without_folders(str(error))) from error
         except MMRetrieverError as error:
-            raise ResourceError(str(error)) from error
+            raise ResourceError(without_folders(str(error))) from error
         return [ReadResourceContents(content=original.data, mime_type=original.media_type)]
 
     def _original_bytes(self, node_id: str) -> bytes:
@@ -191,95 +189,42 @@ def serve_stdio(search: ImageSearch) -> None:
     create_server(search, one_client=True).run("stdio")
 
 
-def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None) -> None:
-    """Serve clients on http://HOST:PORT/mcp until interrupted.
-
-    Args:
-        search: what is asked.
-        host: a loopback address, or with a token any.
-        port: 1 to 65535.
-        token: what clients must send as "Authorization: Bearer TOKEN"; at least 16 characters.
-
-    Raises:
-        QueryError: a token is missing or too short.
-    """
-    app = http_app(search, host=host, token=token)
-    name = f"[{host}]" if ":" in host else host
-    print(f"serving MCP on http://{name}:{port}/mcp", file=sys.stderr)  # noqa: T201 - stdout is not for words
-    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, ws="none")
-
-
-def http_app(search: ImageSearch, *, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
-    """Return the ASGI app that `serve_http` runs, for a server of your own; its path is /mcp.
-
-    Without a token it answers only requests that name a loopback address as their host, so that no web page can reach
-    it under a name of its own.
-
-    Raises:
-        QueryError: a token is missing or too short.
-    """
-    check_access(host, token)
-    app: ASGIApp = create_server(search, one_client=False).streamable_http_app(host=host)
-    return RequireToken(app, token) if token else app
-
-
-def check_access(host: str, token: str | None) -> None:
-    """Refuse to serve other machines without a token that cannot be guessed.
-
-    Raises:
-        QueryError: says how to make one.
-    """
-    how = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
-    if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
-        raise QueryError(f"the token needs at least {SHORTEST_TOKEN} printable ASCII characters; {how}")
-    if not token and host not in LOOPBACK:
-        raise QueryError(f"host {host!r} can be reached by other machines, and needs a token; {how}")
-
-
-class RequireToken:
-    """An ASGI app that answers 401 to whoever does not send the token."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        given = [value for name, value in scope.get("headers", ()) if name.lower() == b"authorization"]
-        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
-            await self._app(scope, receive, send)
-            return
-        headers = [(b"www-authenticate", b"Bearer"), (b"content-type", b"text/plain"), (b"content-length", b"0")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
-
-
-class _Conversations:
-    """The conversation that a request is part of, if it is part of one."""
+class Conversations:
+    """The conversation that a request is part of, if it is part of one; ended and long idle sessions are forgotten."""
 
     def __init__(self, one_client: bool) -> None:
         self._only = Conversation() if one_client else None
-        self._by_session: OrderedDict[str, Conversation] = OrderedDict()
+        self._by_session: dict[str, tuple[Conversation, float]] = {}  # the longest unused first
 
     def of(self, ctx: Context) -> Conversation | None:
+        """Return the conversation of a request, None if it is part of none."""
         if self._only is not None:
             return self._only
         # only a version with sessions checks the header: later ones pass on whatever a client writes there
         session = (ctx.headers or {}).get("mcp-session-id")
         if not session or ctx.protocol_version not in HANDSHAKE_PROTOCOL_VERSIONS:
             return None
-        conversation = self._by_session.setdefault(session, Conversation())
-        self._by_session.move_to_end(session)
-        while len(self._by_session) > MAX_SESSIONS:
-            self._by_session.popitem(last=False)
+        now = time.monotonic()
+        conversation, _ = self._by_session.pop(session, (Conversation(), now))
+        self._by_session[session] = conversation, now
+        for oldest, (_, used) in list(self._by_session.items()):
+            if len(self._by_session) <= MAX_SESSIONS and now - used <= IDLE_SECONDS:
+                break
+            self.forget(oldest)
         return conversation
+
+    def __len__(self) -> int:
+        """How many are remembered."""
+        return len(self._by_session)
+
+    def forget(self, session: str) -> None:
+        """Forget what a session could refer to."""
+        self._by_session.pop(session, None)
 
 
 def _progress(ctx: Context) -> Progress:
     def tell(done: int, steps: int, doing: str) -> None:
+        anyio.from_thread.check_cancelled()  # a call that its client gave up ends before the next step
         anyio.from_thread.run(ctx.report_progress, done, steps, doing)
 
     return tell

@@ -23,7 +23,14 @@ from mm_retriever.search_tools.arguments import (
 )
 from mm_retriever.search_tools.conversation import Conversation
 from mm_retriever.search_tools.image_search import ONLY_NAMED, ImageSearch, Progress
-from mm_retriever.search_tools.results import FoundPicture, Original, PictureDescription, SearchLimits, SearchResult
+from mm_retriever.search_tools.results import (
+    FoundPicture,
+    Original,
+    PictureDescription,
+    SearchLimits,
+    SearchResult,
+    without_folders,
+)
 
 __all__ = [
     "ONLY_NAMED",
@@ -43,4 +50,5 @@ __all__ = [
     "TextArgument",
     "TopKArgument",
     "read_filters",
+    "without_folders",
 ]

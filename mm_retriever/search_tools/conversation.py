@@ -11,8 +11,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llama_index.core.schema import BaseNode
-
 from mm_retriever.errors import QueryError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, lossless_bytes
 from mm_retriever.search_tools.arguments import read_result_number
@@ -42,7 +40,7 @@ class Conversation:
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._attachments: OrderedDict[str, AttachedPicture] = OrderedDict()
-        self._searches: OrderedDict[int, tuple[BaseNode, ...]] = OrderedDict()
+        self._searches: OrderedDict[int, tuple[str, ...]] = OrderedDict()  # ids: nodes would take megabytes
         self._count = 0
 
     def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
@@ -84,11 +82,11 @@ class Conversation:
                 return None
             return next(reversed(self._attachments.values()))
 
-    def remember(self, nodes: Sequence[BaseNode]) -> int:
-        """Keep what a search found, best first, and return the number of the search."""
+    def remember(self, node_ids: Sequence[str]) -> int:
+        """Keep the ids of what a search found, best first, and return the number of the search."""
         with self._turn:
             self._count += 1
-            self._searches[self._count] = tuple(nodes)
+            self._searches[self._count] = tuple(node_ids)
             while len(self._searches) > MAX_SEARCHES:
                 self._searches.popitem(last=False)
             return self._count
@@ -100,8 +98,8 @@ class Conversation:
         except QueryError:
             return False
 
-    def result(self, rank: int, search: int | None = None) -> BaseNode:
-        """The node of a result of the last search that found anything, or of the search of that number.
+    def result(self, rank: int, search: int | None = None) -> str:
+        """The id of a result of the last search that found anything, or of the search of that number.
 
         Raises:
             QueryError: there was no such search, or it has no such result.

@@ -21,7 +21,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
-from mm_retriever.errors import FilterError, ImageLoadError, QueryError
+from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
 from mm_retriever.image import (
     DEFAULT_POLICY,
     ImagePolicy,
@@ -45,8 +45,8 @@ from mm_retriever.search_tools.results import (
     PictureDescription,
     SearchLimits,
     SearchResult,
-    one_line,
     shown_metadata,
+    without_folders,
 )
 from mm_retriever.store import ImageStore
 
@@ -202,7 +202,9 @@ class ImageSearch:
         except ImageLoadError as error:
             if node is None:
                 raise
-            return PictureDescription(name, note=f"the picture cannot be read: {one_line(error.reason, 300)}", **facts)
+            return PictureDescription(
+                name, note=f"the picture cannot be read: {one_line(without_folders(error.reason), 300)}", **facts
+            )
         tell(1, steps, "describing it" if self._llm else "making a thumbnail")
         described = self._ask(asked, encode_thumbnail(picture, self.limits.described_side)) if self._llm else ""
         thumbnail = encode_thumbnail(picture, self.limits.thumbnail_side) if self.limits.thumbnails else None
@@ -282,7 +284,7 @@ class ImageSearch:
         tell(steps - 1, steps, "making thumbnails")
         with ThreadPoolExecutor(_READERS, thread_name_prefix="read-picture") as readers:
             found = tuple(readers.map(self._found, range(1, count + 1), nodes[:count]))
-        number = conversation.remember([node.node for node in nodes[:count]]) if conversation else 0
+        number = conversation.remember([node.node.node_id for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [picture.name] if picture else []
         names += [f'"{one_line(words, 300)}"'] if words else []
@@ -311,7 +313,7 @@ class ImageSearch:
                 image = first_readable(images, partial(load_image, policy=self.stored_policy))
                 thumbnail = encode_thumbnail(image, self.limits.thumbnail_side)
             except ImageLoadError as error:
-                notes.append(f"the picture cannot be read: {one_line(error.reason, 200)}")
+                notes.append(_unreadable(error))
         return FoundPicture(
             rank,
             facts["id"],
@@ -367,7 +369,9 @@ class ImageSearch:
             return f"attachment {attached.name!r}", None, (attached.data,), attached.policy
         node = self._stored(image)
         if conversation is not None and number is not None and (node is None or conversation.has_result(*number)):
-            node = conversation.result(*number)
+            node = self._row(conversation.result(*number))
+            if node is None:
+                raise QueryError(f"result {number[0]} is no longer in the store; search again")
             return f"result {number[0]}", node, node_images(node), self.stored_policy
         if node is not None:
             return f"picture {one_line(image, 80)!r}", node, node_images(node), self.stored_policy
@@ -378,8 +382,9 @@ class ImageSearch:
         return one_line(source_name(image), 200), None, (image,), self.image_policy
 
     def _stored(self, node_id: str) -> BaseNode | None:
-        if not node_id or len(node_id) > _LONGEST_ID:
-            return None
+        return self._row(node_id) if node_id and len(node_id) <= _LONGEST_ID else None
+
+    def _row(self, node_id: str) -> BaseNode | None:
         found = self._store.get_nodes([node_id.encode("utf-8", "replace").decode()])
         return found[0] if found else None
 
@@ -392,6 +397,10 @@ class ImageSearch:
 
 def _nobody(done: int, steps: int, doing: str) -> None:
     """Where nobody wants to know."""
+
+
+def _unreadable(error: ImageLoadError) -> str:
+    return f"the picture cannot be read: {one_line(without_folders(error.reason), 300)}"
 
 
 def _known(conversation: Conversation | None) -> str:

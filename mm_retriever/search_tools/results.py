@@ -7,13 +7,20 @@ model read off a picture) is a stranger's: it comes out on one line, quoted as J
 from __future__ import annotations
 
 import json
-import unicodedata
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mm_retriever.errors import one_line
+
 NOT_SHOWN = frozenset({"file_path", "digest", "metadata_digest", "mtime_ns", "bytes"})
 """Metadata that says something about the machine or the index, and nothing about the picture."""
+
+
+# an absolute path in quotes, which may hold spaces, and one without
+_QUOTED_PATH = re.compile(r"""(?P<quote>['"])(?:/|[A-Za-z]:[/\\])[^'"]*[/\\](?P<name>[^'"/\\]*)(?P=quote)""")
+_BARE_PATH = re.compile(r"""(?<![\w:/.~'"])(?:/|[A-Za-z]:\\)(?:[^\s/\\,;:)'"]+[/\\])+(?P<name>[^\s/\\,;:)'"]*)""")
 
 
 @dataclass(frozen=True)
@@ -230,12 +237,10 @@ def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without
     return shown
 
 
-def one_line(text: object, most: int) -> str:
-    """Return text on one line without control and direction characters, cut to `most` characters."""
-    start = str(text)[: 16 * most]  # a stranger's text may have millions
-    words = "".join(" " if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") else sign for sign in start)
-    line = " ".join(words.split())
-    return line if len(line) <= most else line[: most - 3] + "..."
+def without_folders(text: str) -> str:
+    """Return a message whose paths are file names only: where files lie is nothing for a client or a model."""
+    text = _QUOTED_PATH.sub(r"\g<quote>\g<name>\g<quote>", text)
+    return _BARE_PATH.sub(r"\g<name>", text)
 
 
 def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import base64
 import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,23 +21,28 @@ import pytest
 pytest.importorskip("mcp.server", reason='needs the extra "mcp"')
 
 import httpx2
+import psutil
 import uvicorn
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
-from mcp_server_mm_retriever import check_access, create_server, http_app, image_search
+from mcp_server_mm_retriever import ImageSearchServer, check_access, create_server, http_app, image_search
+from mcp_server_mm_retriever.http import BoundedProtocol, ForgetEndedSessions
 from PIL import Image
 
 from mm_retriever.cli import main
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
+from mm_retriever.image import ImagePolicy
 from mm_retriever.search_tools import ImageSearch, SearchLimits
 from mm_retriever.store import open_store
 from tests.drawn_store import draw_leopard, draw_pictures, drawn_store
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-that-nobody-guesses"
+HEADER = b"POST /mcp HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+BODY_STARTS = b"Content-Length: 9\r\n\r\n{"
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
@@ -232,7 +238,9 @@ def serving(app) -> Iterator[str]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_config=None, ws="none", http=BoundedProtocol, backlog=2048)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -296,11 +304,18 @@ async def test_with_a_token_only_who_sends_it_is_served(search):
 
 
 async def test_a_request_too_large_is_refused_before_it_is_read(search):
-    """The limit is the SDK's: 4 MiB. What a client sends is never gathered without end."""
+    """The largest image that may be sent fits; what is larger is refused in words, and never gathered without end."""
+
+    async def without_length():
+        for _ in range(30):
+            yield b"x" * 2**20
+
     with serving(http_app(search)) as url:
         async with httpx2.AsyncClient() as http:
-            answer = await http.post(url, content=b"x" * (5 * 2**20), headers={"content-type": "application/json"})
-            assert answer.status_code == 413
+            for body in (b"x" * (29 * 2**20), without_length()):
+                answer = await http.post(url, content=body, headers={"content-type": "application/json"})
+                assert answer.status_code == 413
+                assert "larger than 28 MiB; send a smaller image" in answer.json()["error"]["message"]
         async with over_http(url) as client:
             assert len((await client.list_tools()).tools) == 3
 
@@ -339,6 +354,116 @@ def test_other_machines_are_not_served_without_a_token(search, host):
     for weak in ("short", "with space in it 1234", "x" * 15, "é" * 20):
         with pytest.raises(QueryError, match="16 printable"):
             check_access(host, weak)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_an_empty_or_guessable_token_is_refused(host):
+    """Whoever gives a token means to keep others out, also where its variable was left empty."""
+    for empty in ("", "  ", "\t"):
+        with pytest.raises(QueryError, match="empty, which would let everyone in"):
+            check_access(host, empty)
+    with pytest.raises(QueryError, match="can be guessed"):
+        check_access(host, "ab" * 10)
+
+
+def test_the_command_refuses_an_empty_token_from_the_environment(monkeypatch, capfd):
+    monkeypatch.setenv("MM_RETRIEVER_MCP_TOKEN", "")
+    with pytest.raises(SystemExit):
+        main(["mcp", "--http"])
+    assert "the token is empty" in capfd.readouterr().err
+
+
+async def test_with_a_token_a_proxy_may_pass_requests_on_under_its_own_host_name(search):
+    """A TLS proxy in front of a loopback server keeps the name that its clients use."""
+    with serving(http_app(search, token=TOKEN)) as url:
+        async with over_http(url, Authorization=f"Bearer {TOKEN}", Host="photos.example.org") as client:
+            assert len((await client.list_tools()).tools) == 3
+
+
+@contextmanager
+def half_open(url: str, count: int, start: bytes) -> Iterator[list[socket.socket]]:
+    """Connections that have sent the start of a request and no more."""
+    port = int(url.split(":")[2].split("/")[0])
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            connection = socket.create_connection(("127.0.0.1", port), 10)
+            with suppress(OSError):  # the server may have let go of it already
+                connection.sendall(start)
+            sockets.append(connection)
+        yield sockets
+    finally:
+        for connection in sockets:
+            connection.close()
+
+
+def connections_to(port: int) -> int:
+    """How many this process, which is the server too, has accepted."""
+    return sum(one.laddr.port == port and one.status != "LISTEN" for one in psutil.Process().net_connections())
+
+
+@pytest.mark.parametrize("start", [HEADER, b"", HEADER + BODY_STARTS], ids=["header", "nothing", "body"])
+async def test_3000_half_open_connections_change_nothing_for_others(search, start):
+    """Whoever has no token can open connections and leave them; the oldest of them give way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 8_000:
+        pytest.skip("this system lets no process open 8,000 files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8_000), hard))
+    try:
+        with serving(http_app(search, token=TOKEN)) as url, half_open(url, 3_000, start):
+            port = int(url.split(":")[2].split("/")[0])
+            deadline = time.monotonic() + 20  # a busy machine accepts faster than it lets go
+            while (open_now := connections_to(port)) > BoundedProtocol.limit and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert open_now <= BoundedProtocol.limit
+            async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+                assert not (await client.call_tool("search_images", {"text": "mug", "top_k": 1})).is_error
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("start", [HEADER, HEADER + BODY_STARTS], ids=["header", "body"])
+async def test_a_request_that_does_not_arrive_within_its_deadline_is_given_up(search, start, monkeypatch):
+    monkeypatch.setattr("mcp_server_mm_retriever.http.HEADER_SECONDS", 0.2)
+    monkeypatch.setattr("mcp_server_mm_retriever.http.BODY_SECONDS", 0.2)
+    with serving(http_app(search)) as url, half_open(url, 1, start) as (connection,):
+        connection.settimeout(10)
+        with suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
+
+
+async def test_a_conversation_ends_with_its_session(search):
+    """Over HTTP a client ends its session with DELETE; ids are all that was kept of its results."""
+    server = ImageSearchServer(search, one_client=False)
+    app = ForgetEndedSessions(server.streamable_http_app(), server.conversations)
+    with serving(app) as url:
+        async with over_http(url, "legacy") as client:
+            await client.call_tool("search_images", {"text": "mug", "top_k": 2})
+            assert len(server.conversations) == 1
+        assert len(server.conversations) == 0
+
+
+async def test_a_client_is_not_told_where_files_lie(search, tmp_path):
+    """Folders of the server's machine in errors and notes help only an attacker."""
+    private = tmp_path / "home of someone" / "photos"
+    private.mkdir(parents=True)
+    draw_leopard(private.parent / "leopard.png")
+    limited = ImageSearch(
+        search._store,
+        search._embed_model,
+        image_policy=ImagePolicy(roots=(private,)),
+        stored_policy=ImagePolicy(roots=(private,)),
+    )
+    async with Client(create_server(limited)) as client:
+        answers = [
+            await client.call_tool("search_images", {"image": str(private.parent / "leopard.png")}),
+            await client.call_tool("search_images", {"image": str(private / "none.png")}),
+            await client.call_tool("search_images", {"text": "mug", "top_k": 2}),
+        ]
+    told = "".join(str(answer) for answer in answers)
+    assert "home of someone" not in told
+    assert "photos'" in told
+    assert str(tmp_path) not in told
 
 
 @pytest.mark.slow

@@ -1,0 +1,310 @@
+"""The MCP server over HTTP: who may connect, and how much one client can take from the others.
+
+Owns tokens, hosts, connections, deadlines, sizes of bodies and the log. Knows nothing of tools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import sys
+from typing import Any
+
+import h11
+import uvicorn
+from mcp.server.transport_security import TransportSecuritySettings
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mcp_server_mm_retriever.server import MAX_SESSIONS, Conversations, ImageSearchServer
+from mm_retriever.errors import MMRetrieverError, QueryError, one_line
+from mm_retriever.search_tools import ImageSearch
+
+SHORTEST_TOKEN = 16
+FEWEST_CHARACTERS = 5  # different ones in a token: sixteen times the same letter can be guessed
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_CONNECTIONS = 512
+MAX_BODY_BYTES = 28 * 2**20  # a data URI of the largest image that a client may send, and the call around it
+MAX_BODIES_BYTES = 8 * MAX_BODY_BYTES  # of all requests together
+HEADER_SECONDS = 10.0
+BODY_SECONDS = 60.0
+BACKLOG = 32  # as many are accepted in one go, before the limit of connections is looked at
+
+_ENOUGH_DESCRIPTORS = 8 * MAX_CONNECTIONS  # under a flood several are accepted before one is let go
+
+
+def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None) -> None:
+    """Serve clients on http://HOST:PORT/mcp until interrupted.
+
+    At most `MAX_CONNECTIONS` are open at a time. A request must arrive within its deadlines; the oldest connection that
+    has not sent a whole request yet gives way to a new one.
+
+    Args:
+        search: what is asked.
+        host: a loopback address, or with a token any.
+        port: 1 to 65535.
+        token: what clients must send as "Authorization: Bearer TOKEN"; at least 16 characters.
+
+    Raises:
+        QueryError: a token is missing, empty, too short, or too easy to guess.
+    """
+    app = http_app(search, host=host, token=token)
+    name = f"[{host}]" if ":" in host else host
+    log_plainly()
+    BoundedProtocol.limit = min(MAX_CONNECTIONS, _raise_descriptor_limit() // 4)
+    print(f"serving MCP on http://{name}:{port}/mcp", file=sys.stderr)  # noqa: T201 - stdout is not for words
+    uvicorn.run(
+        app, host=host, port=port, http=BoundedProtocol, log_config=None, access_log=False, ws="none", backlog=BACKLOG
+    )
+
+
+def http_app(search: ImageSearch, *, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
+    """Return the ASGI app that `serve_http` runs, for a server of your own; its path is /mcp.
+
+    Without a token it answers only requests that name a loopback address as their host, so that no web page can reach
+    it under a name of its own. With one, a proxy may pass requests on under any host name.
+
+    Raises:
+        QueryError: a token is missing, empty, too short, or too easy to guess.
+    """
+    check_access(host, token)
+    server = ImageSearchServer(search, one_client=False)
+    app: ASGIApp = server.streamable_http_app(
+        host=host,
+        max_request_body_size=MAX_BODY_BYTES,
+        max_sessions=MAX_SESSIONS,
+        # a browser cannot be made to send the token: with one, the host that a request names says nothing
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False) if token else None,
+    )
+    app = BoundedBodies(ForgetEndedSessions(app, server.conversations))
+    return RequireToken(app, token) if token else app
+
+
+def check_access(host: str, token: str | None) -> None:
+    """Refuse to serve other machines without a token that cannot be guessed, and anyone with an empty one.
+
+    Raises:
+        QueryError: says how to make one.
+    """
+    how = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
+    if token is not None and not token.strip():
+        raise QueryError(f"the token is empty, which would let everyone in; leave it out, or give one: {how}")
+    if token and (len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token):
+        raise QueryError(f"the token needs at least {SHORTEST_TOKEN} printable ASCII characters; {how}")
+    if token and len(set(token)) < FEWEST_CHARACTERS:
+        raise QueryError(f"the token repeats the same {len(set(token))} characters and can be guessed; {how}")
+    if not token and host not in LOOPBACK:
+        raise QueryError(f"host {host!r} can be reached by other machines, and needs a token; {how}")
+
+
+class RequireToken:
+    """An ASGI app that answers 401 to whoever does not send the token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        given = _headers(scope, b"authorization")
+        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
+            await self._app(scope, receive, send)
+            return
+        headers = [(b"www-authenticate", b"Bearer"), (b"content-type", b"text/plain"), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class BoundedBodies:
+    """An ASGI app that bounds the bodies of requests, one and all together, and says the limit in words."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._under_way = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it as a JSON-RPC error that a client shows."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        size = _body_size(scope)
+        if size > MAX_BODY_BYTES:
+            await _refuse(send, 413, _too_large())
+            return
+        if self._under_way + size > MAX_BODIES_BYTES:
+            await _refuse(send, 503, "too many large requests at once; send this one again in a few seconds")
+            return
+        refused = False
+
+        async def send_with_words(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] == 413:
+                refused = True
+                await _refuse(send, 413, _too_large())
+            elif not refused:
+                await send(message)
+
+        self._under_way += size
+        try:
+            await self._app(scope, receive, send_with_words)
+        finally:
+            self._under_way -= size
+
+
+class ForgetEndedSessions:
+    """An ASGI app that forgets a conversation when its client ends the session."""
+
+    def __init__(self, app: ASGIApp, conversations: Conversations) -> None:
+        self._app = app
+        self._conversations = conversations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        await self._app(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] == "DELETE":
+            for session in _headers(scope, b"mcp-session-id"):
+                self._conversations.forget(session.decode("latin-1"))
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol with a limit of connections, and deadlines for a request's header and body."""
+
+    limit = MAX_CONNECTIONS
+    _deadline: asyncio.TimerHandle | None = None
+    _reads_body = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Admit a connection; the oldest without a whole request makes room."""
+        super().connection_made(transport)
+        _order(self)[self] = None
+        if len(self.connections) > self.limit:
+            waiting = [other for other in _order(self) if other.is_waiting]
+            oldest = next((other for other in waiting if not other.was_served), waiting[0])
+            oldest.transport.abort()
+            _order(self).pop(oldest, None)
+            self.connections.discard(oldest)
+        if not transport.is_closing():
+            self._expect(HEADER_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a connection."""
+        _order(self).pop(self, None)
+        self._expect(None)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of a request, and set the deadline for those that are missing."""
+        super().data_received(data)
+        if not self.is_waiting:
+            self._expect(None)
+        elif self.conn.their_state is h11.SEND_BODY:
+            if not self._reads_body:
+                self._expect(BODY_SECONDS)
+                self._reads_body = True
+        elif self._deadline is None:
+            self._expect(HEADER_SECONDS)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the client has still to send something before it can be answered."""
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    @property
+    def was_served(self) -> bool:
+        """Whether an earlier request of the connection has been answered."""
+        return self.cycle is not None and self.cycle.response_complete
+
+    def _expect(self, seconds: float | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._give_up)
+        self._reads_body = False
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if self.is_waiting and not self.transport.is_closing():
+            self.transport.abort()
+
+
+class PlainLines(logging.Formatter):
+    """One line for each record, without control characters; a traceback only where debugging is on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line = f"{record.levelname.lower()}: {record.name}: {record.getMessage()}"
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            line += (
+                f": {type(error).__name__}: {error}"
+                if isinstance(error, MMRetrieverError | OSError)
+                else (f": {type(error).__name__}")
+            )
+        return one_line(line, 1000)
+
+
+def log_plainly() -> None:
+    """Log to stderr in plain lines, unless the program has set up logging itself."""
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(PlainLines())
+        root.addHandler(handler)
+        root.setLevel(logging.WARNING)
+
+
+def _order(protocol: BoundedProtocol) -> dict[BoundedProtocol, None]:
+    """The connections of one server, the oldest first."""
+    state: Any = protocol.server_state
+    if not hasattr(state, "by_age"):
+        state.by_age = {}
+    by_age: dict[BoundedProtocol, None] = state.by_age
+    return by_age
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for given, value in scope.get("headers", ()) if given.lower() == name]
+
+
+def _body_size(scope: Scope) -> int:
+    """Bytes that a request announces; as many as it may have where it announces none."""
+    for value in _headers(scope, b"content-length"):
+        if value.isdigit():
+            return int(value[:20])
+    return MAX_BODY_BYTES if _headers(scope, b"transfer-encoding") else 0
+
+
+def _too_large() -> str:
+    return (
+        f"the request is larger than {MAX_BODY_BYTES // 2**20} MiB; send a smaller image, "
+        "or name one that is indexed by its id"
+    )
+
+
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    error = {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": reason}}
+    body = json.dumps(error).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _raise_descriptor_limit() -> int:
+    """Let the process open as many files as the connections need, where the system lets it; return how many."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return _ENOUGH_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= _ENOUGH_DESCRIPTORS:
+        return _ENOUGH_DESCRIPTORS
+    wanted = _ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        return soft
+    return wanted
