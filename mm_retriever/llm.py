@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from pydantic import Field, PrivateAttr
 
 from mm_retriever.decoding import Sampler, Suppress, TextStream
 from mm_retriever.errors import PromptError
+from mm_retriever.forks import ForkLock
 from mm_retriever.image import ImagePolicy, ImageSource, load_image
 from mm_retriever.models.phi3_vision import DEFAULT_MODEL, Phi3Vision, Prefix, load_phi3_vision
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor, Slot, Turn
@@ -109,7 +111,7 @@ class Phi3VisionLLM(LLM):
     _model: Phi3Vision = PrivateAttr()
     _processor: Phi3VisionProcessor = PrivateAttr()
     _image_policy: ImagePolicy = PrivateAttr()
-    _lock: threading.RLock = PrivateAttr(default_factory=threading.RLock)
+    _lock: ForkLock = PrivateAttr(default_factory=partial(ForkLock, threading.RLock))
 
     def __init__(
         self,
@@ -180,7 +182,7 @@ class Phi3VisionLLM(LLM):
         return self._processor
 
     @property
-    def lock(self) -> threading.RLock:
+    def lock(self) -> ForkLock:
         """Held during each step of the model."""
         return self._lock
 
@@ -344,7 +346,7 @@ class Phi3VisionLLM(LLM):
 class _Locked:
     """A model that takes one step at a time, whoever asks."""
 
-    def __init__(self, model: Phi3Vision, lock: threading.RLock) -> None:
+    def __init__(self, model: Phi3Vision, lock: ForkLock) -> None:
         self._model, self._lock = model, lock
 
     def extend(self, prefix: Prefix, input_ids: Sequence[int] | torch.Tensor, /) -> Prefix:

@@ -7,7 +7,6 @@ Knows nothing of models and stores. (No `from __future__ import annotations` her
 import asyncio
 import inspect
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from llama_index.core.tools.utils import create_schema_from_function
 from pydantic import PrivateAttr
 
 from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.forks import ForkLock
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource
 from mm_retriever.search_tools import (
     ChangeArgument,
@@ -65,7 +65,7 @@ class ImageSearchToolSpec(BaseToolSpec):
     def __init__(self, search: ImageSearch, conversation: Conversation | None = None) -> None:
         self.search = search
         self.conversation = Conversation() if conversation is None else conversation
-        self._turn = threading.Lock()
+        self._turn = ForkLock()
         self._shown: OrderedDict[str, list[ContentBlock]] = OrderedDict()
 
     def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:

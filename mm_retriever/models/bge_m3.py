@@ -7,7 +7,6 @@ Owns how FlagEmbedding is loaded and called safely; hybrid search in `store` use
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from mm_retriever.devices import default_device
 from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError
+from mm_retriever.forks import ForkLock
 from mm_retriever.models.checkpoint import fingerprint
 
 DEFAULT_MODEL = "BAAI/bge-m3"
@@ -61,7 +61,7 @@ class BGEM3SparseEmbedding:
         )
         self._batch_size = batch_size
         self._max_length = max_length
-        self._turn = threading.Lock()
+        self._turn = ForkLock()
         name = Path(model_name).name if Path(model_name).is_dir() else os.fspath(model_name)
         parts = self._model.model
         weights = {**parts.model.state_dict(), **parts.sparse_linear.state_dict(prefix="sparse_linear.")}

@@ -6,7 +6,7 @@ The model runs one pass at a time, whichever thread asks: its products use every
 from __future__ import annotations
 
 import hashlib
-import threading
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.models.visualized_bge import VisualizedBGE, VisualizedBGEProcessor
 
 PASS_VALUES = {"cpu": 2_500_000, "other": 160_000_000}
@@ -46,10 +47,12 @@ class VisualizedBGEEncoder:
     def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor) -> None:
         self.model = model
         self.processor = processor
-        self._turn = threading.Lock()
+        self._turn = ForkLock()
+        self._loaded_in = os.getpid()
 
     def encode(self, contents: Sequence[Content]) -> NDArray[np.float32]:
         """(B, D), L2-normalised, row by row; short texts go through the model with short ones."""
+        check_forked(self._loaded_in, self.model.device.type)
         vectors = np.empty((len(contents), self.model.config.dimension), dtype=np.float32)
         for beside_image in (False, True):
             rows = [row for row, content in enumerate(contents) if (content.square is not None) == beside_image]

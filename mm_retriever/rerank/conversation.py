@@ -24,6 +24,7 @@ from mm_retriever.decoding import (
     ids_behind,
     likelihoods,
 )
+from mm_retriever.forks import ForkLock
 from mm_retriever.image import pixel_digest
 from mm_retriever.models.phi3_vision import Phi3Vision, Prefix
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
@@ -41,7 +42,7 @@ class PictureMemory:
         self._max_bytes = max_bytes
         self._bytes = 0
         self._features: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
-        self._turn = threading.Lock()
+        self._turn = ForkLock()
 
     def get(self, key: tuple[str, int]) -> Tensor | None:
         """The features, if they are still there."""
@@ -78,10 +79,10 @@ class SharedModel:
     """
 
     def __init__(
-        self, model: Phi3Vision, processor: Phi3VisionProcessor, lock: threading.RLock | None, memory_bytes: int
+        self, model: Phi3Vision, processor: Phi3VisionProcessor, lock: ForkLock | None, memory_bytes: int
     ) -> None:
         self.model, self.processor = model, processor
-        self.lock = threading.RLock() if lock is None else lock
+        self.lock = ForkLock(threading.RLock) if lock is None else lock
         self._memory = PictureMemory(memory_bytes)
         self._beginnings: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
         self._processors = {processor.num_crops: processor}

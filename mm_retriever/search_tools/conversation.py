@@ -6,12 +6,12 @@ third of the last search of this one. Knows nothing of stores and models.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mm_retriever.errors import QueryError
+from mm_retriever.forks import ForkLock
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, lossless_bytes
 from mm_retriever.search_tools.arguments import read_result_number
 
@@ -38,7 +38,7 @@ class Conversation:
     """
 
     def __init__(self) -> None:
-        self._turn = threading.Lock()
+        self._turn = ForkLock()
         self._attachments: OrderedDict[str, AttachedPicture] = OrderedDict()
         self._searches: OrderedDict[int, tuple[str, ...]] = OrderedDict()  # ids: nodes would take megabytes
         self._count = 0
