@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -57,6 +57,15 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Defaul
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 
+Sidecar = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON, JSONL, CSV or TSV with columns for each image. Default: metadata.jsonl and .csv in the folder."
+    ),
+]
+NoSidecar = Annotated[bool, typer.Option("--no-sidecar", help="Take no columns from files in the folder.")]
+NoExif = Annotated[bool, typer.Option("--no-exif", help="Do not store date, camera and place of photographs.")]
+
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
@@ -73,7 +82,12 @@ def index(
     collection: Collection = "mm_retriever",
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Pictures embedded at a time.")] = 32,
     prune: Annotated[bool, typer.Option("--prune", help="Also remove pictures that are gone from the folder.")] = False,
-    sidecar: Annotated[Path | None, typer.Option(help="JSON or CSV with more columns for each picture.")] = None,
+    sidecar: Sidecar = None,
+    no_sidecar: NoSidecar = False,
+    drop_columns: Annotated[
+        bool, typer.Option("--drop-columns", help="Remove the columns and captions that this run does not give.")
+    ] = False,
+    no_exif: NoExif = False,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Index the words beside pictures too (BM25); in a new collection only.")
     ] = False,
@@ -96,7 +110,9 @@ def index(
             embed_model,
             batch_size=batch_size,
             prune=prune,
-            sidecar=sidecar,
+            sidecar=_sidecar(sidecar, no_sidecar=no_sidecar),
+            drop_columns=drop_columns,
+            exif=not no_exif,
             report_path=report,
             show_progress=not as_json,
         )
@@ -191,7 +207,9 @@ def embed(
     model: Model = REAL_MODEL,
     rows_per_file: Annotated[int, typer.Option(min=1, help="Pictures in one file.")] = 10_000,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Pictures embedded at a time.")] = 32,
-    sidecar: Annotated[Path | None, typer.Option(help="JSON or CSV with more columns for each picture.")] = None,
+    sidecar: Sidecar = None,
+    no_sidecar: NoSidecar = False,
+    no_exif: NoExif = False,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="For a collection that indexes the words too.")] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="On a Ray cluster (RAY_ADDRESS), or a local Ray: a file to a worker.")
@@ -221,7 +239,8 @@ def embed(
             embed_model,
             rows_per_shard=rows_per_file,
             batch_size=batch_size,
-            sidecar=sidecar,
+            sidecar=_sidecar(sidecar, no_sidecar=no_sidecar),
+            exif=not no_exif,
             hybrid=hybrid,
             show_progress=not as_json,
         )
@@ -482,6 +501,12 @@ def _must_exist(db: str | Path) -> None:
     from mm_retriever.store import check_exists
 
     check_exists(db)
+
+
+def _sidecar(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:
+    if path is not None and no_sidecar:
+        raise QueryError("--sidecar and --no-sidecar exclude each other: choose one")
+    return False if no_sidecar else path
 
 
 def _filters(conditions: Sequence[str]) -> MetadataFilters | None:

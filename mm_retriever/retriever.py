@@ -38,6 +38,7 @@ from mm_retriever.image import (
     read_image_bytes,
 )
 from mm_retriever.image_format import sniff_format
+from mm_retriever.own_keys import own_value
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class _QueryImage:
         return others
 
     def _is_file(self, node: BaseNode) -> bool:
-        if self._digest is not None and node.metadata.get("digest") == self._digest:
+        if self._digest is not None and own_value(node.metadata, "digest") == self._digest:
             return True
         return isinstance(node, ImageNode) and (node.image_path in self._places or node.image_url in self._places)
 
@@ -262,7 +263,8 @@ class _QueryImage:
         query, pixels = self._loaded, pixel_digest(self._loaded)
 
         def is_same(node: BaseNode) -> bool:
-            size = node.metadata.get("width", query.width), node.metadata.get("height", query.height)
+            own = [own_value(node.metadata, key) for key in ("width", "height")]
+            size = own[0] or query.width, own[1] or query.height
             images = node_images(node)
             if not images or size != query.size:
                 return False

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mm_retriever.demo import AMAZON_BYTES, download_amazon
 from mm_retriever.errors import one_line
 from mm_retriever.image import ImageSource, is_place, source_name
+from mm_retriever.own_keys import LAYERS_KEY, own_value
 from mm_retriever.report import Hit, SearchReport, write_html, write_png
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mm_retriever.rerank.postprocessor import Reranking
 
 SKIPPED_SHOWN = 10
+NOTES_SHOWN = 20
 
 
 def search_report(
@@ -53,11 +55,20 @@ def search_report(
 
 
 def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
-    """The results as ``--json`` prints them: rank, id, score and all metadata."""
-    return [
-        {"rank": rank, "id": node.node.node_id, "score": node.score, **node.node.metadata}
-        for rank, node in enumerate(nodes, 1)
-    ]
+    """The results as ``--json`` prints them: rank, id, score, text if there is one, and all metadata.
+
+    Metadata under one of these names, such as a column `id` or `rank`, are in an object `metadata` of their own.
+    """
+    rows = []
+    for rank, node in enumerate(nodes, 1):
+        row: dict[str, Any] = {"rank": rank, "id": node.node.node_id, "score": node.score}
+        if text := node.node.get_content():
+            row["text"] = text
+        metadata = {key: value for key, value in node.node.metadata.items() if key != LAYERS_KEY}
+        hidden = {key: value for key, value in metadata.items() if key in ("rank", "id", "score", "text", "metadata")}
+        row |= {key: value for key, value in metadata.items() if key not in hidden}
+        rows.append({**row, "metadata": hidden} if hidden else row)
+    return rows
 
 
 def print_json(value: object) -> None:
@@ -97,8 +108,12 @@ def write_search(report: SearchReport, *, html: Path | None, png: Path | None, q
 
 
 def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report FILE lists them all") -> None:
-    """What an ingestion did, the first of the files that it skipped, and a table of what it did not take."""
+    """What an ingestion did and has to say, the first files that it skipped, and a table of what it did not take."""
     typer.echo(str(report))
+    for note in report.notes[:NOTES_SHOWN]:
+        typer.echo(one_line(f"  note: {note}"))
+    if len(report.notes) > NOTES_SHOWN:
+        typer.echo(f"  and {len(report.notes) - NOTES_SHOWN} more notes; {rest}")
     for skipped in report.skipped[:SKIPPED_SHOWN]:
         typer.echo(one_line(f"  skipped {skipped.path}: {skipped.reason}"))
     if len(report.skipped) > SKIPPED_SHOWN:
@@ -137,7 +152,7 @@ def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:
         facts = node.node.metadata
         label = str(facts.get("description") or facts.get("label") or "")
         note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
-        path = str(facts.get("file_path", ""))
+        path = str(own_value(facts, "file_path") or "")
         hits.append(Hit(rank, node.node.node_id, score=node.score, path=path, label=label, note=note))
     return tuple(hits)
 

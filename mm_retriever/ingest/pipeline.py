@@ -19,19 +19,32 @@ from typing import Any, TypeVar
 
 import numpy as np
 from llama_index.core.schema import BaseNode
-from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
 from mm_retriever.errors import IngestError, NodeError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.ignored import IgnoredCounts
-from mm_retriever.ingest.nodes import BOOKKEEPING, Task, picture_node, reason_of, stamp_of, text_digest, text_node
+from mm_retriever.ingest.nodes import (
+    BOOKKEEPING,
+    Kind,
+    Task,
+    given_layers,
+    has_columns,
+    lost_columns,
+    picture_node,
+    reason_of,
+    stamp_of,
+    text_digest,
+    text_node,
+)
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
 from mm_retriever.ingest.report import IngestReport, SkippedImage
-from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
+from mm_retriever.ingest.sidecar import SidecarMatch, SidecarSource, match_sidecar
 from mm_retriever.ingest.sources import Item, Source, items, path_id, source_folder, walk
 from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
+from mm_retriever.own_keys import own_columns, own_value
 from mm_retriever.store import ImageStore, same_model
 
 _WINDOW = 256
@@ -49,7 +62,9 @@ def ingest_images(
     *,
     batch_size: int = 32,
     prune: bool = False,
-    sidecar: str | Path | Mapping[str, Mapping[str, Any]] | None = None,
+    sidecar: SidecarSource | None = None,
+    drop_columns: bool = False,
+    exif: bool = True,
     report_path: str | Path | None = None,
     show_progress: bool = True,
     image_policy: ImagePolicy = DEFAULT_POLICY,
@@ -57,8 +72,13 @@ def ingest_images(
     """Put pictures into the store and return what was done; a second run embeds only what changed.
 
     Each picture becomes an `ImageNode` whose metadata are `file_path`, `file_name`, `label` (the folders it lies in),
-    `width`, `height`, `bytes`, `digest` (SHA-256 of the file), `mtime_ns`, and the columns of the sidecar. A picture
-    that cannot be read is skipped and listed. Memory does not grow with the number of pictures.
+    `width`, `height`, `bytes`, `digest` (SHA-256 of the file), `mtime_ns`, the columns of the sidecar, and `taken`,
+    `camera`, `latitude` and `longitude` from the EXIF block. Where a node or a sidecar has one of our names, its value
+    stays and ours is stored as `mm_width` and so on. An image that cannot be read is skipped and listed. Memory does
+    not grow with the number of images.
+
+    Absence is not deletion: images about which a run says nothing keep the columns and the caption that they have, and
+    so does a file whose pixels changed. What a sidecar says about an image replaces what a sidecar said before.
 
     Args:
         source: a folder (recursive; links to folders followed once, hidden files left out; what is not an image is
@@ -68,8 +88,12 @@ def ingest_images(
         embed_model: a `VisualizedBGEEmbedding`.
         batch_size: pictures that go through the model together.
         prune: also remove the rows of pictures below the folder that are gone or can no longer be read.
-        sidecar: a JSON or CSV file, or a mapping, with more metadata by path below the folder or by file name. The
-            rows follow it: where columns changed or went, a row is written again, not embedded again.
+        sidecar: a JSON, JSON Lines, CSV or TSV file, or a mapping, with more metadata by path below the folder or by
+            file name; a column `text` or `caption` becomes the text of the node. Where columns changed, a row is
+            written again, not embedded again. None: the `metadata.jsonl` and `metadata.csv` files in the folder, if
+            there are any; False: none.
+        drop_columns: remove the columns and captions that this call does not give.
+        exif: read the EXIF block of images that are new or changed.
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
         image_policy: what may be read, and how large.
@@ -88,14 +112,16 @@ def ingest_images(
     folder = source_folder(source)
     if prune and folder is None:
         raise IngestError("prune=True needs a folder as the source: only there does a missing file mean a removed one")
-    columns = read_sidecar(sidecar) if sidecar is not None else Sidecar({})
+    match = match_sidecar(sidecar, source, folder)
     with tqdm(
         total=_total(source, folder) if show_progress else None,
         desc="Indexing",
         unit="picture",
         disable=not show_progress,
     ) as bar:
-        run = _Run(store, embed_model, columns, batch_size, image_policy, bar)
+        dropped: tuple[Kind, ...] = ("earlier", "node", "sidecar") if drop_columns else ()
+        dropped += ("exif",) if drop_columns and not exif else ()
+        run = _Run(store, embed_model, match, batch_size, image_policy, bar, exif=exif, dropped=dropped)
         report = run.report_of(source, folder if prune else None)
     if report_path is not None:
         report.write(report_path)
@@ -117,10 +143,13 @@ class _Run:
         self,
         store: ImageStore,
         embed_model: PictureEmbedding,
-        sidecar: Sidecar,
+        sidecar: SidecarMatch,
         batch_size: int,
         policy: ImagePolicy,
         bar: tqdm[Any],
+        *,
+        exif: bool,
+        dropped: tuple[Kind, ...],
     ) -> None:
         self._store = store
         self._embed_model = embed_model
@@ -129,6 +158,11 @@ class _Run:
         self._batch_size = batch_size
         self._policy = policy
         self._bar = bar
+        self._exif = exif
+        self._dropped = dropped
+        self._lost: Counter[str] = Counter()  # columns that images had and no longer have
+        self._left_out: Counter[str] = Counter()  # keys that were given and cannot be stored
+        self._silent = 0  # images with columns that the sidecar does not name
         self._counts: Counter[str] = Counter()
         self._skipped: list[SkippedImage] = []
         self._ignored = IgnoredCounts()
@@ -152,7 +186,17 @@ class _Run:
             skipped=tuple(self._skipped),
             seconds=time.perf_counter() - start,
             ignored=self._ignored.report(),
+            unused_rows=len(self._sidecar.unused),
+            notes=(*self._sidecar.notes, *self._notes()),
         )
+
+    def _notes(self) -> Iterator[str]:
+        for key, count in self._lost.items():
+            yield f"{count} images no longer have the column {key!r}: what this run says about them has none"
+        for key, count in self._left_out.items():
+            yield f"metadata {key!r} is left out of {count} nodes: too long, or a name that ingestion uses itself"
+        if self._silent:
+            yield f"{self._silent} images that the sidecar does not name keep the columns that they have"
 
     # ------------------------------------------------------------------------------------------ what is to be done
 
@@ -163,10 +207,14 @@ class _Run:
             by_id = {item.id: item for item in window if item.id not in self._under_way}
             self._bar.update(len(window) - len(by_id))  # named twice
             stored = self._retried(self._store.columns, list(by_id), BOOKKEEPING)
-            for item in by_id.values():
-                if (task := self._task(item, stored.get(item.id))) is not None:
-                    self._under_way.add(item.id)
-                    yield task
+            tasks = [task for item in by_id.values() if (task := self._task(item, stored.get(item.id))) is not None]
+            known = [task.item.id for task in tasks if task.stored is not None]
+            nodes = {node.node_id: node for node in self._retried(self._store.get_nodes, known)} if known else {}
+            for changed in tasks:
+                task = changed.keeping(nodes.get(changed.item.id))
+                self._lost.update(lost_columns(task))
+                self._under_way.add(task.item.id)
+                yield task
 
     def _task(self, item: Item, stored: Mapping[str, Any] | None) -> Task | None:
         stamp: dict[str, Any] = {}  # a URL is taken to be unchanging
@@ -180,7 +228,11 @@ class _Run:
                 return None
         elif item.url is None:
             stamp = {"digest": text_digest(item.text)}
-        task = Task(item, {**item.metadata, **self._sidecar.columns(*item.sidecar_names)}, stamp, stored)
+        row = self._sidecar.row(item.sidecar_names, item.path)
+        given, left_out = given_layers(item, row)
+        self._left_out.update(left_out)
+        self._silent += row is None and not self._dropped and self._sidecar.has_rows and has_columns(stored)
+        task = Task(item, given, stamp, stored, drop=self._dropped)
         if task.same and task.same_metadata:
             self._done("unchanged")
             return None
@@ -223,7 +275,9 @@ class _Run:
         self._embed_texts(texts)
 
     def _read(self, task: Task) -> ReadPicture:
-        return read_picture(task.item.place, task.known_digest, self._embed_model.prepare_image, self._policy)
+        return read_picture(
+            task.item.place, task.known_digest, self._embed_model.prepare_image, self._policy, self._exif
+        )
 
     def _embed_pictures(self, pictures: Sequence[tuple[Task, ReadPicture]]) -> None:
         found = self._vectors.of_pictures([picture.prepared for _, picture in pictures])
@@ -232,7 +286,7 @@ class _Run:
             if isinstance(vector, str):
                 self._skip(task.item.name, vector, task)
             else:
-                nodes.append((task, picture_node(task, picture.digest, picture.size, vector)))
+                nodes.append((task, picture_node(task, picture.digest, picture.size, vector, picture.exif)))
         self._write(nodes)
 
     def _embed_texts(self, tasks: Sequence[Task]) -> None:
@@ -248,7 +302,7 @@ class _Run:
     def _rewrite(self, pictures: Sequence[tuple[Task, ReadPicture]]) -> None:
         """Store again what has the same pixels and other metadata, under the vector that it has."""
         ids = [task.item.id for task, _ in pictures]
-        rows = self._retried(self._store.columns, ids, ("width", "height", self._store.embedding_field))
+        rows = self._retried(self._store.columns, ids, (self._store.embedding_field,))
         nodes = []
         for task, picture in pictures:
             row = rows.get(task.item.id)
@@ -256,7 +310,7 @@ class _Run:
                 self._skip(task.item.name, "its row was removed while it was being read; run again", task)
                 continue
             vector = np.asarray(row[self._store.embedding_field], dtype=np.float32)
-            nodes.append((task, picture_node(task, picture.digest, (row["width"], row["height"]), vector)))
+            nodes.append((task, picture_node(task, picture.digest, task.size, vector, picture.exif or None)))
         self._write(nodes, embedded=False)
 
     # ------------------------------------------------------------------------------------------ storing
@@ -287,14 +341,10 @@ class _Run:
                 "drive that is missing, remove the rows with store.delete_nodes(filters=...) or store.clear()"
             )
         below = folder.rstrip("/") + "/"
-        filters = MetadataFilters(
-            filters=[
-                MetadataFilter(key="file_path", operator=FilterOperator.GTE, value=below),
-                MetadataFilter(key="file_path", operator=FilterOperator.LT, value=below[:-1] + chr(ord("/") + 1)),
-            ]
-        )
-        for page in self._store.scan(["file_path"], filters):
-            gone = [row["id"] for row in page if self._is_gone(row["id"], row["file_path"])]
+        paths = own_columns("file_path")
+        filters = MetadataFilters(filters=[_path_below(key, below) for key in paths], condition=FilterCondition.OR)
+        for page in self._store.scan(paths, filters):
+            gone = [row["id"] for row in page if self._is_gone(row["id"], str(own_value(row, "file_path")))]
             self._retried(self._store.delete_nodes, gone)
             self._counts["removed"] += len(gone)
 
@@ -333,3 +383,13 @@ class _Run:
         self._bar.update()
         if task is not None:
             self._under_way.discard(task.item.id)
+
+
+def _path_below(key: str, folder: str) -> MetadataFilters:
+    """Paths under the key that begin with the folder, which ends in '/'."""
+    return MetadataFilters(
+        filters=[
+            MetadataFilter(key=key, operator=FilterOperator.GTE, value=folder),
+            MetadataFilter(key=key, operator=FilterOperator.LT, value=folder[:-1] + chr(ord("/") + 1)),
+        ]
+    )

@@ -25,13 +25,12 @@ from llama_index.core.schema import BaseNode
 from mm_retriever.errors import IngestError
 from mm_retriever.ingest.ignored import IgnoredCounts, IgnoredFiles
 from mm_retriever.ingest.report import SkippedImage
-from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
+from mm_retriever.ingest.sidecar import SidecarMatch, SidecarSource, match_sidecar
 from mm_retriever.ingest.sources import Item, items, source_folder
 from mm_retriever.store import same_model
 from mm_retriever.store.parquet import sync
 
 PathsOrURLs: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]]
 
 _VERSION = 1
 _PLAN = "plan"
@@ -56,6 +55,8 @@ class ShardPlan:
         shards: how many shards they make.
         skipped: what the source named and is no picture's path.
         ignored: what the folder holds beside images, by type.
+        notes: what the sidecar gives reason to say.
+        unused_rows: rows of the sidecar that match no image.
     """
 
     out: Path
@@ -70,6 +71,8 @@ class ShardPlan:
     shards: int
     skipped: tuple[SkippedImage, ...]
     ignored: tuple[IgnoredFiles, ...] = ()
+    notes: tuple[str, ...] = ()
+    unused_rows: int = 0
 
     def shard(self, number: int) -> Path:
         """Return where the file of a shard is, once it is done."""
@@ -126,6 +129,7 @@ def read_plan(out: str | Path) -> ShardPlan:
     facts["ignored"] = tuple(
         IgnoredFiles(**{**files, "paths": tuple(files["paths"])}) for files in facts.get("ignored", ())
     )
+    facts["notes"] = tuple(facts.get("notes", ()))
     return ShardPlan(out=folder, **facts)
 
 
@@ -148,7 +152,7 @@ def make_plan(
         dimension: 〃
         words: 〃
         rows_per_shard: 〃
-        sidecar: what `read_sidecar` takes.
+        sidecar: as in `ingest_images`.
 
     Raises:
         IngestError: the plan that is there is for something else, or there is nothing to plan for.
@@ -162,8 +166,7 @@ def make_plan(
     entries = _Entries(source)
     asked |= {"rows_per_shard": rows_per_shard, "sidecar": _digest_of(sidecar)}
     if not (folder / _PLAN).exists():
-        columns = read_sidecar(sidecar) if sidecar is not None else Sidecar({})
-        _write_plan(folder, entries, columns, asked)
+        _write_plan(folder, entries, match_sidecar(sidecar, source, entries.folder), asked)
     plan = read_plan(folder)
     return _checked(plan, {**asked, "source": entries.name()})
 
@@ -212,7 +215,7 @@ class _Entries:
             yield place
 
 
-def _write_plan(folder: Path, entries: _Entries, columns: Sidecar, asked: Mapping[str, Any]) -> None:
+def _write_plan(folder: Path, entries: _Entries, columns: SidecarMatch, asked: Mapping[str, Any]) -> None:
     """Write the plan beside its place and move it there; where two do that at a time, the first one's counts."""
     for name in ("shards", "drafts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -228,6 +231,7 @@ def _write_plan(folder: Path, entries: _Entries, columns: Sidecar, asked: Mappin
         facts = {"version": _VERSION, "id": uuid.uuid4().hex, **asked, "source": entries.name()}
         facts |= {"pictures": pictures, "shards": shards, "skipped": skipped}
         facts["ignored"] = [asdict(files) for files in entries.ignored.report()]
+        facts |= {"notes": columns.notes, "unused_rows": len(columns.unused)}
         with _synced(draft / _FACTS) as file:
             json.dump(facts, file, indent=1)
         sync(draft)
@@ -242,14 +246,15 @@ def _write_plan(folder: Path, entries: _Entries, columns: Sidecar, asked: Mappin
         shutil.rmtree(other, ignore_errors=True)
 
 
-def _write_items(draft: Path, found: Iterator[Item], columns: Sidecar, size: int) -> tuple[int, int]:
+def _write_items(draft: Path, found: Iterator[Item], columns: SidecarMatch, size: int) -> tuple[int, int]:
     """Write the items of each shard, and return how many items and shards there are."""
     pictures = shards = 0
     while (first := next(found, None)) is not None:
         with _synced(_items_file(draft, shards)) as file:
             for item in chain([first], islice(found, size - 1)):
                 known: dict[str, Any] = {"id": item.id, "path": item.path, "url": item.url, "label": item.label}
-                known["metadata"] = columns.columns(*item.sidecar_names)
+                if (row := columns.row(item.sidecar_names, item.path)) is not None:
+                    known |= {"metadata": row.columns, "text": row.text}
                 file.write(json.dumps({name: value for name, value in known.items() if value}) + "\n")
                 pictures += 1
         shards += 1
@@ -282,7 +287,7 @@ def _synced(path: Path) -> Iterator[TextIO]:
 
 
 def _digest_of(sidecar: SidecarSource | None) -> str | None:
-    if sidecar is None:
+    if sidecar is None or sidecar is False:
         return None
     if isinstance(sidecar, Mapping):
         return hashlib.sha256(json.dumps(sidecar, default=str, sort_keys=True).encode()).hexdigest()

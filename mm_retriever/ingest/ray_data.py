@@ -22,8 +22,9 @@ from typing import Any
 
 from mm_retriever.errors import IngestError, MissingExtraError, MMRetrieverError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
-from mm_retriever.ingest.plan import PathsOrURLs, ShardPlan, SidecarSource
+from mm_retriever.ingest.plan import PathsOrURLs, ShardPlan
 from mm_retriever.ingest.shards import ShardReport, ShardWriter, make_shards
+from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.vectors import PictureEmbedding
 from mm_retriever.store import SparseEmbedding
 
@@ -52,6 +53,7 @@ def embed_to_shards_on_ray(
     device: str | None = None,
     show_progress: bool = True,
     image_policy: ImagePolicy = DEFAULT_POLICY,
+    exif: bool = True,
 ) -> ShardReport:
     """Do what `embed_to_shards` does, a shard to a worker, on the machines of a Ray cluster; return what they hold.
 
@@ -78,6 +80,7 @@ def embed_to_shards_on_ray(
         device: where workers load the model: "cuda" for GPUs that this machine lacks; default: as `embed_model` is.
         show_progress: 〃; it moves with each shard that is done.
         image_policy: 〃
+        exif: 〃
 
     Raises:
         IngestError: as in `embed_to_shards`; the model does not pickle; there is no room for a worker; or a shard kills
@@ -106,6 +109,7 @@ def embed_to_shards_on_ray(
         hybrid=hybrid,
         show_progress=show_progress,
         image_policy=image_policy,
+        exif=exif,
     )
 
 

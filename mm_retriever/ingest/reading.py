@@ -11,13 +11,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.image import ImagePolicy, ImageSource, load_image, read_image_bytes
+from mm_retriever.ingest.exif import exif_columns
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -33,25 +34,32 @@ class ReadPicture:
         size: width and height, upright.
         prepared: what the model needs of the pixels; None if the digest is the known one.
         error: why there is none of this; "" if there is.
+        exif: columns from the EXIF block; empty where it is not asked for.
     """
 
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     prepared: Any = None
     error: str = ""
+    exif: dict[str, Any] = field(default_factory=dict)
 
 
 def read_picture(
-    source: ImageSource, known_digest: str, prepare: Callable[[Image.Image], Any], policy: ImagePolicy
+    source: ImageSource,
+    known_digest: str,
+    prepare: Callable[[Image.Image], Any],
+    policy: ImagePolicy,
+    with_exif: bool = False,
 ) -> ReadPicture:
     """Read a picture file once, for its digest and for the model; one of a known digest is not decoded again."""
     try:
         data = read_image_bytes(source, policy=policy)
         digest = hashlib.sha256(data).hexdigest()
+        exif = exif_columns(data) if with_exif else {}
         if digest == known_digest:
-            return ReadPicture(digest)
+            return ReadPicture(digest, exif=exif)
         image = load_image(data, policy=policy, keep_mode=True)  # the model resizes grey and CMYK in their own mode
-        return ReadPicture(digest, image.size, prepare(image))
+        return ReadPicture(digest, image.size, prepare(image), exif=exif)
     except ImageLoadError as error:
         return ReadPicture(error=error.reason or str(error))  # the name of the source stands beside it in a report
     except Exception as error:  # one picture, whatever is wrong with it, must not end the run

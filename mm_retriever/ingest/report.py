@@ -38,6 +38,8 @@ class IngestReport:
         skipped: not stored, with reasons.
         seconds: wall clock of the whole call.
         ignored: what the folder holds beside images, by type, with reasons.
+        unused_rows: rows of the sidecar that match no image.
+        notes: what else there is to say, a line each.
     """
 
     indexed: int
@@ -48,6 +50,8 @@ class IngestReport:
     skipped: tuple[SkippedImage, ...]
     seconds: float
     ignored: tuple[IgnoredFiles, ...] = ()
+    unused_rows: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def embedded(self) -> int:
@@ -64,6 +68,7 @@ class IngestReport:
         parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
         parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         parts += [f"{ignored} ignored"] if (ignored := sum(files.count for files in self.ignored)) else []
+        parts += [f"{self.unused_rows} sidecar rows unused"] if self.unused_rows else []
         return f"{', '.join(parts)} in {self.seconds:.1f} s ({self.pictures_per_second:.1f} pictures/s)"
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from mm_retriever.errors import IngestError, NodeError, StoreMismatchError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.ignored import IgnoredFiles
-from mm_retriever.ingest.nodes import Task, picture_node, reason_of, stamp_of
-from mm_retriever.ingest.plan import PathsOrURLs, ShardPlan, SidecarSource, make_plan, read_plan
+from mm_retriever.ingest.nodes import Layer, Task, picture_node, reason_of, stamp_of
+from mm_retriever.ingest.plan import PathsOrURLs, ShardPlan, make_plan, read_plan
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
 from mm_retriever.ingest.report import SkippedImage
+from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
 from mm_retriever.store import ImageStore, SparseEmbedding, same_model
 from mm_retriever.store.bulk_import import ImportReport, import_files
@@ -42,6 +43,8 @@ class ShardReport:
         skipped: pictures in none of them, with reasons.
         seconds: wall clock of the call.
         ignored: what the folder holds beside images, by type, with reasons.
+        unused_rows: rows of the sidecar that match no image.
+        notes: what else there is to say, a line each.
     """
 
     shards: int
@@ -50,6 +53,8 @@ class ShardReport:
     skipped: tuple[SkippedImage, ...]
     seconds: float
     ignored: tuple[IgnoredFiles, ...] = ()
+    unused_rows: int = 0
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
@@ -72,6 +77,7 @@ def embed_to_shards(
     hybrid: bool | SparseEmbedding = False,
     show_progress: bool = True,
     image_policy: ImagePolicy = DEFAULT_POLICY,
+    exif: bool = True,
 ) -> ShardReport:
     """Embed pictures into Parquet files that a Milvus server imports by itself, and return what they hold.
 
@@ -92,6 +98,7 @@ def embed_to_shards(
         hybrid: as the collection is, or will be, opened with.
         show_progress: a progress bar with rate and time left.
         image_policy: what may be read, and how large.
+        exif: as in `ingest_images`.
 
     Raises:
         IngestError: a source that cannot be used at all, or a plan in `out` for something else.
@@ -108,6 +115,7 @@ def embed_to_shards(
         hybrid=hybrid,
         show_progress=show_progress,
         image_policy=image_policy,
+        exif=exif,
     )
 
 
@@ -123,6 +131,7 @@ def make_shards(
     hybrid: bool | SparseEmbedding,
     show_progress: bool,
     image_policy: ImagePolicy,
+    exif: bool,
 ) -> ShardReport:
     """Plan shards, have those written that are not done, and return what all of them hold.
 
@@ -138,6 +147,7 @@ def make_shards(
         hybrid: 〃
         show_progress: 〃
         image_policy: 〃
+        exif: 〃
     """
     start = time.perf_counter()
     plan = make_plan(
@@ -149,7 +159,7 @@ def make_shards(
         rows_per_shard=rows_per_shard,
         sidecar=sidecar,
     )
-    writer = ShardWriter(plan, embed_model, hybrid=hybrid, batch_size=batch_size, image_policy=image_policy)
+    writer = ShardWriter(plan, embed_model, hybrid=hybrid, batch_size=batch_size, image_policy=image_policy, exif=exif)
     unfinished = list(plan.unfinished())
     with tqdm(
         total=plan.pictures,
@@ -177,6 +187,7 @@ class ShardWriter:
         hybrid: as in `embed_to_shards`, as are the others.
         batch_size: 〃
         image_policy: 〃
+        exif: 〃
     """
 
     def __init__(
@@ -187,6 +198,7 @@ class ShardWriter:
         hybrid: bool | SparseEmbedding,
         batch_size: int,
         image_policy: ImagePolicy,
+        exif: bool = True,
     ) -> None:
         if batch_size < 1:
             raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
@@ -197,6 +209,7 @@ class ShardWriter:
         self._hybrid = hybrid
         self._batch_size = batch_size
         self._policy = image_policy
+        self._exif = exif
 
     def write(self, number: int, progress: Callable[[int], object] = lambda pictures: None) -> bool:
         """Make a shard, and return whether this writer did, or a copy of it; somebody else may have, meanwhile.
@@ -245,10 +258,11 @@ class ShardWriter:
             except (OSError, ValueError) as error:
                 skipped.append((item.name, reason_of(error)))
                 continue
-            yield Task(item, item.metadata, stamp, stored=None)
+            said = Layer(item.text, item.metadata)
+            yield Task(item, {"sidecar": said} if said else {}, stamp, stored=None)
 
     def _read(self, task: Task) -> ReadPicture:
-        return read_picture(task.item.place, "", self._embed_model.prepare_image, self._policy)
+        return read_picture(task.item.place, "", self._embed_model.prepare_image, self._policy, self._exif)
 
     def _embed(
         self, batch: Sequence[tuple[Task, ReadPicture]], rows: ParquetRows, skipped: list[tuple[str, str]]
@@ -259,7 +273,7 @@ class ShardWriter:
             if isinstance(vector, str):
                 skipped.append((task.item.name, vector))
             else:
-                nodes.append((task, picture_node(task, picture.digest, picture.size, vector)))
+                nodes.append((task, picture_node(task, picture.digest, picture.size, vector, picture.exif)))
         self._add(nodes, rows, skipped)
 
     def _add(self, nodes: Sequence[tuple[Task, ImageNode]], rows: ParquetRows, skipped: list[tuple[str, str]]) -> None:
@@ -285,7 +299,9 @@ def report_of(plan: ShardPlan, written: int, seconds: float) -> ShardReport:
         rows += held
         skipped += left_out
         remove_drafts(plan.shard(number), plan.drafts)
-    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds, plan.ignored)
+    return ShardReport(
+        plan.shards, written, rows, tuple(skipped), seconds, plan.ignored, plan.unused_rows, plan.notes
+    )
 
 
 def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:

@@ -35,6 +35,7 @@ from mm_retriever.image import (
     source_name,
 )
 from mm_retriever.image_format import sniff_format
+from mm_retriever.own_keys import own_value
 from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_result_number, read_text
@@ -231,7 +232,7 @@ class ImageSearch:
             raise QueryError(f"there is no picture of the id {one_line(node_id, 80)!r} in the store")
         policy = replace(self.stored_policy, max_bytes=self.limits.original_bytes)
         data = first_readable(images, partial(read_image_bytes, policy=policy))
-        name = one_line(node.metadata.get("file_name") or node_id, 200)
+        name = one_line(own_value(node.metadata, "file_name") or node_id, 200)
         kind = sniff_format(data)
         if kind is None:
             raise ImageLoadError(f"the file of {name!r} is not a picture")

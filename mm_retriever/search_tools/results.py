@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mm_retriever.errors import one_line
+from mm_retriever.own_keys import BOOKKEEPING_KEYS, PREFIX
 
-NOT_SHOWN = frozenset({"file_path", "digest", "metadata_digest", "mtime_ns", "bytes"})
+NOT_SHOWN = frozenset({"file_path", *BOOKKEEPING_KEYS})
 """Metadata that says something about the machine or the index, and nothing about the picture."""
 
 
@@ -228,13 +229,18 @@ def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without
     """Return flat metadata without bookkeeping, at most so many keys and each value at most so long."""
     shown: dict[str, Any] = {}
     for key, value in metadata.items():
-        if key in NOT_SHOWN or key in without or len(shown) >= limits.metadata:
+        if _is_bookkeeping(key, metadata) or key in without or len(shown) >= limits.metadata:
             continue
         if isinstance(value, list | tuple):
             shown[one_line(key, 60)] = [_short(one, limits.value_text) for one in value[:10]]
         else:
             shown[one_line(key, 60)] = _short(value, limits.value_text)
     return shown
+
+
+def _is_bookkeeping(key: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the value is ours: a caller may have a column `bytes` or `digest`, and that is shown."""
+    return key in NOT_SHOWN and (key == "file_path" or f"{PREFIX}{key}" not in metadata)
 
 
 def without_folders(text: str) -> str:

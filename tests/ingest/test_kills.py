@@ -36,7 +36,7 @@ from tests.effort import EFFORT
 from tests.processes import python
 
 COUNTS = ("indexed", "replaced", "updated", "unchanged", "removed")
-NOT_FACTS = ("id", "doc_id", "text", "_node_content", "_node_type", "embedding", "metadata_digest")
+NOT_FACTS = ("id", "doc_id", "text", "_node_content", "_node_type", "embedding", "mm_columns")
 MOST_BYTES = 200_000
 """More than any file of these runs has."""
 

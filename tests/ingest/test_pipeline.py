@@ -324,7 +324,8 @@ def test_a_list_a_generator_and_a_single_file(folder, store, model):
     assert nodes(store)["red.png"].metadata["label"] == "fast"
     assert counts(ingest((path for path in (green, red)), store, model)) == {"unchanged": 2}
     assert counts(ingest(str(green), store, model)) == {"unchanged": 1}
-    assert counts(ingest(folder, store, model)) == {"unchanged": 2, "indexed": 1}, "the folder knows them by now"
+    assert counts(ingest(folder, store, model)) == {"unchanged": 1, "updated": 1, "indexed": 1}
+    assert nodes(store)["red.png"].metadata["label"] == "cars/fast", "seen from the folder it lies deeper"
 
 
 def test_a_generator_is_read_as_it_is_needed(tmp_path, store, model):

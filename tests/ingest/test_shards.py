@@ -413,7 +413,7 @@ def test_a_drive_that_is_missing_leaves_no_empty_shards(folder, tmp_path, left):
 
 
 def test_one_picture_that_the_model_cannot_take_costs_only_itself(folder, tmp_path):
-    """As in ingestion; one that Milvus cannot hold too."""
+    """As in ingestion. A column that Milvus cannot hold costs only itself."""
 
     class Picky(ColourEmbedding):
         def embed_images(self, images):
@@ -421,10 +421,11 @@ def test_one_picture_that_the_model_cannot_take_costs_only_itself(folder, tmp_pa
                 raise ValueError("no green")
             return super().embed_images(images)
 
-    report = embed(folder, tmp_path / "out", Picky(), sidecar={"00.png": {"long": "x" * 70_000}})
+    report = embed(folder, tmp_path / "out", Picky(), sidecar={"00.png": {"long": "x" * 70_000, "short": "y"}})
     reasons = [reason for _, reason in skips(report)]
     assert sum("the model failed: ValueError: no green" in reason for reason in reasons) == 3
-    assert sum("Milvus takes 65535" in reason for reason in reasons) == 1
+    assert [row["short"] for row in rows_of(tmp_path / "out") if row["file_name"] == "00.png"] == ["y"]
+    assert any("column 'long' is left out of 1 rows" in note for note in report.notes)
     assert report.rows + len(reasons) == read_plan(tmp_path / "out").pictures
 
 

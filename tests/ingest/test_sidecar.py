@@ -1,19 +1,27 @@
-"""Columns from files beside the pictures."""
+"""Metadata files beside the images: how they are read, and which row belongs to which image."""
 
 from __future__ import annotations
 
+import datetime
 import json
+import unicodedata
+from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from mm_retriever.errors import IngestError
 from mm_retriever.ingest import read_sidecar
+from mm_retriever.ingest.sidecar import Sidecar, SidecarMatch, find_sidecars
 
 
-def write(tmp_path, name: str, content: str):
+def write(tmp_path, name: str, content: str, encoding: str = "utf-8"):
     path = tmp_path / name
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content.encode(encoding))
     return path
+
+
+# ------------------------------------------------------------------------------------------ files
 
 
 def test_json_by_file_name(tmp_path):
@@ -30,33 +38,161 @@ def test_json_as_a_list_of_objects(tmp_path):
     assert read_sidecar(path).columns("x/b.png", "b.png") == {"year": 2020}
 
 
-def test_csv_columns_are_numbers_where_every_cell_is_one(tmp_path):
-    """Our choice: a column has one type, or comparisons would miss rows. '007' is no number."""
-    path = write(
-        tmp_path,
-        "labels.csv",
-        "\ufefffile_name,year,price,code,mixed,note\n"
-        'a.png,2020,1.5,007,1,"two\nlines, one ""quoted"""\n'
-        "b.png,-3,2,008,x,\n"
-        "c.png,,1e3,9,,nan\n",
-    )
-    sidecar = read_sidecar(path)
-    assert sidecar.columns("a.png") == {
-        "year": 2020,
-        "price": 1.5,
-        "code": "007",
-        "mixed": "1",
-        "note": 'two\nlines, one "quoted"',
-    }
-    assert sidecar.columns("b.png") == {"year": -3, "price": 2.0, "code": "008", "mixed": "x"}
-    assert sidecar.columns("c.png") == {"price": 1000.0, "code": "9", "note": "nan"}
-    assert type(sidecar.columns("b.png")["price"]) is float
-
-
 def test_the_path_below_the_folder_wins_over_the_bare_name():
     sidecar = read_sidecar({"b.png": {"n": 1}, "./a\\b.png": {"n": 2}})
     assert sidecar.columns("a/b.png", "b.png") == {"n": 2}
     assert sidecar.columns("c/b.png", "b.png") == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "a mug", "n": 3}\n\n{"file_name": "b.png"}\n'),
+        ("lines.json", '{"file_name": "a.png", "text": "a mug", "n": 3}\n{"file_name": "b.png"}\n'),
+        ("captions.json", '{"a.png": {"caption": "a mug", "n": 3}}'),
+        ("exif.json", '[{"SourceFile": "./a.png", "FileName": "a.png", "Caption": "a mug", "n": 3}]'),
+        ("a.csv", "file_name,text,n\na.png,a mug,3\n"),
+        ("a.csv", "\ufeffFile Name, Caption ,n\na.png,a mug,3\n"),
+        ("a.csv", "FILENAME;Caption;n\na.png;a mug;3\n"),
+        ("a.csv", "sep=;\nimage;caption;n\na.png;a mug;3\n"),
+        ("a.csv", "image|caption|n\na.png|a mug|3\n"),
+        ("a.csv", "Picture,caption,n\na.png,a mug,3\n"),
+        ("a.csv", 'n,caption,img\r3,"a mug",a.png\r'),
+        ("a.tsv", "image_path\tcaption\tn\na.png\ta mug\t3\n"),
+        ("a.csv", "n\tcaption\tfile\n3\ta mug\tfile:///a.png\n"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_the_usual_sidecars_say_the_same(tmp_path, name, content, encoding):
+    """Hugging Face, exiftool, spreadsheets of several countries: one image, a caption that is its text, a number."""
+    sidecar = read_sidecar(write(tmp_path, name, content, encoding))
+    found = SidecarMatch(sidecar, [(("a.png",), "/a.png")]).row(("a.png",), "/a.png")
+    assert found is not None
+    assert (found.text, found.columns) == ("a mug", {"n": 3})
+
+
+def test_a_text_and_a_caption():
+    """The first becomes the text, the other stays a column; captions in a list, and objects that are captions only."""
+    sidecar = read_sidecar({"a.png": {"text": "x", "caption": "y"}, "b.png": {"caption": ["one", "two"]}})
+    assert (sidecar.rows["a.png"].text, sidecar.columns("a.png")) == ("x", {"caption": "y"})
+    assert sidecar.rows["b.png"].text == "one\ntwo"
+
+
+def test_json_of_captions_alone(tmp_path):
+    assert read_sidecar(write(tmp_path, "a.json", '{"a.png": "a mug"}')).rows["a.png"].text == "a mug"
+
+
+def test_latin_1_is_read_and_said(tmp_path):
+    sidecar = read_sidecar(write(tmp_path, "a.csv", "file,where\na.png,Köln\n", "latin-1"))
+    assert sidecar.columns("a.png") == {"where": "Köln"}
+    assert "not UTF-8" in sidecar.notes[0]
+
+
+def test_rows_that_name_one_image_twice(tmp_path):
+    """Flickr's way: a row for each caption. Other values cannot both be true: the later counts, and that is said."""
+    table = "image,caption,n\na.png,one,1\na.png,two,1\nb.png,x,1\nb.png,x,2\n"
+    sidecar = read_sidecar(write(tmp_path, "a.csv", table))
+    assert sidecar.rows["a.png"].text == "one\ntwo"
+    assert sidecar.columns("b.png") == {"n": 2}
+    assert [note for note in sidecar.notes if "differ" in note] == [
+        "a.csv: 1 images have rows that differ, the later counts: 'b.png'"
+    ]
+
+
+def test_columns_of_one_name_and_of_none(tmp_path):
+    sidecar = read_sidecar(write(tmp_path, "a.csv", ",file,tag,tag\n0,a.png,x,y\n"))
+    assert sidecar.columns("a.png") == {"tag": "x", "tag_2": "y"}
+    assert len(sidecar.notes) == 2
+
+
+def test_ids_name_images_where_nothing_else_does(tmp_path):
+    """Kaggle's way: `00123` is `00123.jpg`. That is a guess, so it is said."""
+    sidecar = read_sidecar(write(tmp_path, "a.csv", "id,breed\n00123,pug\n"))
+    names = (("train/00123.jpg", "00123.jpg"), "/d/train/00123.jpg")
+    assert SidecarMatch(sidecar, [names]).row(*names).columns == {"breed": "pug"}
+    assert "named by the column 'id'" in sidecar.notes[0]
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def columns_of(tmp_path, cells: list[str], delimiter: str = ","):
+    quoted = "".join(f'{number}.png{delimiter}"{cell}"\n' for number, cell in enumerate(cells))
+    sidecar = read_sidecar(write(tmp_path, "a.csv", f"file{delimiter}x\n{quoted}"))
+    return [sidecar.columns(f"{number}.png").get("x") for number in range(len(cells))]
+
+
+@pytest.mark.parametrize(
+    ("cells", "values"),
+    [
+        (["2020", "-3", ""], [2020, -3, None]),
+        (["9.5", "N/A", "null", "None", "NaN", "-", "NA", "7"], [9.5, None, None, None, None, None, None, 7.0]),
+        (["1,234.50", "12", "1,000,000"], [1234.5, 12.0, 1000000.0]),
+        (["1,234", "12"], [1234, 12]),
+        (["007", "8"], ["007", "8"]),
+        (["00123", "N/A"], ["00123", None]),
+        (["1", "x", "nan"], ["1", "x", None]),
+        (["2024-01-31", ""], ["2024-01-31", None]),
+        (["1234567890123456789", "1"], [1234567890123456789, 1]),
+        (["12345678901234567890", "1"], ["12345678901234567890", "1"]),
+        (["1234567890123456789", "0.5"], ["1234567890123456789", "0.5"]),
+        (["1e3", ".5"], [1000.0, 0.5]),
+        (["1e999", "1"], ["1e999", "1"]),
+        (["+491234", "1"], ["+491234", "1"]),
+        (["1_000", "1"], ["1_000", "1"]),
+        (["٣", "1"], ["٣", "1"]),
+        (["NA", "DE"], ["NA", "DE"]),
+    ],
+)
+def test_a_column_is_numeric_where_all_that_is_there_is_a_number(tmp_path, cells, values):
+    """Nothing that would lose a digit is a number: codes with zeros in front, integers beyond floats and 64 bits."""
+    found = columns_of(tmp_path, cells)
+    assert [(type(one), one) for one in found] == [(type(one), one) for one in values]
+
+
+@pytest.mark.parametrize(
+    ("cells", "values"),
+    [
+        (["1.234,50", "3,5", "7"], [1234.5, 3.5, 7.0]),
+        (["1,234", "2,345"], ["1,234", "2,345"]),
+        (["1.5", "2.25"], [1.5, 2.25]),
+        (["1.5", "2,5"], ["1.5", "2,5"]),
+    ],
+)
+def test_decimal_commas_of_a_table_with_semicolons(tmp_path, cells, values):
+    """`1,234` alone may be either, and stays what it is."""
+    assert columns_of(tmp_path, cells, ";") == values
+
+
+def test_missing_words_in_a_column_of_text_are_counted(tmp_path):
+    sidecar = read_sidecar(write(tmp_path, "a.csv", "file,x\na.png,none\nb.png,red\n"))
+    assert (sidecar.columns("a.png"), sidecar.columns("b.png")) == ({}, {"x": "red"})
+    assert "1 cells such as N/A" in sidecar.notes[0]
+
+
+def test_values_of_json_and_of_python():
+    """Missing ones are left out, integers beyond 64 bits are kept as text, and what lists nest stays."""
+    day = datetime.date(2024, 1, 31)
+    sidecar = read_sidecar(
+        {
+            "a.png": {"x": float("nan"), "y": None, "z": "", "n": np.int64(3), "f": np.float32(0.5), "big": 2**70},
+            "b.png": {"day": day, "price": Decimal("1.5"), "box": np.array([[1, 2]]), "of": {"a": 1}},
+        }
+    )
+    assert sidecar.columns("a.png") == {"n": 3, "f": 0.5, "big": str(2**70)}
+    assert sidecar.columns("b.png") == {"day": "2024-01-31", "price": 1.5, "box": [[1, 2]], "of": {"a": 1}}
+
+
+def test_a_field_that_no_store_holds_is_left_out_and_counted(tmp_path):
+    """Not the image, and not the other fields."""
+    long = "x" * 200_000
+    sidecar = read_sidecar(write(tmp_path, "a.csv", f"file,long,n,caption\na.png,{long},1,{long}\nb.png,y,2,z\n"))
+    assert (sidecar.rows["a.png"].text, sidecar.columns("a.png")) == ("", {"n": 1})
+    assert sidecar.columns("b.png") == {"long": "y", "n": 2}
+    assert sum("left out of 1 rows" in note for note in sidecar.notes) == 2
+
+
+# ------------------------------------------------------------------------------------------ refusals
 
 
 @pytest.mark.parametrize(
@@ -66,31 +202,128 @@ def test_the_path_below_the_folder_wins_over_the_bare_name():
         ("a.json", "[1]", "a list of objects"),
         ("a.json", '{"a.png": 1}', "'a.png': needs an object of columns, got int"),
         ("a.json", '[{"year": 1}]', "row 1 has none of the columns file_path, file_name"),
-        ("a.json", '{"a.png": {"size": {"width": 1}}}', "'size': a dict is not flat"),
-        ("a.json", '{"a.png": {"x": NaN}}', "not a finite number"),
-        ("a.json", '{"a.png": {"digest": "x"}}', "column 'digest' is one that ingestion itself stores"),
-        ("a.json", '{"a.png": {"id": "x"}}', "'id' is a column of the store itself"),
-        ("a.json", '{"a.png": {"price ($)": 1}}', "is not a key"),
-        ("a.csv", "year\n2020\n", "row 1 has none of the columns"),
-        ("a.csv", "file\na.png,2020\n", "more cells than the header"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"file_name": "a.png"}\n{"file_name"\n', "line 2: not JSON"),
+        ("a.jsonl", '{"file_name": "a.png"}\n[1]\n', "line 2: needs an object"),
+        ("a.csv", "year\n2020\n", "line 2 has none of the columns"),
+        ("a.csv", "file\na.png,2020\n", "line 2 has more cells than the header"),
         ("a.csv", 'file\n"a.png\n', "not CSV"),
-        ("a.txt", "x", "give a .json or .csv file"),
+        ("a.csv", "a.png,a mug\nb.png,a cap\n", "the first line is no header"),
+        ("a.txt", "x", "give a .json, .jsonl, .csv or .tsv file"),
+        ("a.csv", "PK\x03\x04", "save it as CSV"),
     ],
 )
 def test_a_sidecar_that_cannot_be_used_is_refused_before_anything_is_stored(tmp_path, name, content, reason):
     path = write(tmp_path, name, content)
-    with pytest.raises(IngestError, match=reason.replace("(", r"\(").replace("$", r"\$")) as caught:
+    with pytest.raises(IngestError) as caught:
         read_sidecar(path)
+    assert reason in str(caught.value)
     assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_sidecar_that_is_not_there_or_no_text(tmp_path):
     with pytest.raises(IngestError, match="cannot read the sidecar file"):
         read_sidecar(tmp_path / "none.json")
-    (tmp_path / "bytes.csv").write_bytes(b"file\n\xff\xfe\n")
+    (tmp_path / "bytes.csv").write_bytes(b"file\n\xff\xfe\n\0" + bytes(range(256)) * 4)
     with pytest.raises(IngestError, match="cannot read the sidecar file"):
         read_sidecar(tmp_path / "bytes.csv")
 
 
 def test_an_empty_csv_has_no_columns(tmp_path):
     assert len(read_sidecar(write(tmp_path, "a.csv", "file_name,year\n"))) == 0
+
+
+# ------------------------------------------------------------------------------------------ which row is whose
+
+
+def owners(keys: list[str], paths: list[str], folder: str = "/data/photos") -> tuple[dict[str, str], SidecarMatch]:
+    """Which image has which row, by the names that ingestion gives to the images of a folder."""
+    images = [((path, path.rsplit("/", 1)[-1]), f"{folder}/{path}") for path in paths]
+    match = SidecarMatch(Sidecar({key: {"key": key} for key in keys}), images)
+    rows = {names[0]: match.row(names, path) for names, path in images}
+    return {name: row.columns["key"] for name, row in rows.items() if row is not None}, match
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "cars/Red.png",
+        "./cars/Red.png",
+        "cars\\Red.png",
+        "cars//Red.png",
+        "/data/photos/cars/Red.png",
+        "file:///data/photos/cars/Red.png",
+        "photos/cars/Red.png",
+        "../photos/cars/Red.png",
+        "C:\\Users\\me\\photos\\cars\\Red.png",
+        "/home/other/photos/cars/Red.png",
+        "CARS/red.PNG",
+        "Red.png",
+        "RED.PNG",
+        "cars/red",
+        "Red",
+        " Red.png ",
+    ],
+)
+def test_the_names_of_one_image(key):
+    found, match = owners([key], ["cars/Red.png", "blue.png"])
+    assert found == {"cars/Red.png": key}
+    assert match.notes == ()
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_names_from_a_mac_and_from_elsewhere(stored, written):
+    name = unicodedata.normalize(stored, "Möbel/Müller.png")
+    for key in ("Möbel/Müller.png", "Müller.png", "müller"):
+        assert owners([unicodedata.normalize(written, key)], [name])[0].keys() == {name}
+
+
+def test_a_name_that_several_images_have_is_not_guessed():
+    found, match = owners(
+        ["1.png", "2.png", "cat/3.png"], ["cat/1.png", "dog/1.png", "2.png", "cat/2.png", "cat/3.png"]
+    )
+    assert found == {"2.png": "2.png", "cat/3.png": "cat/3.png"}
+    assert match.unused == ["1.png"]
+    assert match.notes == ("sidecar: '1.png': several images fit; give their paths below the folder instead",)
+
+
+def test_rows_that_fit_one_image_equally_well_are_not_guessed():
+    found, match = owners(["A.PNG", "a.Png"], ["a.png"])
+    assert found == {}
+    assert any("several rows fit" in note for note in match.notes)
+    assert owners(["A.png", "a.png"], ["a.png"])[0] == {"a.png": "a.png"}, "the exact name is better than another case"
+
+
+def test_another_path_is_not_a_match_by_name():
+    """A row about `vans/red.png` says nothing about `cars/red.png`; it is counted instead."""
+    found, match = owners(["vans/red.png", "x.png", "y.png", "z.png"], ["cars/red.png"])
+    assert found == {}
+    assert match.notes == ("sidecar: 4 of 4 rows match no image: 'vans/red.png', 'x.png', 'y.png' and 1 more",)
+
+
+def test_where_nobody_knows_the_images_before_the_first_has_the_row():
+    match = SidecarMatch(Sidecar({"1.png": {"n": 1}}), None)
+    assert match.row(("/a/1.png", "1.png"), "/a/1.png").columns == {"n": 1}
+    assert match.row(("/b/1.png", "1.png"), "/b/1.png") is None
+    assert "several images fit" in match.notes[0]
+
+
+def test_sidecars_lie_in_the_folder(tmp_path):
+    """Hugging Face puts one into each split; one that is something else is said and not used."""
+    for name, content in {
+        "metadata.csv": "file_name,n\na.png,1\n",
+        "train/metadata.jsonl": '{"file_name": "a.png", "text": "t", "n": 2}',
+        "other/metadata.csv": "year\n2020\n",
+        ".hidden/metadata.csv": "file_name,n\nb.png,1\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path, name, content)
+    sidecar = find_sidecars(str(tmp_path))
+    assert {key: (row.text, row.columns) for key, row in sidecar.rows.items()} == {
+        "a.png": ("", {"n": 1}),
+        "train/a.png": ("t", {"n": 2}),
+    }
+    assert sidecar.notes[0] == "columns are taken from 'metadata.csv', 'train/metadata.jsonl', found in the folder"
+    assert sidecar.notes[1].startswith("other/metadata.csv in the folder is not used: ")
