@@ -299,9 +299,7 @@ def report_of(plan: ShardPlan, written: int, seconds: float) -> ShardReport:
         rows += held
         skipped += left_out
         remove_drafts(plan.shard(number), plan.drafts)
-    return ShardReport(
-        plan.shards, written, rows, tuple(skipped), seconds, plan.ignored, plan.unused_rows, plan.notes
-    )
+    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds, plan.ignored, plan.unused_rows, plan.notes)
 
 
 def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:
