@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from llama_index.core.llms import MockLLM
 from llama_index.core.schema import ImageDocument, ImageNode, MediaResource, Node, NodeWithScore, TextNode
 from PIL import Image
 
 from mm_retriever.image import ImagePolicy, load_image
+from mm_retriever.rerank import VisionLLMRerank
 from mm_retriever.rerank.candidates import LONGEST_SIDE, read_candidates, text_card
 from tests.rerank_small import QUERY, draw_folder, make
 
@@ -77,3 +81,25 @@ def test_large_pictures_are_shrunk_and_texts_cut() -> None:
     assert card.size == (300, 300)
     assert card.tobytes() != text_card("other").tobytes()
     assert np.asarray(card)[:50].min() == 255  # room for the number
+
+
+def test_reading_ends_with_the_time_that_is_left(folder):
+    """Fifty large photographs, or URLs, take longer than any model's pass: reading is part of the budget."""
+    nodes = [NodeWithScore(node=ImageNode(image_path=str(path)), score=1.0) for path in sorted(folder.glob("*.png"))]
+    left = iter([5.0, *[0.0] * len(nodes)])
+    with pytest.raises(TimeoutError):
+        read_candidates(nodes * 9, ImagePolicy(), lambda: next(left, 0.0))
+    assert len(read_candidates(nodes, ImagePolicy(), lambda: 60.0)) == len(nodes)
+
+
+def test_a_server_of_images_that_never_answers_takes_no_longer_than_the_budget():
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        nodes = [NodeWithScore(node=ImageNode(image_url=f"{url}/{n}.jpg"), score=1.0 - n / 10) for n in range(6)]
+        policy = ImagePolicy(allow_urls=True, allow_private_addresses=True, url_timeout=30.0)
+        reranker = VisionLLMRerank(MockLLM(is_chat_model=True), time_budget_s=0.5, image_policy=policy)
+        started = time.monotonic()
+        result = reranker.rerank(nodes, "a hat")
+    assert time.monotonic() - started < 15  # one image after the other would take three minutes
+    assert result.order == tuple(range(6))
+    assert all("time budget was spent" in node.node.metadata["rerank_note"] for node in result.nodes)

@@ -8,9 +8,11 @@ are copies. Knows nothing of models and of ranking.
 from __future__ import annotations
 
 import copy
+import os
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +47,7 @@ METADATA_KEYS = (
 LONGEST_SIDE = 1344  # pixels that Phi-3 Vision sees at most (four crops): fifty large photographs must fit in memory
 LONGEST_TEXT = 600  # characters of a text node that are shown
 _CARD = 300  # pixels
+_READERS = min(4, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,30 @@ class Ranking:
     repairs: str = ""
 
 
-def read_candidates(nodes: Sequence[NodeWithScore], policy: ImagePolicy) -> list[Candidate]:
-    """What can be seen of each node. Nothing is raised for a picture that cannot be read: the candidate is missing."""
-    return [_read(node, policy) for node in nodes]
+def read_candidates(
+    nodes: Sequence[NodeWithScore], policy: ImagePolicy, left: Callable[[], float | None] | None = None
+) -> list[Candidate]:
+    """What can be seen of each node. Nothing is raised for an image that cannot be read: the candidate is missing.
+
+    Args:
+        nodes: as retrieved.
+        policy: which images may be read.
+        left: how many seconds are left, None for as many as it takes; when there are none, reading ends.
+
+    Raises:
+        TimeoutError: there was no time for all of them.
+    """
+
+    def read(node: NodeWithScore) -> Candidate:
+        seconds = None if left is None else left()
+        if seconds is None:
+            return _read(node, policy)
+        if seconds <= 0:
+            raise TimeoutError
+        return _read(node, replace(policy, url_timeout=min(policy.url_timeout, seconds)))
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
+        return list(readers.map(read, nodes))
 
 
 def ranked_nodes(candidates: Sequence[Candidate], ranking: Ranking, top_n: int) -> list[NodeWithScore]:

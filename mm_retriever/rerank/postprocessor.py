@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 NO_TIME = "not judged: the time budget was spent; behind those that were"
+NO_TIME_TO_READ = "the time budget was spent before all images were read"
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,11 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
         meter = Meter(self.time_budget_s)
         candidates: list[Candidate] = []
         try:
-            image = None if source is None else load_image(source, policy=self._image_policy)
-            candidates = read_candidates(nodes, self._image_policy)
+            try:
+                image = self._query_image(source, meter)
+                candidates = read_candidates(nodes, self._image_policy, meter.left)
+            except TimeoutError:
+                return self._kept(nodes, [], meter, NO_TIME_TO_READ)
             ranking = self._rank(Query(text, image), candidates, meter)
         except Exception as error:
             if self.on_error == "raise":
@@ -208,13 +212,24 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
             usage=meter.usage(),
         )
 
-    def _kept(self, nodes: list[NodeWithScore], candidates: list[Candidate], meter: Meter, error: str) -> Reranking:
+    def _query_image(self, source: ImageSource | None, meter: Meter) -> Image.Image | None:
+        if source is None:
+            return None
+        left = meter.left()
+        if left is None:
+            return load_image(source, policy=self._image_policy)
+        if left <= 0:
+            raise TimeoutError
+        policy = replace(self._image_policy, url_timeout=min(self._image_policy.url_timeout, left))
+        return load_image(source, policy=policy)
+
+    def _kept(self, nodes: list[NodeWithScore], candidates: list[Candidate], meter: Meter, reason: str) -> Reranking:
         """The order of retrieval, with a note."""
         order = tuple(range(len(nodes)))
-        note = f"not reranked: {error}"
+        note = f"not reranked: {reason}"
         ranking = Ranking(order, [node.score for node in nodes], notes=dict.fromkeys(order, note))
         found = candidates or [Candidate(node) for node in nodes]
-        return Reranking(ranked_nodes(found, ranking, self.top_n), order, usage=meter.usage(), error=error)
+        return Reranking(ranked_nodes(found, ranking, self.top_n), order, usage=meter.usage(), error=reason)
 
     def _settle(self, candidates: Sequence[Candidate], model_scores: Sequence[float | None]) -> Ranking:
         """The ranking by the model's scores, fused with the retrieval's if that is wanted; the missing come last.
