@@ -11,7 +11,7 @@ import base64
 import hashlib
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -127,12 +127,10 @@ def write_png(
 
 def _write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    written = Path(name)
+    written = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
+        with written.open("xb") as file:  # not mkstemp: who may read a report is up to the user's umask
             file.write(data)
-        written.chmod(0o644)
         return written.replace(path)
     except BaseException:
         written.unlink(missing_ok=True)

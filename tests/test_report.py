@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -210,7 +211,17 @@ def test_an_existing_page_is_replaced_whole(tmp_path: Path, photos: list[Path]) 
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "old" not in page_of(path).text
     assert list(tmp_path.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_a_page_is_up_to_the_umask(tmp_path: Path, photos: list[Path], umask: int, mode: int) -> None:
+    """A page holds thumbnails of private photographs."""
+    before = os.umask(umask)
+    try:
+        write_html(tmp_path / "page.html", SearchReport("x", None, hits(photos)))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "page.html").stat().st_mode & 0o777 == mode
 
 
 # ---------------------------------------------------------------------------------------------- safety

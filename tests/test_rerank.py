@@ -277,6 +277,14 @@ def test_a_window_shrinks_to_what_fits_and_says_so_when_nothing_does(folder: Pat
         assert isinstance(caught.value.__cause__, PromptError)
 
 
+def test_half_a_surrogate_pair_in_a_query_or_a_text_is_ranked_as_a_question_mark(folder: Path) -> None:
+    """Half an emoji, cut in two by a form's limit; the embedding takes it in the same way."""
+    nodes = [NodeWithScore(node=TextNode(text=text), score=0.5) for text in ("a \ud800 mug", "b")]
+    broken, whole = (make().rerank(nodes, query) for query in ("a \ud83d mug", "a ? mug"))
+    assert broken.order == whole.order
+    assert [node.score for node in broken.nodes] == [node.score for node in whole.nodes]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_there_is_no_time_for_keeps_the_order_of_retrieval(folder: Path, mode: str) -> None:
     """Truth: our choice; the budget is spent before the first candidate is judged."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from mm_retriever.errors import CheckpointError, PromptError
 from mm_retriever.models.checkpoint import MAX_JSON_BYTES
+from mm_retriever.models.unicode import valid_unicode
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -215,7 +216,7 @@ class Phi3VisionProcessor:
             PromptError: The tags are not ``<|image_1|>`` to ``<|image_n|>``, once each and in this order.
         """
         # parity: split's odd entries are the numbers of the tags; every text between tags starts with BOS again
-        pieces = _IMAGE_TAG.split(prompt)
+        pieces = _IMAGE_TAG.split(valid_unicode(prompt))
         tags = [int(number) for number in pieces[1::2]]
         if tags != list(range(1, len(token_counts) + 1)):
             given = ", ".join(f"<|image_{tag}|>" for tag in tags) or "no image tags"
@@ -277,7 +278,7 @@ class Phi3VisionProcessor:
 
     def encode_literal(self, text: str) -> list[int]:
         """Ids of a text with no BOS, in which nothing is a control token."""
-        ids = self._literal.encode(text, add_special_tokens=False).ids
+        ids = self._literal.encode(valid_unicode(text), add_special_tokens=False).ids
         return [i for i in ids if i not in self._control_ids]  # a word-level vocabulary may still hold them
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mm_retriever.errors import CheckpointError
 from mm_retriever.models.checkpoint import MAX_JSON_BYTES
+from mm_retriever.models.unicode import valid_unicode
 
 if TYPE_CHECKING:
     from mm_retriever.models.visualized_bge import VisualizedBGEConfig
@@ -98,7 +99,7 @@ class VisualizedBGEProcessor:
         A text too long for the room there is loses its end, as the tokenizer's own truncation would have it.
         """
         room = self.config.room(beside_image=beside_image)
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch([_sound(text) for text in texts])]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch([valid_unicode(text) for text in texts])]
         return [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in rows]
 
     def pad(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -113,11 +114,6 @@ class VisualizedBGEProcessor:
     def tokens(self, texts: Sequence[str], *, beside_image: bool = False) -> dict[str, Tensor]:
         """:meth:`token_ids`, padded: what ``encode_text`` and ``encode_multimodal`` take."""
         return self.pad(self.token_ids(texts, beside_image=beside_image))
-
-
-def _sound(text: str) -> str:
-    """The text without lone surrogates, which the tokenizer would refuse."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _read_tokenizer(path: Path, config: VisualizedBGEConfig) -> Tokenizer:

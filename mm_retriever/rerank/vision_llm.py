@@ -362,13 +362,14 @@ def _openai_like(
 ) -> tuple[LLM, Any]:
     """LlamaIndex's client for servers that speak OpenAI's protocol, and its connections. Retrying is ours."""
     try:
-        import httpx
         from llama_index.llms.openai_like import OpenAILike
+
+        from mm_retriever.rerank.bounded_http import bounded_client
     except ImportError as error:
         raise MissingExtraError(
             'a base_url needs llama-index-llms-openai-like; install it with: pip install "mm-retriever[remote]"'
         ) from error
-    connections = httpx.Client(timeout=timeout_s)
+    connections = bounded_client(timeout_s)
     llm: LLM = OpenAILike(
         model=model,
         api_base=base_url,
