@@ -38,7 +38,7 @@ from mm_retriever.image import (
     portable_image,
     source_name,
 )
-from mm_retriever.vector_cache import VectorCache
+from mm_retriever.vector_cache import MAX_BYTES, VectorCache
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +88,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         tokenizer: path of ``tokenizer.json`` when it is not beside the weights.
         embed_batch_size: inputs from one event and progress step to the next; the model takes as many as fit.
         cache_dir: a folder that keeps vectors by content, model and dtype; default: none are kept.
+        cache_bytes: how large its file may become; beyond that, what was not used for longest is removed.
         image_policy: which pictures may be read: folders, sizes, network.
         compose_nodes: as a transformation, embed a node that has picture and text as both together; default: a
             picture node is its picture.
@@ -103,6 +104,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
     revision: str | None = None
     tokenizer: str | None = None
     cache_dir: str | None = None
+    cache_bytes: int = MAX_BYTES
     image_policy: ImagePolicy = Field(default=DEFAULT_POLICY)
     compose_nodes: bool = False
 
@@ -121,6 +123,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         tokenizer: str | os.PathLike[str] | None = None,
         embed_batch_size: int = 32,
         cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = MAX_BYTES,
         image_policy: ImagePolicy = DEFAULT_POLICY,
         compose_nodes: bool = False,
         callback_manager: CallbackManager | None = None,
@@ -142,6 +145,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
             "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
             "embed_batch_size": embed_batch_size,
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+            "cache_bytes": cache_bytes,
             "image_policy": image_policy,
             "compose_nodes": compose_nodes,
             "callback_manager": callback_manager or CallbackManager([]),
@@ -159,7 +163,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         self._model_id = f"visualized-bge@{model.fingerprint}.{self._encoder.processor.fingerprint()}"
         self._model_note = f"{name}, {self.dtype}"
         if self.cache_dir is not None:
-            self._cache = VectorCache(self.cache_dir, self.dimension)
+            self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
 
     @classmethod
     def class_name(cls) -> str:

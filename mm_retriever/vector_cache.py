@@ -1,8 +1,10 @@
-"""Vectors on disk by content: an SQLite file that threads and processes may share. Knows nothing of models or pictures.
+"""Vectors on disk by content: an SQLite file that threads and processes may share. Knows nothing of models or images.
 
-A cache must never be the reason for a wrong answer: a key names model and content, a row of another length is not
-used, and nothing in the file is ever executed. Nor for none: where it cannot be written or read just now (a full disk,
-another writer for too long) it has forgotten, and says so once.
+A cache must never be the reason for a wrong answer: a key names model and content, a checksum covers key and vector,
+and nothing in the file is ever executed. What does not agree with its checksum, is of another length or not finite is
+computed again, and counted. Nor for none: where it cannot be written or read just now (a full disk, another writer for
+too long) it has forgotten, and says so once. It does not grow without end: beyond `max_bytes` the vectors that were not
+used for longest are removed.
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import logging
 import os
 import sqlite3
 import threading
+import time
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +29,16 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "vectors.sqlite3"
 BUSY_SECONDS = 30.0  # wait for another process that writes
 KEYS_A_QUERY = 500  # SQLite takes 999 variables at least
+MAX_BYTES = 4 * 2**30
+
+_TABLE = (
+    "CREATE TABLE vectors (key BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, checksum INTEGER NOT NULL, "
+    "used INTEGER NOT NULL)"
+)
+_INDEX = "CREATE INDEX vectors_by_use ON vectors (used)"
+_OLD_TABLE = "CREATE TABLE vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID"  # had no checksums
+_DAY = 86_400
+_UNIT_TOLERANCE = 0.02  # of half precision
 
 
 class VectorCache:
@@ -32,55 +47,153 @@ class VectorCache:
     Args:
         folder: made if it is not there; the file in it may serve several models.
         dimension: length of the vectors.
+        unit: whether every vector has the length 1; one that has not is computed again.
+        max_bytes: of the file; beyond it, what was not used for longest is removed.
+
+    Attributes:
+        damaged: how many vectors were found that are not what was kept; they are computed again.
+        removed: how many were removed to make room.
 
     Raises:
         VectorCacheError: the folder or the file cannot be used.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], dimension: int) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        dimension: int,
+        *,
+        unit: bool = False,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         self.path = Path(folder).expanduser() / FILE_NAME
-        self.dimension = dimension
+        self.dimension, self.unit, self.max_bytes = dimension, unit, max_bytes
+        self.damaged = self.removed = 0
         self._turn = threading.Lock()
         self._has_forgotten = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, check_same_thread=False)
+            self._connection.execute("PRAGMA trusted_schema=OFF")
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID"
-            )
+            self._make_table()
         except (OSError, sqlite3.Error) as error:
             raise VectorCacheError(f"{self.path} cannot be used as a cache of vectors: {error}") from error
 
+    def _make_table(self) -> None:
+        """Make the table if there is none; a view, a trigger or another table of that name is nothing of ours."""
+        if self._tables() == {_TABLE, _INDEX}:
+            return
+        with self._connection as connection:
+            connection.execute("BEGIN IMMEDIATE")  # another process may be here, too
+            tables = self._tables()
+            if tables == {_OLD_TABLE}:
+                connection.execute("DROP TABLE vectors")
+                logger.warning("%s was written before vectors had checksums; they are computed again", self.path)
+                tables.clear()
+            if not tables:
+                connection.execute(_TABLE)
+                connection.execute(_INDEX)
+            elif tables != {_TABLE, _INDEX}:
+                raise sqlite3.DatabaseError(
+                    "its tables are not those of this version; delete it or choose another folder"
+                )
+
+    def _tables(self) -> set[str]:
+        rows = self._connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        return {" ".join(str(sql).split()) for (sql,) in rows}
+
     def get(self, keys: Iterable[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """Vectors of those keys that are there."""
+        """Vectors of those keys that are there, and are what was kept."""
         wanted = list(keys)
         found: dict[bytes, NDArray[np.float32]] = {}
+        today = int(time.time()) // _DAY
+        stale: list[tuple[int, bytes]] = []
+        damaged = 0
         for start in range(0, len(wanted), KEYS_A_QUERY):
             part = wanted[start : start + KEYS_A_QUERY]
             marks = ",".join("?" * len(part))
             try:
-                query = f"SELECT key, vector FROM vectors WHERE key IN ({marks})"  # noqa: S608 - question marks alone
+                query = f"SELECT key, vector, checksum, used FROM vectors WHERE key IN ({marks})"  # noqa: S608 - question marks alone
                 rows = self._run(query, part)
             except sqlite3.OperationalError as error:
                 self._forget(error)
                 break
-            for key, blob in rows:
-                if isinstance(blob, bytes) and len(blob) == 4 * self.dimension:
-                    found[key] = np.frombuffer(blob, dtype="<f4").astype(np.float32)
+            for key, blob, checksum, used in rows:
+                vector = self._vector(key, blob, checksum)
+                if vector is None:
+                    damaged += 1
+                    continue
+                found[key] = vector
+                if used != today:
+                    stale.append((today, key))
+        if damaged:
+            self._count_damaged(damaged)
+        if stale:  # once a day for each
+            self._write("UPDATE vectors SET used = ? WHERE key = ?", stale)
         return found
+
+    def _vector(self, key: object, blob: object, checksum: object) -> NDArray[np.float32] | None:
+        if not isinstance(key, bytes) or not isinstance(blob, bytes) or len(blob) != 4 * self.dimension:
+            return None
+        if checksum != _checksum(key, blob):
+            return None
+        vector = np.frombuffer(blob, dtype="<f4").astype(np.float32)
+        return vector if self._is_sound(vector) else None
+
+    def _is_sound(self, vector: NDArray[np.float32]) -> bool:
+        if not np.isfinite(vector).all():
+            return False
+        return not self.unit or abs(float(np.linalg.norm(vector)) - 1.0) <= _UNIT_TOLERANCE
 
     def put(self, vectors: Mapping[bytes, NDArray[np.float32]]) -> None:
         """Keeps the vectors; a key that is there already gets the new one."""
-        rows = [(key, np.ascontiguousarray(vector, dtype="<f4").tobytes()) for key, vector in vectors.items()]
+        today = int(time.time()) // _DAY
+        rows = []
+        for key, vector in vectors.items():
+            blob = np.ascontiguousarray(vector, dtype="<f4").tobytes()
+            rows.append((key, blob, _checksum(key, blob), today))
+        self._write("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?)", rows)
+
+    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         try:
             with self._turn, self._connection:
-                self._connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)
+                self._connection.executemany(statement, rows)
+                self._make_room()
         except sqlite3.OperationalError as error:
             self._forget(error)
         except sqlite3.Error as error:
             raise self._failed(error) from error
+
+    def _make_room(self) -> None:
+        """Remove what was not used for longest while the file is too large; its pages are used again."""
+        size = self._size()
+        if size <= self.max_bytes:
+            return
+        before = self._connection.total_changes
+        while size > 0.9 * self.max_bytes:
+            rows = max(1, int((size - 0.8 * self.max_bytes) / (4 * self.dimension + 200)))
+            removed = self._connection.execute(
+                "DELETE FROM vectors WHERE rowid IN (SELECT rowid FROM vectors ORDER BY used, rowid LIMIT ?)", [rows]
+            ).rowcount
+            if not removed:
+                break
+            size = self._size()
+        self.removed += self._connection.total_changes - before
+        logger.info("%s is full: %d vectors were removed so far", self.path, self.removed)
+
+    def _size(self) -> int:
+        pages, unused, size = (
+            int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return (pages - unused) * size
+
+    def _count_damaged(self, number: int) -> None:
+        if not self.damaged:
+            logger.warning("%s holds vectors that are not what was kept; they are computed again", self.path)
+        self.damaged += number
 
     def __len__(self) -> int:
         """Vectors in the file, those of other models included."""
@@ -94,7 +207,7 @@ class VectorCache:
         with self._turn:
             self._connection.close()
 
-    def _run(self, query: str, values: list[bytes]) -> list[tuple[bytes, bytes]]:
+    def _run(self, query: str, values: list[bytes]) -> list[tuple[Any, ...]]:
         try:
             with self._turn:
                 return self._connection.execute(query, values).fetchall()
@@ -110,3 +223,7 @@ class VectorCache:
 
     def _failed(self, error: sqlite3.Error) -> VectorCacheError:
         return VectorCacheError(f"the cache of vectors {self.path} failed: {error}; delete it or choose another folder")
+
+
+def _checksum(key: bytes, blob: bytes) -> int:
+    return zlib.crc32(blob, zlib.crc32(key))
