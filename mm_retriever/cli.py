@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mm_retriever.demo import DemoQuery
     from mm_retriever.embedding import VisualizedBGEEmbedding
     from mm_retriever.rerank.postprocessor import Reranker
-    from mm_retriever.store import ImageStore
+    from mm_retriever.store import ImageStore, Verification
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
@@ -293,6 +293,9 @@ def convert(
 @app.command()
 def info(
     db: Annotated[str | None, typer.Option(help="A store to describe.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also read all that the store holds, and check it for damage.")
+    ] = False,
     token: Token = None,
 ) -> None:
     """Versions, devices and bundled models; with --db, what a store holds."""
@@ -316,7 +319,20 @@ def info(
         _must_exist(db)
         for name, described in describe_store(db, token=token).items():
             facts[f"collection {name}"] = ", ".join(f"{key} {value}" for key, value in described.items())
+    elif verify:
+        raise QueryError("--verify needs a store: give --db")
+    found = _verified(db, token) if db is not None and verify else {}
+    facts |= {f"verified {name}": str(verification) for name, verification in found.items()}
     print_facts(facts)
+    for verification in found.values():
+        if not isinstance(verification, str):
+            verification.raise_damage()
+
+
+def _verified(db: str, token: str | None) -> dict[str, Verification | str]:
+    from mm_retriever.store import verify_store
+
+    return verify_store(db, token=token)
 
 
 @app.command()

@@ -16,6 +16,7 @@ Every class also inherits the builtin it specialises, so that code that has neve
     ├── StoreError              (RuntimeError)     the vector store refused
     │   ├── NodeError           (ValueError)       a node that cannot be stored as it is
     │   ├── StoreMismatchError  (ValueError)       a collection made by another model, dimension or metric
+    │   ├── StoreDamagedError                      what is stored is not what was stored there: bit rot, a cut file
     │   ├── StoreLockedError    (BlockingIOError)  another process holds the Milvus Lite file
     │   └── StoreUnavailableError (ConnectionError) no answer from the server in time
     └── MissingExtraError       (ImportError)      an optional dependency; the message names the extra
@@ -120,6 +121,10 @@ class NodeError(StoreError, ValueError):
 
 class StoreMismatchError(StoreError, ValueError):
     """An existing collection was made by another model, dimension or metric."""
+
+
+class StoreDamagedError(StoreError):
+    """What a store holds is not what was stored there: bit rot, a file that is cut short, or another program."""
 
 
 class StoreLockedError(StoreError, BlockingIOError):

@@ -3,13 +3,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from milvus_lite.server_manager import server_manager_instance
 from PIL import Image
+from pymilvus import MilvusClient
 
 from mm_retriever import demo as scenes
 from mm_retriever.catalogue import draw_product, draw_theme
@@ -238,6 +241,26 @@ def test_a_mistake_is_one_line_that_names_it(capfd, tmp_path, monkeypatch, argum
     assert len(lines) == 1
     assert says in lines[0]
     assert "Traceback" not in err
+
+
+def test_info_verify_reads_every_row_and_names_those_that_are_not_what_was_stored(capfd, db, tmp_path):
+    copy = tmp_path / "copy.db"
+    shutil.copytree(db, copy)
+    code, out, _ = run(capfd, "info", "--db", copy, "--verify")
+    assert code == 0
+    assert "9 rows read, 9 checked, 0 damaged" in out
+    client = MilvusClient(str(copy))
+    client.load_collection("mm_retriever")
+    (row,) = client.query("mm_retriever", filter="width > 0", output_fields=["*"], limit=1)
+    client.insert("mm_retriever", [{**row, "width": 17}])
+    client.close()
+    server_manager_instance.release_server(str(copy))
+    code, out, err = run(capfd, "info", "--db", copy, "--verify")
+    assert code == 2
+    assert "9 rows read, 9 checked, 1 damaged" in out
+    assert row["id"] in err
+    code, _, err = run(capfd, "info", "--verify")
+    assert (code, "--db" in err) == (2, True)
 
 
 def test_info_names_versions_and_what_a_store_holds(capfd, db):

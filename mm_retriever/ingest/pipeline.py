@@ -80,6 +80,9 @@ def ingest_images(
     Absence is not deletion: images about which a run says nothing keep the columns and the caption that they have, and
     so does a file whose pixels changed. What a sidecar says about an image replaces what a sidecar said before.
 
+    What the report counts as indexed, replaced or updated is stored: in a Milvus Lite file it is on the disk and
+    survives a power cut, and so is what an error says was stored. A server keeps rows by its own rules.
+
     Args:
         source: a folder (recursive; links to folders followed once, hidden files left out; what is not an image is
             counted by type in the report), a file, or any iterable of paths, URLs (`image_policy` must allow them;

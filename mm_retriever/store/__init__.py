@@ -10,11 +10,14 @@ of picture files. Its files:
 - `columns.py`: which metadata columns there are, and what filters say that they do not bear out.
 - `words.py`: what hybrid search indexes beside the vectors.
 - `channel.py`: requests to a server that end by their deadline, and are sent again until then.
-- `lite_files.py`: Milvus Lite files, who has them open, and what a killed process left there.
+- `lite_files.py`: Milvus Lite files, and who has them open.
+- `lite_durability.py`: what keeps them through a power cut, and shows bit rot.
+- `lite_repair.py`: what a killed process, a power cut or bit rot left there, put right before Milvus Lite sees it.
 - `connection.py`: where Milvus is, and what its failures mean.
 - `collection.py`: a collection's schema and index; its rows written, read and searched.
 - `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection.
 - `parquet.py`, `bulk_import.py`: rows in files that a server imports by itself, each exactly once.
+- `checksums.py`, `verification.py`: whether a store still holds what was stored.
 - `description.py`: what a store holds, for people.
 """
 
@@ -25,6 +28,7 @@ from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.identity import StoredIdentity, same_model
 from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store, open_stored
 from mm_retriever.store.rows import metadata_columns, storable_node
+from mm_retriever.store.verification import Verification, verify_store
 from mm_retriever.store.words import SparseEmbedding
 
 __all__ = [
@@ -34,6 +38,7 @@ __all__ = [
     "ImportReport",
     "SparseEmbedding",
     "StoredIdentity",
+    "Verification",
     "check_exists",
     "describe_store",
     "filter_expression",
@@ -42,4 +47,5 @@ __all__ = [
     "open_stored",
     "same_model",
     "storable_node",
+    "verify_store",
 ]

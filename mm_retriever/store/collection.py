@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from pymilvus import AnnSearchRequest, CollectionSchema, DataType, MilvusClient, RRFRanker
@@ -18,8 +19,10 @@ from pymilvus.client.types import ConsistencyLevel
 from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreMismatchError
+from mm_retriever.store.checksums import damaged_rows, row_is_damaged, vector_is_damaged
 from mm_retriever.store.connection import Connection
 from mm_retriever.store.filters import (
+    CHECKSUM_FIELD,
     CONTENT_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
@@ -32,6 +35,7 @@ from mm_retriever.store.filters import (
     quoted,
 )
 from mm_retriever.store.identity import StoredIdentity, same_model
+from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
 from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,9 @@ WRITE_ROWS = 256
 
 _PAGE_ROWS = 10_000
 _IDS_PER_REQUEST = 1_000
+_SAMPLED_ROWS = 64
+"""Looked at when a collection is opened; the data files of Milvus Lite are checked whole by then."""
+
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
 _MODEL_PROPERTY = "mm_retriever.model"
@@ -119,6 +126,10 @@ class Collection:
             self._create_words_index()
             self._check_index()
             self._ask(self._client.load_collection)
+        if not exists or overwrite:
+            self._sync(sync_new_collection)
+        elif damaged := [row[ID_FIELD] for row in self.some(["*"], "", _SAMPLED_ROWS) if row_is_damaged(row)]:
+            logger.warning("%s: %s", self.connection.where, damaged_rows(damaged))
 
     def clear(self) -> None:
         """Remove every row; the collection stays open."""
@@ -128,6 +139,7 @@ class Collection:
             self._create_index(self.index_type)
             self._create_words_index()
             self._ask(self._client.load_collection)
+        self._sync(sync_new_collection)
 
     def _create(self) -> None:
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
@@ -223,12 +235,16 @@ class Collection:
     # ------------------------------------------------------------------------------------------ writing
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Store up to `WRITE_ROWS` rows of different ids; a row whose id is there already is replaced whole."""
+        """Store up to `WRITE_ROWS` rows of different ids; a row whose id is there already is replaced whole.
+
+        On Milvus Lite they survive a power cut from then on.
+        """
         # On Milvus Lite an upsert leaves columns of the old row that the new one lacks; its insert replaces rows whole.
         # On a server an insert leaves the old row there, and an upsert replaces it whole.
         call = self._client.insert if self._lite else self._client.upsert
         with self.connection.turn, self.connection.request(f"storing {len(rows)} rows"):
             self._ask(call, data=list(rows))
+        self._sync(sync_logs)
 
     def delete_where(self, expression: str) -> None:
         """Remove every row that matches."""
@@ -241,24 +257,41 @@ class Collection:
             with self.connection.turn, self.connection.request(f"removing {len(some)} rows"):
                 self._ask(self._client.delete, filter=one_of(ID_FIELD, some))
         self._last_delete = time.monotonic()
+        self._sync(sync_logs)
+
+    def _sync(self, step: Callable[[Path, str], None]) -> None:
+        """Have what was written to a Milvus Lite file on the disk; a server sees to that itself."""
+        if self.connection.lite_path is None:
+            return
+        try:
+            step(Path(self.connection.lite_path), self.name)
+        except OSError as error:
+            raise StoreError(
+                f"the disk of {self.connection.where} failed while rows were put on it, and the last ones may not "
+                f"survive a power cut: {error.strerror or error}"
+            ) from error
 
     # ------------------------------------------------------------------------------------------ reading
 
     def columns(self, ids: Sequence[str], names: Sequence[str], expression: str = "") -> dict[str, Row]:
         """Return the named columns of the rows with these ids that match, by id."""
         rows: dict[str, Row] = {}
+        with_vectors = VECTOR_FIELD in names or "*" in names  # whoever stores one again would give it a new checksum
+        asked = [*names, CHECKSUM_FIELD] if with_vectors else names
         for some in chunks(ids, _IDS_PER_REQUEST):
-            page = self._fetch(all_of(one_of(ID_FIELD, some), expression), names)
-            rows.update((row[ID_FIELD], row) for row in page)
+            page = self._fetch(all_of(one_of(ID_FIELD, some), expression), asked)
+            if with_vectors and (damaged := [str(row[ID_FIELD]) for row in page if vector_is_damaged(row)]):
+                raise damaged_rows(damaged)
+            rows.update((row[ID_FIELD], row) for row in without_checksums(page, names))
         return rows
 
-    def scan(self, names: Sequence[str], expression: str) -> Iterator[list[Row]]:
+    def scan(self, names: Sequence[str], expression: str, page_rows: int | None = None) -> Iterator[list[Row]]:
         """Yield the rows that match (id and the named columns) in pages, by id; rows may be removed meanwhile."""
         if not self._scans_are_strong:
             self.count("")  # has the server catch up with what was written
         # The flags of pymilvus' own iterator, which pastes the last id into its expression unquoted. It drops any level
         # of consistency but the collection's own.
-        in_order = {"limit": _PAGE_ROWS, "iterator": "True", "reduce_stop_for_best": "True"}
+        in_order = {"limit": page_rows or _PAGE_ROWS, "iterator": "True", "reduce_stop_for_best": "True"}
         after = ""
         while page := self._fetch(all_of(expression, after), names, **in_order):
             yield page
@@ -400,6 +433,13 @@ def collection_schema(dimension: int, words: WordIndex | None, description: str 
     if words is not None:
         words.add_to(schema)
     return schema
+
+
+def without_checksums(rows: Sequence[Row], names: Sequence[str]) -> Sequence[Row]:
+    """Return the rows with the named columns alone: "*" is no wish to see checksums."""
+    for row in rows if CHECKSUM_FIELD not in names else ():
+        row.pop(CHECKSUM_FIELD, None)
+    return rows
 
 
 def check_options(collection: str, dimension: int, index: str, metric: str) -> None:

@@ -38,6 +38,7 @@ WORDS_FIELD = "_words"
 SPARSE_FIELD = "_sparse"
 CONTENT_FIELD = "_node_content"
 TYPE_FIELD = "_node_type"
+CHECKSUM_FIELD = "_row_checksum"
 
 OWN_TEXT_COLUMNS = {
     ID_FIELD: ID_FIELD,
@@ -47,7 +48,17 @@ OWN_TEXT_COLUMNS = {
     TEXT_FIELD: TEXT_FIELD,
 }
 RESERVED_KEYS = frozenset(
-    {*OWN_TEXT_COLUMNS, VECTOR_FIELD, WORDS_FIELD, SPARSE_FIELD, CONTENT_FIELD, TYPE_FIELD, "_seq", "_partition"}
+    {
+        *OWN_TEXT_COLUMNS,
+        VECTOR_FIELD,
+        WORDS_FIELD,
+        SPARSE_FIELD,
+        CONTENT_FIELD,
+        TYPE_FIELD,
+        CHECKSUM_FIELD,
+        "_seq",
+        "_partition",
+    }
 )
 
 MAX_DEPTH = 16

@@ -25,6 +25,7 @@ from llama_index.core.vector_stores.types import (
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from mm_retriever.errors import FilterError, QueryError
+from mm_retriever.store.checksums import damaged_rows, vector_is_damaged
 from mm_retriever.store.collection import (
     WRITE_ROWS,
     Collection,
@@ -33,6 +34,7 @@ from mm_retriever.store.collection import (
     check_options,
     chunks,
     stored_identity,
+    without_checksums,
 )
 from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists
@@ -47,6 +49,7 @@ from mm_retriever.store.filters import (
     one_of,
 )
 from mm_retriever.store.rows import NODE_FIELDS, node_to_row, row_to_node
+from mm_retriever.store.verification import Verification, verify_collection
 from mm_retriever.store.words import SparseEmbedding, WordIndex
 
 logger = logging.getLogger(__name__)
@@ -284,7 +287,8 @@ class ImageStore(MilvusVectorStore):
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Store nodes with their vectors and return their ids; a node whose id is there already replaces it.
 
-        All nodes are checked before the first is written. Of two nodes with one id the later is kept.
+        Once it returns, the rows of a Milvus Lite file are on the disk and survive a power cut; a server keeps them by
+        its own rules. All nodes are checked before the first is written. Of two nodes with one id the later is kept.
 
         Raises:
             NodeError: a node cannot be stored; none was.
@@ -397,6 +401,8 @@ class ImageStore(MilvusVectorStore):
         prefetch = mmr_prefetch_k or int(query.similarity_top_k * mmr_prefetch_factor)
         prefetch = min(MAX_TOP_K, max(query.similarity_top_k, prefetch))
         found = self._collection.search(vector, expression, prefetch, (*NODE_FIELDS, VECTOR_FIELD))
+        if damaged := [str(hit[ID_FIELD]) for hit in found if vector_is_damaged(hit["entity"])]:
+            raise damaged_rows(damaged)
         hits = {str(hit[ID_FIELD]): hit for hit in found}
         scores, ids = get_top_k_mmr_embeddings(
             query_embedding=vector,
@@ -476,7 +482,8 @@ class ImageStore(MilvusVectorStore):
 
     def scan(self, names: Sequence[str] = (), filters: MetadataFilters | None = None) -> Iterator[list[Row]]:
         """Yield the rows that match (id and the named columns) in pages, by id; rows may be removed meanwhile."""
-        return self._collection.scan(names, self._expression(filters))
+        pages = self._collection.scan(names, self._expression(filters))
+        return (list(without_checksums(page, names)) for page in pages)
 
     def count(self, filters: MetadataFilters | None = None) -> int:
         """Return how many rows there are, or how many match the filters."""
@@ -506,6 +513,10 @@ class ImageStore(MilvusVectorStore):
                 if self._columns.names:
                     self._checked |= conditions
         return expression
+
+    def verify(self) -> Verification:
+        """Return whether every row, and every file of a Milvus Lite store, still is what was stored; reads it all."""
+        return verify_collection(self._collection)
 
     # ------------------------------------------------------------------------------------------ asynchronous twins
 

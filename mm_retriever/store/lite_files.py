@@ -1,22 +1,18 @@
-"""Milvus Lite files: where they are, which of them this process has open, and what a killed process left there.
+"""Milvus Lite files: where they are, and which of them this process has open.
 
-A Milvus Lite file is a folder. Milvus Lite lets one process at a time into it, and survives a kill at nearly any point;
-`mend` is for the points where it does not. Knows nothing of connections.
+A Milvus Lite file is a folder. Milvus Lite lets one process at a time into it. Knows nothing of connections.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import threading
-import uuid
 from collections import Counter
 from pathlib import Path
 
 from mm_retriever.errors import StoreError
+from mm_retriever.store.lite_repair import repair
 
-logger = logging.getLogger(__name__)
+mend = repair
 
 
 def lite_path(place: str) -> str:
@@ -68,7 +64,7 @@ class LiteFiles:
         """Count one more store of a file; return the lock that all of them share."""
         with self.opening:
             if not self._users[path]:
-                mend(Path(path))
+                repair(Path(path))
             self._users[path] += 1
             return self._turns.setdefault(path, Turn())
 
@@ -81,57 +77,3 @@ class LiteFiles:
             if not self._users[path]:
                 del self._users[path], self._turns[path]
                 server_manager_instance.release_server(path)
-
-
-def mend(place: Path) -> None:
-    """Put right what a process that was killed left half done, in a file that no process has open."""
-    import fcntl  # is not there on Windows, where Milvus Lite is not either
-
-    try:
-        lock = os.open(place / "LOCK", os.O_RDWR)
-    except FileNotFoundError:  # a new file, or a folder of something else
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for folder in (place / "collections").iterdir():
-            if (folder / "schema.json").exists():
-                _remove_logs_of_stored_rows(folder)
-            else:
-                _clear_name(folder, place)
-    except OSError as error:  # another process has it; or what Milvus Lite itself will say better
-        logger.debug("%s is left as it is: %s", place, error)
-    finally:
-        os.close(lock)
-
-
-def _remove_logs_of_stored_rows(folder: Path) -> None:
-    """Do what Milvus Lite does last when it has put the rows of a log into a segment.
-
-    Killed before that, it would read both, and have each of the rows twice. The manifest names the first log whose rows
-    are in no segment yet.
-    """
-    try:
-        first = json.loads((folder / "manifest.json").read_bytes())["active_wal_number"]
-    except (OSError, ValueError, KeyError, TypeError):  # no manifest yet, or one that Milvus Lite has a copy of
-        return
-    for log in sorted(folder.glob("wal/wal_*_*.arrow")):
-        number = log.stem.rpartition("_")[2]
-        if isinstance(first, int) and number.isdecimal() and int(number) < first:
-            log.unlink()
-
-
-def _clear_name(folder: Path, place: Path) -> None:
-    """Move a collection without a schema out of the way: killed while it was made, or dropped.
-
-    Milvus Lite says of it that there is none, and that none can be made.
-    """
-    if {one.name for one in folder.iterdir()} <= {"schema.json.tmp"}:
-        for one in folder.iterdir():
-            one.unlink()
-        folder.rmdir()
-        return
-    aside = place / f"{folder.name}.without-schema.{uuid.uuid4().hex[:8]}"
-    folder.rename(aside)
-    logger.warning(
-        "the collection %r has no schema, its rows cannot be read; they were moved to %s", folder.name, aside
-    )

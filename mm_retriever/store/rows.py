@@ -15,7 +15,9 @@ from llama_index.core.schema import BaseNode, ImageNode, MediaResource, Node, Te
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 from mm_retriever.errors import NodeError, shown
+from mm_retriever.store.checksums import damaged_rows, node_is_damaged, row_checksum
 from mm_retriever.store.filters import (
+    CHECKSUM_FIELD,
     CONTENT_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
@@ -28,8 +30,10 @@ from mm_retriever.store.filters import (
     takes_lists,
 )
 
-NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD)
-"""What a node is rebuilt from: fetching the vectors too would double the time of a query."""
+NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
+"""What a node is rebuilt from, and its checksum: fetching the vectors too would double the time of a query."""
+
+_CHECKSUM_BYTES = 64  # among the metadata
 
 
 def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
@@ -50,11 +54,11 @@ def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
     whole = json.dumps(content, ensure_ascii=False)
     for what, size in (
         ("metadata and relationships", len(whole.encode("utf-8", "replace"))),
-        ("metadata", len(json.dumps(columns, ensure_ascii=False).encode("utf-8", "replace"))),
+        ("metadata", len(json.dumps(columns, ensure_ascii=False).encode("utf-8", "replace")) + _CHECKSUM_BYTES),
     ):
         if size > MAX_TEXT_BYTES:
             raise NodeError(f"{_name(node)}: {size} bytes of {what}; Milvus takes {MAX_TEXT_BYTES}")
-    return {
+    row = {
         ID_FIELD: node.node_id,
         DOC_ID_FIELD: node.ref_doc_id or "",
         TEXT_FIELD: text,
@@ -63,10 +67,17 @@ def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
         VECTOR_FIELD: _vector(node, dimension),
         **columns,
     }
+    return {**row, CHECKSUM_FIELD: row_checksum(row)}
 
 
 def row_to_node(row: dict[str, Any]) -> BaseNode:
-    """Return the node of a row; a row that another program wrote, or spoiled, becomes a TextNode of its text."""
+    """Return the node of a row; a row that another program wrote becomes a TextNode of its text.
+
+    Raises:
+        StoreDamagedError: the row is not what this package stored.
+    """
+    if node_is_damaged(row):
+        raise damaged_rows([row[ID_FIELD]])
     text = row.get(TEXT_FIELD) or ""
     try:
         node = metadata_dict_to_node(row, text=text)

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from llama_index.core.schema import ImageNode
 
 from mm_retriever.store import open_store
-from mm_retriever.store.lite_files import mend
+from mm_retriever.store.lite_durability import RECORDS
+from mm_retriever.store.lite_repair import repair
 from tests.processes import ends, python
 from tests.store.test_connection import HOLD
 
@@ -66,7 +67,7 @@ def test_a_file_that_another_process_has_open_is_left_alone(tmp_path):
         assert holder.stdout.readline() == "open\n"
         shutil.copytree(kept, logs, dirs_exist_ok=True)
         before = sorted(logs.iterdir())
-        mend(db)
+        repair(db)
         assert sorted(logs.iterdir()) == before
     finally:
         ends(holder)
@@ -95,6 +96,7 @@ def test_rows_without_a_schema_are_moved_and_not_removed(tmp_path, caplog):
     with open_store(db, MODEL) as store:
         store.add(nodes("a"))
     (db / "collections" / "mm_retriever" / "schema.json").unlink()
+    shutil.rmtree(db / "collections" / "mm_retriever" / RECORDS)
     with caplog.at_level(logging.WARNING):
         assert ids(db) == []
     (moved,) = db.glob("mm_retriever.without-schema.*")
@@ -105,6 +107,6 @@ def test_rows_without_a_schema_are_moved_and_not_removed(tmp_path, caplog):
 def test_a_folder_that_is_no_milvus_lite_file_is_left_alone(tmp_path):
     for name, content in (("collections", "a file"), ("LOCK", "")):
         (tmp_path / name).write_text(content)
-    mend(tmp_path)
-    mend(tmp_path / "missing")
+    repair(tmp_path)
+    repair(tmp_path / "missing")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["LOCK", "collections"]
