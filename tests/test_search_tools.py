@@ -325,6 +325,15 @@ def test_a_long_argument_keeps_nobody_waiting(search, talk, image):
     assert time.process_time() - start < 0.5
 
 
+@pytest.mark.parametrize("operator", ["==", "!=", "contains", "text_match", "<", "in"])
+def test_where_files_lie_cannot_be_found_out_by_filters(search, operator):
+    """A thousand questions of "does the path contain this" would tell what is not shown."""
+    for key in ("file_path", "mm_file_path"):
+        for filters in ([{"key": key, "operator": operator, "value": "/home"}], {"filters": [{key: "/home"}]}):
+            with pytest.raises(FilterError, match="where a file lies is not told"):
+                search.search("mug", filters=filters)
+
+
 @pytest.mark.parametrize("value", ["[" * 100_000, '{"year": 1' + "0" * 5000 + "}", [[[[[[[[1]]]]]]]], {"a": 10**5000}])
 def test_filters_too_deep_or_too_large_are_refused_in_words(search, value):
     with pytest.raises(FilterError, match=r"nested|digits|64 bits"):

@@ -16,6 +16,7 @@ from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter
 from pydantic import Field
 
 from mm_retriever.errors import FilterError, QueryError, shown
+from mm_retriever.own_keys import PREFIX
 from mm_retriever.store.conditions import condition
 
 TextArgument: TypeAlias = Annotated[
@@ -159,5 +160,7 @@ def _condition(value: Mapping[str, Any]) -> MetadataFilter | MetadataFilters:
     key, wanted = value["key"], value.get("value")
     if not isinstance(key, str):
         raise FilterError(f"key {shown(key)}: give the name of a metadata column")
+    if key in ("file_path", f"{PREFIX}file_path"):  # filters would tell, bit by bit, what is not shown
+        raise FilterError(f"no column {key!r}: where a file lies is not told; filter by file_name or another column")
     operator = value.get("operator") or ("in" if isinstance(wanted, list) else "==")
     return condition(key, str(operator), wanted)
