@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -549,3 +550,19 @@ async def test_an_id_with_any_letters_is_a_resource(tmp_path, search):
             (original,) = (await client.read_resource(found.content[3].uri)).contents
     assert original.mime_type == "image/png"
     assert base64.b64decode(original.blob) == (tmp_path / "x.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_server_on_stdio_at_once(db):
+    """Its reading thread would wait for one more line of a client that sends none."""
+    command = [sys.executable, "-m", "mm_retriever.cli", "mcp", "--db", str(db), "--model", "tiny"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+        process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["id"] == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert "Traceback" not in process.stderr.read()
