@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_retriever.errors import VectorCacheError
+from mm_retriever.forks import ForkLock
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ _TABLE = (
 _INDEX = "CREATE INDEX vectors_by_use ON vectors (used)"
 _OLD_TABLE = "CREATE TABLE vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID"  # had no checksums
 _DAY = 86_400
+_INHERITED: list[sqlite3.Connection] = []  # of the parent process, kept so that nothing closes them here
 _UNIT_TOLERANCE = 0.02  # of half precision
 
 
@@ -69,17 +70,28 @@ class VectorCache:
         self.path = Path(folder).expanduser() / FILE_NAME
         self.dimension, self.unit, self.max_bytes = dimension, unit, max_bytes
         self.damaged = self.removed = 0
-        self._turn = threading.Lock()
+        self._turn = ForkLock()
         self._has_forgotten = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, check_same_thread=False)
-            self._connection.execute("PRAGMA trusted_schema=OFF")
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connect()
             self._make_table()
         except (OSError, sqlite3.Error) as error:
             raise VectorCacheError(f"{self.path} cannot be used as a cache of vectors: {error}") from error
+
+    def _connect(self) -> None:
+        self._connected_in = os.getpid()
+        self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, check_same_thread=False)
+        self._connection.execute("PRAGMA trusted_schema=OFF")
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=NORMAL")
+
+    def _own_connection(self) -> sqlite3.Connection:
+        """The connection of this process: SQLite's must not be used, nor closed, in a forked child."""
+        if self._connected_in != os.getpid():
+            _INHERITED.append(self._connection)
+            self._connect()
+        return self._connection
 
     def _make_table(self) -> None:
         """Make the table if there is none; a view, a trigger or another table of that name is nothing of ours."""
@@ -158,7 +170,7 @@ class VectorCache:
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         try:
-            with self._turn, self._connection:
+            with self._turn, self._own_connection():
                 self._connection.executemany(statement, rows)
                 self._make_room()
         except sqlite3.OperationalError as error:
@@ -205,12 +217,12 @@ class VectorCache:
     def close(self) -> None:
         """Closes the file; the cache is not usable afterwards."""
         with self._turn:
-            self._connection.close()
+            self._own_connection().close()
 
     def _run(self, query: str, values: list[bytes]) -> list[tuple[Any, ...]]:
         try:
             with self._turn:
-                return self._connection.execute(query, values).fetchall()
+                return self._own_connection().execute(query, values).fetchall()
         except sqlite3.OperationalError:
             raise
         except sqlite3.Error as error:
