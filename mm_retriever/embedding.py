@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llama_index.core.base.embeddings.base import Embedding
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, field_serializer
+from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, field_serializer
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
@@ -38,6 +38,7 @@ from mm_retriever.image import (
     portable_image,
     source_name,
 )
+from mm_retriever.rebuild import portable_name
 from mm_retriever.vector_cache import MAX_BYTES, VectorCache
 
 if TYPE_CHECKING:
@@ -436,13 +437,19 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Gives every node its vector: a picture's from its pixels, a text's from its text."""
-        show_progress = bool(kwargs.get("show_progress", False))
-        requests = [self._node_request(node) for node in nodes]
-        for node, embedding in zip(
-            nodes, self._batch(requests, show_progress=show_progress, name="Embedding nodes"), strict=True
-        ):
+        embeddings = self.embed_nodes(nodes, show_progress=bool(kwargs.get("show_progress", False)))
+        for node, embedding in zip(nodes, embeddings, strict=True):
             node.embedding = embedding
         return nodes
+
+    def embed_nodes(self, nodes: Sequence[BaseNode], *, show_progress: bool = False) -> list[Embedding]:
+        """The vectors that calling it gives to the nodes, which stay as they are.
+
+        Raises:
+            ImageLoadError: names the first image that cannot or must not be read.
+        """
+        requests = [self._node_request(node) for node in nodes]
+        return self._batch(requests, show_progress=show_progress, name="Embedding nodes")
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """As calling it; the event loop stays free."""
@@ -478,11 +485,23 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
     def __getstate__(self) -> dict[str, Any]:
         """For other processes: the fields; they load the model themselves."""
         kept = type(self).model_fields.keys() - {"callback_manager", "rate_limiter"}  # they hold locks
-        return {"__dict__": {name: getattr(self, name) for name in kept}}
+        fields_kept = {name: getattr(self, name) for name in kept}
+        for name in ("model_name", "tokenizer", "cache_dir"):
+            if fields_kept[name] is not None:
+                fields_kept[name] = portable_name(fields_kept[name])
+        return {"__dict__": fields_kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In the other process: LlamaIndex's own would go on with half a model where loading fails."""
         self.__init__(**state["__dict__"])  # type: ignore[misc]
+
+    def __copy__(self) -> VisualizedBGEEmbedding:
+        """The same model under options of its own."""
+        return BaseModel.__copy__(self)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> VisualizedBGEEmbedding:
+        """As a copy: a model is large, holds locks, and is never changed."""
+        return self.__copy__()
 
 
 def node_images(node: BaseNode) -> tuple[ImageSource, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, ImageBlock, MessageRole, TextBlock
 from llama_index.core.base.response.schema import RESPONSE_TYPE
@@ -29,6 +29,7 @@ from PIL import Image
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import ImageLoadError, QueryError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, encode_thumbnail, first_readable, load_image
+from mm_retriever.rebuild import check_whole
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore
 
@@ -207,6 +208,17 @@ class PictureSynthesizer(BaseSynthesizer):
     def _update_prompts(self, prompts: PromptDictType) -> None:
         if isinstance(template := prompts.get("answer_template"), PromptTemplate):
             self._template = template
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle: all, or an error where LlamaIndex would leave out a part of the model."""
+        check_whole(self._llm)
+        return dict(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As a copy: the model is shared."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     # ------------------------------------------------------------------------------------------ what is shown
 

@@ -12,6 +12,7 @@ Every class also inherits the builtin it specialises, so that code that has neve
     ├── PromptError             (ValueError)       pictures and text that do not fit together in one prompt
     ├── RerankError             (RuntimeError)     a ranking that could not be obtained
     ├── IngestError             (ValueError)       a source or sidecar that cannot be ingested
+    ├── CopyError               (TypeError)        an object that cannot be taken to another process
     ├── VectorCacheError        (OSError)          a cache file of vectors that cannot be used
     ├── StoreError              (RuntimeError)     the vector store refused
     │   ├── NodeError           (ValueError)       a node that cannot be stored as it is
@@ -103,6 +104,10 @@ class RerankError(MMRetrieverError, RuntimeError):
 
 class IngestError(MMRetrieverError, ValueError):
     """A source or sidecar file that cannot be ingested at all."""
+
+
+class CopyError(MMRetrieverError, TypeError):
+    """An object that cannot be pickled or described by a dict as the whole that it is."""
 
 
 class VectorCacheError(MMRetrieverError, OSError):

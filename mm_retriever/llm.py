@@ -12,7 +12,7 @@ import base64
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ from mm_retriever.forks import ForkLock
 from mm_retriever.image import ImagePolicy, ImageSource, load_image
 from mm_retriever.models.phi3_vision import DEFAULT_MODEL, Phi3Vision, Prefix, load_phi3_vision
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.rebuild import Rebuilt, field_arguments, loaded_model_error, portable_name
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -76,10 +77,11 @@ class _Written:
     details: dict[str, Any]
 
 
-class Phi3VisionLLM(LLM):
+class Phi3VisionLLM(Rebuilt, LLM):
     """Phi-3 Vision answering text and image blocks.
 
-    Several threads may ask at once: the model takes one step at a time, so their answers grow side by side.
+    Several threads may ask at once: the model takes one step at a time, so their answers grow side by side. A pickle
+    holds the name and the options, and loads the model again; a copy shares it.
 
     Args:
         model_name: Hub id, local folder, or "tiny", the small model that comes with the package.
@@ -112,6 +114,7 @@ class Phi3VisionLLM(LLM):
     _processor: Phi3VisionProcessor = PrivateAttr()
     _image_policy: ImagePolicy = PrivateAttr()
     _lock: ForkLock = PrivateAttr(default_factory=partial(ForkLock, threading.RLock))
+    _loading: dict[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -136,10 +139,10 @@ class Phi3VisionLLM(LLM):
     ) -> None:
         if (model is None) != (processor is None):
             raise PromptError("give model and processor together, or neither and a model_name")
+        loading: dict[str, Any] | None = None
         if model is None or processor is None:
-            model, processor = load_phi3_vision(
-                model_name, revision=revision, device=device, dtype=dtype, num_crops=num_crops
-            )
+            loading = {"revision": revision, "device": device, "dtype": dtype, "num_crops": num_crops}
+            model, processor = load_phi3_vision(model_name, **loading)
         most = int(model.config.max_position_embeddings)
         super().__init__(  # type: ignore[call-arg]
             model_name=model_name,
@@ -154,6 +157,7 @@ class Phi3VisionLLM(LLM):
             pydantic_program_mode=pydantic_program_mode,
         )
         self._model, self._processor = model, processor
+        self._loading = loading
         self._image_policy = image_policy or ImagePolicy()
 
     @classmethod
@@ -185,6 +189,21 @@ class Phi3VisionLLM(LLM):
     def lock(self) -> ForkLock:
         """Held during each step of the model."""
         return self._lock
+
+    def _made_of(self) -> dict[str, Any]:
+        if self._loading is None:
+            raise loaded_model_error("Phi3VisionLLM")
+        loading = {name: value if value is None else _option(value) for name, value in self._loading.items()}
+        model_name = portable_name(self.model_name)
+        return field_arguments(self) | loading | {"model_name": model_name, "image_policy": self._image_policy}
+
+    def _changed_since(self) -> dict[str, Any]:
+        names = ("messages_to_prompt", "completion_to_prompt", "query_wrapper_prompt")
+        return {name: getattr(self, name) for name in names}
+
+    def _change(self, changes: Mapping[str, Any]) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
 
     # ------------------------------------------------------------------ LlamaIndex's eight ways to ask
 
@@ -365,6 +384,11 @@ def _image_source(block: ImageBlock) -> ImageSource:
     if block.url is not None:
         return str(block.url)
     raise PromptError("an image block without image, path or url; give one of them")
+
+
+def _option(value: Any) -> Any:
+    """A number, or a device or dtype by its name."""
+    return value if isinstance(value, int) else str(value).removeprefix("torch.")
 
 
 def _as_ids(config: Any) -> Collection[int]:

@@ -68,6 +68,15 @@ class ImageSearchToolSpec(BaseToolSpec):
         self._turn = ForkLock()
         self._shown: OrderedDict[str, list[ContentBlock]] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, for a pickle or a copy."""
+        with self._turn:
+            kept = {name: value for name, value in self.__dict__.items() if name != "_turn"}
+            return kept | {"_shown": self._shown.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=ForkLock())
+
     def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
         """Let the model refer to a picture by a name, and return the name; say it in the message to the agent.
 
@@ -150,6 +159,7 @@ class ImageTool(FunctionTool):
     def __init__(self, spec: ImageSearchToolSpec, name: str, metadata: ToolMetadata | None = None) -> None:
         function = getattr(spec, name)
         self._spec = spec
+        self._made_of = (spec, name, metadata)
         super().__init__(
             fn=function,
             metadata=metadata
@@ -159,6 +169,10 @@ class ImageTool(FunctionTool):
                 fn_schema=create_schema_from_function(name, function),
             ),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle or copy of the tools of one conversation shares that conversation."""
+        return type(self), self._made_of
 
     def call(self, *args: Any, **kwargs: Any) -> ToolOutput:
         """Return the answer as text and pictures; never raises."""

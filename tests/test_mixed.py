@@ -25,7 +25,7 @@ from llama_index.vector_stores.milvus.utils import BM25BuiltInFunction
 
 from mm_retriever import ComposedRetriever, ImageStore, VisualizedBGEEmbedding, ingest_images, open_store
 from mm_retriever.catalogue import draw_product, draw_theme
-from mm_retriever.errors import NodeError, QueryError, StoreMismatchError
+from mm_retriever.errors import QueryError, StoreMismatchError
 from mm_retriever.store.words import STOP_WORDS, node_words
 from tests.colour_embedding import ColourEmbedding, paint
 
@@ -307,8 +307,6 @@ def test_what_cannot_go_together_is_refused(corpus, model):
         corpus.query(query)
     with pytest.raises(QueryError, match="'svm' is not one of default, mmr, hybrid, text_search, sparse"):
         corpus.query(VectorStoreQuery(query_embedding=vector, mode=VectorStoreQueryMode.SVM))
-    with pytest.raises(NodeError, match="'_words' is a column of the store itself"):
-        corpus.add([TextNode(text="x", metadata={"_words": "y"}, embedding=vector)])
 
 
 # ------------------------------------------------------------------------------------------ a folder of everything

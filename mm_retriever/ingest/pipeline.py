@@ -68,6 +68,7 @@ def ingest_images(
     report_path: str | Path | None = None,
     show_progress: bool = True,
     image_policy: ImagePolicy = DEFAULT_POLICY,
+    fs: Any | None = None,
 ) -> IngestReport:
     """Put pictures into the store and return what was done; a second run embeds only what changed.
 
@@ -86,7 +87,9 @@ def ingest_images(
     Args:
         source: a folder (recursive; links to folders followed once, hidden files left out; what is not an image is
             counted by type in the report), a file, or any iterable of paths, URLs (`image_policy` must allow them;
-            taken to be unchanging) and LlamaIndex documents or nodes: images by their pixels, others by their text.
+            taken to be unchanging) and LlamaIndex documents or nodes: images by their pixels, others by their text. Of
+            a document that carries an image as bytes and names no place, vector, digest and metadata are stored and not
+            the bytes: what shows or reranks results needs a file, so save it and set `image_path`.
         store: from `open_store`, for the same model.
         embed_model: a `VisualizedBGEEmbedding`.
         batch_size: pictures that go through the model together.
@@ -100,6 +103,9 @@ def ingest_images(
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
         image_policy: what may be read, and how large.
+        fs: a file system of fsspec (S3, GCS, memory, ...) in which `source` and paths are looked for. Documents that
+            `SimpleDirectoryReader(..., fs=...)` has read are found without it in the file systems that are open,
+            unless `image_policy` names folders.
 
     Raises:
         IngestError: a source or sidecar that cannot be used at all, or a folder without pictures to prune by.
@@ -112,10 +118,10 @@ def ingest_images(
             f"the store was opened for {store.model_id!r} ({store.dim} numbers), "
             f"the model given is {embed_model.model_id!r} ({embed_model.dimension} numbers)"
         )
-    folder = source_folder(source)
+    folder = source_folder(source) if fs is None else None
     if prune and folder is None:
         raise IngestError("prune=True needs a folder as the source: only there does a missing file mean a removed one")
-    match = match_sidecar(sidecar, source, folder)
+    match = match_sidecar(sidecar, source if fs is None else iter(()), folder)
     with tqdm(
         total=_total(source, folder) if show_progress else None,
         desc="Indexing",
@@ -124,7 +130,7 @@ def ingest_images(
     ) as bar:
         dropped: tuple[Kind, ...] = ("earlier", "node", "sidecar") if drop_columns else ()
         dropped += ("exif",) if drop_columns and not exif else ()
-        run = _Run(store, embed_model, match, batch_size, image_policy, bar, exif=exif, dropped=dropped)
+        run = _Run(store, embed_model, match, batch_size, image_policy, bar, exif=exif, dropped=dropped, file_system=fs)
         report = run.report_of(source, folder if prune else None)
     if report_path is not None:
         report.write(report_path)
@@ -153,6 +159,7 @@ class _Run:
         *,
         exif: bool,
         dropped: tuple[Kind, ...],
+        file_system: Any | None,
     ) -> None:
         self._store = store
         self._embed_model = embed_model
@@ -166,6 +173,7 @@ class _Run:
         self._lost: Counter[str] = Counter()  # columns that images had and no longer have
         self._left_out: Counter[str] = Counter()  # keys that were given and cannot be stored
         self._silent = 0  # images with columns that the sidecar does not name
+        self._file_system = file_system
         self._counts: Counter[str] = Counter()
         self._skipped: list[SkippedImage] = []
         self._ignored = IgnoredCounts()
@@ -205,7 +213,8 @@ class _Run:
 
     def _tasks(self, source: Source) -> Iterator[Task]:
         """Yield what is new or may have changed; what is stored as it is needs no task."""
-        everything = items(source, self._skip, self._ignored)
+        searched = self._policy.roots is None
+        everything = items(source, self._skip, self._ignored, self._file_system, search_open=searched)
         while window := list(islice(everything, _WINDOW)):
             by_id = {item.id: item for item in window if item.id not in self._under_way}
             self._bar.update(len(window) - len(by_id))  # named twice
@@ -229,6 +238,8 @@ class _Run:
                 self._unreadable.add(item.id)
                 self._skip(item.name, reason_of(error))
                 return None
+        elif item.stamp:
+            stamp = item.stamp
         elif item.url is None:
             stamp = {"digest": text_digest(item.text)}
         row = self._sidecar.row(item.sidecar_names, item.path)
@@ -279,7 +290,7 @@ class _Run:
 
     def _read(self, task: Task) -> ReadPicture:
         return read_picture(
-            task.item.place, task.known_digest, self._embed_model.prepare_image, self._policy, self._exif
+            task.item.source, task.known_digest, self._embed_model.prepare_image, self._policy, self._exif
         )
 
     def _embed_pictures(self, pictures: Sequence[tuple[Task, ReadPicture]]) -> None:
@@ -322,7 +333,7 @@ class _Run:
         if not nodes:
             return
         try:
-            self._retried(self._store.add, [node for _, node in nodes])
+            self._retried(self._store.write, [node for _, node in nodes])
         except NodeError as error:  # nothing was written
             if len(nodes) == 1:
                 self._skip(nodes[0][0].item.name, str(error), nodes[0][0])

@@ -1,7 +1,7 @@
 """What to ingest: a folder, paths and URLs, or LlamaIndex nodes, one item at a time in a fixed order.
 
 Owns which files of a folder count, and the id that an image keeps from one run to the next. Opens only files whose
-suffix says nothing, to see whether they begin like an image.
+suffix says nothing, to see whether they begin like an image, and bytes that a node carries.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from typing import Any, TypeAlias
 
 from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelationship, RelatedNodeInfo, RelatedNodeType
 
-from mm_retriever.errors import IngestError, NodeError
-from mm_retriever.image import is_image_path
+from mm_retriever.embedding import node_images
+from mm_retriever.errors import ImageLoadError, IngestError, NodeError
+from mm_retriever.image import ImageSource, is_image_path, read_image_bytes
 from mm_retriever.ingest.ignored import HIDDEN, LINKED, Ignore, not_counted, why_ignored
-from mm_retriever.store import storable_node
+from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
+from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
 
 Entry: TypeAlias = str | os.PathLike[str] | BaseNode
 Relationships: TypeAlias = dict[NodeRelationship, RelatedNodeType]
 Source: TypeAlias = str | os.PathLike[str] | Iterable[Entry]
 
 _URL = re.compile(r"https?://", re.IGNORECASE)
-_BINARY = re.compile(r"\A%PDF-|[\x00-\x08\x0e-\x1a]")  # no text has these characters
+_OTHER_SCHEME = re.compile(r"(?!https?://)(?P<scheme>[a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Item:
         name: path, URL or node id, for people.
         path: the picture file, absolute.
         url: where the picture is, if it is no file.
+        data: bytes of a picture that is in no local file, or what reads them.
+        stamp: what says that the thing is the same as before, where it is in no local file.
         text: what the caller's node says; the thing itself where there is no picture.
         sidecar_names: what a sidecar may call it.
         label: the folders it lies in.
@@ -51,6 +55,8 @@ class Item:
     name: str
     path: str | None = None
     url: str | None = None
+    data: bytes | RemoteFile | None = None
+    stamp: dict[str, Any] = field(default_factory=dict)
     text: str = ""
     sidecar_names: tuple[str, ...] = ()
     label: str = ""
@@ -65,28 +71,78 @@ class Item:
     @property
     def is_picture(self) -> bool:
         """Whether there are pixels to embed."""
-        return bool(self.place)
+        return bool(self.place) or self.data is not None
+
+    @property
+    def source(self) -> ImageSource:
+        """What the pixels are read from."""
+        return self.place if self.data is None else self.data  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where paths lead: into a file system of fsspec, or else to this machine, and then perhaps into an open one."""
+
+    given: Any | None = None
+    search_open: bool = False
+
+    def find(self, node: ImageNode, path: str) -> RemoteFile | None:
+        """The file of a node, if it is not on this machine."""
+        if self.given is not None:
+            return RemoteFile(self.given, path)
+        return file_of_node(node, path) if self.search_open and not self._is_here(node, path) else None
+
+    def _is_here(self, node: ImageNode, path: str) -> bool:
+        try:
+            size = Path(path).stat().st_size
+        except (OSError, ValueError):
+            return False
+        return node.metadata.get("file_size") in (None, size)
 
 
 Skip: TypeAlias = Callable[[str, str], None]
 """Called with the name and the reason of what cannot be an item."""
 
 
-def items(source: Source, skip: Skip, ignore: Ignore = not_counted) -> Iterator[Item]:
-    """Yield the items of any source, lazily; what cannot be one goes to `skip`, other files to `ignore`."""
+def items(
+    source: Source,
+    skip: Skip,
+    ignore: Ignore = not_counted,
+    file_system: Any | None = None,
+    *,
+    search_open: bool = False,
+) -> Iterator[Item]:
+    """Yield the items of any source, lazily; what cannot be one goes to `skip`, other files to `ignore`.
+
+    Args:
+        source: see `Source`.
+        skip: told what cannot be an item.
+        ignore: told which files are none.
+        file_system: of fsspec, in which paths are looked for; None: the local one.
+        search_open: whether the file of a node that is not on this machine is looked for in the file systems of fsspec
+            that are open in this process: where `SimpleDirectoryReader(..., fs=...)` has read it.
+    """
+    if file_system is not None:
+        if isinstance(source, str | os.PathLike):
+            source = files_below(file_system, os.fspath(source), ignore)
+        for entry in source:
+            yield from _guarded(entry, skip, files=_Files(file_system, search_open))
+        return
     folder = source_folder(source)
     if folder is not None:
         for path in walk(folder, skip, ignore):
             yield from _guarded(path, skip, root=folder)
         return
     for entry in [source] if isinstance(source, str | os.PathLike) else source:
-        yield from _guarded(entry, skip)
+        yield from _guarded(entry, skip, files=_Files(None, search_open))
 
 
 def source_folder(source: Source) -> str | None:
     """Return the folder that a source is, absolute and without symbolic links; None if it is something else."""
     if not isinstance(source, str | os.PathLike) or _URL.match(os.fspath(source)):
         return None
+    if remote := _OTHER_SCHEME.match(os.fspath(source)):
+        raise IngestError(f"{os.fspath(source)[:200]!r}: {_needs_file_system(remote['scheme'])}")
     path = existing_path(source)
     return str(path.resolve()) if path.is_dir() else None
 
@@ -199,12 +255,16 @@ def path_id(path: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{Path(path).as_posix()}"))
 
 
-def _guarded(entry: object, skip: Skip, root: str | None = None) -> Iterator[Item]:
+def _guarded(entry: object, skip: Skip, root: str | None = None, files: _Files = _Files()) -> Iterator[Item]:
     try:
         if isinstance(entry, BaseNode):
-            yield _node_item(entry)
+            yield _node_item(entry, files)
         elif isinstance(entry, str) and _URL.match(entry):
             yield _url_item(entry)
+        elif isinstance(entry, str | os.PathLike) and files.given is not None:
+            yield _remote_item(RemoteFile(files.given, os.fspath(entry)))
+        elif isinstance(entry, str) and (remote := _OTHER_SCHEME.match(entry)):
+            skip(_printable(entry), _needs_file_system(remote["scheme"]))
         elif isinstance(entry, str | os.PathLike):
             yield _path_item(os.fspath(entry), root=root)
         else:
@@ -212,8 +272,10 @@ def _guarded(entry: object, skip: Skip, root: str | None = None) -> Iterator[Ite
                 f"a source holds paths, URLs and LlamaIndex nodes, not {type(entry).__name__}: "
                 "what is stored leads back to a file, so save the picture first"
             )
-    except NodeError as error:
+    except (NodeError, ImageLoadError) as error:
         skip(_printable(str(getattr(entry, "node_id", entry))), str(error))
+    except OSError as error:  # of a remote file system
+        skip(_printable(str(getattr(entry, "node_id", entry))), str(error.strerror or error))
     except UnicodeEncodeError:
         skip(_printable(str(entry)), "its name is not Unicode text; rename the file")
 
@@ -240,45 +302,63 @@ def _url_item(url: str) -> Item:
     )
 
 
-def _node_item(node: BaseNode) -> Item:
-    """A picture by its file or URL, anything else by its text.
+def _remote_item(file: RemoteFile) -> Item:
+    return replace(_url_item(file.name), data=file, stamp=file.stamp())
+
+
+def _node_item(node: BaseNode, files: _Files) -> Item:
+    """A picture by its file, URL or bytes, anything else by its text.
 
     An id that someone chose is kept. The random one that LlamaIndex gives is replaced, or every run would store the
     same document anew.
     """
-    plain = _read_as_text(storable_node(node))
+    plain = storable_node(node, drop_bytes=True)
     text = plain.get_content()
-    given = None if _is_random(node.node_id) else node.node_id
-    if isinstance(plain, ImageNode) and (plain.image_path or plain.image_url):
-        place = _path_item(plain.image_path, root=None) if plain.image_path else _url_item(plain.image_url or "")
-        id_ = given or place.id
+    carried = next((one for one in node_images(node) if str(one)[:5].lower() == "data:"), None)
+    path, url = (plain.image_path, plain.image_url) if isinstance(plain, ImageNode) else (None, None)
+    if isinstance(plain, ImageNode) and path and (carried is None or Path(path).exists()):
+        place = _placed_item(plain, path, files)
+    elif carried is not None:  # before the URL: what is here need not be fetched
+        place = replace(_bytes_item(read_image_bytes(carried), str(node.metadata.get("file_path") or "")), url=url)
+    elif url:
+        place = _url_item(url)
+    elif has_control_characters(text):
+        raise NodeError(bytes_as_text(str(node.metadata.get("file_path") or "")))
     elif text.strip():
         content = hashlib.sha256(f"{node.metadata.get('file_path', '')}\0{text}".encode()).hexdigest()
-        id_ = given or str(uuid.uuid5(uuid.NAMESPACE_URL, f"text:{content}"))
+        id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"text:{content}"))
         place = Item(id=id_, name=id_)
     else:
         raise NodeError("it has neither text nor a picture with a path or URL")
+    id_ = place.id if _is_random(node.node_id) else node.node_id
+    if not place.place:
+        place = replace(place, name=id_)
     relationships = dict(node.relationships)
     if isinstance(node, Document):
         relationships.setdefault(NodeRelationship.SOURCE, RelatedNodeInfo(node_id=id_))
-    return replace(place, id=id_, text=text, metadata=dict(node.metadata), relationships=relationships)
+    return replace(place, id=id_, text=text, metadata=plain.metadata, relationships=relationships)
 
 
-def _read_as_text(node: BaseNode) -> BaseNode:
-    """The picture whose bytes a node has for text: `SimpleDirectoryReader` without readers for files decodes anything.
+def _placed_item(node: ImageNode, path: str, files: _Files) -> Item:
+    """An image in a file, of this machine or of another file system."""
+    if files.given is None and (remote := _OTHER_SCHEME.match(path)):
+        raise NodeError(_needs_file_system(remote["scheme"]))
+    if (file := files.find(node, path)) is not None:
+        return _remote_item(file)
+    return _path_item(path, root=None)
 
-    Raises:
-        NodeError: the bytes are no picture's.
-    """
-    if isinstance(node, ImageNode) or not _BINARY.search(node.get_content()):
-        return node
-    path = str(node.metadata.get("file_path") or "")
-    if not is_image_path(path):
-        raise NodeError(
-            f"its text is the bytes of a file ({path or 'of no known name'}): read that with a reader for its format, "
-            'SimpleDirectoryReader(..., file_extractor={".pdf": ...}), or pip install llama-index-readers-file'
-        )
-    return ImageNode(id_=node.node_id, image_path=path, metadata=node.metadata)
+
+def _bytes_item(data: bytes, name: str) -> Item:
+    digest = hashlib.sha256(data).hexdigest()
+    id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, f"image:{name}\0{digest}"))
+    return Item(id=id_, name=id_, data=data, stamp={"digest": digest})
+
+
+def _needs_file_system(scheme: str) -> str:
+    return (
+        f"{scheme}: is read through a file system of fsspec: give fs=fsspec.filesystem({scheme!r}), "
+        "or documents of SimpleDirectoryReader(..., fs=...)"
+    )
 
 
 def _is_random(node_id: str) -> bool:

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from llama_index.core.callbacks import CallbackManager
@@ -21,6 +21,7 @@ from mm_retriever.image import ImagePolicy, pixel_digest
 from mm_retriever.llm import Phi3VisionLLM
 from mm_retriever.models.phi3_vision import DEFAULT_MODEL, Phi3Vision, load_phi3_vision
 from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
+from mm_retriever.rebuild import field_arguments, loaded_model_error, portable_name
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.conversation import SharedModel
 from mm_retriever.rerank.order import Fusion
@@ -103,6 +104,7 @@ class Phi3VisionRerank(Reranker):
     max_new_tokens: int = Field(default=60, ge=1)
 
     _shared: SharedModel = PrivateAttr()
+    _loading: dict[str, Any] | None = PrivateAttr(default=None)
     _captions: OrderedDict[str, tuple[int, ...]] = PrivateAttr(default_factory=OrderedDict)
     _turn: threading.Lock = PrivateAttr(default_factory=threading.Lock)
 
@@ -161,6 +163,9 @@ class Phi3VisionRerank(Reranker):
         else:
             loaded, processor = load_phi3_vision(os.fspath(model), revision=revision, device=device, dtype=dtype)
         self._shared = SharedModel(loaded, processor, lock, picture_memory)
+        if not isinstance(model, tuple):
+            self._loading = {"model": model, "picture_memory": picture_memory}
+            self._loading |= {"revision": revision, "device": device, "dtype": dtype}
         self._image_policy = image_policy or ImagePolicy()
         self._set_prompts(PROMPTS)
 
@@ -178,6 +183,29 @@ class Phi3VisionRerank(Reranker):
     def processor(self) -> Phi3VisionProcessor:
         """Of the model."""
         return self._shared.processor
+
+    def _made_of(self) -> dict[str, Any]:
+        if self._loading is None:
+            raise loaded_model_error("Phi3VisionRerank")
+        loading = dict(self._loading)
+        if not isinstance(loading["model"], Phi3VisionLLM):
+            loading["model"] = portable_name(loading["model"])
+        for name in ("device", "dtype"):
+            loading[name] = None if loading[name] is None else str(loading[name]).removeprefix("torch.")
+        return field_arguments(self) | loading | {"image_policy": self._image_policy}
+
+    def _described(self) -> dict[str, Any]:
+        made_of = self._made_of()
+        if isinstance(llm := made_of["model"], Phi3VisionLLM):
+            shared = llm._made_of()
+            made_of |= {"model": shared["model_name"]} | {
+                name: shared[name] for name in ("revision", "device", "dtype")
+            }
+        return made_of
+
+    def _unshare(self) -> None:
+        super()._unshare()
+        self._turn, self._captions = threading.Lock(), OrderedDict()
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         options = Options(

@@ -10,9 +10,9 @@ import logging
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -26,6 +26,7 @@ from pydantic import Field, PrivateAttr
 
 from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError
 from mm_retriever.image import ImagePolicy, ImageSource, is_place, load_image, source_name
+from mm_retriever.rebuild import Rebuilt
 from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
 from mm_retriever.rerank.order import Fusion, best_first, finite, fuse, shares
 
@@ -106,8 +107,11 @@ class Reranking:
     error: str = ""
 
 
-class Reranker(BaseNodePostprocessor, PromptMixin):
-    """The part of a reranker that does not depend on the model: the superclass of all in this package."""
+class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
+    """The part of a reranker that does not depend on the model: the superclass of all in this package.
+
+    A pickle holds the options and prompts, and loads the model again; a copy shares it.
+    """
 
     model_name: str
     top_n: int = Field(default=9, ge=1)
@@ -251,6 +255,29 @@ class Reranker(BaseNodePostprocessor, PromptMixin):
             for i, value in zip(judged, fused, strict=True):
                 values[i] = value
         return Ranking(best_first(values, missing), shares(values, missing), known, notes=notes)
+
+    # ------------------------------------------------------------------ pickles and copies
+
+    def _changed_since(self) -> dict[str, Any]:
+        return dict(self._prompts)
+
+    def _change(self, changes: Mapping[str, Any]) -> None:
+        self._prompts |= changes
+
+    def _unshare(self) -> None:
+        self._prompts = dict(self._prompts)
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """The options and the texts of the prompts, as JSON holds them; `from_dict` makes an equal reranker of them."""
+        prompts = {name: prompt.get_template() for name, prompt in self._prompts.items()}
+        return {**super().to_dict(**kwargs), "prompts": prompts}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """The reranker that `to_dict` described, with its model loaded again; see `Rebuilt.from_dict`."""
+        made = super().from_dict(data, **kwargs)
+        made._prompts |= {name: PromptTemplate(text) for name, text in data.get("prompts", {}).items()}
+        return made
 
     # ------------------------------------------------------------------ prompts
 

@@ -15,6 +15,7 @@ from pydantic import PrivateAttr
 from mm_retriever.devices import default_device
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
 from mm_retriever.models.bge_m3 import flag_model_folder
+from mm_retriever.rebuild import field_arguments, portable_name
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion
 from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
@@ -48,6 +49,7 @@ class TextRerank(Reranker):
 
     _model: Any = PrivateAttr()
     _turn: Any = PrivateAttr(default_factory=threading.Lock)
+    _loading: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class TextRerank(Reranker):
             "on_error": on_error,
         }
         super().__init__(**given)
+        self._loading = {"revision": revision, "device": device}
         folder = flag_model_folder(model_name, revision, _FILES)
         self._model = FlagReranker(
             str(folder), use_fp16=False, devices=device or default_device(), max_length=max_length
@@ -83,6 +86,9 @@ class TextRerank(Reranker):
     def class_name(cls) -> str:
         """Return the name under which LlamaIndex serialises the class."""
         return "TextRerank"
+
+    def _made_of(self) -> dict[str, Any]:
+        return field_arguments(self) | self._loading | {"model_name": portable_name(self.model_name)}
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         if not query.text:

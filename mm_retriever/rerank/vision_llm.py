@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock, ImageBlock, MessageRole, TextBlock
 from llama_index.core.callbacks import CallbackManager
@@ -23,8 +23,9 @@ from PIL import Image
 from pydantic import Field, PrivateAttr
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from mm_retriever.errors import MissingExtraError, QueryError, RerankError
+from mm_retriever.errors import CopyError, MissingExtraError, QueryError, RerankError
 from mm_retriever.image import ImagePolicy, encode_thumbnail
+from mm_retriever.rebuild import check_whole, field_arguments
 from mm_retriever.rerank.answers import Answer, read_answer, reasons_by_label, repair
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
@@ -116,6 +117,7 @@ class VisionLLMRerank(Reranker):
 
     _llm: LLM = PrivateAttr()
     _schema_refused: bool = PrivateAttr(default=False)
+    _server: dict[str, str | None] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -175,6 +177,7 @@ class VisionLLMRerank(Reranker):
             callback_manager=callback_manager or CallbackManager([]),
         )
         self._llm = llm
+        self._server = None if base_url is None else {"base_url": base_url, "model": model, "api_key": api_key}
         if connections is not None:
             weakref.finalize(self, connections.close)
         self._image_policy = image_policy or ImagePolicy()
@@ -184,6 +187,32 @@ class VisionLLMRerank(Reranker):
     def class_name(cls) -> str:
         """LlamaIndex's name for the class."""
         return "VisionLLMRerank"
+
+    def _made_of(self) -> dict[str, Any]:
+        given = field_arguments(self) | {"image_policy": self._image_policy}
+        if self._server is None:
+            return given | {"llm": check_whole(self._llm)}
+        if self._server["api_key"]:
+            raise CopyError(
+                "this VisionLLMRerank has an api_key, and a pickle or dict is no place for one: "
+                "make it anew in the other process"
+            )
+        return given | self._server
+
+    def _described(self) -> dict[str, Any]:
+        given = field_arguments(self) | {"image_policy": self._image_policy}
+        if self._server is None:
+            return given | {"llm": self._llm}
+        key = {} if self._server["api_key"] is None else {"api_key": _Secret()}
+        return given | self._server | key
+
+    def __copy__(self) -> Self:
+        if self._server is None:
+            return super().__copy__()
+        arguments = field_arguments(self) | {"image_policy": self._image_policy} | self._server
+        made = type(self)(**arguments, callback_manager=self.callback_manager)  # its connections are closed with it
+        made._change(self._changed_since())
+        return made
 
     # ------------------------------------------------------------------ ranking
 
@@ -355,6 +384,10 @@ class _Windowed:
         self.caption, self.wanted = self.caption or answer.caption, self.wanted or answer.wanted
         self.reasons |= {items[label - 1]: reason for label, reason in reasons_by_label(answer, labels).items()}
         return [items[number - 1] for number in numbers]
+
+
+class _Secret:
+    """Stands for a key where things are written down."""
 
 
 def _openai_like(

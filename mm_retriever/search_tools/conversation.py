@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mm_retriever.errors import QueryError
 from mm_retriever.forks import ForkLock
@@ -42,6 +43,15 @@ class Conversation:
         self._attachments: OrderedDict[str, AttachedPicture] = OrderedDict()
         self._searches: OrderedDict[int, tuple[str, ...]] = OrderedDict()  # ids: nodes would take megabytes
         self._count = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, for a pickle or a copy."""
+        with self._turn:
+            kept = {name: value for name, value in self.__dict__.items() if name != "_turn"}
+            return kept | {"_attachments": self._attachments.copy(), "_searches": self._searches.copy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _turn=ForkLock())
 
     def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
         """Let the model refer to a picture by a name, and return the name. Another of that name is replaced.

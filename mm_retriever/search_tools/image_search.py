@@ -7,12 +7,13 @@ of agents, and nothing of the host that shows the answer.
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
 from llama_index.core.llms import LLM
@@ -36,6 +37,7 @@ from mm_retriever.image import (
 )
 from mm_retriever.image_format import sniff_format
 from mm_retriever.own_keys import own_value
+from mm_retriever.rebuild import check_whole
 from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_result_number, read_text
@@ -115,6 +117,18 @@ class ImageSearch:
         self._rerank = (rerank,) if isinstance(rerank, BaseNodePostprocessor) else tuple(rerank)
         self._llm = llm
         ComposedRetriever(store, embed_model)  # says now if the two do not belong together
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle: all, or an error where LlamaIndex would leave out a part of the model or of a postprocessor."""
+        for component in (*self._rerank, self._llm):
+            check_whole(component)
+        return dict(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """With the same models, and a store that is closed by itself."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, _store=copy.deepcopy(self._store, memo))
+        return copied
 
     # ------------------------------------------------------------------------------------------ requests
 

@@ -3,7 +3,8 @@
 Owns every request that this package sends to Milvus. Knows nothing of models beyond a name and a dimension, and nothing
 of picture files. Its files:
 
-- `rows.py`: a LlamaIndex node to a row, and back; what may be stored.
+- `rows.py`: a LlamaIndex node to a row, and back; what may be stored. `values.py`: values of metadata as JSON.
+- `pixels.py`: image nodes that come with vectors of their words.
 - `filters.py`: metadata filters to expressions that a value cannot break out of.
 - `identity.py`: whose vectors a collection holds, and which other models' may be compared with them.
 - `conditions.py`: conditions as people and language models write them, to metadata filters.
@@ -27,7 +28,7 @@ from mm_retriever.store.description import describe_store
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.identity import StoredIdentity, same_model
 from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store, open_stored
-from mm_retriever.store.rows import metadata_columns, storable_node
+from mm_retriever.store.rows import bytes_as_text, has_control_characters, metadata_columns, storable_node
 from mm_retriever.store.verification import Verification, verify_store
 from mm_retriever.store.words import SparseEmbedding
 
@@ -39,9 +40,11 @@ __all__ = [
     "SparseEmbedding",
     "StoredIdentity",
     "Verification",
+    "bytes_as_text",
     "check_exists",
     "describe_store",
     "filter_expression",
+    "has_control_characters",
     "metadata_columns",
     "open_store",
     "open_stored",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from llama_index.core.vector_stores.types import (
 )
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
-from mm_retriever.errors import FilterError, QueryError
+from mm_retriever.errors import CopyError, FilterError, QueryError, StoreError
 from mm_retriever.store.checksums import damaged_rows, vector_is_damaged
 from mm_retriever.store.collection import (
     WRITE_ROWS,
@@ -46,9 +46,12 @@ from mm_retriever.store.filters import (
     VECTOR_FIELD,
     all_of,
     filter_expression,
+    joined,
     one_of,
 )
-from mm_retriever.store.rows import NODE_FIELDS, node_to_row, row_to_node
+from mm_retriever.store.pixels import embedded_by_pixels
+from mm_retriever.store.rows import NODE_FIELDS, node_to_row, row_to_node, storable_node, unfiltered_keys
+from mm_retriever.store.values import plain_metadata
 from mm_retriever.store.verification import Verification, verify_collection
 from mm_retriever.store.words import SparseEmbedding, WordIndex
 
@@ -105,7 +108,8 @@ def open_store(
     Args:
         uri: a Milvus Lite file (a path that ends in `.db`; parents are made), or the URI of a Milvus server or of
             Zilliz Cloud (`http://`, `https://`, `tcp://`, `unix:`).
-        embed_model: gives the dimension and the name that are kept with the collection and checked on opening.
+        embed_model: gives the dimension and the name that are kept with the collection and checked on opening. A
+            `VisualizedBGEEmbedding` also embeds images that a `VectorStoreIndex` adds under vectors of their words.
         collection: name of the collection.
         token: `user:password` or an API key, for servers that ask for one.
         index: "FLAT" (exact; the default on Lite), "HNSW" (the default on a server) or "AUTOINDEX" (on Zilliz Cloud).
@@ -138,6 +142,7 @@ def open_store(
         hybrid=hybrid,
         create=create,
         model_note=str(getattr(embed_model, "model_note", "")),
+        embed_model=embed_model,
     )
 
 
@@ -187,12 +192,16 @@ class ImageStore(MilvusVectorStore):
     """A `MilvusVectorStore` for pictures: ready after opening, safe to filter, quick to query; use `open_store`.
 
     Every method has an `a...` twin that runs it in a thread, so one store serves any number of event loops. One store
-    may be used by many threads; what they ask of a Milvus Lite file takes turns.
+    may be used by many threads; what they ask of a Milvus Lite file takes turns. A pickle or copy opens the collection
+    again (a Milvus Lite file in the same process only); one that was opened with a token is not pickled.
     """
 
     _collection: Collection = PrivateAttr()
     _columns: Columns = PrivateAttr()
     _checked: set[tuple[str, str, str]] = PrivateAttr(default_factory=set)
+    _embed_model: Any = PrivateAttr(default=None)
+    _opening: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _said: set[str] = PrivateAttr(default_factory=set)
 
     def __init__(
         self,
@@ -209,6 +218,7 @@ class ImageStore(MilvusVectorStore):
         hybrid: bool | SparseEmbedding = False,
         create: bool = True,
         model_note: str = "",
+        embed_model: Any = None,
     ) -> None:
         check_options(collection, dimension, index, metric)
         if not create:
@@ -241,6 +251,10 @@ class ImageStore(MilvusVectorStore):
             model_note=model_note,
         )
         self._columns = Columns(lambda expression, limit: self._collection.some([CONTENT_FIELD], expression, limit))
+        self._embed_model = embed_model
+        self._opening = {"uri": connection.lite_path or str(uri), "dimension": dimension, "model_id": model_id}
+        self._opening |= {"collection": collection, "token": token, "index": index, "metric": metric}
+        self._opening |= {"timeout": timeout, "hybrid": hybrid, "model_note": model_note}
         self._milvusclient = connection.client
         self._async_milvusclient = None
         try:
@@ -282,20 +296,85 @@ class ImageStore(MilvusVectorStore):
     ) -> None:
         self.close()
 
+    @property
+    def aclient(self) -> Any:
+        """There is none: asynchronous methods run the synchronous ones in threads.
+
+        Raises:
+            StoreError: always.
+        """
+        raise StoreError(
+            "an ImageStore has no asynchronous client: await its methods (aquery, async_add, adelete, ...), "
+            "or use store.client in a thread"
+        )
+
+    # ------------------------------------------------------------------------------------------ pickles and copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._opening["token"] or self.uri != self._opening["uri"]:
+            raise CopyError(
+                f"the store at {self.uri} was opened with a token or password, and a pickle is no place for one: "
+                "open it again in the other process"
+            )
+        return _opened_again, (type(self), self._opening, self._embed_model)
+
+    def __copy__(self) -> ImageStore:
+        return _opened_again(type(self), self._opening, self._embed_model)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ImageStore:
+        return self.__copy__()
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """What opens the same collection again with `from_dict`, as JSON holds it; a token is left out."""
+        described = {name: value for name, value in self._opening.items() if name != "token"}
+        if not isinstance(described["hybrid"], bool):
+            described["hybrid"] = described["hybrid"].model_id
+        return plain_metadata({**super().to_dict(**kwargs), **described, "uri": self.uri})
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> ImageStore:
+        """Open the collection that `to_dict` described; keyword arguments (`token`, `embed_model`) add to it.
+
+        Raises:
+            StoreError: it is not there. Others are those of `open_store`.
+        """
+        known = ("uri", "dimension", "model_id", "collection", "index", "metric", "timeout", "hybrid", "model_note")
+        if missing := [name for name in known[:4] if name not in data]:
+            raise StoreError(f"this dict does not describe an ImageStore: it lacks {', '.join(missing)}")
+        opening = {name: data[name] for name in known if name in data} | kwargs
+        if isinstance(opening.get("hybrid"), str):
+            raise StoreError(f"this store has words by the model {opening['hybrid']!r}: give it as hybrid=")
+        embed_model = opening.pop("embed_model", None)
+        return _opened_again(cls, opening, embed_model)
+
     # ------------------------------------------------------------------------------------------ writing
 
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Store nodes with their vectors and return their ids; a node whose id is there already replaces it.
 
         Once it returns, the rows of a Milvus Lite file are on the disk and survive a power cut; a server keeps them by
-        its own rules. All nodes are checked before the first is written. Of two nodes with one id the later is kept.
+        its own rules. All nodes are checked before the first is written. Of two nodes with one id the later is kept. An
+        image node under the vector of its words, which is what a `VectorStoreIndex` gives it, is embedded by its pixels
+        with the `embed_model` of `open_store`. Metadata come back as JSON holds them (see `plain_value`); a value that
+        no filter can name or compare is in the node only, which is logged once for each key.
 
         Raises:
             NodeError: a node cannot be stored; none was.
         """
         _refuse_options("add", add_kwargs)
-        rows = {node.node_id: node_to_row(node, self._collection.dimension) for node in nodes}
-        kept = {node.node_id: node for node in nodes}
+        stored = embedded_by_pixels(nodes, self._embed_model)
+        self.write(stored)
+        return [node.node_id for node in stored]
+
+    def write(self, nodes: Sequence[BaseNode]) -> None:
+        """As `add`, for image nodes whose vectors are known to be those of their pixels.
+
+        Raises:
+            NodeError: a node cannot be stored; none was.
+        """
+        kept = {node.node_id: storable_node(node) for node in nodes}
+        rows = {id_: node_to_row(node, self._collection.dimension) for id_, node in kept.items()}
+        self._say_unfiltered(kept.values())
         words = self._collection.words
         for ids in chunks(list(rows), self.batch_size):
             batch = [rows[one] for one in ids]
@@ -304,14 +383,26 @@ class ImageStore(MilvusVectorStore):
                 batch = [{**row, **more} for row, more in zip(batch, columns, strict=True)]
             self._collection.write(batch)
             self._columns.written(batch)
-        return [node.node_id for node in nodes]
+
+    def _say_unfiltered(self, nodes: Iterable[BaseNode]) -> None:
+        keys = {key for node in nodes for key in unfiltered_keys(node.metadata)} - self._said
+        if keys:
+            self._said |= keys
+            some = ", ".join(map(repr, sorted(keys)[:9]))
+            logger.warning(
+                "metadata that filters cannot name or compare stay in the nodes only: %s (reserved or unusual keys, "
+                "nested values, lists of anything but text and numbers)",
+                some if len(keys) <= 9 else f"{some} and {len(keys) - 9} more",
+            )
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """Remove every node that was made from the document."""
+        """Remove every node that was made from the document; an image from no document is its own, by its id."""
         _refuse_options("delete", delete_kwargs)
         if not isinstance(ref_doc_id, str) or not ref_doc_id:
             raise QueryError(f"delete needs the id of a document, got {ref_doc_id!r}")
-        self._collection.delete_where(one_of(DOC_ID_FIELD, [ref_doc_id]))
+        mine, by_id = one_of(DOC_ID_FIELD, [ref_doc_id]), one_of(ID_FIELD, [ref_doc_id])
+        # a node without a document is its own; earlier versions left the id of its document empty
+        self._collection.delete_where(joined([mine, all_of(by_id, one_of(DOC_ID_FIELD, [""]))], "or"))
 
     def delete_nodes(
         self,
@@ -464,14 +555,16 @@ class ImageStore(MilvusVectorStore):
     ) -> list[BaseNode]:
         """Return nodes without their vectors: those with these ids (in this order), or that match, or that do both.
 
+        Filters without a condition, `MetadataFilters(filters=[])`, match everything.
+
         Raises:
             FilterError: neither ids nor filters are given, or a filter cannot be expressed.
         """
         _refuse_options("get_nodes", kwargs)
         expression = self._expression(filters)
         if node_ids is None:
-            if not expression:
-                raise FilterError("get_nodes needs node_ids or filters; scan() goes through everything")
+            if filters is None:
+                raise FilterError("get_nodes needs node_ids or filters; MetadataFilters(filters=[]) gives all nodes")
             return [row_to_node(row) for page in self._collection.scan(NODE_FIELDS, expression) for row in page]
         rows = self._collection.columns(node_ids, NODE_FIELDS, expression)
         return [row_to_node(rows[one]) for one in dict.fromkeys(node_ids) if one in rows]
@@ -553,6 +646,11 @@ class ImageStore(MilvusVectorStore):
     ) -> list[BaseNode]:
         """`get_nodes`, in a thread."""
         return await asyncio.to_thread(self.get_nodes, node_ids, filters, **kwargs)
+
+
+def _opened_again(kind: type[ImageStore], opening: dict[str, Any], embed_model: Any) -> ImageStore:
+    """The store of a pickle or dict; what is gone since then must not become an empty collection."""
+    return kind(**opening, create=False, embed_model=embed_model)
 
 
 def _checked_top_k(top_k: int) -> int:

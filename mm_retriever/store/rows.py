@@ -1,20 +1,31 @@
 """LlamaIndex nodes to the rows of a collection, and back.
 
-Owns what may be stored: one vector of finite numbers, flat metadata under keys that filters can name, a picture by its
-path or URL and never by its bytes. Knows nothing of connections.
+Owns what may be stored: one vector of finite numbers, metadata of any kind (those that a filter can name also as
+columns), an image by its path or URL and never by its bytes. Knows nothing of connections.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from llama_index.core.schema import BaseNode, ImageNode, MediaResource, Node, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    ImageNode,
+    MediaResource,
+    Node,
+    NodeRelationship,
+    RelatedNodeInfo,
+    RelatedNodeType,
+    TextNode,
+)
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
-from mm_retriever.errors import NodeError, shown
+from mm_retriever.errors import NodeError
+from mm_retriever.image import is_image_path
 from mm_retriever.store.checksums import damaged_rows, node_is_damaged, row_checksum
 from mm_retriever.store.filters import (
     CHECKSUM_FIELD,
@@ -29,6 +40,7 @@ from mm_retriever.store.filters import (
     key_problem,
     takes_lists,
 )
+from mm_retriever.store.values import plain_metadata, plain_value
 
 NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
 """What a node is rebuilt from, and its checksum: fetching the vectors too would double the time of a query."""
@@ -36,31 +48,34 @@ NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
 _CHECKSUM_BYTES = 64  # among the metadata
 
 
+_BINARY = re.compile(r"\A%PDF-|[\x00-\x08\x0e-\x1a]")  # no text has these characters
+
+
 def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
     """Return the row of a node: id, document id, text, vector, the node itself as JSON, one column per metadata key.
 
+    A node that was made from no other document is its own: it can be deleted by its own id as one.
+
     Raises:
-        NodeError: the node has no vector, a vector of another dimension or with NaN, or something Milvus cannot hold.
+        NodeError: the node has no vector, a vector of another dimension or with NaN, or more than Milvus can hold.
     """
+    if not node.node_id:
+        raise NodeError("a node with an empty id cannot be stored")
     node = storable_node(node)
-    columns = metadata_columns(node.metadata, owner=_name(node))
+    columns = metadata_columns(node.metadata)
     text = node.get_content()
     _check_text(text, "text", node, MAX_TEXT_BYTES)
     _check_text(node.node_id, "id", node, MAX_TEXT_BYTES)
-    if not node.node_id:
-        raise NodeError("a node with an empty id cannot be stored")
-    content = node.model_dump(mode="json")
-    content.update({VECTOR_FIELD: None, TEXT_FIELD: ""})
-    whole = json.dumps(content, ensure_ascii=False)
+    whole = _as_json(node)
     for what, size in (
-        ("metadata and relationships", len(whole.encode("utf-8", "replace"))),
-        ("metadata", len(json.dumps(columns, ensure_ascii=False).encode("utf-8", "replace")) + _CHECKSUM_BYTES),
+        ("metadata and relationships", len(whole.encode())),
+        ("metadata", len(json.dumps(columns, ensure_ascii=False).encode()) + _CHECKSUM_BYTES),
     ):
         if size > MAX_TEXT_BYTES:
             raise NodeError(f"{_name(node)}: {size} bytes of {what}; Milvus takes {MAX_TEXT_BYTES}")
     row = {
         ID_FIELD: node.node_id,
-        DOC_ID_FIELD: node.ref_doc_id or "",
+        DOC_ID_FIELD: node.ref_doc_id or node.node_id,
         TEXT_FIELD: text,
         CONTENT_FIELD: whole,
         TYPE_FIELD: node.class_name(),
@@ -68,6 +83,27 @@ def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
         **columns,
     }
     return {**row, CHECKSUM_FIELD: row_checksum(row)}
+
+
+def _as_json(node: BaseNode) -> str:
+    try:
+        node = node.model_copy(update={"relationships": _plain_relationships(node)})
+        content = node.model_dump(mode="json", fallback=plain_value)
+    except (ValueError, TypeError, RecursionError) as error:  # pydantic's own are ValueErrors
+        raise NodeError(f"{_name(node)} cannot be written as JSON: {' '.join(str(error).split())[:300]}") from error
+    content.update({VECTOR_FIELD: None, TEXT_FIELD: ""})
+    whole = json.dumps(content, ensure_ascii=False)
+    return whole if _is_unicode(whole) else json.dumps(content)  # escaped, half a surrogate pair is kept
+
+
+def _plain_relationships(node: BaseNode) -> dict[NodeRelationship, RelatedNodeType]:
+    """The nodes around it; a text splitter copies the metadata of the document into them."""
+
+    def plain(one: RelatedNodeInfo) -> RelatedNodeInfo:
+        return one.model_copy(update={"metadata": plain_metadata(one.metadata)})
+
+    around = node.relationships.items()
+    return {kind: [plain(one) for one in info] if isinstance(info, list) else plain(info) for kind, info in around}
 
 
 def row_to_node(row: dict[str, Any]) -> BaseNode:
@@ -87,94 +123,177 @@ def row_to_node(row: dict[str, Any]) -> BaseNode:
     return node
 
 
-def storable_node(node: BaseNode) -> ImageNode | TextNode:
-    """Return the node as an ImageNode, IndexNode or TextNode without picture bytes; the caller's stays as it is."""
+def storable_node(node: BaseNode, *, drop_bytes: bool = False) -> ImageNode | TextNode:
+    """Return the node as it is stored; the caller's stays as it is.
+
+    That is an ImageNode, IndexNode or TextNode without the bytes of an image, with metadata as JSON holds them (see
+    `plain_value`). An image node from no other document is its own source. A node whose text is the bytes of an image
+    file (as `SimpleDirectoryReader` gives it without readers for files), or a piece of them, is the image, under the id
+    of the document.
+
+    Args:
+        node: any LlamaIndex node or document.
+        drop_bytes: also take an image that is nowhere but in its bytes; the result has no image then.
+
+    Raises:
+        NodeError: a node that is neither text nor image, or whose image is nowhere but in its bytes.
+    """
+    try:
+        metadata = plain_metadata(node.metadata)
+    except (ValueError, RecursionError) as error:
+        raise NodeError(f"{_name(node)}: metadata: {error}") from error
+    plain = _plain_class(node, metadata, drop_bytes)
+    if not isinstance(plain, ImageNode) or plain.ref_doc_id:
+        return plain
+    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=plain.node_id)}
+    return plain.model_copy(update={"relationships": {**plain.relationships, **source}})
+
+
+def _plain_class(node: BaseNode, metadata: dict[str, Any], drop_bytes: bool) -> ImageNode | TextNode:
     if isinstance(node, ImageNode):
-        return _without_bytes(node, node.image_path, node.image_url, has_bytes=bool(node.image))
+        node = node.model_copy(update={"metadata": metadata})
+        return _without_bytes(node, node.image_path, node.image_url, drop_bytes=drop_bytes)
     if isinstance(node, TextNode):
-        return node
+        path = _path_of_bytes(node)
+        return _text_fields(node, metadata, path) if path else node.model_copy(update={"metadata": metadata})
     if not isinstance(node, Node):
         raise NodeError(f"{_name(node)} is a {type(node).__name__}; text and image nodes are stored")
     if node.audio_resource or node.video_resource:
         raise NodeError(f"{_name(node)} holds audio or video; text and image nodes are stored")
-    kept: dict[str, Any] = {
+    image = node.image_resource
+    if image is None:
+        return _text_fields(node, metadata, _path_of_bytes(node))
+    path, url = _place(image)
+    made = ImageNode(
+        **_fields(node, metadata),
+        text=_text(node),
+        image=image.data.decode("latin-1") if image.data else None,
+        image_path=path,
+        image_url=url,
+        image_mimetype=image.mimetype,
+    )
+    return _without_bytes(made, path, url, drop_bytes=drop_bytes)
+
+
+def _text_fields(node: TextNode | Node, metadata: dict[str, Any], image_path: str | None) -> ImageNode | TextNode:
+    """A text node, or an image node without the text where that is the bytes of the image."""
+    if image_path:
+        id_ = node.ref_doc_id or node.node_id  # all pieces that a text splitter has made of one image are that image
+        kept = {key: one for key, one in node.relationships.items() if key is NodeRelationship.SOURCE}
+        return ImageNode(**_fields(node, metadata) | {"id_": id_, "relationships": kept}, image_path=image_path)
+    return TextNode(**_fields(node, metadata), text=_text(node))
+
+
+def _text(node: TextNode | Node) -> str:
+    return node.get_content()
+
+
+def _fields(node: TextNode | Node, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
         "id_": node.node_id,
         "embedding": node.embedding,
-        "metadata": node.metadata,
+        "metadata": metadata,
         "excluded_embed_metadata_keys": node.excluded_embed_metadata_keys,
         "excluded_llm_metadata_keys": node.excluded_llm_metadata_keys,
         "metadata_template": node.metadata_template,
         "metadata_separator": node.metadata_separator,
         "text_template": node.text_template,
         "relationships": node.relationships,
-        "text": node.text_resource.text or "" if node.text_resource else "",
     }
-    picture = node.image_resource
-    if picture is None:
-        return TextNode(**kept)
-    path, url = _place(picture)
-    image = ImageNode(image_path=path, image_url=url, image_mimetype=picture.mimetype, **kept)
-    return _without_bytes(image, path, url, has_bytes=picture.data is not None)
 
 
-def metadata_columns(metadata: dict[str, Any], *, owner: str) -> dict[str, Any]:
-    """Return the columns that filters see: text, numbers, lists of either; a bool as 1 or 0; nothing for None and [].
-
-    Args:
-        metadata: the metadata of a node.
-        owner: whose metadata it is, for messages.
+def _path_of_bytes(node: TextNode | Node) -> str | None:
+    """The image file whose bytes a node has for text, or that it names without a text; None for a text.
 
     Raises:
-        NodeError: a key that is reserved or no name, or a value that is nested, not finite or not Unicode.
+        NodeError: the bytes are those of another kind of file.
     """
-    columns = {}
-    for key, value in metadata.items():
-        if (problem := key_problem(key)) is not None:
-            raise NodeError(f"{owner}: metadata: {problem}")
-        if isinstance(value, list | tuple) and not takes_lists(key):
-            raise NodeError(f"{owner}: metadata {key!r}: a list needs a key of ASCII letters, digits and '_'")
-        column = _column_value(value, f"{owner}: metadata {key!r}")
-        if column is not None and column != []:
-            columns[key] = column
-    return columns
-
-
-def _column_value(value: object, where: str) -> object:
-    if isinstance(value, list | tuple):
-        if any(one is None or isinstance(one, list | tuple) for one in value):
-            raise NodeError(f"{where}: a list may hold text and numbers only")
-        return [_column_value(one, where) for one in value]
-    if isinstance(value, str):
-        if not _is_unicode(value):
-            raise NodeError(f"{where}: holds half a surrogate pair, which is not Unicode text")
-        return value
-    if isinstance(value, int):
-        if not -MAX_INTEGER <= value <= MAX_INTEGER:
-            raise NodeError(f"{where}: {shown(value)} does not fit into 64 bits")
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise NodeError(f"{where}: {value!r} is not a finite number")
-        return float(value)
-    if value is None:
+    text = node.get_content()
+    path = str(node.metadata.get("file_path") or "")
+    if text.strip() and not _is_file(text, of_image=is_image_path(path)):
         return None
-    raise NodeError(
-        f"{where}: a {type(value).__name__} is not flat; give text, numbers, bools or lists of them, "
-        "one key for each value (for example 'size_width' and 'size_height' for {'size': {...}})"
+    if not is_image_path(path):
+        if not text.strip():
+            return None
+        raise NodeError(f"{_name(node)}: {bytes_as_text(path)}")
+    return path
+
+
+def _is_file(text: str, *, of_image: bool) -> bool:
+    """Whether a text is the bytes of a file: a few stray control characters make none, except where an image is."""
+    if of_image or text.startswith("%PDF-"):
+        return _BINARY.search(text) is not None
+    sample = text[:4096]
+    return 20 * sum(_BINARY.match(sign) is not None for sign in sample) > len(sample)
+
+
+def bytes_as_text(path: str) -> str:
+    """Return what to say of a text that is the bytes of a file which is no image."""
+    return (
+        f"its text is the bytes of a file ({path or 'of no known name'}): read that with a reader for its format, "
+        'SimpleDirectoryReader(..., file_extractor={".pdf": ...}), or pip install llama-index-readers-file'
     )
+
+
+def has_control_characters(text: str) -> bool:
+    """Whether there are characters in it that no text has."""
+    return _BINARY.search(text) is not None
+
+
+def metadata_columns(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that filters see: text, numbers, lists of either; a bool as 1 or 0; nothing for None and [].
+
+    What a filter cannot name or compare is left out: reserved keys (`id`, `text`, ...), keys with signs like `:` and
+    `/`, nested values, integers of more than 64 bits. It stays in the node all the same.
+
+    Args:
+        metadata: as JSON holds them.
+    """
+    return {
+        key: _column_value(value) for key, value in metadata.items() if not _is_missing(value) and _fits(key, value)
+    }
+
+
+def unfiltered_keys(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values `metadata_columns` leaves out although there are any."""
+    return [key for key, value in metadata.items() if not _is_missing(value) and not _fits(key, value)]
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value == []
+
+
+def _fits(key: str, value: object) -> bool:
+    if key_problem(key) is not None:
+        return False
+    return takes_lists(key) and all(map(_is_flat, value)) if isinstance(value, list) else _is_flat(value)
+
+
+def _is_flat(value: object) -> bool:
+    if isinstance(value, str):
+        return _is_unicode(value)
+    if isinstance(value, int):
+        return -MAX_INTEGER <= value <= MAX_INTEGER
+    return isinstance(value, float)
+
+
+def _column_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_column_value(one) for one in value]
+    return int(value) if isinstance(value, bool) else value
 
 
 def _place(picture: MediaResource) -> tuple[str | None, str | None]:
     return (picture.path.as_posix() if picture.path else None, str(picture.url) if picture.url else None)
 
 
-def _without_bytes(node: ImageNode, path: str | None, url: str | None, *, has_bytes: bool) -> ImageNode:
-    if url is not None and url[:5].lower() == "data:":
-        path, url, has_bytes = path, None, True
-    if not path and not url and has_bytes:
+def _without_bytes(node: ImageNode, path: str | None, url: str | None, *, drop_bytes: bool) -> ImageNode:
+    is_data = url is not None and url[:5].lower() == "data:"
+    has_bytes, url = is_data or bool(node.image), None if is_data else url
+    if has_bytes and not path and not url and not drop_bytes:
         raise NodeError(
-            f"{_name(node)} carries its picture as bytes and no path or URL: Milvus is no place for files; "
-            "save the picture and set image_path"
+            f"{_name(node)} carries its image as bytes and no path or URL: Milvus is no place for files; "
+            "save the image and set image_path, or give the node to ingest_images"
         )
     if node.image is None and node.image_url == url:
         return node

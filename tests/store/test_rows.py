@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import datetime
+import decimal
+import enum
+import fractions
 import math
+import uuid
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 from llama_index.core.schema import (
     Document,
@@ -21,7 +28,7 @@ from llama_index.core.schema import (
 )
 
 from mm_retriever.errors import NodeError
-from mm_retriever.store.rows import node_to_row, row_to_node
+from mm_retriever.store.rows import node_to_row, row_to_node, storable_node, unfiltered_keys
 
 VECTOR = [0.25, -0.5, 1.0]
 
@@ -32,6 +39,16 @@ def there_and_back(node):
 
 def image(**metadata):
     return ImageNode(id_="a", image_path="/photos/a.jpg", metadata=metadata, embedding=VECTOR)
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else "x"
+
+
+def itself():
+    value = {}
+    value["x"] = value
+    return value
 
 
 def test_an_image_node_comes_back_whole():
@@ -112,35 +129,133 @@ def test_picture_bytes_never_reach_milvus():
         ImageNode(id_="a", image_url=data_uri, embedding=VECTOR),
         ImageDocument(id_="a", image=pixels, embedding=VECTOR),
     ):
-        with pytest.raises(NodeError, match="save the picture and set image_path"):
+        with pytest.raises(NodeError, match="save the image and set image_path, or give the node to ingest_images"):
             node_to_row(node, 3)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"size": {"width": 1, "deeper": [{"x": None}]}},
+        {"tags": [["x"]]},
+        {"tags": ["x", None]},
+        {"file path": ["x"]},
+        {"x": 2**63},
+        {"x": "\ud800"},
+        {"id": 1, "doc_id": "x", "document_id": "y", "ref_doc_id": "z", "text": "w"},
+        {"embedding": "x", "_node_content": "x", "_words": "y"},
+        {"a/b": 1, "dc:title": "A", "exif:Date Taken": "2024", "": 1, "x" * 200: 1},
+    ],
+)
+def test_metadata_that_filters_cannot_name_stay_in_the_node(metadata):
+    """Our choice: readers make such keys and values; they are no columns, and no reason to refuse a batch."""
+    node = image(**metadata)
+    row = node_to_row(node, 3)
+    assert row_to_node(row).metadata == metadata
+    assert row.keys() == node_to_row(image(), 3).keys(), "and no column"
+    assert unfiltered_keys(storable_node(node).metadata) == list(metadata)
 
 
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"size": {"width": 1}}, "'size': a dict is not flat"),
-        ({"when": datetime.date(2020, 1, 1)}, "a date is not flat"),
-        ({"tags": [["x"]]}, "text and numbers only"),
-        ({"tags": ["x", None]}, "text and numbers only"),
-        ({"file path": ["x"]}, "a list needs a key of ASCII letters"),
-        ({"x": math.nan}, "not a finite number"),
-        ({"x": [math.inf]}, "not a finite number"),
-        ({"x": 2**63}, "64 bits"),
-        ({"x": "\ud800"}, "not Unicode text"),
-        ({"id": 1}, "'id' is a column of the store itself"),
-        ({"doc_id": "x"}, "'doc_id' is a column of the store itself"),
-        ({"_node_content": "x"}, "column of the store itself"),
-        ({"a/b": 1}, "'a/b' is not a key"),
-        ({"": 1}, "'' is not a key"),
         ({"x": "y" * 66_000}, "Milvus takes 65535"),
+        ({"x": nested(100)}, "metadata: nested more than 32 deep"),
+        ({"x": itself()}, "metadata: nested more than 32 deep"),
     ],
 )
-def test_metadata_that_filters_could_not_reach_are_refused(metadata, reason):
-    """Our choice: refused with the key and the reason; LlamaIndex's store turns nested values into text, silently."""
+def test_metadata_that_no_node_can_hold_are_refused(metadata, reason):
     with pytest.raises(NodeError, match=reason) as caught:
         node_to_row(image(**metadata), 3)
     assert "node 'a'" in str(caught.value)
+
+
+class Size(enum.Enum):
+    LARGE = "L"
+
+
+@dataclasses.dataclass
+class Camera:
+    maker: str
+    year: np.int16
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "is_column"),
+    [
+        (np.int64(3), 3, True),
+        (np.float32(0.5), 0.5, True),
+        (np.bool_(True), True, True),
+        (np.array([1, 2]), [1, 2], True),
+        (np.str_("x"), "x", True),
+        (np.float64("nan"), None, False),
+        (math.nan, None, False),
+        (math.inf, "inf", True),
+        (np.datetime64("2024-05-01"), "2024-05-01", True),
+        (np.datetime64("NaT"), None, False),
+        (pandas.Timestamp("2024-05-01 10:00"), "2024-05-01T10:00:00", True),
+        (pandas.NaT, None, False),
+        (pandas.NA, None, False),
+        (pandas.Timedelta("1h"), "0 days 01:00:00", True),
+        (datetime.date(2024, 5, 1), "2024-05-01", True),
+        (datetime.datetime(2024, 5, 1, 10, tzinfo=datetime.UTC), "2024-05-01T10:00:00+00:00", True),
+        (datetime.time(10, 30), "10:30:00", True),
+        (decimal.Decimal("19.99"), 19.99, True),
+        (fractions.Fraction(1, 4), 0.25, True),
+        (2 + 1j, "(2+1j)", True),
+        (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005", True),
+        (Path("/a/b"), "/a/b", True),
+        (Size.LARGE, "L", True),
+        ({"b", "a"}, ["a", "b"], True),
+        (("a", 1), ["a", 1], True),
+        (b"Canon\0\0", "Canon", True),
+        (b"\xff\xfe", "//4=", True),
+        ({1: {Size.LARGE: np.int8(1)}}, {"1": {"L": 1}}, False),
+        (Camera("Leica", np.int16(1954)), {"maker": "Leica", "year": 1954}, False),
+    ],
+    ids=repr,
+)
+def test_values_of_any_library_come_back_as_json_has_them(value, expected, is_column):
+    """Our choice: the nearest value of JSON; what is missing is None, as it is for filters."""
+    back = there_and_back(image(key=value))
+    assert back.metadata == {"key": expected}
+    assert type(back.metadata["key"]) is type(expected)
+    row = node_to_row(image(key=value), 3)
+    assert ("key" in row) is is_column
+    if is_column:
+        assert row["key"] == expected
+    source = RelatedNodeInfo(node_id="d", metadata={"key": value})
+    with_source = ImageNode(
+        id_="a", image_path="/a.jpg", embedding=VECTOR, relationships={NodeRelationship.SOURCE: source}
+    )
+    assert there_and_back(with_source).ref_doc_id == "d", "a splitter copies the metadata into the relationships"
+
+
+def test_an_image_from_no_document_is_its_own():
+    """Truth: LlamaIndex removes a document by the id that its nodes name as their source."""
+    row = node_to_row(image(), 3)
+    assert row["doc_id"] == row_to_node(row).ref_doc_id == "a"
+    assert node_to_row(TextNode(id_="t", text="x", embedding=VECTOR), 3)["doc_id"] == "t"
+
+
+def test_bytes_of_files_are_no_text():
+    """SimpleDirectoryReader without readers for files decodes JPEG and PDF as text, and a splitter cuts that up."""
+    jpeg = Path("/p/a.jpg")
+    text = (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01" * 300).decode("utf-8", "ignore")
+    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="d")}
+    whole = Document(id_="d", text=text, embedding=VECTOR, metadata={"file_path": str(jpeg)})
+    piece = TextNode(id_="p", text=text, embedding=VECTOR, metadata=whole.metadata, relationships=source)
+    empty = TextNode(id_="e", text="", embedding=VECTOR, metadata=whole.metadata)
+    for node, id_ in ((whole, "d"), (piece, "d"), (empty, "e")):
+        back = there_and_back(node)
+        assert (type(back), back.node_id, back.image_path, back.get_content()) == (ImageNode, id_, str(jpeg), "")
+    caption = TextNode(id_="c", text="a mug", embedding=VECTOR, metadata=whole.metadata)
+    assert there_and_back(caption).get_content() == "a mug"
+    stray = TextNode(id_="s", text="one \x0e stray character in a text of some length" * 9, embedding=VECTOR)
+    assert type(there_and_back(stray)) is TextNode
+    for broken in ("%PDF-1.4\n\x01\x02", text):
+        with pytest.raises(NodeError, match=r"bytes of a file \(/p/a.pdf\): read that with a reader"):
+            node_to_row(TextNode(id_="b", text=broken, embedding=VECTOR, metadata={"file_path": "/p/a.pdf"}), 3)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,107 @@
+"""Images in file systems of fsspec (S3, GCS, memory): which file system a document came from, and its files read.
+
+Owns what says that such a file is the same as before. Knows nothing of stores and models.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from llama_index.core.schema import BaseNode
+
+from mm_retriever.errors import NodeError
+from mm_retriever.image import is_image_path
+from mm_retriever.ingest.ignored import Ignore
+
+
+class RemoteFile:
+    """A file that is opened when it is read first, and closed at its end; read by one thread.
+
+    Args:
+        file_system: of fsspec.
+        path: in it.
+    """
+
+    def __init__(self, file_system: Any, path: str) -> None:
+        self._file_system, self._path = file_system, str(file_system._strip_protocol(path))
+        self._file: Any = None
+        self.name = str(file_system.unstrip_protocol(self._path))
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes; none at the end."""
+        if self._file is None:
+            self._file = self._file_system.open(self._path, "rb")
+        data = bytes(self._file.read(size))
+        if not data or size < 0:
+            self._file.close()
+            self._file = None
+        return data
+
+    def stamp(self) -> dict[str, int]:
+        """Return size and time of the file: equal stamps, equal contents. A file without a time is always new."""
+        facts = self._file_system.info(self._path)
+        times = (facts.get(name) for name in ("mtime", "LastModified", "updated", "last_modified", "created", "ETag"))
+        changed = next((one for one in times if one is not None), None)
+        return {"bytes": int(facts.get("size") or 0), "mtime_ns": _nanoseconds(changed)}
+
+
+def files_below(file_system: Any, path: str, ignore: Ignore) -> Iterator[str]:
+    """Yield the image files below a folder of a file system, by suffix, sorted; the path itself if it is no folder."""
+    if not file_system.isdir(path):
+        yield path
+        return
+    for one in sorted(file_system.find(path)):
+        if is_image_path(one):
+            yield one
+        else:
+            ignore(PurePosixPath(one).suffix.lower() or "no suffix", "not an image by its suffix", one)
+
+
+def file_of_node(node: BaseNode, path: str) -> RemoteFile | None:
+    """Return the file that a node names in the file system that a reader has read it from; None if none has it.
+
+    A reader does not say where it has read. The file systems that are open in this process are asked for a file of
+    that path and, where the reader noted it, that size.
+
+    Raises:
+        NodeError: several have it.
+    """
+    size = node.metadata.get("file_size")
+    found = [one for one in _open_file_systems() if _has(one, path, size)]
+    if len(found) > 1:
+        names = ", ".join(sorted(str(one.unstrip_protocol(path)) for one in found))
+        raise NodeError(f"its file {path!r} is in several file systems ({names}): give the right one as fs=")
+    return RemoteFile(found[0], path) if found else None
+
+
+def _open_file_systems() -> Iterator[Any]:
+    from fsspec import AbstractFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    kinds = [AbstractFileSystem]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if not issubclass(kind, LocalFileSystem):
+            yield from list(kind._cache.values())
+
+
+def _has(file_system: Any, path: str, size: Any) -> bool:
+    try:
+        facts = file_system.info(path)
+    except Exception:  # whatever a file system raises for a path that is none of its own
+        return False
+    return facts.get("type") == "file" and size in (None, facts.get("size"))
+
+
+def _nanoseconds(changed: Any) -> int:
+    if isinstance(changed, datetime.datetime):
+        return int(changed.timestamp() * 1e9)
+    if isinstance(changed, int | float):
+        return int(changed * 1e9)
+    return time.time_ns() if changed is None else zlib.crc32(str(changed).encode())

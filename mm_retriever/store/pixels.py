@@ -1,0 +1,95 @@
+"""Image nodes that come with a vector of their words: found out, and embedded by their pixels.
+
+`VectorStoreIndex` asks every embedding for the vector of a node's words, images included; stored as it is, that vector
+would answer for an image that no model has seen. Knows nothing of Milvus.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, TextNode
+
+from mm_retriever.embedding import node_image
+from mm_retriever.errors import ImageLoadError, NodeError
+from mm_retriever.store.rows import storable_node
+
+logger = logging.getLogger(__name__)
+
+_SAME = 0.999
+"""Cosine above which two vectors are of the same text: batches and half precision change little."""
+
+
+def embedded_by_pixels(nodes: Sequence[BaseNode], embed_model: Any) -> list[ImageNode | TextNode]:
+    """Return the nodes as they are stored, every image under a vector of its pixels.
+
+    Args:
+        nodes: with their vectors.
+        embed_model: whose vectors they are. Where it cannot embed texts and images (a mere name and dimension), vectors
+            of image nodes are taken as they are.
+
+    Raises:
+        NodeError: a node that cannot be stored, or an image under a vector of its words that cannot be read.
+    """
+    stored = [storable_node(node) for node in nodes]
+    knows_pixels = hasattr(embed_model, "get_image_embedding") and hasattr(embed_model, "get_text_embedding_batch")
+    bytes_as_text: list[int] = []
+    unknown: list[int] = []
+    for place, node in enumerate(nodes):
+        if isinstance(stored[place], ImageNode) and node.embedding is not None:
+            if node_image(node) is not None:
+                unknown.append(place)
+            elif node_image(stored[place]) is not None:
+                bytes_as_text.append(place)
+    if bytes_as_text and not knows_pixels:
+        raise _refused(nodes[bytes_as_text[0]], "open the store with its embed_model, or use ingest_images")
+    by_words = _by_words([nodes[place] for place in unknown], embed_model) if unknown and knows_pixels else []
+    wrong: dict[int, BaseNode] = {place: stored[place] for place in bytes_as_text}
+    wrong |= {place: nodes[place] for place, yes in zip(unknown, by_words, strict=False) if yes}
+    vectors: dict[str, list[float]] = {}  # by id: pieces of the bytes of one image share it
+    for place, source in wrong.items():
+        id_ = stored[place].node_id
+        if id_ not in vectors:
+            vectors[id_] = _pixel_vector(source, embed_model)
+        stored[place] = stored[place].model_copy(update={"embedding": vectors[id_]})
+    if wrong:
+        logger.info("%d images came with vectors of their words and were embedded by their pixels", len(vectors))
+    return stored
+
+
+def _by_words(nodes: Sequence[BaseNode], embed_model: Any) -> list[bool]:
+    """Whether the vector of each node is the one that the model gives for its words."""
+    texts = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    return [
+        _cosine(node.embedding, vector) > _SAME
+        for node, vector in zip(nodes, embed_model.get_text_embedding_batch(texts), strict=True)
+    ]
+
+
+def _cosine(one: Any, other: Any) -> float:
+    """0 where there is no cosine; what is wrong with a vector is said where it is stored."""
+    a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) if a.shape == b.shape else 0.0
+    return cosine if np.isfinite(cosine) else 0.0
+
+
+def _pixel_vector(node: BaseNode, embed_model: Any) -> list[float]:
+    try:
+        if hasattr(embed_model, "embed_nodes"):
+            vector: list[float] = embed_model.embed_nodes([node])[0]
+        else:
+            vector = embed_model.get_image_embedding(node_image(node))
+    except ImageLoadError as error:
+        raise _refused(node, f"its image cannot be read ({error.reason or error})") from error
+    return vector
+
+
+def _refused(node: BaseNode, reason: str) -> NodeError:
+    return NodeError(
+        f"node {node.node_id[:80]!r} is an image under a vector of words: {reason}. "
+        "An image is embedded by embed_model([node]) or embed_model.get_image_embedding(path)"
+    )
