@@ -248,6 +248,7 @@ def test_texts_are_ranked_by_the_cross_encoders_logits(reranker_folder):
 
 def test_pictures_and_wordless_questions_are_refused_or_left_as_they_are(reranker_folder, tmp_path):
     from mm_retriever.rerank import TextRerank
+    from mm_retriever.rerank.text import IMAGE_NOT_SEEN
 
     picture: Any = NodeWithScore(node=ImageNode(image_path=str(paint(tmp_path / "red.png", "red"))), score=0.9)
     reranker = TextRerank(reranker_folder, device="cpu")
@@ -255,6 +256,9 @@ def test_pictures_and_wordless_questions_are_refused_or_left_as_they_are(reranke
         reranker.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
     with pytest.raises(QueryError):
         reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle(""))
+    image = picture.node.image_path
+    composed = reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle("red lid", image_path=image))
+    assert {one.node.metadata["rerank_note"] for one in composed} == {IMAGE_NOT_SEEN}
     patient = TextRerank(reranker_folder, device="cpu", on_error="keep_order", top_n=2)
     kept = patient.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
     assert [one.node.node_id for one in kept] == [picture.node.node_id, "0"]

@@ -15,13 +15,16 @@ import logging
 import pickle
 import random
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llama_index.core import VectorStoreIndex
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
 from llama_index.core.indices.query.query_transform.base import HyDEQueryTransform, ImageOutputQueryTransform
@@ -29,7 +32,8 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.llms.mock import MockFunctionCallingLLM
-from llama_index.core.query_engine import TransformQueryEngine
+from llama_index.core.query_engine import RetrieverQueryEngine, TransformQueryEngine
+from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.schema import ImageDocument, ImageNode, MediaResource, Node, NodeWithScore, QueryBundle
 from PIL import Image
 
@@ -43,7 +47,7 @@ from mm_retriever.rerank.candidates import Candidate, Ranking, read_candidates
 from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
 from mm_retriever.retriever import ComposedRetriever, KeepQueryImage
 from mm_retriever.search_tools import Conversation, ImageSearch
-from mm_retriever.store import ImageStore
+from mm_retriever.store import ImageStore, open_store
 from mm_retriever.tools import ImageSearchToolSpec
 from tests.drawn_store import ScriptedLLM, draw_pictures, drawn_store, pictures_of, says
 
@@ -349,6 +353,62 @@ def test_arrays_of_grey_of_transparency_and_of_truth_values_are_images() -> None
     assert load_image(grey > 9).tobytes() == load_image(Image.fromarray(grey > 9)).tobytes()
     clear = np.zeros((2, 2, 4), np.uint8)
     assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_image_of_a_url_is_fetched_once_and_left_out_by_its_url_too(world: World, tmp_path: Path) -> None:
+    """Rerankers that may not fetch, and addresses that answer once, are served too."""
+    data, asked = world.path.read_bytes(), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "image/jpeg")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/photo.jpg?signature=secret"
+        policy = ImagePolicy(allow_urls=True, allow_private_addresses=True)
+        bundle = world.model.get_query_bundle(TEXT, url, image_policy=policy)
+        with pytest.raises(ImageLoadError, match="fetching URLs is off"):
+            world.model.get_query_bundle(TEXT, url)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "secret" not in repr(bundle)
+    nodes = ComposedRetriever(world.store, world.model, top_k=TOP_K, exclude_query_image=True).retrieve(bundle)
+    assert ids(nodes) == ids(others(world, world.path))
+    by_path = replace(bundle, image_path=str(world.path))
+    assert ids(PixelOrder().postprocess_nodes(nodes, bundle)) == ids(PixelOrder().postprocess_nodes(nodes, by_path))
+    assert len(asked) == 1
+    elsewhere = ImageNode(id_="elsewhere", image_url=url, embedding=bundle.embedding)  # of which no digest is known
+    other = ImageNode(id_="other", image_url=url + "&page=2", embedding=bundle.embedding)
+    with open_store(tmp_path / "urls.db", world.model) as store:
+        store.add([elsewhere, other])
+        found = ComposedRetriever(store, world.model, exclude_query_image=True).retrieve(bundle)
+    assert ids(found) == ["other"]
+
+
+def test_retrievers_and_engines_of_llamaindex_hand_the_image_on(world: World) -> None:
+    index = VectorStoreIndex.from_vector_store(world.store, embed_model=world.model)
+    plain = index.as_retriever(similarity_top_k=TOP_K)
+    fusion = QueryFusionRetriever([plain], llm=MockLLM(), num_queries=1, similarity_top_k=TOP_K, use_async=False)
+    for retriever in (plain, fusion):
+        engine = RetrieverQueryEngine.from_args(retriever, llm=MockLLM(), node_postprocessors=[PixelOrder()])
+        by_path, by_bytes = (
+            ids(engine.query(world.model.get_query_bundle(TEXT, form)).source_nodes)
+            for form in (world.path, world.path.read_bytes())
+        )
+        assert by_path == by_bytes
+        bundle = world.model.get_query_bundle(TEXT, world.path)
+        assert by_path == ids(PixelOrder().postprocess_nodes(retrieved(world, world.path), query_bundle=bundle))
 
 
 # ---------------------------------------------------------------------------------------- transforms of queries

@@ -5,9 +5,11 @@ Owns how FlagEmbedding's reranker is loaded and asked; needs the extra ``[hybrid
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import PrivateAttr
@@ -20,12 +22,15 @@ from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion
 from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
 
+logger = logging.getLogger(__name__)
+
+IMAGE_NOT_SEEN = "ranked by the words of the query alone: a text reranker cannot see its image"
 DEFAULT_MODEL = "BAAI/bge-reranker-v2-m3"
 _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "sentencepiece*")
 
 
 class TextRerank(Reranker):
-    """Ranks texts by how well they answer a question; pictures it cannot see, and says so.
+    """Ranks texts by how well they answer a question; images it cannot see, the query's or a candidate's, and says so.
 
     Scores and metadata of the nodes that come back are those of every reranker of this package.
 
@@ -106,4 +111,8 @@ class TextRerank(Reranker):
         scores = [float(value) for value in (values if isinstance(values, list) else [values])]
         if not all(map(math.isfinite, scores)):
             raise RerankError(f"{self.model_name!r} gave NaN or infinity")
-        return self._settle(candidates, scores)
+        ranking = self._settle(candidates, scores)
+        if query.image is None:
+            return ranking
+        logger.warning("%s: %s", self.model_name, IMAGE_NOT_SEEN)
+        return replace(ranking, notes=dict.fromkeys(range(len(candidates)), IMAGE_NOT_SEEN))
