@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -92,8 +93,11 @@ def _refuse_links(place: Path) -> None:
     for folder, folders, files in os.walk(place):
         for name in (*folders, *files):
             path = Path(folder, name)
-            if path.is_symlink():
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
                 raise _linked(path)
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISSOCK(mode)):  # reading could take for ever
+                raise StoreError(f"{path} is a pipe or a device; a Milvus Lite file holds none: remove it")
 
 
 def _linked(path: Path) -> StoreError:
@@ -271,6 +275,10 @@ def _check_data_files(folder: Path, manifest: _Manifest, logs: _Logs) -> None:
         else:
             logger.warning("%s is missing; rows that were in it and in no log are gone: index again", path)
         manifest.drop(partition, name)
+    last = max((_sequence(name)[1] for _, name, _ in manifest.files), default=0)
+    if manifest.payload and manifest.payload["current_seq"] < last:  # what is written next must win over what is there
+        manifest.payload["current_seq"] = last
+        manifest.changed = True
     if manifest.put_back:  # a manifest that was put back may be older than these; Milvus Lite would remove them
         for path in unnamed:
             logger.warning("%s is not named in the manifest and was moved to %s", path, _move_aside(folder, path))

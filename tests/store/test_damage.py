@@ -5,8 +5,10 @@ Milvus Lite by itself answers wrongly after every fourth flipped bit, and emptie
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -77,25 +79,36 @@ def answers(db: Path) -> Any:
         return rows, store.count(), hits, [[round(one, 6) for one in result.similarities] for result in found]
 
 
-@pytest.mark.parametrize("kind", ["log", "closed", "both"])
-def test_a_flipped_bit_is_put_right_or_an_error_and_never_a_wrong_answer(kind, stores, tmp_path, tried):
-    expected = answers(Path(shutil.copytree(stores[kind], tmp_path / "good.db")))
-    files = sorted(path for path in stores[kind].rglob("*") if path.is_file() and path.stat().st_size)
+def flip_bits(stores: dict[str, Path], kind: str, place: Path, choose: Callable[[list[Path]], list[Path]]) -> int:
+    """Flip one bit in each of the chosen files, each in a copy of its own; return how many were flipped."""
+    expected = answers(Path(shutil.copytree(stores[kind], place / "good.db")))
     chance = random.Random(kind)
-    for number in range(EFFORT):
-        for file in files if EFFORT > 1 else chance.sample(files, 5):
-            db = Path(shutil.copytree(stores[kind], tmp_path / f"{number}-{file.name}.db"))
-            flipped = db / file.relative_to(stores[kind])
-            content = bytearray(flipped.read_bytes())
-            at = chance.randrange(len(content))
-            content[at] ^= 1 << chance.randrange(8)
-            flipped.write_bytes(content)
-            tried["bits flipped in files of Milvus Lite"] += 1
-            try:
-                assert answers(db) == expected, (file, at)
-            except StoreError as error:
-                assert len(str(error)) < 900
-            shutil.rmtree(db)
+    files = choose(sorted(path for path in stores[kind].rglob("*") if path.is_file() and path.stat().st_size))
+    for number, file in enumerate(files):
+        db = Path(shutil.copytree(stores[kind], place / f"{number}.db"))
+        flipped = db / file.relative_to(stores[kind])
+        content = bytearray(flipped.read_bytes())
+        at = chance.randrange(len(content))
+        content[at] ^= 1 << chance.randrange(8)
+        flipped.write_bytes(content)
+        try:
+            assert answers(db) == expected, (file, at)
+        except StoreError as error:
+            assert len(str(error)) < 900
+        shutil.rmtree(db)
+    return len(files)
+
+
+@pytest.mark.parametrize("kind", ["log", "closed", "both"])
+def test_a_flipped_bit_is_put_right_or_an_error_and_never_a_wrong_answer(kind, stores, tmp_path):
+    flip_bits(stores, kind, tmp_path, lambda files: random.Random(kind).sample(files, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["log", "closed", "both"])
+def test_many_flipped_bits_in_every_file(kind, stores, tmp_path, tried):
+    count = flip_bits(stores, kind, tmp_path, lambda files: files * 8 * EFFORT)
+    tried["bits flipped in files of Milvus Lite"] += count
 
 
 def test_a_flipped_bit_in_a_data_file_names_the_file_and_changes_nothing(db):
@@ -181,6 +194,20 @@ def test_no_number_in_the_manifest_decides_what_happens_to_a_log(stores, tmp_pat
         assert answers(db) == expected
 
 
+def test_a_sequence_number_in_the_manifest_that_is_too_low_does_not_let_old_rows_win(db):
+    """Without a copy to compare it with: the next row would have a number below that of the row that it replaces."""
+    shutil.rmtree(folder_of(db) / RECORDS)
+    manifest = folder_of(db) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "current_seq": 2}))
+    newer = nodes(7, 1)
+    newer[0].set_content("newer")
+    with open_store(db, MODEL) as store:
+        store.add(newer)
+    with open_store(db, MODEL) as store:
+        assert store.get_nodes(["007"])[0].get_content() == "newer"
+        assert store.count() == ROWS
+
+
 def test_a_data_file_that_was_cut_short_comes_back_from_the_log(stores, tmp_path, caplog):
     """As an older version leaves it after a power cut: the manifest and the log were synced, the data was not."""
     db = Path(shutil.copytree(stores["closed"], tmp_path / "a.db"))
@@ -220,6 +247,26 @@ def test_a_link_inside_a_store_is_refused_and_nothing_is_done_to_where_it_leads(
     with pytest.raises(StoreError, match=rf"{name} is a link"):
         open_store(db, MODEL)
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
+def test_a_pipe_inside_a_store_is_refused_and_not_waited_for(db):
+    (folder_of(db) / "manifest.json").unlink()
+    os.mkfifo(folder_of(db) / "manifest.json")
+    with pytest.raises(StoreError, match=r"manifest\.json is a pipe"):
+        open_store(db, MODEL)
+
+
+def test_a_disk_that_fails_while_rows_are_put_on_it_is_said_and_nothing_is_reported_as_stored(db, monkeypatch):
+    with open_store(db, MODEL) as store:
+        monkeypatch.setattr(os, "fsync", _failing)
+        for write in (lambda: store.add(nodes(ROWS, 5)), lambda: store.delete_nodes(["003"])):
+            with pytest.raises(StoreError, match=r"a\.db failed.* may not survive a power cut: Input/output error"):
+                write()
+        monkeypatch.undo()
+
+
+def _failing(_: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_a_store_of_an_older_version_opens_and_is_guarded_from_then_on(db, stores, tmp_path):

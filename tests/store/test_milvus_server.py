@@ -78,6 +78,20 @@ def folder(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+def test_what_a_server_holds_can_be_verified(opened, folder):
+    """The numbers, lists and signs of metadata come back from a server as they were stored."""
+    store = opened(ColourEmbedding())
+    ingest_images(folder, store, ColourEmbedding(), show_progress=False)
+    rich = node("rich", price=1 / 3, big=2**53 + 1, sizes=[1, 2.5, -3], words=["a", "\u00e9"], sign="\u2028\\")
+    rich.embedding = ColourEmbedding().get_text_embedding("red")
+    store.add([rich])
+    assert str(store.verify()) == f"{PICTURES + 1} rows read, {PICTURES + 1} checked, 0 damaged"
+    assert store.get_nodes(["rich"])[0].metadata == rich.metadata
+    (row,) = next(store._collection.scan(["*"], 'id == "rich"'))
+    store._collection.write([{**row, "price": 2}])
+    assert store.verify().damaged == ("rich",)
+
+
 def check_whole(store: ImageStore, folder: Path, **options: Any) -> None:
     """Every picture once, as it is now; a search finds each once; nothing is left to do."""
     rows = [row for page in store.scan(["file_path", "width"]) for row in page]
