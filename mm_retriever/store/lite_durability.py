@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from mm_retriever.errors import StoreError
+from mm_retriever.forks import ForkLock
 
 RECORDS = "mm_retriever"
 """The folder of ours in the folder of a collection."""
@@ -35,7 +35,7 @@ _COPIED = ("manifest.json", "schema.json")
 _PIECE = 2**20
 
 _guarded: set[str] = set()
-_installing = threading.Lock()
+_installing = ForkLock()
 _synced: dict[str, tuple[int, ...]] = {}  # log: its state when it was last synced from this process
 
 
