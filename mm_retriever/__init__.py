@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         embed_to_shards_on_ray,
         import_shards,
         ingest_images,
+        prune_images,
+        remove_images,
     )
     from mm_retriever.llm import Phi3VisionLLM
     from mm_retriever.models.bge_m3 import BGEM3SparseEmbedding
@@ -60,6 +62,8 @@ _HOME = {
     "ingest_images": "ingest",
     "load_image": "image",
     "open_store": "store",
+    "prune_images": "ingest",
+    "remove_images": "ingest",
 }
 
 __all__ = [
@@ -88,6 +92,8 @@ __all__ = [
     "ingest_images",
     "load_image",
     "open_store",
+    "prune_images",
+    "remove_images",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``mm-retriever index | search | embed | import | convert | info | demo | mcp``.
+"""The command line: ``mm-retriever index | search | prune | remove | clear | embed | import | ...``.
 
 Owns commands, options and exit codes; every piece of work is a call into the package, imported inside the command,
 so that ``--help`` answers at once, and what a command shows is `mm_retriever.terminal`'s. Errors of the package are
@@ -36,8 +36,11 @@ REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
 TINY_FUSION = 0.3
 """Weight of the retrieval score beside the small reranker's, chosen on seen compositions (its model card)."""
+EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+_KEPT = "their files cannot be looked at now, so nobody knows whether they are gone; run it again when they can"
 
 app = typer.Typer(
     help="Search pictures by text, by picture, or by both at once.",
@@ -55,6 +58,10 @@ Token = Annotated[
 Model = Annotated[str, typer.Option(help="A published name, a local folder or file, or `tiny` (drawn products only).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Prune also where more than a fifth would go, or a drive seems to be missing."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 
 Sidecar = Annotated[
@@ -81,7 +88,9 @@ def index(
     model: Model = REAL_MODEL,
     collection: Collection = "mm_retriever",
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Pictures embedded at a time.")] = 32,
-    prune: Annotated[bool, typer.Option("--prune", help="Also remove pictures that are gone from the folder.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Also remove images whose files are gone.")] = False,
+    force: Force = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file, whatever its size and times say.")] = False,
     sidecar: Sidecar = None,
     no_sidecar: NoSidecar = False,
     drop_columns: Annotated[
@@ -113,6 +122,8 @@ def index(
             sidecar=_sidecar(sidecar, no_sidecar=no_sidecar),
             drop_columns=drop_columns,
             exif=not no_exif,
+            force=force,
+            verify=verify,
             report_path=report,
             show_progress=not as_json,
         )
@@ -120,6 +131,8 @@ def index(
         print_json(result.to_dict())
     else:
         print_ingestion(result)
+    if result.kept:
+        _fail(f"{result.kept} rows were kept: {_KEPT}", EXIT_INCOMPLETE)
 
 
 @app.command()
@@ -143,6 +156,9 @@ def search(
     min_score: Annotated[float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).")] = None,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Search by words too, in a store of `index --hybrid`; scores tell ranks.")
+    ] = False,
+    each_once: Annotated[
+        bool, typer.Option("--each-once", help="Show copies of one file once; the next results take their places.")
     ] = False,
     exclude_query: Annotated[bool, typer.Option("--exclude-query", help="Leave out the query picture itself.")] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Let a vision model rank the results and say why.")] = False,
@@ -181,11 +197,15 @@ def search(
             min_score=min_score,
             mode="hybrid" if hybrid else "default",
             exclude_query_image=exclude_query,
+            unique=each_once,
         )
         # whoever types a URL wants it fetched; addresses in a private network stay closed
         policy = replace(embed_model.image_policy, allow_urls=True)
         query = embed_model.get_query_bundle(text, image, image_policy=policy)
         nodes = retriever.retrieve(query)
+        if len(nodes) < top_k:
+            why = _why_fewer(store.count(), filters, min_score, each_once=each_once, exclude_query=exclude_query)
+            typer.echo(f"{len(nodes)} of the {top_k} results that were asked for: {why}", err=True)
     reranking = None
     if rerank or rerank_url or rerank_model:
         reranker = _reranker(model, rerank_model, rerank_url, top_n=top_k, device=device)
@@ -196,6 +216,69 @@ def search(
     else:
         print_search(found)
     write_search(found, html=html, png=png, quiet=as_json)
+
+
+@app.command()
+def prune(
+    folder: Annotated[Path, typer.Argument(help="A folder that was indexed; it may be gone.")],
+    db: Db = "photos.db",
+    collection: Collection = "mm_retriever",
+    force: Force = False,
+    token: Token = None,
+) -> None:
+    """Remove the rows of images below a folder whose files are gone. Loads no model, touches no file."""
+    from mm_retriever.ingest import prune_images
+    from mm_retriever.store import open_stored
+
+    with open_stored(db, collection=collection, token=token) as store:
+        done = prune_images(folder, store, force=force)
+    if not done.rows:
+        raise QueryError(f"nothing is stored of {str(folder)!r} in {db!r}")
+    typer.echo(str(done))
+    if done.kept:
+        _fail(f"{done.kept} rows were kept: {_KEPT}; for example {done.kept_paths[0]!r}", EXIT_INCOMPLETE)
+
+
+@app.command()
+def remove(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders (with all below them) or URLs that were indexed.")
+    ] = None,
+    ids: Annotated[list[str] | None, typer.Option("--id", help="The id of a row; repeat for more.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="What all rows to remove match, as in `search`.")] = None,
+    db: Db = "photos.db",
+    collection: Collection = "mm_retriever",
+    token: Token = None,
+) -> None:
+    """Remove rows by path, id or metadata. Loads no model, touches no file."""
+    from mm_retriever.ingest import remove_images
+    from mm_retriever.store import open_stored
+
+    if not paths and not ids and not where:
+        raise QueryError("nothing is named to be removed: give paths, --id or --where; `clear` removes everything")
+    filters = _filters(where or [])
+    with open_stored(db, collection=collection, token=token) as store:
+        _check_filters(store, filters)
+        removed = remove_images(store, paths or [], ids=ids or [], filters=filters)
+        typer.echo(f"{removed} rows removed, {store.count()} left")
+
+
+@app.command()
+def clear(
+    db: Db = "photos.db",
+    collection: Collection = "mm_retriever",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Without asking.")] = False,
+    token: Token = None,
+) -> None:
+    """Remove every row of a collection. Loads no model, touches no file."""
+    from mm_retriever.store import open_stored
+
+    with open_stored(db, collection=collection, token=token) as store:
+        rows = store.count()
+        if not yes:
+            typer.confirm(f"Remove all {rows} rows of {collection!r} in {db}?", abort=True)
+        store.clear()
+    typer.echo(f"{rows} rows removed")
 
 
 @app.command()
@@ -539,6 +622,17 @@ def _filters(conditions: Sequence[str]) -> MetadataFilters | None:
     for condition in filter(second_condition, conditions):
         typer.echo(f"--where {condition!r} is taken as one condition; repeat --where for each", err=True)
     return filters
+
+
+def _why_fewer(
+    rows: int, filters: MetadataFilters | None, min_score: float | None, *, each_once: bool, exclude_query: bool
+) -> str:
+    limits = ["--where"] if filters else []
+    limits += ["--min-score"] if min_score is not None else []
+    limits += ["--each-once"] if each_once else []
+    limits += ["--exclude-query"] if exclude_query else []
+    held = f"the collection holds {rows} rows"
+    return f"{held}, and {', '.join(limits)} leave out others" if limits else held
 
 
 def _check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:

@@ -14,7 +14,10 @@ PREFIX = "mm_"
 DESCRIPTIVE_KEYS = ("label", "file_path", "file_name", "width", "height")
 """What ingestion tells a reader about an image."""
 
-STAMP_KEYS = ("bytes", "mtime_ns", "digest")
+FILE_STAMP = "file_stamp"
+"""What tells one state of a file from another beside size and time: ctime, inode and device."""
+
+STAMP_KEYS = ("bytes", "mtime_ns", FILE_STAMP, "digest")
 """What ingestion needs to see that a file changed."""
 
 OWN_KEYS = frozenset((*DESCRIPTIVE_KEYS, *STAMP_KEYS))

@@ -9,7 +9,8 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -44,6 +45,10 @@ from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_mo
 logger = logging.getLogger(__name__)
 
 _LOSSLESS = ("PNG", "TIFF")  # what the pixels of a PIL image or an array arrive as
+
+
+COPIES = "copies_left_out"
+"""Metadata of a result that stands for copies of its file too: how many."""
 
 
 class QueryEmbedding(Protocol):
@@ -92,6 +97,7 @@ class ComposedRetriever(BaseRetriever):
             copies of it lie, and, of an image without a file of its own (PIL, an array, a PNG that was uploaded), by
             its pixels. A composed query otherwise finds it first. The places it frees go to the next results.
         image_policy: which images may be read to leave out the query image; default: the policy of the model.
+        unique: of copies of one file only the best; the places they free go to the next results.
         callback_manager: as LlamaIndex knows it.
 
     Raises:
@@ -109,6 +115,7 @@ class ComposedRetriever(BaseRetriever):
         min_score: float | None = None,
         mode: Literal["default", "hybrid"] = "default",
         exclude_query_image: bool = False,
+        unique: bool = False,
         image_policy: ImagePolicy | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
@@ -135,6 +142,7 @@ class ComposedRetriever(BaseRetriever):
         self._min_score = min_score
         self._mode = VectorStoreQueryMode(mode)
         self._exclude_query_image = exclude_query_image
+        self._unique = unique
         self._policy = image_policy or cast("ImagePolicy", getattr(embed_model, "image_policy", DEFAULT_POLICY))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -144,7 +152,7 @@ class ComposedRetriever(BaseRetriever):
         vector = self._vector(query_bundle)
         if self._exclude_query_image and query_bundle.image_path:
             return self._others(query_bundle, vector, query_bundle.image_path)
-        return list(self._search(query_bundle, vector, self._top_k))
+        return self._filled(query_bundle, vector, lambda found: found)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
@@ -181,10 +189,21 @@ class ComposedRetriever(BaseRetriever):
     def _others(self, query: QueryBundle, vector: list[float], image: str) -> list[NodeWithScore]:
         """The nearest that are not the query picture; more are fetched for as long as copies of it take up places."""
         itself = _QueryImage(image, self._policy)
-        limit = min(self._top_k + 1, MAX_TOP_K)
+        return self._filled(query, vector, itself.left_out_of, more=1)
+
+    def _filled(
+        self,
+        query: QueryBundle,
+        vector: list[float],
+        left: Callable[[list[NodeWithScore]], list[NodeWithScore]],
+        *,
+        more: int = 0,
+    ) -> list[NodeWithScore]:
+        """The nearest of those that are left; more are fetched for as long as others take up places."""
+        limit = min(self._top_k + more, MAX_TOP_K)
         while True:
             found = list(self._search(query, vector, limit))
-            others = itself.left_out_of(found)
+            others = each_once(left(found)) if self._unique else left(found)
             if len(others) >= self._top_k or len(found) < limit or limit == MAX_TOP_K:
                 return others[: self._top_k]
             limit = min(4 * limit, MAX_TOP_K)
@@ -215,6 +234,22 @@ class KeepQueryImage(BaseQueryTransform):
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
         """There are none but the transform's."""
+
+
+def each_once(found: Iterable[NodeWithScore]) -> list[NodeWithScore]:
+    """Return the best of each set of copies of one file, by its digest; its metadata say how many others there were."""
+    best: dict[object, NodeWithScore] = {}
+    copies: Counter[object] = Counter()
+    for one in found:
+        key = own_value(one.node.metadata, "digest") or one.node.node_id
+        copies[key] += 1
+        best.setdefault(key, one)
+    return [one if copies[key] == 1 else _with_copies(one, copies[key] - 1) for key, one in best.items()]
+
+
+def _with_copies(found: NodeWithScore, copies: int) -> NodeWithScore:
+    metadata = {**found.node.metadata, COPIES: copies}
+    return NodeWithScore(node=found.node.model_copy(update={"metadata": metadata}), score=found.score)
 
 
 class _QueryImage:

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import stat
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from llama_index.core.schema import BaseNode, ImageNode, TextNode
@@ -22,6 +23,7 @@ from mm_retriever.ingest.sources import Item
 from mm_retriever.ingest.vectors import Vector
 from mm_retriever.own_keys import (
     BOOKKEEPING_KEYS,
+    FILE_STAMP,
     LAYERS_KEY,
     OLD_LAYERS_KEY,
     OWN_KEYS,
@@ -67,6 +69,10 @@ class Layer:
         return text_digest(json.dumps([self.text, self.columns], default=str, sort_keys=True))[:16]
 
 
+_SETTLED_NS = 2_000_000_000
+"""The coarsest clock of a file system in use: FAT's."""
+
+
 @dataclass(frozen=True)
 class Task:
     """An item that is new, or may have changed.
@@ -78,6 +84,7 @@ class Task:
         kept: what the row has and this run says nothing about; see `keeping`.
         size: width and height that are stored.
         drop: kinds of metadata that the row loses if this run says nothing about them.
+        moved_from: id of the row that this one takes the place of; "" where nothing moved.
     """
 
     item: Item
@@ -87,12 +94,24 @@ class Task:
     kept: Mapping[Kind, Layer] = field(default_factory=dict)
     size: tuple[int, int] = (0, 0)
     drop: tuple[Kind, ...] = ()
+    moved_from: str = ""
 
     @property
     def same(self) -> bool:
-        """Whether the row is of the thing as it is now."""
-        stored = self.stored
-        return stored is not None and all(own_value(stored, key) == value for key, value in self.stamp.items())
+        """Whether the row is of the thing as it is now; for certain, or else the file has to be read."""
+        if self.item.path is not None and FILE_STAMP not in self.stamp:
+            return False
+        return self.same_stamp
+
+    @property
+    def same_stamp(self) -> bool:
+        """Whether the row has the stamp that it would have now; the device of a file may have got another number."""
+        if self.stored is None:
+            return False
+        now, then = {**self.stamp}, {key: own_value(self.stored, key) for key in self.stamp}
+        if FILE_STAMP in now:
+            now[FILE_STAMP], then[FILE_STAMP] = map(_without_device, (now[FILE_STAMP], then[FILE_STAMP]))
+        return now == then
 
     @property
     def same_metadata(self) -> bool:
@@ -132,9 +151,20 @@ class Task:
             return self
         width, height = own_value(node.metadata, "width"), own_value(node.metadata, "height")
         size = (int(width or 0), int(height or 0))
+        return replace(self, kept=self._kept_of(node), size=size)
+
+    def moved(self, node: BaseNode) -> Task:
+        """Return the task of a new item that takes the place of another row, with what that row has.
+
+        Args:
+            node: the other row's.
+        """
+        item = replace(self.item, relationships=self.item.relationships or dict(node.relationships))
+        return replace(self, item=item, kept=self._kept_of(node), moved_from=node.node_id)
+
+    def _kept_of(self, node: BaseNode) -> dict[Kind, Layer]:
         silent = (*self.given, *self.drop)
-        kept = {kind: layer for kind, layer in _layers(node).items() if kind not in silent}
-        return Task(self.item, self.given, self.stamp, self.stored, kept, size, self.drop)
+        return {kind: layer for kind, layer in _layers(node).items() if kind not in silent}
 
     def _old_digest(self) -> str:
         """What earlier versions stored of the same metadata."""
@@ -175,7 +205,7 @@ def picture_node(
     own = {
         "label": task.label,
         "file_path": item.path,
-        "file_name": os.path.basename(item.place),  # noqa: PTH119 - may be a URL
+        "file_name": item.file_name,
         "width": size[0],
         "height": size[1],
         **task.stamp,
@@ -286,12 +316,24 @@ def _bookkeeping(metadata: Mapping[str, Any], layers: Mapping[Kind, Layer]) -> l
     return [key for key in BOOKKEEPING_KEYS if key in metadata and key not in given]
 
 
-def stamp_of(path: str) -> dict[str, int]:
-    """Size and time of a regular file: equal stamps, equal contents."""
+def stamp_of(path: str) -> dict[str, int | str]:
+    """Size, time, and where there is certainty ctime and inode of a regular file: equal stamps, equal contents.
+
+    ctime changes where size and time are kept: by `cp -p`, `rsync -t`, `exiftool -P`, and by renaming. A file that
+    changed a moment ago may change again within the same tick of its clocks, so it gets no such stamp yet.
+    """
     status = os.stat(path)  # noqa: PTH116 - ten times Path's speed
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a file")
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    stamp: dict[str, int | str] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    now = time.time_ns()
+    if min(abs(now - status.st_mtime_ns), abs(now - status.st_ctime_ns)) > _SETTLED_NS:
+        stamp[FILE_STAMP] = f"{status.st_ctime_ns}-{status.st_ino}-{status.st_dev}"
+    return stamp
+
+
+def _without_device(stamp: object) -> str:
+    return str(stamp or "").rpartition("-")[0]
 
 
 def reason_of(error: OSError | ValueError) -> str:

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from llama_index.core.schema import BaseNode
-from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.core.schema import BaseNode, ImageNode
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
 from mm_retriever.errors import IngestError, NodeError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
+from mm_retriever.ingest.gone import fate
 from mm_retriever.ingest.ignored import IgnoredCounts
+from mm_retriever.ingest.known import KnownVectors
 from mm_retriever.ingest.nodes import (
     BOOKKEEPING,
     Kind,
@@ -40,11 +41,13 @@ from mm_retriever.ingest.nodes import (
     text_node,
 )
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
+from mm_retriever.ingest.removal import prune_images
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarMatch, SidecarSource, match_sidecar
-from mm_retriever.ingest.sources import Item, Source, items, path_id, source_folder, walk
-from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
-from mm_retriever.own_keys import own_columns, own_value
+from mm_retriever.ingest.sources import Item, Source, items, path_id, source_folder, url_id, vanished_folder, walk
+from mm_retriever.ingest.stable_url import stable_url
+from mm_retriever.ingest.vectors import PictureEmbedding, Vector, Vectors
+from mm_retriever.own_keys import own_value
 from mm_retriever.store import ImageStore, same_model
 
 _WINDOW = 256
@@ -62,6 +65,8 @@ def ingest_images(
     *,
     batch_size: int = 32,
     prune: bool = False,
+    force: bool = False,
+    verify: bool = False,
     sidecar: SidecarSource | None = None,
     drop_columns: bool = False,
     exif: bool = True,
@@ -93,7 +98,10 @@ def ingest_images(
         store: from `open_store`, for the same model.
         embed_model: a `VisualizedBGEEmbedding`.
         batch_size: pictures that go through the model together.
-        prune: also remove the rows of pictures below the folder that are gone or can no longer be read.
+        prune: also remove the rows of images below the folder whose files are gone, or are images no longer; what
+            cannot be looked at keeps its row. The folder itself may be gone.
+        force: with `prune`: also where more than a fifth of the folder's rows would go, or a drive seems to be missing.
+        verify: read every file, and fetch every URL, whatever size and times say.
         sidecar: a JSON, JSON Lines, CSV or TSV file, or a mapping, with more metadata by path below the folder or by
             file name; a column `text` or `caption` becomes the text of the node. Where columns changed, a row is
             written again, not embedded again. None: the `metadata.jsonl` and `metadata.csv` files in the folder, if
@@ -118,6 +126,10 @@ def ingest_images(
             f"the store was opened for {store.model_id!r} ({store.dim} numbers), "
             f"the model given is {embed_model.model_id!r} ({embed_model.dimension} numbers)"
         )
+    if force and not prune:
+        raise IngestError("force=True goes with prune=True: it says that many rows may go")
+    if prune and fs is None and (vanished := vanished_folder(source)) is not None:
+        return _pruned_only(vanished, store, force=force, report_path=report_path)
     folder = source_folder(source) if fs is None else None
     if prune and folder is None:
         raise IngestError("prune=True needs a folder as the source: only there does a missing file mean a removed one")
@@ -130,8 +142,34 @@ def ingest_images(
     ) as bar:
         dropped: tuple[Kind, ...] = ("earlier", "node", "sidecar") if drop_columns else ()
         dropped += ("exif",) if drop_columns and not exif else ()
-        run = _Run(store, embed_model, match, batch_size, image_policy, bar, exif=exif, dropped=dropped, file_system=fs)
-        report = run.report_of(source, folder if prune else None)
+        run = _Run(
+            store,
+            embed_model,
+            match,
+            batch_size,
+            image_policy,
+            bar,
+            exif=exif,
+            dropped=dropped,
+            file_system=fs,
+            verify=verify,
+        )
+        with closing(run):
+            report = run.report_of(source, folder if prune else None, force=force)
+    if report_path is not None:
+        report.write(report_path)
+    return report
+
+
+def _pruned_only(folder: str, store: ImageStore, *, force: bool, report_path: str | Path | None) -> IngestReport:
+    """Remove the rows of a folder that is gone."""
+    start = time.perf_counter()
+    pruned = prune_images(folder, store, force=force)
+    if not pruned.rows:
+        raise IngestError(f"there is no folder {folder!r}, and nothing is stored of it")
+    counts = dict.fromkeys(("indexed", "replaced", "updated", "unchanged"), 0)
+    seconds = time.perf_counter() - start
+    report = IngestReport(**counts, removed=pruned.removed, kept=pruned.kept, skipped=(), seconds=seconds)
     if report_path is not None:
         report.write(report_path)
     return report
@@ -160,6 +198,7 @@ class _Run:
         exif: bool,
         dropped: tuple[Kind, ...],
         file_system: Any | None,
+        verify: bool = False,
     ) -> None:
         self._store = store
         self._embed_model = embed_model
@@ -178,22 +217,32 @@ class _Run:
         self._skipped: list[SkippedImage] = []
         self._ignored = IgnoredCounts()
         self._under_way: set[str] = set()  # ids that are being read or embedded
-        self._unreadable: set[str] = set()  # ids of pictures that could not be read in this run
+        self._spoiled: set[str] = set()  # ids of what is there and no image any longer
+        self._verify = verify
+        self._known = KnownVectors(store, self._retried)
+        self._moves: set[str] = set()  # ids of rows whose place another row takes
         self._files = 0
 
-    def report_of(self, source: Source, prune_folder: str | None) -> IngestReport:
+    def close(self) -> None:
+        """Let go of what the run keeps on disk."""
+        self._known.close()
+
+    def report_of(self, source: Source, prune_folder: str | None, *, force: bool) -> IngestReport:
         """Do everything and return the report."""
         start = time.perf_counter()
         try:
             self._ingest(self._tasks(source))
             if prune_folder is not None:
-                self._prune(prune_folder)
+                self._prune(prune_folder, force=force)
         except StoreError as error:
             stored = self._counts["indexed"] + self._counts["replaced"]
             raise type(error)(f"{error}. {stored} pictures were stored; the same call goes on from there") from error
-        counts = {name: self._counts[name] for name in ("indexed", "replaced", "updated", "unchanged", "removed")}
+        return self._report(start)
+
+    def _report(self, start: float) -> IngestReport:
+        names = ("indexed", "replaced", "moved", "reused", "updated", "unchanged", "removed", "kept")
         return IngestReport(
-            **counts,
+            **{name: self._counts[name] for name in names},
             skipped=tuple(self._skipped),
             seconds=time.perf_counter() - start,
             ignored=self._ignored.report(),
@@ -235,7 +284,6 @@ class _Run:
             try:
                 stamp = stamp_of(item.path)
             except (OSError, ValueError) as error:
-                self._unreadable.add(item.id)
                 self._skip(item.name, reason_of(error))
                 return None
         elif item.stamp:
@@ -247,7 +295,7 @@ class _Run:
         self._left_out.update(left_out)
         self._silent += row is None and not self._dropped and self._sidecar.has_rows and has_columns(stored)
         task = Task(item, given, stamp, stored, drop=self._dropped)
-        if task.same and task.same_metadata:
+        if task.same and task.same_metadata and not (self._verify and item.is_picture):
             self._done("unchanged")
             return None
         return task
@@ -261,8 +309,12 @@ class _Run:
         with closing(reading) as results:
             for task, picture in results:
                 if picture.error:
-                    self._unreadable.add(task.item.id)
+                    if picture.spoiled and picture.length == task.stamp.get("bytes"):
+                        self._spoiled.add(task.item.id)
                     self._skip(task.item.name, picture.error, task)
+                elif picture.prepared is None and task.same_stamp and task.same_metadata:
+                    self._under_way.discard(task.item.id)
+                    self._done("unchanged")
                 else:
                     batch = rewritten if picture.prepared is None else pictures
                     batch.append((task, picture))
@@ -294,14 +346,46 @@ class _Run:
         )
 
     def _embed_pictures(self, pictures: Sequence[tuple[Task, ReadPicture]]) -> None:
-        found = self._vectors.of_pictures([picture.prepared for _, picture in pictures])
+        """Store images; contents that the store or this batch has already are not embedded again."""
+        known = self._known.rows({picture.digest for _, picture in pictures})
+        fresh = {picture.digest: picture.prepared for _, picture in pictures if picture.digest not in known}
+        vectors = dict(zip(fresh, self._vectors.of_pictures(list(fresh.values())), strict=True))
         nodes = []
-        for (task, picture), vector in zip(pictures, found, strict=True):
+        for task, picture in pictures:
+            rows = known.get(picture.digest, ())
+            vector = self._row_vector(rows[0]) if rows else vectors[picture.digest]
             if isinstance(vector, str):
                 self._skip(task.item.name, vector, task)
-            else:
-                nodes.append((task, picture_node(task, picture.digest, picture.size, vector, picture.exif)))
+                continue
+            moved = self._moved(task, rows)
+            if moved is None:
+                self._counts["reused"] += fresh.pop(picture.digest, None) is None
+            node = picture_node(moved or task, picture.digest, picture.size, vector, picture.exif)
+            nodes.append((moved or task, node))
         self._write(nodes)
+
+    def _row_vector(self, row: Mapping[str, Any]) -> Vector:
+        return np.asarray(row[self._store.embedding_field], dtype=np.float32)
+
+    def _moved(self, task: Task, rows: Sequence[Mapping[str, Any]]) -> Task | None:
+        """The task with what the row of a vanished file of the same contents has; None where nothing moved."""
+        item = task.item
+        if task.stored is not None or item.id != (path_id(item.path) if item.path is not None else url_id(item.place)):
+            return None
+        free = {str(row["id"]): row for row in rows if row["id"] not in self._moves and row["id"] != item.id}
+        for node in self._retried(self._store.get_nodes, list(free)) if free else ():
+            if self._is_former(item, free[node.node_id], node):
+                self._moves.add(node.node_id)
+                return task.moved(node)
+        return None
+
+    def _is_former(self, item: Item, row: Mapping[str, Any], node: BaseNode) -> bool:
+        """Whether a row is of the same thing under a name that it no longer has: a file that is gone, an old URL."""
+        if item.path is None:
+            url = getattr(node, "image_url", None)
+            return bool(url) and stable_url(url) == item.url
+        path = str(own_value(row, "file_path") or "")
+        return bool(path) and row["id"] == path_id(path) and fate(path, row) == "gone"
 
     def _embed_texts(self, tasks: Sequence[Task]) -> None:
         found = self._vectors.of_texts([task.item.text for task in tasks])
@@ -341,40 +425,32 @@ class _Run:
             for one in nodes:
                 self._write([one], embedded=embedded)
             return
-        for task, _ in nodes:
+        moved = [task.moved_from for task, _ in nodes if task.moved_from]
+        if moved:
+            self._retried(self._store.delete_nodes, moved)
+        for task, node in nodes:
             self._under_way.discard(task.item.id)
-            if embedded:
+            if isinstance(node, ImageNode):
+                self._known.add(str(own_value(node.metadata, "digest")), node.node_id)
+            if task.moved_from:
+                self._done("moved")
+            elif embedded:
                 self._done("indexed" if task.stored is None else "replaced")
             else:
                 self._done("unchanged" if task.same_metadata else "updated")
 
-    def _prune(self, folder: str) -> None:
-        if not self._files:
+    def _prune(self, folder: str, *, force: bool) -> None:
+        if not self._files and not force:
             raise IngestError(
                 f"prune=True: there is no picture below {folder!r}, so nothing was removed. If that is right and not a "
-                "drive that is missing, remove the rows with store.delete_nodes(filters=...) or store.clear()"
+                "drive that is missing, ask for it again with --force (force=True in Python)"
             )
-        below = folder.rstrip("/") + "/"
-        paths = own_columns("file_path")
-        filters = MetadataFilters(filters=[_path_below(key, below) for key in paths], condition=FilterCondition.OR)
-        for page in self._store.scan(paths, filters):
-            gone = [row["id"] for row in page if self._is_gone(row["id"], str(own_value(row, "file_path")))]
-            self._retried(self._store.delete_nodes, gone)
-            self._counts["removed"] += len(gone)
-
-    def _is_gone(self, row_id: str, path: str) -> bool:
-        """Whether ingestion made the row, and its file is no longer there or no longer a picture."""
-        if row_id != path_id(path):
-            return False
-        if row_id in self._unreadable:
-            return True
         try:
-            stamp_of(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        except (OSError, ValueError):  # no permission, a stale mount: not known to be gone
-            return False
-        return False
+            pruned = prune_images(folder, self._store, force=force, spoiled=self._spoiled)
+        except IngestError as error:
+            raise IngestError(f"{self._report(time.perf_counter())}; but {error}") from None
+        self._counts["removed"] += pruned.removed
+        self._counts["kept"] += pruned.kept
 
     # ------------------------------------------------------------------------------------------ accounts
 
@@ -397,13 +473,3 @@ class _Run:
         self._bar.update()
         if task is not None:
             self._under_way.discard(task.item.id)
-
-
-def _path_below(key: str, folder: str) -> MetadataFilters:
-    """Paths under the key that begin with the folder, which ends in '/'."""
-    return MetadataFilters(
-        filters=[
-            MetadataFilter(key=key, operator=FilterOperator.GTE, value=folder),
-            MetadataFilter(key=key, operator=FilterOperator.LT, value=folder[:-1] + chr(ord("/") + 1)),
-        ]
-    )

@@ -253,6 +253,7 @@ def _write_items(draft: Path, found: Iterator[Item], columns: SidecarMatch, size
         with _synced(_items_file(draft, shards)) as file:
             for item in chain([first], islice(found, size - 1)):
                 known: dict[str, Any] = {"id": item.id, "path": item.path, "url": item.url, "label": item.label}
+                known["fetch_url"] = item.fetch_url
                 if (row := columns.row(item.sidecar_names, item.path)) is not None:
                     known |= {"metadata": row.columns, "text": row.text}
                 file.write(json.dumps({name: value for name, value in known.items() if value}) + "\n")

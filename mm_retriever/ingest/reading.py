@@ -35,6 +35,9 @@ class ReadPicture:
         prepared: what the model needs of the pixels; None if the digest is the known one.
         error: why there is none of this; "" if there is.
         exif: columns from the EXIF block; empty where it is not asked for.
+        spoiled: whether a decoder looked at all these bytes and found that they are no image; False for whatever a
+            second try, more memory or another reader might change.
+        length: bytes that were read.
     """
 
     digest: str = ""
@@ -42,6 +45,8 @@ class ReadPicture:
     prepared: Any = None
     error: str = ""
     exif: dict[str, Any] = field(default_factory=dict)
+    spoiled: bool = False
+    length: int = -1
 
 
 def read_picture(
@@ -57,13 +62,23 @@ def read_picture(
         digest = hashlib.sha256(data).hexdigest()
         exif = exif_columns(data) if with_exif else {}
         if digest == known_digest:
-            return ReadPicture(digest, exif=exif)
-        image = load_image(data, policy=policy, keep_mode=True)  # the model resizes grey and CMYK in their own mode
-        return ReadPicture(digest, image.size, prepare(image), exif=exif)
+            return ReadPicture(digest, exif=exif, length=len(data))
+        try:
+            image = load_image(data, policy=policy, keep_mode=True)  # the model resizes grey and CMYK in their own mode
+        except ImageLoadError as error:
+            return ReadPicture(error=error.reason or str(error), spoiled=_is_verdict(error), length=len(data))
+        return ReadPicture(digest, image.size, prepare(image), exif=exif, length=len(data))
     except ImageLoadError as error:
         return ReadPicture(error=error.reason or str(error))  # the name of the source stands beside it in a report
     except Exception as error:  # one picture, whatever is wrong with it, must not end the run
         return ReadPicture(error=f"{type(error).__name__}: {error}"[:300])
+
+
+def _is_verdict(error: ImageLoadError) -> bool:
+    """Whether the bytes themselves are at fault, and not the machine, a limit of ours or a reader that is missing."""
+    cause = error.__cause__
+    machine = isinstance(cause, MemoryError | ImportError) or (isinstance(cause, OSError) and bool(cause.errno))
+    return not machine and "ImagePolicy." not in str(error) and "not supported" not in str(error)
 
 
 def read_ahead(

@@ -40,6 +40,9 @@ class IngestReport:
         ignored: what the folder holds beside images, by type, with reasons.
         unused_rows: rows of the sidecar that match no image.
         notes: what else there is to say, a line each.
+        moved: rows whose file is gone and was found again under another name or URL; they keep vector and metadata.
+        reused: new or changed ones that needed no model, because the store had a vector of the same file contents.
+        kept: rows that pruning left alone because their files cannot be looked at now.
     """
 
     indexed: int
@@ -52,11 +55,14 @@ class IngestReport:
     ignored: tuple[IgnoredFiles, ...] = ()
     unused_rows: int = 0
     notes: tuple[str, ...] = ()
+    moved: int = 0
+    reused: int = 0
+    kept: int = 0
 
     @property
     def embedded(self) -> int:
         """How many went through the model: 0 in a second run."""
-        return self.indexed + self.replaced
+        return self.indexed + self.replaced - self.reused
 
     @property
     def pictures_per_second(self) -> float:
@@ -64,8 +70,10 @@ class IngestReport:
         return self.embedded / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        counts = ("indexed", "replaced", "updated", "unchanged", "removed")
+        counts = ("indexed", "replaced", "moved", "updated", "unchanged", "removed")
         parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
+        parts += [f"{self.reused} of them copies of known files"] if self.reused else []
+        parts += [f"{self.kept} kept that cannot be looked at"] if self.kept else []
         parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
         parts += [f"{ignored} ignored"] if (ignored := sum(files.count for files in self.ignored)) else []
         parts += [f"{self.unused_rows} sidecar rows unused"] if self.unused_rows else []

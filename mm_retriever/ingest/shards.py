@@ -262,7 +262,7 @@ class ShardWriter:
             yield Task(item, {"sidecar": said} if said else {}, stamp, stored=None)
 
     def _read(self, task: Task) -> ReadPicture:
-        return read_picture(task.item.place, "", self._embed_model.prepare_image, self._policy, self._exif)
+        return read_picture(task.item.source, "", self._embed_model.prepare_image, self._policy, self._exif)
 
     def _embed(
         self, batch: Sequence[tuple[Task, ReadPicture]], rows: ParquetRows, skipped: list[tuple[str, str]]

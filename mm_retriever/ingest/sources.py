@@ -23,6 +23,7 @@ from mm_retriever.errors import ImageLoadError, IngestError, NodeError
 from mm_retriever.image import ImageSource, is_image_path, read_image_bytes
 from mm_retriever.ingest.ignored import HIDDEN, LINKED, Ignore, not_counted, why_ignored
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
+from mm_retriever.ingest.stable_url import stable_url, url_file_name
 from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
 
 Entry: TypeAlias = str | os.PathLike[str] | BaseNode
@@ -41,7 +42,8 @@ class Item:
         id: of its row; the same in every run.
         name: path, URL or node id, for people.
         path: the picture file, absolute.
-        url: where the picture is, if it is no file.
+        url: where the picture is, if it is no file; without what is signed or secret.
+        fetch_url: what to fetch it by, where that is more than the URL.
         data: bytes of a picture that is in no local file, or what reads them.
         stamp: what says that the thing is the same as before, where it is in no local file.
         text: what the caller's node says; the thing itself where there is no picture.
@@ -55,6 +57,7 @@ class Item:
     name: str
     path: str | None = None
     url: str | None = None
+    fetch_url: str | None = None
     data: bytes | RemoteFile | None = None
     stamp: dict[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -69,6 +72,12 @@ class Item:
         return self.path or self.url or ""
 
     @property
+    def file_name(self) -> str:
+        """What its file is called, with letters and accents composed; "" for a text."""
+        name = url_file_name(self.url) if self.path is None and self.url else os.path.basename(self.place)  # noqa: PTH119
+        return unicodedata.normalize("NFC", name)
+
+    @property
     def is_picture(self) -> bool:
         """Whether there are pixels to embed."""
         return bool(self.place) or self.data is not None
@@ -76,7 +85,9 @@ class Item:
     @property
     def source(self) -> ImageSource:
         """What the pixels are read from."""
-        return self.place if self.data is None else self.data  # type: ignore[return-value]
+        if self.data is not None:
+            return self.data  # type: ignore[return-value]
+        return self.path or self.fetch_url or self.url or ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,22 @@ def source_folder(source: Source) -> str | None:
         raise IngestError(f"{os.fspath(source)[:200]!r}: {_needs_file_system(remote['scheme'])}")
     path = existing_path(source)
     return str(path.resolve()) if path.is_dir() else None
+
+
+def vanished_folder(source: Source) -> str | None:
+    """Return where a folder was that is not there any more; None if the source is there, or is no path."""
+    if not isinstance(source, str | os.PathLike) or is_url(os.fspath(source)):
+        return None
+    try:
+        existing_path(source)
+    except IngestError:
+        try:
+            os.stat(source)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return os.path.realpath(source)
+        except (OSError, ValueError):
+            return None
+    return None
 
 
 def existing_path(source: str | os.PathLike[str]) -> Path:
@@ -292,13 +319,28 @@ def _path_item(path: str, *, root: str | None) -> Item:
         name=absolute,
         path=absolute,
         sidecar_names=(below.as_posix(), posix.name),
-        label=below.parent.as_posix() if below.parent.parts else "",
+        label=unicodedata.normalize("NFC", below.parent.as_posix()) if below.parent.parts else "",
     )
 
 
+def is_url(place: str) -> bool:
+    """Whether a source is a URL and no path."""
+    return _URL.match(place) is not None
+
+
+def url_id(url: str) -> str:
+    """Return the id of the row of an image at a URL; the same under any signature."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, stable_url(url)))
+
+
 def _url_item(url: str) -> Item:
+    stable = stable_url(url)
     return Item(
-        id=str(uuid.uuid5(uuid.NAMESPACE_URL, url)), name=url, url=url, sidecar_names=(url, url.rsplit("/")[-1])
+        id=url_id(url),
+        name=stable,
+        url=stable,
+        fetch_url=None if stable == url else url,
+        sidecar_names=(url, stable, url.rsplit("/")[-1], url_file_name(url)),
     )
 
 
@@ -336,7 +378,10 @@ def _node_item(node: BaseNode, files: _Files) -> Item:
     relationships = dict(node.relationships)
     if isinstance(node, Document):
         relationships.setdefault(NodeRelationship.SOURCE, RelatedNodeInfo(node_id=id_))
-    return replace(place, id=id_, text=text, metadata=plain.metadata, relationships=relationships)
+    metadata = plain.metadata
+    if place.fetch_url:
+        metadata = {key: place.url if value == place.fetch_url else value for key, value in metadata.items()}
+    return replace(place, id=id_, text=text, metadata=metadata, relationships=relationships)
 
 
 def _placed_item(node: ImageNode, path: str, files: _Files) -> Item:

@@ -29,7 +29,7 @@ from mm_retriever.store.filters import (
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
 
 SAMPLE_ROWS = 1_000
-BOOKKEEPING = frozenset({"file_path", "digest", "metadata_digest", "mtime_ns", "bytes"})
+BOOKKEEPING = frozenset({"file_path", "digest", "metadata_digest", "mtime_ns", "bytes", "file_stamp"})
 """Columns that ingestion writes for itself: they are not named to people, and a filter on them is nobody's mistake."""
 
 LAST = "~"

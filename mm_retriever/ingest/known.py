@@ -1,0 +1,98 @@
+"""Vectors that the store has already, by the digest of the file that they were made of.
+
+Owns how such a row is found without keeping the whole store in memory. Knows no models.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+
+from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
+from mm_retriever.store import ImageStore
+
+_REQUESTS = 8
+"""So many batches are looked up one by one, each a pass over the collection; then all digests are fetched once."""
+
+_COLUMNS = own_columns("digest", "file_path", "width", "height", FILE_STAMP)
+_DIGESTS = own_columns("digest")
+_PLACES = 64  # rows of one digest that are looked at; copies beyond are all the same
+
+
+class KnownVectors:
+    """Rows with a vector for the contents of a file; close it at the end.
+
+    Args:
+        store: where they are.
+        retried: calls the store.
+    """
+
+    def __init__(self, store: ImageStore, retried: Callable[..., Any]) -> None:
+        self._store = store
+        self._retried = retried
+        self._requests = 0
+        self._empty = retried(store.count) == 0
+        self._ids: sqlite3.Connection | None = None
+
+    def close(self) -> None:
+        """Let go of what is kept on disk."""
+        if self._ids is not None:
+            self._ids.close()
+
+    def rows(self, digests: Collection[str]) -> dict[str, list[Mapping[str, Any]]]:
+        """Return the rows of these digests, each with vector, place and size; an unknown digest is left out."""
+        wanted = sorted(set(digests))
+        if not wanted:
+            return {}
+        if self._empty or self._requests >= _REQUESTS:
+            ids = self._kept_ids(wanted)
+        else:
+            self._requests += 1
+            ids = self._found_ids(wanted)
+        names = (*_COLUMNS, self._store.embedding_field)
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        for row in self._retried(self._store.columns, ids, names).values():
+            digest, size = own_value(row, "digest"), (own_value(row, "width"), own_value(row, "height"))
+            if digest in digests and all(isinstance(side, int) for side in size):
+                rows.setdefault(str(digest), []).append(row)
+        return rows
+
+    def add(self, digest: str, row_id: str) -> None:
+        """Remember a row that was just written."""
+        if self._empty or self._ids is not None:
+            self._database().execute("INSERT OR REPLACE INTO known VALUES (?, ?)", (row_id, digest))
+
+    def _found_ids(self, digests: list[str]) -> list[str]:
+        conditions = [MetadataFilter(key=key, operator=FilterOperator.IN, value=digests) for key in _DIGESTS]
+        either = MetadataFilters(filters=[*conditions], condition=FilterCondition.OR)
+        counts = dict.fromkeys(digests, 0)
+        ids = []
+        for page in self._store.scan(_DIGESTS, either):
+            for row in page:
+                digest = own_value(row, "digest")
+                counts[digest] = counts.get(digest, 0) + 1
+                if counts[digest] <= _PLACES:
+                    ids.append(row["id"])
+        return ids
+
+    def _kept_ids(self, digests: list[str]) -> list[str]:
+        ids: list[str] = []
+        for digest in digests:
+            query = "SELECT id FROM known WHERE digest = ? LIMIT ?"
+            ids += [row[0] for row in self._database().execute(query, (digest, _PLACES))]
+        return ids
+
+    def _database(self) -> sqlite3.Connection:
+        """A file of its own, which goes when it is closed: the digests of millions of rows do not fit into memory."""
+        if self._ids is None:
+            self._ids = sqlite3.connect("", isolation_level=None)
+            self._ids.execute("CREATE TABLE known (id TEXT PRIMARY KEY, digest TEXT) WITHOUT ROWID")
+            self._ids.execute("CREATE INDEX by_digest ON known (digest)")
+            if not self._empty:
+                for page in self._store.scan(_DIGESTS):
+                    known = [(row["id"], digest) for row in page if isinstance(digest := own_value(row, "digest"), str)]
+                    self._ids.executemany("INSERT OR REPLACE INTO known VALUES (?, ?)", known)
+        return self._ids

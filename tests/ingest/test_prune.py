@@ -1,0 +1,174 @@
+"""Rows go only for files that are provably gone, never many at once unasked, and by name when someone names them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mm_retriever.errors import ImageLoadError, IngestError
+from mm_retriever.image import ImagePolicy
+from mm_retriever.ingest import gone as gone_module
+from mm_retriever.ingest import prune_images, remove_images
+from mm_retriever.ingest.reading import read_picture
+from tests.colour_embedding import COLOURS, paint
+from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, shared, store, where  # noqa: F401
+
+TRANSIENT = ("EIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EACCES", "EMFILE", "ENOMEM", "ELOOP")
+
+
+def album(root: Path, count: int) -> list[Path]:
+    """Images of different contents."""
+    names = list(COLOURS)
+    return [paint(root / f"{n:02d}.png", names[n % 8], size=(20 + n, 20)) for n in range(count)]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Has the file system fail for paths with a name, as a stale mount does: `failing("sub", errno.EIO)`."""
+    real = os.stat
+
+    def fail(part: str, number: int) -> None:
+        def stat(path, *args, **kwargs):
+            if isinstance(path, str | os.PathLike) and part in os.fspath(path) and "test" in os.fspath(path):
+                raise OSError(number, os.strerror(number))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "stat", stat)
+
+    return fail
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_a_file_that_cannot_be_looked_at_keeps_its_row(tmp_path, store, model, failing, name):  # noqa: F811
+    """All are there and intact; a run says which it could not see, and the report counts what it kept."""
+    photos = tmp_path / "photos"
+    album(photos / "sub", 6)
+    paint(photos / "other.png", "red", size=(50, 50))
+    ingest(photos, store, model)
+    failing("/sub/", getattr(errno, name))
+    report = ingest(photos, store, model, prune=True, force=True)
+    assert (report.removed, report.kept, len(report.skipped)) == (0, 6, 6)
+    assert store.count() == 7
+    assert "6 kept that cannot be looked at" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("cause", "spoiled"),
+    [
+        (OSError(errno.EIO, "Input/output error"), False),
+        (MemoryError(), False),
+        (ImportError("no decoder"), False),
+        (OSError("image file is truncated"), True),
+        (SyntaxError("broken"), True),
+    ],
+)
+def test_only_a_decoders_verdict_on_the_bytes_says_that_a_file_is_spoiled(tmp_path, monkeypatch, cause, spoiled):
+    """Too little memory, a bad disk and a reader that is missing say nothing about the image."""
+    path = paint(tmp_path / "a.png", "red")
+
+    def load(*args, **kwargs):
+        raise ImageLoadError("cannot load it") from cause
+
+    monkeypatch.setattr("mm_retriever.ingest.reading.load_image", load)
+    assert read_picture(str(path), "", lambda image: image, ImagePolicy()).spoiled is spoiled
+
+
+def test_a_limit_of_ours_is_no_verdict_and_nonsense_is(tmp_path):
+    path = paint(tmp_path / "a.png", "red")
+    assert not read_picture(str(path), "", lambda image: image, ImagePolicy(max_pixels=1)).spoiled
+    path.write_bytes(b"nonsense")
+    assert read_picture(str(path), "", lambda image: image, ImagePolicy()).spoiled
+
+
+def test_more_than_a_fifth_at_once_has_to_be_asked_for(tmp_path, store, model):  # noqa: F811
+    """Five of twenty: a folder that did not come back from a backup looks the same."""
+    photos = tmp_path / "photos"
+    files = album(photos, 20)
+    ingest(photos, store, model)
+    for path in files[:5]:
+        path.unlink()
+    with pytest.raises(IngestError, match=r"^0 indexed, 15 unchanged in .*5 of the 20 images .* more than a fifth"):
+        ingest(photos, store, model, prune=True)
+    with pytest.raises(IngestError, match=r"--force \(force=True in Python\)"):
+        prune_images(photos, store)
+    assert store.count() == 20
+    files[4].write_bytes(paint(tmp_path / "again.png", "blue", size=(24, 20)).read_bytes())
+    assert counts(ingest(photos, store, model, prune=True)) == {"replaced": 1, "unchanged": 15, "removed": 4}
+    for path in files[5:15]:
+        path.unlink()
+    assert counts(ingest(photos, store, model, prune=True, force=True)) == {"unchanged": 6, "removed": 10}
+
+
+def test_an_emptied_mount_point_is_noticed_by_its_device(tmp_path, store, model):  # noqa: F811
+    """An empty folder on another device than the files were on; the same folder emptied by hand has its own."""
+    photos = tmp_path / "photos"
+    files = album(photos / "mount", 3)
+    paint(photos / "a.png", "red", size=(50, 50))
+    ingest(photos, store, model)
+    for path in files:
+        path.unlink()
+    stamped = {"file_stamp": f"1-2-{files[0].parent.stat().st_dev}"}
+    moved = {"file_stamp": f"1-2-{files[0].parent.stat().st_dev + 1}"}
+    assert [gone_module.fate(str(files[0]), one) for one in (stamped, moved, {})] == ["gone", "unknown", "gone"]
+    paint(photos / "mount" / "new.png", "blue", size=(60, 60))
+    assert gone_module.fate(str(files[0]), moved) == "gone", "the mount is there: it is not empty"
+
+
+def test_a_link_that_leads_nowhere_may_lead_somewhere_again(tmp_path, store, model):  # noqa: F811
+    """To a file, or to the folder that it lies in, on a drive that is not mounted; `force` says that it is gone."""
+    nas, photos = tmp_path / "nas", tmp_path / "photos"
+    album(nas, 2)
+    paint(photos / "a.png", "red", size=(50, 50))
+    (photos / "linked.png").symlink_to(nas / "00.png")
+    (photos / "2024").symlink_to(nas)
+    assert counts(ingest(photos, store, model))["indexed"] == 4
+    nas.rename(tmp_path / "elsewhere")
+    report = ingest(photos, store, model, prune=True)
+    assert (report.removed, report.kept) == (0, 3)
+    (photos / "linked.png").unlink()
+    (photos / "2024").unlink()
+    assert ingest(photos, store, model, prune=True).removed == 3
+
+
+# ------------------------------------------------------------------------------------------ a folder that is gone
+
+
+def test_a_vanished_folder_is_pruned_by_ingestion_and_by_itself(tmp_path, store, model):  # noqa: F811
+    photos = tmp_path / "photos"
+    album(photos / "small", 3)
+    album(photos / "large", 6)
+    ingest(photos, store, model)
+    photos.rename(tmp_path / "away")
+    assert counts(ingest(photos / "small", store, model, prune=True)) == {"removed": 3}
+    with pytest.raises(IngestError, match="more than a fifth"):
+        ingest(photos, store, model, prune=True)
+    pruned = prune_images(photos, store, force=True)
+    assert (pruned.rows, pruned.removed, store.count()) == (6, 6, 0)
+    with pytest.raises(IngestError, match=r"there is no folder .* and nothing is stored of it"):
+        ingest(photos, store, model, prune=True)
+    with pytest.raises(IngestError, match="goes with prune"):
+        ingest(tmp_path / "away", store, model, force=True)
+
+
+# ------------------------------------------------------------------------------------------ rows by name
+
+
+def test_rows_are_removed_by_file_folder_id_and_metadata(folder, store, model):  # noqa: F811
+    """Whether the files are there or not; what is named and not stored is an error, and then nothing goes."""
+    ingest(folder, store, model)
+    with pytest.raises(IngestError, match=r"nothing of '.*nowhere'"):
+        remove_images(store, [folder / "green.JPEG", folder / "nowhere"])
+    with pytest.raises(IngestError, match="no row of the id 'x'"):
+        remove_images(store, [folder / "green.JPEG"], ids=["x"])
+    with pytest.raises(IngestError, match="nothing is named"):
+        remove_images(store)
+    assert store.count() == 3
+    (folder / "green.JPEG").unlink()
+    assert remove_images(store, [os.path.relpath(folder / "green.JPEG")]) == 1
+    assert remove_images(store, [folder / "cars" / "fast"]) == 1
+    ingest(folder, store, model)
+    assert remove_images(store, filters=where("file_name", "red.png"), ids=[nodes(store)["blue.jpg"].node_id]) == 2
+    assert store.count() == 0
