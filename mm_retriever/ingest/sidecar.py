@@ -142,10 +142,14 @@ def find_sidecars(folder: str) -> Sidecar:
     for place in _folders(folder, levels=2):
         for name in FOUND_NAMES:
             path = Path(place, name)
-            if not path.is_file():
-                continue
             below = posixpath.relpath(Path(place).as_posix(), Path(folder).as_posix())
             where = name if below == "." else f"{below}/{name}"
+            try:
+                if not path.is_file():
+                    continue
+            except OSError as error:  # of a folder that cannot be looked into, which must not end the run
+                notes.append(f"{where} in the folder cannot be looked for: {error.strerror or error}")
+                continue
             try:
                 found = read_sidecar(path)
             except IngestError as error:

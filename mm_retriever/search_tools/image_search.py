@@ -65,6 +65,7 @@ DESCRIBE = (
 )
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
+_ANY_NUMBER = 10**9
 _READERS = min(4, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
 
 
@@ -139,6 +140,7 @@ class ImageSearch:
         filters: object = None,
         top_k: int | None = None,
         *,
+        unique: bool = True,
         conversation: Conversation | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
@@ -151,6 +153,7 @@ class ImageSearch:
             image: a picture argument: attachment, result, id, data URI or allowed path.
             filters: conditions as `read_filters` takes them.
             top_k: how many; by default and at most what `limits` say.
+            unique: of copies of one file only the best, which says how many others there are.
             conversation: what the picture argument may refer to; the results are remembered in it.
             progress: is told the steps.
 
@@ -163,7 +166,7 @@ class ImageSearch:
         words = read_text(text, "text", most=self.limits.query_text)
         if not words and not image:
             raise QueryError("nothing to search for: give text, image, or both")
-        return self._search(words, image, filters, top_k, conversation, progress, others=bool(words))
+        return self._search(words, image, filters, top_k, conversation, progress, others=bool(words), unique=unique)
 
     def find_similar(
         self,
@@ -172,6 +175,7 @@ class ImageSearch:
         filters: object = None,
         top_k: int | None = None,
         *,
+        unique: bool = True,
         conversation: Conversation | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
@@ -182,7 +186,7 @@ class ImageSearch:
         words = read_text(change, "change", most=self.limits.query_text)
         if not result:
             raise QueryError('which picture? give "result 3", an id or an attachment as result')
-        return self._search(words, result, filters, top_k, conversation, progress, others=True)
+        return self._search(words, result, filters, top_k, conversation, progress, others=True, unique=unique)
 
     def describe(
         self,
@@ -276,6 +280,7 @@ class ImageSearch:
         progress: Progress | None,
         *,
         others: bool,
+        unique: bool,
     ) -> SearchResult:
         count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
         asked = read_filters(filters)
@@ -291,7 +296,10 @@ class ImageSearch:
             else self._embed_model.get_query_bundle(words)
         )
         wanted = max(count, self.limits.candidates) if self._rerank else count
-        nodes = self._retrieve(query, _all(asked, _not_itself(picture) if others else None), wanted, others=others)
+        nodes = self._retrieve(
+            query, _all(asked, _not_itself(picture) if others else None), wanted, others=others, unique=unique
+        )
+        matching = len(nodes)
         if self._rerank and nodes:
             tell(2, steps, f"reranking {len(nodes)} results")
             for postprocessor in self._rerank:
@@ -303,10 +311,29 @@ class ImageSearch:
         tell(steps, steps, "done")
         names = [picture.name] if picture else []
         names += [f'"{one_line(words, 300)}"'] if words else []
-        return SearchResult(number, " and ".join(names), found, "" if found else self._hint(query, asked))
+        hint = "" if found else self._hint(query, asked)
+        return SearchResult(number, " and ".join(names), found, hint, self._note(top_k, len(found), matching))
+
+    def _note(self, top_k: object, found: int, matching: int) -> str:
+        """Why there are fewer results than were asked for, and where their thumbnails end."""
+        asked = read_count(top_k, default=0, most=_ANY_NUMBER)
+        most, thumbnails = self.limits.max_top_k, self.limits.thumbnails
+        notes = [f"{asked} were asked for; one search gives at most {most}"] if asked > most else []
+        if found and found < min(asked, most):
+            why = "no more match" if found == matching else "the reranker gives no more"
+            notes.append(f"{min(asked, most)} were asked for; {why}")
+        if 0 < thumbnails < found:
+            notes.append(f"the first {thumbnails} have thumbnails")
+        return "; ".join(notes)
 
     def _retrieve(
-        self, query: QueryBundle, filters: MetadataFilters | None, top_k: int, *, others: bool = False
+        self,
+        query: QueryBundle,
+        filters: MetadataFilters | None,
+        top_k: int,
+        *,
+        others: bool = False,
+        unique: bool = False,
     ) -> list[NodeWithScore]:
         return ComposedRetriever(
             self._store,
@@ -314,6 +341,7 @@ class ImageSearch:
             top_k=top_k,
             filters=filters,
             exclude_query_image=others,
+            unique=unique,
             image_policy=self.stored_policy,
         ).retrieve(query)
 
@@ -329,6 +357,8 @@ class ImageSearch:
                 thumbnail = encode_thumbnail(image, self.limits.thumbnail_side)
             except ImageLoadError as error:
                 notes.append(_unreadable(error))
+        elif images and self.limits.thumbnails:
+            notes.append(f"no thumbnail: only the first {self.limits.thumbnails} have one; ask for this one by itself")
         return FoundPicture(
             rank,
             facts["id"],

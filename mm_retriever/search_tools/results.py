@@ -129,12 +129,14 @@ class SearchResult:
         query: what was asked, in words.
         pictures: best first.
         hint: what to do about it, where nothing was found.
+        note: why there are fewer results or thumbnails than were asked for.
     """
 
     number: int
     query: str
     pictures: tuple[FoundPicture, ...] = ()
     hint: str = ""
+    note: str = ""
 
     @property
     def heading(self) -> str:
@@ -145,7 +147,8 @@ class SearchResult:
         count = len(self.pictures)
         names = '"result 1"' if count == 1 else f'"result 1" to "result {count}"'
         how = f"as {names}, or by id" if self.number else "by id"
-        return f"{about}: {count} found for {self.query}. Refer to them {how}."
+        note = f" ({self.note})" if self.note else ""
+        return f"{about}: {count} found for {self.query}{note}. Refer to them {how}."
 
     @property
     def text(self) -> str:
@@ -159,6 +162,7 @@ class SearchResult:
             "query": self.query,
             "results": [picture.to_dict() for picture in self.pictures],
             **({"hint": self.hint} if self.hint else {}),
+            **({"note": self.note} if self.note else {}),
         }
 
 

@@ -289,8 +289,9 @@ def test_a_row_of_an_earlier_version_moves_to_the_url_without_signature(served, 
     ingest([signed], store, model, image_policy=POLICY)
     (node,) = nodes(store).values()
     vector = list(store.columns([node.node_id], [store.embedding_field])[node.node_id][store.embedding_field])
+    earlier = {**node.metadata, "mine": 1, "metadata_digest": "of what is mine"}
     store.clear()
-    store.add([ImageNode(id_="old", image_url=signed, metadata={**node.metadata, "mine": 1}, embedding=vector)])
+    store.add([ImageNode(id_="old", image_url=signed, metadata=earlier, embedding=vector)])
     report = ingest([signed], store, model, image_policy=POLICY)
     assert (report.moved, model.embedded, store.count()) == (1, 1, 1)
     assert nodes(store)["a.png"].metadata["mine"] == 1
