@@ -121,7 +121,7 @@ def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report
     if report.ignored:
         typer.echo(f"not taken, because they are no images that are read; {rest}:")
     for files in report.ignored[:SKIPPED_SHOWN]:
-        typer.echo(one_line(f"  {files.count:>7} {files.kind:<8} {files.reason}"))
+        typer.echo(f"  {files.count:>7} {one_line(files.kind):<8} {one_line(files.reason)}")
     if len(report.ignored) > SKIPPED_SHOWN:
         others = report.ignored[SKIPPED_SHOWN:]
         typer.echo(f"  {sum(files.count for files in others):>7} of {len(others)} more types")

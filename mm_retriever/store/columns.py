@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import shown
+from mm_retriever.own_keys import BOOKKEEPING_KEYS
 from mm_retriever.store.filters import (
     CONTENT_FIELD,
     OWN_TEXT_COLUMNS,
@@ -29,7 +30,7 @@ from mm_retriever.store.filters import (
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
 
 SAMPLE_ROWS = 1_000
-BOOKKEEPING = frozenset({"file_path", "digest", "metadata_digest", "mtime_ns", "bytes", "file_stamp"})
+BOOKKEEPING = frozenset({"file_path", *BOOKKEEPING_KEYS})
 """Columns that ingestion writes for itself: they are not named to people, and a filter on them is nobody's mistake."""
 
 LAST = "~"
