@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -18,9 +19,11 @@ from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextN
 from PIL import Image
 from pydantic import Field
 
+from mm_retriever.catalogue import draw_product
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, MMRetrieverError, QueryError
 from mm_retriever.image import ImagePolicy, read_image_bytes
+from mm_retriever.ingest import ingest_images
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
 from mm_retriever.search_tools.results import one_line
 from mm_retriever.store import ImageStore, filter_expression, open_store
@@ -93,6 +96,33 @@ def test_every_thumbnail_opens_and_is_small(store, embed_model):
     sizes = [Image.open(io.BytesIO(one.thumbnail)).size for one in found.pictures if one.thumbnail]
     assert sizes == [(48, 48), (48, 48)]
     assert [one.thumbnail is None for one in found.pictures] == [False, False, True, True]
+
+
+def test_fewer_results_or_thumbnails_than_asked_for_are_said(store, embed_model):
+    """Silence reads as "that is all there is". No number asked for, nothing said."""
+    search = ImageSearch(store, embed_model, limits=SearchLimits(max_top_k=5, thumbnails=2))
+    found = search.search("umbrella", top_k=100)
+    assert "5 found" in found.heading
+    assert "(100 were asked for; one search gives at most 5; the first 2 have thumbnails)" in found.heading
+    assert found.to_dict()["note"] == found.note
+    assert [bool(one.note) for one in found.pictures] == [False, False, True, True, True]
+    only = [{"key": "label", "operator": "==", "value": "mug"}]
+    assert search.search("mug", filters=only, top_k=5).note.startswith("5 were asked for; no more match")
+    quiet = ImageSearch(store, embed_model, limits=SearchLimits(thumbnails=0)).search("umbrella", top_k=4)
+    assert (quiet.note, [one.note for one in quiet.pictures]) == ("", [""] * 4)
+
+
+def test_copies_of_one_file_are_one_result_that_says_so(tmp_path, embed_model):
+    (tmp_path / "pictures").mkdir()
+    for number in range(12):
+        shutil.copy(draw_leopard(tmp_path / "leopard.png"), tmp_path / "pictures" / f"{number}.png")
+    draw_product("mug", "plain", "red", seed=1, size=160).save(tmp_path / "pictures" / "mug.png")
+    with open_store(tmp_path / "copies.db", embed_model) as store:
+        ingest_images(tmp_path / "pictures", store, embed_model, show_progress=False)
+        found = ImageSearch(store, embed_model).search("leopard")
+        assert len(found.pictures) == 2
+        assert [one.metadata.get("copies_left_out") for one in found.pictures].count(11) == 1
+        assert len(ImageSearch(store, embed_model).search("leopard", unique=False).pictures) == 9
 
 
 # ---------------------------------------------------------------------------------------------- picture arguments
