@@ -167,9 +167,16 @@ def _pruned_only(folder: str, store: ImageStore, *, force: bool, report_path: st
     pruned = prune_images(folder, store, force=force)
     if not pruned.rows:
         raise IngestError(f"there is no folder {folder!r}, and nothing is stored of it")
-    counts = dict.fromkeys(("indexed", "replaced", "updated", "unchanged"), 0)
-    seconds = time.perf_counter() - start
-    report = IngestReport(**counts, removed=pruned.removed, kept=pruned.kept, skipped=(), seconds=seconds)
+    report = IngestReport(
+        indexed=0,
+        replaced=0,
+        updated=0,
+        unchanged=0,
+        removed=pruned.removed,
+        skipped=(),
+        seconds=time.perf_counter() - start,
+        kept=pruned.kept,
+    )
     if report_path is not None:
         report.write(report_path)
     return report
@@ -383,7 +390,7 @@ class _Run:
         """Whether a row is of the same thing under a name that it no longer has: a file that is gone, an old URL."""
         if item.path is None:
             url = getattr(node, "image_url", None)
-            return bool(url) and stable_url(url) == item.url
+            return url is not None and stable_url(str(url)) == item.url
         path = str(own_value(row, "file_path") or "")
         return bool(path) and row["id"] == path_id(path) and fate(path, row) == "gone"
 
