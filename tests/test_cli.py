@@ -392,3 +392,25 @@ def test_files_are_imported_by_a_server_only(capfd, pictures, tmp_path):
     assert "there are no shards in" in err
     code, _, err = run(capfd, "embed", tmp_path / "out", pictures, "--workers", 2)
     assert (code, err) == (2, "mm-retriever: --workers is taken only with --ray\n")
+
+
+def test_columns_are_found_said_kept_and_dropped(capfd, tmp_path):
+    """A Hugging Face folder: its metadata.jsonl is found; a column `rank` and the caption are in the results."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    draw_product("mug", "stars", "blue", seed=7, size=96).save(photos / "a.png")
+    rows = [{"file_name": "A.png", "text": "a blue mug", "rank": 5}, {"file_name": "gone.png", "text": "x"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ("--db", tmp_path / "a.db", "--model", "tiny")
+    code, said, _ = run(capfd, "index", photos, *options)
+    assert code == 0
+    assert "1 sidecar rows unused" in said
+    assert "note: columns are taken from 'metadata.jsonl', found in the folder" in said
+    assert "1 of 2 rows match no image: 'gone.png'" in said
+    for arguments, kept in (((), True), (("--no-sidecar",), True), (("--no-sidecar", "--drop-columns"), False)):
+        assert run(capfd, "index", photos, *options, *arguments)[0] == 0
+        row = json.loads(run(capfd, "search", *options, "-t", "a mug", "--json")[1])[0]
+        assert row["rank"] == 1
+        assert (row.get("text"), row.get("metadata")) == (("a blue mug", {"rank": 5}) if kept else (None, None))
+    code, _, err = run(capfd, "index", photos, *options, "--sidecar", "x.csv", "--no-sidecar")
+    assert (code, "exclude each other" in err) == (2, True)

@@ -48,6 +48,7 @@ from mm_retriever.search_tools.results import (
     PictureDescription,
     SearchLimits,
     SearchResult,
+    shown_keys,
     shown_metadata,
     without_folders,
 )
@@ -349,6 +350,7 @@ class ImageSearch:
         node = found.node
         facts = self._facts(node)
         notes = [one_line(node.metadata[RERANK_NOTE], 200)] if node.metadata.get(RERANK_NOTE) else []
+        notes += [f"{facts['not_shown']} more metadata not shown"] if facts["not_shown"] else []
         thumbnail = None
         images = node_images(node)
         if images and rank <= self.limits.thumbnails:
@@ -380,6 +382,7 @@ class ImageSearch:
             "label": one_line(known.get(used, ""), self.limits.value_text),
             "stored_text": one_line(node.get_content(MetadataMode.NONE), self.limits.long_text),
             "metadata": shown_metadata(known, self.limits, without=hidden),
+            "not_shown": max(0, len(shown_keys(known, without=hidden)) - self.limits.metadata),
         }
 
     def _hint(self, query: QueryBundle, filters: MetadataFilters | None) -> str:

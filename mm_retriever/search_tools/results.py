@@ -232,14 +232,18 @@ class Original:
 def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without: frozenset[str]) -> dict[str, Any]:
     """Return flat metadata without bookkeeping, at most so many keys and each value at most so long."""
     shown: dict[str, Any] = {}
-    for key, value in metadata.items():
-        if _is_bookkeeping(key, metadata) or key in without or len(shown) >= limits.metadata:
-            continue
+    for key in shown_keys(metadata, without=without)[: limits.metadata]:
+        value = metadata[key]
         if isinstance(value, list | tuple):
             shown[one_line(key, 60)] = [_short(one, limits.value_text) for one in value[:10]]
         else:
             shown[one_line(key, 60)] = _short(value, limits.value_text)
     return shown
+
+
+def shown_keys(metadata: Mapping[str, Any], *, without: frozenset[str]) -> list[str]:
+    """Return the keys that say something about the image."""
+    return [key for key in metadata if key not in without and not _is_bookkeeping(key, metadata)]
 
 
 def _is_bookkeeping(key: str, metadata: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from mm_retriever.ingest import IngestReport, embed_to_shards, ingest_images
 from mm_retriever.ingest.exif import exif_columns
 from mm_retriever.ingest.sources import path_id
 from mm_retriever.own_keys import LAYERS_KEY, own_value
+from mm_retriever.search_tools import ImageSearch
 from mm_retriever.search_tools.results import SearchLimits, shown_metadata
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.terminal import result_rows
@@ -270,6 +271,13 @@ def test_columns_in_json_results_are_never_overwritten():
 def test_tools_show_the_callers_columns_and_no_accounts_of_ours():
     metadata = {"digest": "mine", "mm_digest": "ours", "bytes": 7, "brand": "acme", LAYERS_KEY: "{}"}
     assert shown_metadata(metadata, SearchLimits(), without=frozenset()) == {"digest": "mine", "brand": "acme"}
+
+
+def test_tools_say_how_many_columns_they_do_not_show(folder, store, model):
+    ingest([folder / "blue.png"], store, model, sidecar={"blue.png": {f"c{n}": n for n in range(30)}})
+    found = ImageSearch(store, model).search(text="blue").pictures[0]
+    assert len(found.metadata) == SearchLimits().metadata
+    assert found.note == "17 more metadata not shown"
 
 
 # ------------------------------------------------------------------------------------------ EXIF
