@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -43,9 +44,9 @@ QUERY = "phone case with this"
 Reply = tuple[int, bytes]
 
 
-def completion(text: str) -> Reply:
-    """An ordinary answer of the protocol."""
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+def completion(text: str | None, ended: str = "stop", **message: Any) -> Reply:
+    """An answer of the protocol."""
+    choice = {"index": 0, "finish_reason": ended, "message": {"role": "assistant", "content": text} | message}
     usage = {"prompt_tokens": 70, "completion_tokens": 7, "total_tokens": 77}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
     return 200, json.dumps(body).encode()
@@ -61,6 +62,7 @@ class ScriptedServer:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.reply: Callable[[dict[str, Any]], Reply] = lambda _: ranking(1)
+        self.headers: dict[str, str] = {}
         script = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -74,6 +76,8 @@ class ScriptedServer:
                 status, body = script.reply(request)
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
+                for name, value in script.headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the other side had no patience
@@ -176,8 +180,93 @@ def facts(nodes: list[NodeWithScore], key: str) -> list[Any]:
     ],
 )
 def test_the_ranking_is_found_in_what_models_write(text: str, numbers: str) -> None:
-    """Truth: by hand; JSON first, else the last list, else the numbers in a row."""
+    """Truth: by hand; JSON first, else the strongest form in the text."""
     assert " ".join(read_answer(text).ranking) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("[3] > [1] > [2]", "3 1 2"),  # RankGPT's form
+        ("[2] < [1] < [3]", "3 1 2"),
+        ("Image 3 > Image 1 > Image 2", "3 1 2"),
+        ("Order: 3 -> 1 -> 2", "3 1 2"),
+        ("Final answer: [2] > [3] > [1]\n\nBecause [2] > [3] in colour.", "2 3 1"),
+        ("[3] [1] [2]", "3 1 2"),
+        ("3, 1, 2\nReasons: [1] it is red", "3 1 2"),
+        ("**Ranking:** 3, 1, 2", "3 1 2"),
+        ("Ranking of the 3 images: 2, 1, 3", "2 1 3"),
+        ("The order is: 2, 3 and 1", "2 3 1"),
+        ("Ranking (worst to best): 2, 1, 3", "3 1 2"),
+        ("3\n1\n2", "3 1 2"),
+        ("```\n3 > 1 > 2\n```", "3 1 2"),
+        ("**1. Image 4**\n**2. Image 1** - red, 3 hearts", "4 1"),
+        ("3. Image 1\n1. Image 2\n2. Image 3", "2 3 1"),
+        ("1st: Image 3\n2nd: Image 1", "3 1"),
+        ("| Rank | Image |\n|---|---|\n| 1 | 3 |\n| 2 | Image 1 |", "3 1"),
+        ("| Image | Score |\n|---|---|\n| 1 | 0.3 |\n| 2 | 0.8 |", "2 1"),
+        ("Image 1: 7/10\nImage 2: 9/10", "2 1"),
+        ("Image 3 is best, then 1", "3 1"),
+        ("The best of the 3 images is 2.", "2"),
+        ("<think>first 1, 2, 3? [1, 2, 3]</think>\n[3, 1, 2]", "3 1 2"),
+        ("it may be [1, 2]</think>Ranking: 2, 1", "2 1"),
+        ('[{"index": 1, "rank": 2, "score": 0.3}, {"index": 3, "rank": 1, "score": 0.1}]', "3 1"),
+        ('{"ranking": [{"rank": "2nd", "candidate": "Image 2"}, {"rank": "1st", "candidate": "Image 1"}]}', "1 2"),
+        ('{"ranking": [{"score": 0.5, "candidate": 1}, {"score": "0.9", "candidate": 2}]}', "2 1"),
+        ('{"ranking": [{"image": 3, "year": 2019}, {"year": 2020, "image": 1}]}', "3 1"),
+        ('{"1": 0.2, "2": 0.9, "3": 0.5}', "2 3 1"),
+        ('{"scores": {"1": 1, "2": 3, "3": 2}}', "2 3 1"),
+        ('{"ranking": {"Image 2": 1, "Image 1": 2}}', "2 1"),
+        ('{"ranking": {"1": "Image 2", "2": "Image 1"}}', "2 1"),
+        ('{"answer": {"ranking": [2, 1]}}', "2 1"),
+        ('["Image 2", "Image 1"]', "2 1"),
+        ('{"ranking": "[3] > [1] > [2]"}', "3 1 2"),
+    ],
+)
+def test_every_usual_form_of_a_ranking_is_read(text: str, numbers: str) -> None:
+    """Truth: by hand; ranks and scores order objects, names and lists order themselves."""
+    assert " ".join(read_answer(text).ranking) == numbers
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't look at 2 images.",
+        "I can't rank these 3 images: 1, 2, 3",
+        "I cannot see the images. [1, 2, 3]",
+        "The mug costs 3 dollars and was made in 2019.",
+        "All 3 images are nice.",
+        "2",
+        "Image 1 shows a mug. Image 2 shows a cup. Image 2 fits better.",
+        "1. A red mug with 3 hearts\n2. A blue mug",
+        "Image 1: 3\nImage 2: 1",  # ranks, or scores?
+        "I think the best is not 3.",
+        "1,200 people rank it best",
+        "<think>[1, 2, 3] and so on",
+        '{"1": 3, "2": 1, "3": 2}',  # ranks, scores, or candidates by rank?
+        '{"scores": [3, 1, 2]}',
+        '{"candidates": [{"id": 2, "caption": "mug"}, {"id": 1, "caption": "cup"}]}',
+        '{"price": [2, 1]}',
+        '{"wanted": "2 mugs", "ranking": []}',
+        '{"result": "I can\'t rank 2 images"}',
+    ],
+)
+def test_a_number_without_proof_is_no_candidate(text: str) -> None:
+    """Our choice: the order of retrieval is better than one made of prices, years and refusals."""
+    assert read_answer(text).ranking == ()
+
+
+def test_an_answer_may_count_from_zero() -> None:
+    """Our choice: read so where every candidate is named once, and not at all where it may be one or the other."""
+    assert repair(["2", "0", "1"], [1, 2, 3]) == ([3, 1, 2], "counted from 0")
+    assert reasons_by_label(read_answer('{"ranking": [1, 0], "reasons": ["a", "b"]}'), [1, 2]) == {2: "a", 1: "b"}
+    order, why = repair(["2", "0"], [1, 2, 3, 4])
+    assert (order, why) == ([1, 2, 3, 4], "the numbers may count from 0 or from 1; kept the order of retrieval")
+
+
+def test_reasons_beside_the_candidates_stay_with_them() -> None:
+    said = '{"ranking": [{"rank": 2, "candidate": 1, "reason": "one"}, {"rank": 1, "candidate": 3, "reason": "three"}]}'
+    assert reasons_by_label(read_answer(said), [1, 2, 3]) == {3: "three", 1: "one"}
 
 
 def test_words_of_an_answer_are_cleaned_and_bounded() -> None:
@@ -195,7 +284,20 @@ def test_words_of_an_answer_are_cleaned_and_bounded() -> None:
 def test_reading_takes_bounded_time() -> None:
     """Truth: our choice; 40,000 characters are read, whatever they are."""
     texts = ["1." + " " * 19_000 + "x" * 19_000, "\n".join(["- " + " " * 300 + "x" * 300] * 60)]
-    patterns = ["[", "{", '{"ranking":[', "1,", "9", " ", "\n- 1", "rank: [", "[1", "1. ", '{"a":"', "\\", "rank "]
+    patterns = [
+        "best 1 then ",
+        "image ",
+        "1 > ",
+        "I cannot ",
+        "<think>",
+        "| 1 ",
+        "order ",
+        "1\n",
+        "image 1: 3\n",
+        "'",
+        "(",
+    ]
+    patterns += ["[", "{", '{"ranking":[', "1,", "9", " ", "\n- 1", "rank: [", "[1", "1. ", '{"a":"', "\\", "rank "]
     for pattern in patterns:
         texts += [pattern * (9_000_000 // len(pattern)), pattern * (LONGEST_ANSWER // len(pattern)) + "x"]
     for text in texts:
@@ -359,6 +461,10 @@ def test_whatever_a_server_says_the_result_is_a_permutation(
     reranker = shared(running, window, "all" if reasons else "first")
     nodes = candidates(folder, kinds)
     result = reranker.rerank(nodes, QUERY)
+    if result.error:
+        assert "refused to rank" in result.error
+        assert result.order == tuple(range(len(kinds)))
+        return
     assert sorted(result.order) == list(range(len(kinds)))
     assert [node.node.node_id for node in result.nodes] == [str(i) for i in result.order]
     shown = [kinds[i] != "m" for i in result.order]
@@ -376,7 +482,7 @@ def shared(running: ScriptedServer, window: int, reasons: str) -> VisionLLMReran
     """One client for all examples."""
     if (window, reasons) not in MADE:
         first = next(iter(MADE.values()), None)
-        options = {"window": window, "reasons": reasons, "stride": 1, "top_n": 99}
+        options = {"window": window, "reasons": reasons, "stride": 1, "top_n": 99, "on_error": "keep_order"}
         MADE[window, reasons] = VisionLLMRerank(first._llm, **options) if first else running.reranker(**options)
     return MADE[window, reasons]
 
@@ -420,6 +526,107 @@ def test_what_passes_is_asked_again_and_what_does_not_is_not(server: ScriptedSer
     with pytest.raises(RerankError, match="no model m"):
         server.reranker(structured="none").rerank(candidates(folder), QUERY)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "requests", "says"),
+    [
+        (401, b'{"error": {"message": "bad key"}}', 1, r"refused the API key, status 401: .*bad key.*give the api_key"),
+        (403, b'{"error": {"message": "not yours"}}', 1, r"refused the API key .*, status 403"),
+        (404, b'{"error": {"message": "no model m"}}', 1, r"no such model or no such address, status 404.*base_url"),
+        (429, b'{"error": {"message": "slow down"}}', 3, r"limits requests, status 429: .*slow down"),
+        (500, b'{"error": {"message": "broken"}}', 3, r"the server failed, status 500: .*broken"),
+        (200, b'{"error": {"message": "no credit left", "code": 402}}', 1, "answered with an error: no credit left"),
+        (200, b'{"error": {"message": "upstream is overloaded"}}', 3, "answered with an error: upstream is overloaded"),
+        (200, b'{"error": "invalid image"}', 1, "answered with an error: invalid image"),
+        (200, b'{"choices": []}', 3, "answered without any choices"),
+    ],
+)
+def test_each_failure_of_a_server_has_its_own_words_and_number_of_requests(
+    server: ScriptedServer, folder: Path, status: int, body: bytes, requests: int, says: str
+) -> None:
+    """Our choice: what may pass is asked three times, what does not is asked once, also where a schema is sent."""
+    server.reply = lambda _: (status, body)
+    with pytest.raises(RerankError, match=says) as caught:
+        server.reranker().rerank(candidates(folder), QUERY)
+    assert len(server.requests) == requests
+    assert f"in {requests} request" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_asks_for_patience_gets_it(server: ScriptedServer, folder: Path) -> None:
+    """Truth: the clock, and RFC 9110's Retry-After; one that asks for an hour is not asked again."""
+    replies: list[Reply] = [(429, b"{}"), ranking(2, 1, 3)]
+    server.reply = lambda _: replies.pop(0)
+    server.headers = {"Retry-After": "0.7"}
+    started = time.monotonic()
+    assert server.reranker().rerank(candidates(folder), QUERY).order == (1, 0, 2)
+    assert time.monotonic() - started >= 0.7
+    server.reply, server.headers = lambda _: (503, b"{}"), {"Retry-After": "3600"}
+    server.requests.clear()
+    with pytest.raises(RerankError, match="asks for 3600 s of patience"):
+        server.reranker().rerank(candidates(folder), QUERY)
+    assert len(server.requests) == 1
+    server.headers = {"Retry-After": "Fri, 01 Jan 2999 00:00:00 GMT"}
+    with pytest.raises(RerankError, match="of patience"):
+        server.reranker().rerank(candidates(folder), QUERY)
+    server.headers = {}
+
+
+UNRANKED = [
+    (completion("I'm sorry, I can't rank these 3 images: 2, 1, 3"), "refused to rank: I'm sorry, I can't rank these 3"),
+    (completion(None, refusal="I will not do 2 of them."), "refused to rank: I will not do 2 of them."),
+    (completion("", "content_filter"), "a content filter stopped it"),
+    (completion('{"ranking": [2, 1', "length"), "was cut off before its answer ended .length.: raise max_tokens"),
+]
+
+
+@pytest.mark.parametrize(("reply", "says"), UNRANKED)
+def test_an_answer_that_is_no_ranking_is_named(server: ScriptedServer, folder: Path, reply: Reply, says: str) -> None:
+    """Truth: what the server said; numbers in it are no ranking, whatever on_error is."""
+    server.reply = lambda _: reply
+    with pytest.raises(RerankError, match=says):
+        server.reranker().rerank(candidates(folder), QUERY)
+    assert len(server.requests) == 1
+    for passes in (1, 3):
+        kept = server.reranker(on_error="keep_order", passes=passes).rerank(candidates(folder), QUERY)
+        assert kept.order == (0, 1, 2)
+        assert re.search(says, kept.error)
+        assert [node.score for node in kept.nodes] == [0.9, 0.89, 0.88]
+        assert all(note.startswith("not reranked: ") for note in facts(kept.nodes, "rerank_note"))
+
+
+@pytest.mark.parametrize("text", ["All 3 images are nice.", '{"wanted": "a mug"}', "", "[640, 480]"])
+def test_without_proof_the_order_of_retrieval_stays_over_any_number_of_passes(
+    server: ScriptedServer, folder: Path, text: str
+) -> None:
+    """Truth: the order given; shuffled passes used to shuffle it."""
+    server.reply = lambda _: completion(text)
+    for passes in (1, 4):
+        result = server.reranker(passes=passes, window=3, stride=1).rerank(candidates(folder, "pptpp"), QUERY)
+        assert result.order == (0, 1, 2, 3, 4)
+        assert result.repairs
+        assert facts(result.nodes, "rerank_note") == ["the model gave no ranking; the order is that of retrieval"] * 5
+        assert facts(result.nodes, "rerank_model_score") == [None] * 5
+
+
+def test_passes_without_a_ranking_do_not_count(server: ScriptedServer, folder: Path) -> None:
+    """Truth: the one pass in which the model answered; what it does not name stays in the order of retrieval."""
+    replies = [ranking(3, 1), *[completion("nice")] * 2]
+    server.reply = lambda _: replies.pop(0)
+    result = server.reranker(passes=3).rerank(candidates(folder, "pppp"), QUERY)
+    assert result.order == (2, 0, 1, 3)
+    assert result.repairs == "appended 2, 4 | no ranking in the answer; appended all in the order of retrieval"
+
+
+def test_one_refused_window_keeps_its_order_and_the_others_are_ranked(server: ScriptedServer, folder: Path) -> None:
+    """Our choice with on_error="keep_order": the last window is refused, the first puts its third to the front."""
+    replies = [completion("I cannot help with that."), ranking(3, 1, 2)]
+    server.reply = lambda _: replies.pop(0)
+    result = server.reranker(on_error="keep_order", window=3, stride=2).rerank(candidates(folder, "ppppp"), QUERY)
+    assert result.order == (2, 0, 1, 3, 4)
+    assert "refused to rank: I cannot help with that; kept the order of retrieval" in result.repairs
+    assert not result.error
 
 
 @pytest.mark.parametrize(

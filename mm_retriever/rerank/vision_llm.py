@@ -10,10 +10,13 @@ import json
 import logging
 import math
 import queue
+import re
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, Self, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock, ImageBlock, MessageRole, TextBlock
@@ -21,12 +24,19 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import LLM
 from PIL import Image
 from pydantic import Field, PrivateAttr
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
 
 from mm_retriever.errors import CopyError, MissingExtraError, QueryError, RerankError
 from mm_retriever.image import ImagePolicy, encode_thumbnail
 from mm_retriever.rebuild import check_whole, field_arguments
-from mm_retriever.rerank.answers import Answer, read_answer, reasons_by_label, repair
+from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
 from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
@@ -59,6 +69,14 @@ _EXAMPLES: dict[str, Any] = {
     "reason": "why the first one fits, in one sentence",
     "reasons": ["why each of them fits, in the order of the ranking"],
 }
+NO_RANKING = "no ranking in the answer; appended all in the order of retrieval"
+_NOT_RANKED = "the model gave no ranking; the order is that of retrieval"
+_LONGEST_WAIT = 60.0  # seconds that a server may ask for
+_TRANSIENT_WORDS = re.compile(
+    r"overload|busy|try again|time.?out|rate.?limit|too many|unavailable|capacity|internal|temporar", re.IGNORECASE
+)
+_CUT_OFF = frozenset({"length", "max_tokens", "max_output_tokens"})
+_FILTERED = frozenset({"content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii"})
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError, RecursionError)
 
@@ -67,9 +85,10 @@ class VisionLLMRerank(Reranker):
     """Ranks candidates with a vision LLM of your choice, every one exactly once, whatever it answers.
 
     The LLM sees the query, its picture and the candidates, and answers with a caption, a ranking and reasons as JSON.
-    Where it loses, repeats or invents candidates, the ranking is repaired: strangers and repeats are dropped, the
-    missing appended in the order of retrieval; what was mended is in the metadata. An answer without any ranking
-    leaves the order as retrieved. A node's new score is its share of reciprocal ranks, from 0 to 1, together 1.
+    Where it loses, repeats or invents candidates, the ranking is repaired: unknown ones and repeats are dropped, the
+    missing appended in the order of retrieval; what was repaired is in the metadata. An answer in which no number is
+    proven to name a candidate leaves the order as retrieved, with a note. A refusal, a content filter and an answer
+    that was cut off are errors. A node's new score is its share of reciprocal ranks, from 0 to 1, together 1.
 
     Args:
         llm: Any LlamaIndex LLM that takes image blocks; or else
@@ -92,9 +111,11 @@ class VisionLLMRerank(Reranker):
         seed: Of the shuffled orders.
         timeout_s: For one request, from sending to the last byte.
         attempts: At most, for one request, where the server is out of reach, overloaded or too slow.
-        retry_wait_s: Before the second attempt; doubles with each, up to a minute.
+        retry_wait_s: Before the second attempt; doubles with each, up to a minute. A server's Retry-After is obeyed up
+            to a minute; one that asks for more is not asked again.
         time_budget_s: For everything; what is not ranked by then keeps the order of retrieval.
-        on_error: "keep_order" keeps the order of retrieval, with a note and a warning in the log.
+        on_error: "keep_order" keeps the order of retrieval, with a note and a warning in the log; where only some of
+            the windows have no ranking, only theirs.
         image_side: Longest side in pixels of pictures that are sent, as JPEG.
         max_tokens: Of an answer, with `base_url`; an `llm` has its own limit.
         image_policy: Which pictures may be read, and how large.
@@ -220,16 +241,23 @@ class VisionLLMRerank(Reranker):
         visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
         windowed = _Windowed(self, query, candidates, meter)
         orders: list[list[int]] = []
-        for places in shuffled(len(visible), self.passes, self.seed):
+        for number, places in enumerate(shuffled(len(visible), self.passes, self.seed)):
             order = [visible[place] for place in places]
+            unproven = windowed.unproven
             finished = windowed.slide(order)
+            if number and windowed.unproven > unproven:
+                continue  # what stands where nothing was said is the shuffling
             if finished or (finished is None and not orders):
                 orders.append(order)
+        if windowed.refusal is not None and not windowed.proven:
+            raise windowed.refusal
         values: list[float | None] = [None] * len(candidates)
         if orders and visible:
             ranks = reciprocal_ranks(orders, len(candidates))
             values = [None if candidate.missing else math.log(ranks[i]) for i, candidate in enumerate(candidates)]
         ranking = self._settle(candidates, values)
+        if orders and windowed.unproven and not windowed.proven:
+            ranking = replace(ranking, model_scores={}, notes=dict.fromkeys(range(len(candidates)), _NOT_RANKED))
         kept = ranking.order[: {"first": 1, "all": self.top_n, "none": 0}[self.reasons]]
         return replace(
             ranking,
@@ -244,7 +272,22 @@ class VisionLLMRerank(Reranker):
     def _answer(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> Answer:
         """What the model says to these candidates, all of which can be shown."""
         schema = self._schema(query, len(candidates))
-        return read_answer(self._ask(self._messages(query, candidates, schema["required"]), schema, meter))
+        response = self._ask(self._messages(query, candidates, schema["required"]), schema, meter)
+        text = str(response.message.content or "")
+        answer = read_answer(text)
+        ended, refusal = _ending(response)
+        said = answer.refusal if not answer.ranking else ""
+        if refusal or (said and ended not in _CUT_OFF):
+            raise _UnrankedError(f"{self.model_name!r} refused to rank: {_line(refusal or said)}")
+        if ended in _FILTERED:
+            words = f": {_line(text)}" if text.strip() else ""
+            raise _UnrankedError(f"{self.model_name!r} gave no ranking: a content filter stopped it ({ended}){words}")
+        if ended in _CUT_OFF:
+            raise _UnrankedError(
+                f"{self.model_name!r} was cut off before its answer ended ({ended}): raise max_tokens, now "
+                f"{self.max_tokens} with a base_url, or rank fewer candidates at a time (window={self.window})"
+            )
+        return answer
 
     def _messages(self, query: Query, candidates: Sequence[Candidate], keys: Sequence[str]) -> list[ChatMessage]:
         blocks: list[ContentBlock] = []
@@ -294,13 +337,13 @@ class VisionLLMRerank(Reranker):
             properties["reasons"] = {"type": "array", "items": text, "minItems": count, "maxItems": count}
         return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
-    def _ask(self, messages: list[ChatMessage], schema: dict[str, Any], meter: Meter) -> str:
-        """The text of the answer; without the schema from now on, if the server refuses it."""
+    def _ask(self, messages: list[ChatMessage], schema: dict[str, Any], meter: Meter) -> ChatResponse:
+        """The answer; without the schema from now on, if the server refuses it."""
         options = self._schema_options(schema)
         try:
             response = self._retrying(messages, options, meter)
         except Exception as error:
-            if not options or not _refusal(error):
+            if not options or not _schema_refusal(error):
                 raise
             logger.info("%s takes no JSON schema (%s); going on without", self.model_name, _short(error))
             response = self._retrying(messages, {}, meter)
@@ -308,7 +351,7 @@ class VisionLLMRerank(Reranker):
         counts = _token_counts(response)
         meter.prefilled += counts[0]
         meter.generated += counts[1]
-        return str(response.message.content or "")
+        return response
 
     def _schema_options(self, schema: dict[str, Any]) -> dict[str, Any]:
         if self.structured == "none" or self._schema_refused:
@@ -322,28 +365,59 @@ class VisionLLMRerank(Reranker):
 
     def _retrying(self, messages: list[ChatMessage], options: dict[str, Any], meter: Meter) -> ChatResponse:
         """The answer to one request, asked again where that may help."""
-        retrying = Retrying(
-            stop=stop_after_attempt(self.attempts),
-            wait=wait_exponential(multiplier=self.retry_wait_s, max=60) + wait_random(0, self.retry_wait_s / 2),
-            retry=retry_if_exception(lambda error: _transient(error) and not meter.out_of_time()),
-            reraise=True,
-        )
+        asked = meter.passes
+        backoff = wait_exponential(multiplier=self.retry_wait_s, max=60) + wait_random(0, self.retry_wait_s / 2)
+
+        def again(error: BaseException) -> bool:
+            wait, left = _retry_after(error), meter.left()
+            patient = wait <= _LONGEST_WAIT and (left is None or wait < left)
+            return _transient(error) and patient and not meter.out_of_time()
+
+        def pause(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(float(backoff(state)), 0.0 if error is None else _retry_after(error))
 
         def once() -> ChatResponse:
+            # a server that fails on the schema alone is asked without it the next time
+            fields = options if meter.passes == asked or not server_failed else {}
             meter.passes += 1
             left = meter.left()
             limit = self.timeout_s if left is None else min(self.timeout_s, left)
-            return _within(lambda: self._llm.chat(messages, **options), limit)
+            try:
+                return _within(lambda: self._llm.chat(messages, **fields), limit)
+            except Exception as error:
+                server_failed.extend([True] if _status(_cause(error)) in (500, 501) else [])
+                cause = _cause(error)
+                if cause is not error:
+                    raise cause from error
+                raise
 
+        server_failed: list[bool] = []
+        retrying = Retrying(
+            stop=stop_after_attempt(self.attempts), wait=pause, retry=retry_if_exception(again), reraise=True
+        )
         try:
             return retrying(once)
         except Exception as error:
-            if options and _refusal(error):
+            if options and _schema_refusal(error):
                 raise
+            requests = "1 request" if meter.passes == 1 else f"{meter.passes} requests"
             raise RerankError(
-                f"{self.model_name!r} gave no answer in {meter.passes} requests (last: {_short(error)}); is the server "
-                'up, and does the model take pictures? on_error="keep_order" goes on without it'
+                f"{self.model_name!r} gave no answer in {requests} (last: {_explained(error)}); {_advice(error)}"
             ) from error
+
+
+class _UnrankedError(RerankError):
+    """An answer that is no ranking: a refusal, a filter, or one that was cut off."""
+
+
+class _ServerSaidError(Exception):
+    """A server's answer that is none: an error with status 200, or no choices."""
+
+    def __init__(self, text: str, *, status: int | None, transient: bool) -> None:
+        super().__init__(text)
+        self.status_code = status
+        self.transient = transient
 
 
 class _Windowed:
@@ -354,6 +428,8 @@ class _Windowed:
         self.caption = self.wanted = ""
         self.reasons: dict[int, str] = {}
         self.repairs: list[str] = []
+        self.proven = self.unproven = 0
+        self.refusal: RerankError | None = None
 
     def slide(self, order: list[int]) -> bool | None:
         """Improve an order in place; False: there was no time for it at all, None: not for all of it."""
@@ -374,16 +450,31 @@ class _Windowed:
     def _ranked(self, items: list[int]) -> list[int]:
         if not items:
             return items
-        answer = self._reranker._answer(self._query, [self._candidates[i] for i in items], self._meter)
+        try:
+            answer = self._reranker._answer(self._query, [self._candidates[i] for i in items], self._meter)
+        except _UnrankedError as error:
+            if self._reranker.on_error == "raise":
+                raise
+            self.refusal, self.unproven = error, self.unproven + 1
+            self._note(f"{error}; kept the order of retrieval")
+            return sorted(items)
         labels = range(1, len(items) + 1)
-        numbers, mended = repair(answer.ranking, labels)
-        if not answer.ranking:
-            mended = "no ranking in the answer; appended all in the order of retrieval"
-        if mended and mended not in self.repairs:
-            self.repairs.append(mended)
+        named, repaired = named_labels(answer.ranking, labels)
+        if not named:
+            self.unproven += 1
+            self._note(repaired if answer.ranking else NO_RANKING)
+            return sorted(items)
+        self.proven += 1
+        if repaired:
+            self._note(repaired)
         self.caption, self.wanted = self.caption or answer.caption, self.wanted or answer.wanted
         self.reasons |= {items[label - 1]: reason for label, reason in reasons_by_label(answer, labels).items()}
-        return [items[number - 1] for number in numbers]
+        ranked = [items[label - 1] for label in named]
+        return [*ranked, *(i for i in sorted(items) if i not in ranked)]
+
+    def _note(self, repaired: str) -> None:
+        if repaired not in self.repairs:
+            self.repairs.append(repaired)
 
 
 class _Secret:
@@ -403,6 +494,7 @@ def _openai_like(
             'a base_url needs llama-index-llms-openai-like; install it with: pip install "mm-retriever[remote]"'
         ) from error
     connections = bounded_client(timeout_s)
+    connections.event_hooks["response"].append(_refuse_errors)
     llm: LLM = OpenAILike(
         model=model,
         api_base=base_url,
@@ -415,6 +507,29 @@ def _openai_like(
         http_client=connections,  # type: ignore[call-arg]
     )
     return llm, connections
+
+
+def _refuse_errors(response: Any) -> None:
+    """Raise for an answer with status 200 that holds an error or no choices: the client fails on it without a word."""
+    if response.status_code != 200 or "json" not in response.headers.get("content-type", "json"):
+        return
+    response.read()
+    try:
+        body = response.json()
+    except ValueError:
+        return
+    if not isinstance(body, dict):
+        return
+    if error := body.get("error"):
+        facts = error if isinstance(error, dict) else {"message": error}
+        text = _line(str(facts.get("message") or error))
+        code = facts.get("code") or facts.get("status")
+        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+        words = f"{text} {facts.get('type')} {code}"
+        passing = _TRANSIENT_WORDS.search(words) is not None if status is None else _passing(status)
+        raise _ServerSaidError(f"the server answered with an error: {text}", status=status, transient=passing)
+    if not body.get("choices"):
+        raise _ServerSaidError("the server answered without any choices", status=None, transient=True)
 
 
 def _within(work: Callable[[], T], seconds: float) -> T:
@@ -449,18 +564,105 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
+def _cause(error: Exception) -> Exception:
+    """What a server said, under the error that the client made of it."""
+    inner: BaseException | None = error
+    for _ in range(8):
+        if isinstance(inner, _ServerSaidError):
+            return inner
+        inner = None if inner is None else inner.__cause__ or inner.__context__
+    return error
+
+
+def _passing(status: int) -> bool:
+    return status in _TRANSIENT_STATUS or status >= 500
+
+
 def _transient(error: BaseException) -> bool:
     """Whether asking again may help."""
+    if isinstance(error, _ServerSaidError):
+        return error.transient
     status = _status(error)
     if status is not None:
-        return status in _TRANSIENT_STATUS or status >= 500
+        return _passing(status)
     return not isinstance(error, _MISTAKES) or isinstance(error, json.JSONDecodeError | UnicodeError)
 
 
-def _refusal(error: BaseException) -> bool:
-    """Whether it may be the schema that was refused: a client error, a server that cannot, a client that cannot."""
+def _schema_refusal(error: BaseException) -> bool:
+    """Whether it may be the schema that was refused: a client error that is no other, a client that cannot."""
     status = _status(error)
-    return 400 <= status <= 422 or status in (500, 501) if status is not None else isinstance(error, _MISTAKES)
+    if isinstance(error, _ServerSaidError) and status is None:
+        return re.search(r"schema|response_format|guided|unsupported", str(error), re.IGNORECASE) is not None
+    return status in (400, 405, 415, 422, 501) if status is not None else isinstance(error, _MISTAKES)
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds for which a server asks in its Retry-After header; 0 if it does not."""
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    said = headers.get("retry-after") if isinstance(headers, Mapping) else None
+    if not said:
+        return 0.0
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(said).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def _explained(error: BaseException) -> str:
+    """What happened, in plain words before those of the client."""
+    status = _status(error)
+    meaning = {
+        400: "it refused the request",
+        401: "it refused the API key",
+        403: "it refused the API key or the model to it",
+        404: "it has no such model or no such address",
+        413: "the request is too large for it",
+        429: "it limits requests",
+    }.get(status or 0, "the server failed" if status is not None and status >= 500 else "")
+    return f"{meaning}, status {status}: {_short(error)}" if meaning else _short(error)
+
+
+def _advice(error: BaseException) -> str:
+    """What to do about it."""
+    status = _status(error)
+    rest = 'on_error="keep_order" goes on without it'
+    if (wait := _retry_after(error)) > _LONGEST_WAIT:
+        return f"it asks for {wait:.0f} s of patience; ask again then, {rest}"
+    if status in (401, 403):
+        return f"give the api_key that the server expects; {rest}"
+    if status == 404:
+        return f"check the name of the model, and that base_url ends as the server wants it, usually in /v1; {rest}"
+    return f"is the server up, and does the model take pictures? {rest}"
+
+
+def _ending(response: ChatResponse) -> tuple[str, str]:
+    """Why the answer ended, lower-cased, and in which words the model refused; "" where the client does not say."""
+    raw = response.raw
+    choice = _first(_field(raw, "choices")) or _first(_field(raw, "candidates"))
+    message = _field(choice, "message")
+    refusal = _field(message, "refusal") or response.message.additional_kwargs.get("refusal")
+    for holder, name in ((choice, "finish_reason"), (raw, "stop_reason"), (raw, "finish_reason"), (raw, "done_reason")):
+        reason = _field(holder, name)
+        if reason:
+            ended = str(getattr(reason, "name", reason)).lower()
+            return ended, refusal if isinstance(refusal, str) else ""
+    return "", refusal if isinstance(refusal, str) else ""
+
+
+def _field(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _first(items: Any) -> Any:
+    return items[0] if isinstance(items, list | tuple) and items else None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def _token_counts(response: ChatResponse) -> tuple[int, int]:
