@@ -100,6 +100,13 @@ def index(
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Index the words beside pictures too (BM25); in a new collection only.")
     ] = False,
+    analyzer: Annotated[
+        str | None,
+        typer.Option(
+            help="With --hybrid: how words are found: mixed (any language; the default of new collections) or standard "
+            "(only languages with spaces between words)."
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write what was skipped, and why, to this JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     token: Token = None,
@@ -111,8 +118,10 @@ def index(
     from mm_retriever.ingest import ingest_images
     from mm_retriever.terminal import print_ingestion, print_json
 
+    if analyzer is not None and not hybrid:
+        raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
     embed_model = _embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
-    with _opened(db, embed_model, collection=collection, token=token, hybrid=hybrid) as store:
+    with _opened(db, embed_model, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
         result = ingest_images(
             source,
             store,
@@ -348,10 +357,14 @@ def import_(
     from mm_retriever.ingest import import_shards
     from mm_retriever.ingest.plan import read_plan
     from mm_retriever.store import open_store
+    from mm_retriever.store.words import analyzer_of
 
     _must_exist(db)
     plan = read_plan(out)  # knows the model that it is for: nothing is loaded
-    with open_store(db, plan, collection=collection, token=token, hybrid=plan.words == "BM25") as store:
+    analyzer = analyzer_of(plan.words)
+    with open_store(
+        db, plan, collection=collection, token=token, hybrid=analyzer is not None, analyzer=analyzer
+    ) as store:
         typer.echo(str(import_shards(out, store, remote_folder=remote_folder, timeout=timeout)))
 
 
@@ -567,10 +580,13 @@ def _opened(
     token: str | None = None,
     must_exist: bool = False,
     hybrid: bool = False,
+    analyzer: str | None = None,
 ) -> Iterator[ImageStore]:
     from mm_retriever.store import open_store
 
-    store = open_store(db, embed_model, collection=collection, token=token, hybrid=hybrid, create=not must_exist)
+    store = open_store(
+        db, embed_model, collection=collection, token=token, hybrid=hybrid, create=not must_exist, analyzer=analyzer
+    )
     try:
         yield store
     finally:

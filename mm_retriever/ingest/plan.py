@@ -47,7 +47,8 @@ class ShardPlan:
         id: of this plan; in every shard of it.
         model_id: the model that embeds all of them.
         dimension: numbers in one vector.
-        words: what indexes the words beside the vectors: "BM25", the name of a sparse model, or None.
+        words: what indexes the words beside the vectors: "BM25 mixed" or "BM25" (by the analyzer "standard"), the
+            name of a sparse model, or None.
         rows_per_shard: pictures in each shard but the last.
         source: the folder that the pictures are in, or a digest of the list that named them.
         sidecar: a digest of the sidecar; None if there was none.

@@ -10,6 +10,7 @@ of picture files. Its files:
 - `conditions.py`: conditions as people and language models write them, to metadata filters.
 - `columns.py`: which metadata columns there are, and what filters say that they do not bear out.
 - `words.py`: what hybrid search indexes beside the vectors.
+- `segments.py`: text cut so that words of any script are found.
 - `channel.py`: requests to a server that end by their deadline, and are sent again until then.
 - `lite_files.py`: Milvus Lite files, and who has them open.
 - `lite_durability.py`: what keeps them through a power cut, and shows bit rot.

@@ -82,7 +82,7 @@ def import_files(
             "use ingest_images, or open a Milvus server"
         )
     index = collection.words
-    if (stored := index and (index.model.model_id if index.model else "BM25")) != words:
+    if (stored := index and index.name) != words:
         raise StoreMismatchError(
             f"index of words: {words or 'none'} in the files, {stored or 'none'} in collection {collection.name!r}. "
             "Embed, and open the store, with the same hybrid="

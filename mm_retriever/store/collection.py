@@ -56,6 +56,7 @@ _NOT_LOADED = 101
 _MODEL_PROPERTY = "mm_retriever.model"
 _NOTE_PROPERTY = "mm_retriever.model_note"
 _SPARSE_PROPERTY = "mm_retriever.sparse_model"
+_ANALYZER_PROPERTY = "mm_retriever.analyzer"
 _RRF_K = 60
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
@@ -103,7 +104,9 @@ class Collection:
 
     # ------------------------------------------------------------------------------------------ schema and index
 
-    def open(self, hybrid: bool | SparseEmbedding, *, overwrite: bool, create: bool = True) -> None:
+    def open(
+        self, hybrid: bool | SparseEmbedding, *, overwrite: bool, create: bool = True, analyzer: str | None = None
+    ) -> None:
         """Make the collection, or check that it is ours; then load it: only a loaded one can be searched.
 
         Raises:
@@ -114,9 +117,9 @@ class Collection:
             if not exists and not create:
                 raise missing_collection(self.connection, self.name)
             if exists and not overwrite:
-                self._check(hybrid)
+                self._check(hybrid, analyzer)
             else:
-                self.words = new_word_index(hybrid)
+                self.words = new_word_index(hybrid, analyzer)
                 self._check_server()
                 if exists:
                     self._ask(self._client.drop_collection)
@@ -148,6 +151,8 @@ class Collection:
             identity[_NOTE_PROPERTY] = self.model_note
         if self.words is not None and self.words.model is not None:
             identity[_SPARSE_PROPERTY] = self.words.model.model_id
+        elif self.words is not None:
+            identity[_ANALYZER_PROPERTY] = self.words.analyzer
         description = "" if self._lite else json.dumps(identity)
         schema = collection_schema(self.dimension, self.words, description)
         properties = {"properties": identity} if self._lite else {}
@@ -186,7 +191,7 @@ class Collection:
                 f"{self.connection.where} is Milvus {said.lstrip('v')}; hybrid={hybrid} needs {needed} or later"
             )
 
-    def _check(self, hybrid: bool | SparseEmbedding) -> None:
+    def _check(self, hybrid: bool | SparseEmbedding, analyzer: str | None) -> None:
         description = self._ask(self._client.describe_collection)
         fields = {field["name"]: field for field in description["fields"]}
         missing = {ID_FIELD, DOC_ID_FIELD, TEXT_FIELD, VECTOR_FIELD} - fields.keys()
@@ -196,7 +201,13 @@ class Collection:
         dimension = int(fields[VECTOR_FIELD]["params"]["dim"])
         if dimension != self.dimension:
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self.dimension}")
-        words = word_index_of(description, hybrid, _stored(description, _SPARSE_PROPERTY))
+        words = word_index_of(
+            description,
+            hybrid,
+            _stored(description, _SPARSE_PROPERTY),
+            analyzer=analyzer,
+            stored_analyzer=_stored(description, _ANALYZER_PROPERTY),
+        )
         if isinstance(words, str):
             raise self._mismatch(words)
         self.words = words

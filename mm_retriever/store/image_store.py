@@ -101,6 +101,7 @@ def open_store(
     timeout: float = 30.0,
     overwrite: bool = False,
     hybrid: bool | SparseEmbedding = False,
+    analyzer: str | None = None,
     create: bool = True,
 ) -> ImageStore:
     """Return a store that is ready to be written and searched; the collection is made if it is not there.
@@ -121,6 +122,9 @@ def open_store(
             kept up either way. A server must be Milvus 2.5 or later.
         create: False refuses a file or collection that is not there, and lists those that are: for searching, where a
             mistyped name must not become an empty collection.
+        analyzer: how BM25 finds words, kept with the collection. "mixed", that of new collections, serves any language,
+            also those without spaces between words (Chinese, Japanese, Thai). "standard" serves languages with spaces;
+            collections of earlier versions have it, and a search by words that it cannot serve is logged.
 
     Raises:
         StoreError: there is no such file or collection, and `create` is False.
@@ -140,6 +144,7 @@ def open_store(
         timeout=timeout,
         overwrite=overwrite,
         hybrid=hybrid,
+        analyzer=analyzer,
         create=create,
         model_note=str(getattr(embed_model, "model_note", "")),
         embed_model=embed_model,
@@ -198,6 +203,7 @@ class ImageStore(MilvusVectorStore):
 
     _collection: Collection = PrivateAttr()
     _columns: Columns = PrivateAttr()
+    _unserved_said: bool = PrivateAttr(default=False)
     _checked: set[tuple[str, str, str]] = PrivateAttr(default_factory=set)
     _embed_model: Any = PrivateAttr(default=None)
     _opening: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -216,6 +222,7 @@ class ImageStore(MilvusVectorStore):
         timeout: float = 30.0,
         overwrite: bool = False,
         hybrid: bool | SparseEmbedding = False,
+        analyzer: str | None = None,
         create: bool = True,
         model_note: str = "",
         embed_model: Any = None,
@@ -258,7 +265,7 @@ class ImageStore(MilvusVectorStore):
         self._milvusclient = connection.client
         self._async_milvusclient = None
         try:
-            self._collection.open(hybrid, overwrite=overwrite, create=create)
+            self._collection.open(hybrid, overwrite=overwrite, create=create, analyzer=analyzer)
         except BaseException:
             self.close()
             raise
@@ -283,6 +290,12 @@ class ImageStore(MilvusVectorStore):
     def hybrid(self) -> bool:
         """Whether the collection has an index of words, so that it takes the query modes that need one."""
         return self._collection.words is not None
+
+    @property
+    def analyzer(self) -> str | None:
+        """How the index of words finds them: "mixed" or "standard"; None without BM25."""
+        words = self._collection.words
+        return None if words is None or words.model is not None else words.analyzer
 
     def close(self) -> None:
         """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
@@ -459,6 +472,14 @@ class ImageStore(MilvusVectorStore):
             raise QueryError(f"embedding_field {query.embedding_field!r}: vectors are in {VECTOR_FIELD!r}")
         top_k = _checked_top_k(query.similarity_top_k)
         words = self._word_index(query.mode) if query.mode in _WORD_MODES else None
+        if words is not None and words.unserved(query.query_str) and not self._unserved_said:
+            self._unserved_said = True
+            logger.warning(
+                "collection %r finds words by the analyzer 'standard', which finds those of languages without spaces, "
+                "like %r, only where they stand alone; a new collection (hybrid=True) finds them",
+                self.collection_name,
+                (query.query_str or "")[:60],
+            )
         by_words_alone = words is not None and query.mode != VectorStoreQueryMode.HYBRID
         vector = [] if by_words_alone else self._query_vector(query.query_embedding)
         expression = _restriction(query, self._expression(query.filters))

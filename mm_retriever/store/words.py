@@ -6,6 +6,7 @@ from a text column, and learned sparse vectors, which a model computes here. Kno
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -13,11 +14,19 @@ from typing import Any, Protocol, TypeAlias
 from llama_index.core.schema import BaseNode
 from pymilvus import CollectionSchema, DataType, Function, FunctionType
 
+from mm_retriever.errors import StoreError
 from mm_retriever.store.filters import MAX_TEXT_BYTES, SPARSE_FIELD, WORDS_FIELD
 from mm_retriever.store.identity import same_model
+from mm_retriever.store.segments import asked_words, indexed_words, needs_segments
+
+logger = logging.getLogger(__name__)
 
 SparseVector: TypeAlias = dict[int, float]
 """Weights of terms, by the number of the term."""
+
+MIXED, STANDARD = ANALYZERS = ("mixed", "standard")
+"""How BM25 finds words: "mixed" in any language, also without spaces between words; "standard" as Milvus does by
+itself, which serves languages with spaces, and is what collections of earlier versions have."""
 
 STOP_WORDS = (
     *("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not"),
@@ -56,11 +65,18 @@ class WordIndex:
         vector_field: column of the sparse vectors.
         text_field: column that Milvus makes them from; "" where a model does.
         model: that model.
+        analyzer: how the words of a text are found, one of `ANALYZERS`; a model has its own way.
     """
 
     vector_field: str = SPARSE_FIELD
     text_field: str = WORDS_FIELD
     model: SparseEmbedding | None = None
+    analyzer: str = STANDARD
+
+    @property
+    def name(self) -> str:
+        """What indexes the words, as `words_name` says it."""
+        return self.model.model_id if self.model else _bm25_name(self.analyzer)
 
     @property
     def metric(self) -> str:
@@ -94,15 +110,23 @@ class WordIndex:
             return [{self.vector_field: vector or _NO_WORDS} for vector in self.model.encode_documents(words)]
         if self.text_field != WORDS_FIELD:  # a collection of plain LlamaIndex: the text itself, which is there already
             return [{} for _ in nodes]
+        if self.analyzer == MIXED:
+            words = [_cut(indexed_words(text)) for text in words]
         return [{self.text_field: text} for text in words]
 
     def asked(self, text: str | None) -> str | SparseVector | None:
         """Return what to send to Milvus for the words of a query; None if it has none."""
         if not text or not text.strip():
             return None
+        if self.model is None and self.analyzer == MIXED:
+            return asked_words(text)
         if self.model is None:
             return text
         return self.model.encode_queries([text])[0] or None
+
+    def unserved(self, text: str | None) -> bool:
+        """Whether the text has words of a script that this index does not find inside longer texts."""
+        return self.model is None and self.analyzer == STANDARD and text is not None and needs_segments(text)
 
 
 def node_words(node: BaseNode) -> str:
@@ -115,25 +139,60 @@ def node_words(node: BaseNode) -> str:
     for key, value in node.metadata.items():
         if key not in excluded:
             parts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
-    return "\n".join(filter(None, parts)).encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+    return _cut("\n".join(filter(None, parts)))
 
 
-def new_word_index(hybrid: bool | SparseEmbedding) -> WordIndex | None:
-    """Return the word index of a new collection; None without one."""
+def _cut(text: str) -> str:
+    size = len(text.encode())
+    if size <= MAX_TEXT_BYTES:
+        return text
+    logger.warning("%d bytes of words in one node: %d are indexed for search by words", size, MAX_TEXT_BYTES)
+    return text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
+def new_word_index(hybrid: bool | SparseEmbedding, analyzer: str | None = None) -> WordIndex | None:
+    """Return the word index of a new collection; None without one.
+
+    Args:
+        hybrid: True for BM25, or a sparse model.
+        analyzer: of BM25, one of `ANALYZERS`; None is "mixed".
+    """
+    check_analyzer(analyzer)
+    if analyzer is not None and hybrid is not True:
+        raise StoreError(f"analyzer {analyzer!r} is how BM25 finds words: it goes with hybrid=True in a new collection")
     if isinstance(hybrid, bool):
-        return WordIndex() if hybrid else None
+        return WordIndex(analyzer=analyzer or MIXED) if hybrid else None
     return WordIndex(text_field="", model=hybrid)
 
 
+def check_analyzer(analyzer: str | None) -> None:
+    """Refuse an analyzer that there is not."""
+    if analyzer is not None and analyzer not in ANALYZERS:
+        raise StoreError(f"analyzer {analyzer!r} is not one of {', '.join(ANALYZERS)}")
+
+
+def _bm25_name(analyzer: str) -> str:
+    return "BM25" if analyzer == STANDARD else f"BM25 {analyzer}"
+
+
+def analyzer_of(name: str | None) -> str | None:
+    """Return the analyzer of an index of words by its name, None for one that is not BM25."""
+    return next((analyzer for analyzer in ANALYZERS if _bm25_name(analyzer) == name), None)
+
+
 def words_name(hybrid: bool | SparseEmbedding) -> str | None:
-    """Return what indexes words: "BM25", the name of a model, or None where nothing does."""
-    if isinstance(hybrid, bool):
-        return "BM25" if hybrid else None
-    return hybrid.model_id
+    """Return what indexes the words of a new collection: "BM25 mixed", the name of a model, or None for nothing."""
+    index = new_word_index(hybrid)
+    return None if index is None else index.name
 
 
 def word_index_of(
-    description: Mapping[str, Any], hybrid: bool | SparseEmbedding, stored_model: str | None
+    description: Mapping[str, Any],
+    hybrid: bool | SparseEmbedding,
+    stored_model: str | None,
+    *,
+    analyzer: str | None = None,
+    stored_analyzer: str | None = None,
 ) -> WordIndex | str | None:
     """Return the word index of an existing collection; a text says why it is not the one that was asked for.
 
@@ -141,7 +200,12 @@ def word_index_of(
         description: of the collection, from Milvus.
         hybrid: what was asked for; False takes what is there.
         stored_model: name of the sparse model that the collection was made with.
+        analyzer: what was asked for; None takes what is there.
+        stored_analyzer: what the collection was made with; earlier versions made all of them with "standard".
     """
+    check_analyzer(analyzer)
+    if stored_model is not None and analyzer is not None:
+        return f"holds sparse vectors of the model {stored_model!r}, which has no analyzer; {analyzer!r} is asked for"
     if stored_model is not None:
         if isinstance(hybrid, bool):
             return f"holds sparse vectors of the model {stored_model!r}: give that model as hybrid="
@@ -152,5 +216,10 @@ def word_index_of(
         if function["type"] == FunctionType.BM25:
             if not isinstance(hybrid, bool):
                 return f"indexes words by BM25, hybrid= is the model {hybrid.model_id!r}"
-            return WordIndex(function["output_field_names"][0], function["input_field_names"][0])
+            found = stored_analyzer or STANDARD
+            if analyzer not in (None, found):
+                return f"finds words by the analyzer {found!r}, {analyzer!r} is asked for"
+            return WordIndex(function["output_field_names"][0], function["input_field_names"][0], analyzer=found)
+    if analyzer is not None:
+        return f"has no index of words, and an analyzer is asked for: {analyzer!r}"
     return None if hybrid is False else "has no index of words, hybrid= asks for one"

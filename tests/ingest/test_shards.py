@@ -198,7 +198,7 @@ class Wide(ColourEmbedding):
         ({"model": OtherModel()}, "planned for model_id 'colours', and 'other' is asked for"),
         ({"model": Wide()}, "dimension 27"),
         ({"rows_per_shard": 6}, "rows_per_shard 5"),
-        ({"hybrid": True}, "words None, and 'BM25'"),
+        ({"hybrid": True}, "words None, and 'BM25 mixed'"),
         ({"sidecar": {"a.png": {"x": 1}}}, "sidecar None"),
         ({"source": "photos/cars"}, "photos/cars' is asked for"),
         ({"source": ["photos/00.png"]}, "and 'list "),
