@@ -34,7 +34,7 @@ from mm_retriever.image import (
     ImagePolicy,
     ImageSource,
     first_readable,
-    load_image,
+    opened_image,
     portable_image,
     source_name,
 )
@@ -219,9 +219,12 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
 
         if request.image is None:
             return Content(request.text or "")
-        read = partial(load_image, policy=request.policy or self.image_policy, keep_mode=True)
-        image = first_readable((request.image, *request.elsewhere), read)
-        return Content(request.text or "", self.prepare_image(image))
+
+        def square(source: ImageSource) -> NDArray[np.uint8]:
+            with opened_image(source, policy=request.policy or self.image_policy, keep_mode=True) as image:
+                return self.prepare_image(image)
+
+        return Content(request.text or "", first_readable((request.image, *request.elsewhere), square))
 
     def _embedding(self, request: Request) -> Embedding:
         vector: Embedding = self._vectors([self._content(request)])[0].tolist()

@@ -11,16 +11,28 @@ import base64
 import hashlib
 import importlib
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar
 
-from PIL import Image, ImageFile, ImageOps, features
+from PIL import Image, ImageFile, features
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image_format import FORMATS, PictureHeader, describe_bytes, read_header, sniff_format
+from mm_retriever.image_format import (
+    FORMATS,
+    JPEG_END,
+    PictureHeader,
+    clean_png,
+    describe_bytes,
+    ends_in_last_scan,
+    read_header,
+    sniff_format,
+)
+from mm_retriever.image_memory import DECODING
+from mm_retriever.image_pixels import MOST_MISSING, missing_share, normalised
 from mm_retriever.image_source import (
     DEFAULT_POLICY,
     ImageDataURI,
@@ -34,9 +46,7 @@ from mm_retriever.image_source import (
     source_name,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,12 +57,14 @@ __all__ = [
     "ImagePolicy",
     "ImageSource",
     "encode_thumbnail",
+    "file_size",
     "first_readable",
     "is_image_path",
     "is_place",
     "load_image",
     "lossless_bytes",
     "media_type",
+    "opened_image",
     "pixel_digest",
     "portable_image",
     "read_image_bytes",
@@ -67,17 +79,6 @@ IMAGE_SUFFIXES = frozenset({
 })
 # fmt: on
 
-_ORIENTATION_TAG = 0x0112
-_PHOTOMETRIC_TAG = 0x0106
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _READERS = {
     "JPEG": "JpegImagePlugin.JpegImageFile",
     "PNG": "PngImagePlugin.PngImageFile",
@@ -89,10 +90,9 @@ _READERS = {
     "AVIF": "AvifImagePlugin.AvifImageFile",
 }
 _NO_READER = ImportError("no decoder")  # tells a reader that is missing from a file that is damaged
+_BYTES_A_PIXEL = {"JPEG": 8, "PNG": 8, "BMP": 8, "WEBP": 20, "AVIF": 16, "HEIC": 16}
 _LONGEST_SIDE = 1_000_000  # pixels; each row costs 8 bytes and more beside its pixels
-_STRIP = 2**20  # pixels turned from numbers to grey at a time
 _MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
-_LARGEST_EXIF = 2**20  # 16 times what a JPEG can hold; a tag of ten million numbers is no orientation
 
 
 def is_image_path(path: str | os.PathLike[str]) -> bool:
@@ -118,10 +118,42 @@ def load_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, kee
         if isinstance(source, Image.Image):
             _check_size(source.size, policy)
             source.load()
-            return _normalised(source, rawmode="", keep_mode=keep_mode)
+            return normalised(source, rawmode="", keep_mode=keep_mode)
         if is_pixel_array(source):
-            return _normalised(_from_array(source, policy), rawmode="", keep_mode=keep_mode)
-        return _decode(read_source(source, policy), policy, keep_mode)
+            return normalised(_from_array(source, policy), rawmode="", keep_mode=keep_mode)
+        return _decode(read_source(source, policy), policy, keep_mode, source_name(source))
+
+
+@contextmanager
+def opened_image(
+    source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, keep_mode: bool = False
+) -> Iterator[Image.Image]:
+    """Give the image of `load_image` for as long as the block runs; its memory is counted, and given back at the end.
+
+    For whoever makes something small of many images, or in many threads.
+    """
+    if isinstance(source, Image.Image) or is_pixel_array(source):
+        yield load_image(source, policy=policy, keep_mode=keep_mode)
+        return
+    with _errors_name(source):
+        data = read_source(source, policy)
+        wanted = _expected_memory(data)
+    with DECODING.hold(wanted):
+        with _errors_name(source):
+            image = _decode(data, policy, keep_mode, source_name(source))
+        try:
+            yield image
+        finally:
+            image.close()
+
+
+def file_size(data: bytes, image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of an image that was loaded from these bytes, upright, before any reduction."""
+    header = read_header(data, max_frames=1)
+    if header is None or header.size is None or max(header.size) <= max(image.size) or not header.reducible:
+        return image.size
+    width, height = header.size
+    return (width, height) if (width >= height) == (image.width >= image.height) else (height, width)
 
 
 def read_image_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> bytes:
@@ -205,7 +237,7 @@ def pixel_digest(image: Image.Image) -> str:
 
 def encode_thumbnail(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> bytes:
     """Return a JPEG of the picture, shrunk (never enlarged) until no side is longer than `max_side`."""
-    small = image if image.mode == "RGB" else _normalised(image, rawmode="", keep_mode=False)
+    small = image if image.mode == "RGB" else normalised(image, rawmode="", keep_mode=False)
     if max(small.size) > max_side:
         scale = max_side / max(small.size)
         size = max(1, round(small.width * scale)), max(1, round(small.height * scale))
@@ -269,7 +301,7 @@ def _from_array(source: PixelArray, policy: ImagePolicy) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else pixels * np.uint8(255)))
 
 
-def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool) -> Image.Image:
+def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str) -> Image.Image:
     if not data:
         raise ImageLoadError("zero bytes")
     header = read_header(data, max_frames=policy.max_frames)
@@ -278,21 +310,66 @@ def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool) -> Image.Image:
         header = PictureHeader(reader.format or "")
     if header is None or reader is None:
         raise ImageLoadError(f"not a picture in a supported format ({', '.join(FORMATS)}): {describe_bytes(data)}")
-    if header.size:
-        _check_size(header.size, policy)
-    # The reader itself, not Image.open: that would try every format, and warn about large pictures before we can look.
-    with reader(io.BytesIO(data), "") as image:
-        _check_size(image.size, policy)
-        frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
-        if frames > policy.max_frames:
-            raise ImageLoadError(f"more than {policy.max_frames} frames (ImagePolicy.max_frames)")
-        rawmode = _rawmode(image)
-        image.load()
-        _scale_transparent_key(image, rawmode)
-        pixels = _normalised(image, rawmode=rawmode, keep_mode=keep_mode)
-        if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0:
-            return ImageOps.invert(pixels)  # a TIFF of more than 8 bits where 0 is white, which Pillow leaves as it is
-        return pixels
+    reduced = header.reducible and _is_large(header, policy)
+    if header.size and not reduced:
+        _check_size(header.size, policy, header.format)
+    profile = None
+    if header.format == "PNG":
+        data, profile = clean_png(data)
+    with DECODING.hold(_memory(header.format, header.size or (0, 0))):
+        # The reader itself, not Image.open: that would try every format, and warn about large images before we can look
+        with reader(io.BytesIO(data), "") as image, DECODING.hold(_memory(header.format, image.size)):
+            if reduced:
+                image.draft(None, (image.width // 2, image.height // 2))
+            _check_size(image.size, policy)
+            frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
+            if frames > policy.max_frames:
+                raise ImageLoadError(f"more than {policy.max_frames} frames (ImagePolicy.max_frames)")
+            if profile:
+                image.info["icc_profile"] = profile
+            rawmode = _rawmode(image)
+            try:
+                image.load()
+            except OSError as error:
+                if header.format != "JPEG" or "truncated" not in str(error) or not ends_in_last_scan(data):
+                    raise
+            else:
+                return normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+        with reader(io.BytesIO(data + JPEG_END), "") as image:
+            if reduced:
+                image.draft(None, (image.width // 2, image.height // 2))
+            image.load()
+            missing = missing_share(image)
+            if missing > MOST_MISSING:
+                raise ImageLoadError(f"truncated (the last {missing:.0%} of the image are missing)")
+            logger.warning("%s ends early; %.1f%% of the image are missing, shown in grey", name, 100 * missing)
+            return normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+
+
+def _memory(format_name: str, size: tuple[int, int]) -> int:
+    """Bytes that decoding takes at its height, the result included."""
+    return size[0] * size[1] * _BYTES_A_PIXEL.get(format_name, 12)
+
+
+def _expected_memory(data: bytes) -> int:
+    """The same of a file; 0 where it cannot be told, which is where decoding will fail."""
+    header = read_header(data, max_frames=1) if data else None
+    if header is None or header.size:
+        return _memory(header.format, header.size or (0, 0)) if header else 0
+    try:
+        with _reader(header.format)(io.BytesIO(data), "") as image:
+            return _memory(header.format, image.size)
+    except Exception:  # on broken files decoders raise what they like; loading says what is wrong
+        return 0
+
+
+def _is_large(header: PictureHeader, policy: ImagePolicy) -> bool:
+    """Whether only half of each side is within the limits: what a JPEG can be decoded to without its whole."""
+    if header.size is None:
+        return False
+    width, height = header.size
+    half = -(-width // 2) * -(-height // 2)
+    return half <= policy.max_pixels < width * height and max(width, height) <= _LONGEST_SIDE
 
 
 @cache
@@ -337,7 +414,7 @@ def _registered_reader_of(data: bytes) -> type[ImageFile.ImageFile] | None:
     return None
 
 
-def _check_size(size: tuple[int, int], policy: ImagePolicy) -> None:
+def _check_size(size: tuple[int, int], policy: ImagePolicy, format_name: str = "") -> None:
     width, height = size
     if width < 1 or height < 1:
         raise ImageLoadError(f"no pixels ({width}x{height})")
@@ -347,6 +424,11 @@ def _check_size(size: tuple[int, int], policy: ImagePolicy) -> None:
         raise ImageLoadError(
             f"{width}x{height} pixels, more than the limit of {policy.max_pixels} (ImagePolicy.max_pixels)"
         )
+    if format_name == "WEBP" and width * height > policy.max_pixels // 2:
+        raise ImageLoadError(
+            f"{width}x{height} pixels; a WEBP, whose decoder takes five times the memory of others, may have half of "
+            f"the limit of {policy.max_pixels} (ImagePolicy.max_pixels)"
+        )
 
 
 def _rawmode(image: ImageFile.ImageFile) -> str:
@@ -354,98 +436,3 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     arguments = image.tile[0][3] if image.tile else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""
-
-
-def _scale_transparent_key(image: Image.Image, rawmode: str) -> None:
-    """Bring the transparent colour of a PNG, which Pillow leaves in the file's bit depth, to that of the pixels."""
-    key = image.info.get("transparency")
-    if isinstance(key, int) and rawmode in ("L;2", "L;4"):
-        image.info["transparency"] = key * (85 if rawmode == "L;2" else 17)
-    elif isinstance(key, tuple) and rawmode == "RGB;16B":
-        image.info["transparency"] = tuple(sample >> 8 for sample in key)
-
-
-def _normalised(image: Image.Image, *, rawmode: str, keep_mode: bool) -> Image.Image:
-    """Upright, opaque, 8-bit, RGB (or L and CMYK with `keep_mode`), without metadata."""
-    orientation = _orientation(image)
-    if image.mode == "RGB" and orientation == 1 and not image.info and type(image) is Image.Image:
-        return image
-    pixels = _opaque(_eight_bit(image, rawmode))
-    if pixels.mode != "RGB" and not (keep_mode and pixels.mode in ("L", "CMYK")):
-        pixels = pixels.convert("RGB")
-    if orientation != 1:
-        pixels = pixels.transpose(_UPRIGHT[orientation])
-    if pixels is image:
-        pixels = image.copy()
-    pixels.info = {}
-    return pixels
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none or it cannot be understood: no reason to refuse the pixels."""
-    if len(image.info.get("exif") or b"") > _LARGEST_EXIF:
-        return 1
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # a parser of hostile bytes
-        return 1
-    return orientation if orientation in _UPRIGHT else 1
-
-
-def _eight_bit(image: Image.Image, rawmode: str) -> Image.Image:
-    """Pixels of more than 8 bits scaled to 8 (not clipped, as Pillow's own conversion does), others as they are."""
-    if image.mode.startswith("I"):
-        samples = image.convert("I")
-        low, high = cast("tuple[int, int]", samples.getextrema())
-        if low < 0 or high > 0xFFFF:
-            return _float_to_grey(samples)
-        table = _grey_table(0xFFF if rawmode == "I;12" else 0xFFFF)
-        grey = samples.point(table, "L")
-        key = image.info.get("transparency")
-        if not isinstance(key, int):
-            return grey
-        opaque = [255] * 0x10000
-        opaque[key & 0xFFFF] = 0
-        return Image.merge("LA", (grey, samples.point(opaque, "L")))
-    if image.mode == "F":
-        return _float_to_grey(image)
-    return image
-
-
-@cache
-def _grey_table(white: int) -> list[int]:
-    return [(min(value, white) * 510 + white) // (2 * white) for value in range(0x10000)]
-
-
-def _float_to_grey(image: Image.Image) -> Image.Image:
-    """0..1 and 0..255 keep their meaning; any other range has no agreed white and is stretched from black to white."""
-    import numpy as np  # only pictures of floats need it
-
-    samples = np.asarray(image)
-    rows = max(1, _STRIP // image.width)  # strip by strip: as doubles, all of it would take a gigabyte
-    places = [slice(top, top + rows) for top in range(0, image.height, rows)]
-
-    def doubles(place: slice) -> NDArray[np.float64]:
-        return np.nan_to_num(samples[place].astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-
-    low = min(float(doubles(place).min()) for place in places)
-    high = max(float(doubles(place).max()) for place in places)
-    black, scale = 0.0, 255.0 if high <= 1 else 1.0
-    if low < 0 or high > 255:
-        black, scale = low, 255 / (high - low or 1.0)
-    grey = np.empty(samples.shape, np.uint8)
-    for place in places:
-        grey[place] = (doubles(place) - black) * scale + 0.5
-    return Image.fromarray(grey)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """The picture on white paper where it has any transparency; else as it is."""
-    if not image.has_transparency_data:
-        return image
-    if image.mode in ("La", "RGBa"):  # premultiplied
-        image = image.convert(image.mode.upper())
-    image = image.convert("RGBA")
-    paper = Image.new("RGB", image.size, "white")
-    paper.paste(image, mask=image.getchannel("A"))
-    return paper

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 
 from mm_retriever.errors import ImageLoadError
@@ -36,6 +37,13 @@ _JPEG_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})  # no length behind th
 # What both decoders, Pillow's and libjpeg's, pass over by its length. They look into all others for markers.
 _JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDB, 0xF0), 0xFE}) - {0xC8}
 _PNG_TEXTS = (b"iCCP", b"iTXt", b"zTXt")
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
+_PNG_NEEDED = (b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"eXIf")
+_PNG_FRAMES = (b"acTL", b"fcTL", b"fdAT")
+MAX_PNG_TEXT = 2**18
+MAX_PNG_PROFILE = 2**22
+JPEG_END = b"\xff\xd9"
+_CODED_DATA = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _FRAME = struct.Struct(">HHB")
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")
@@ -61,11 +69,15 @@ _TIFF_NESTED = frozenset({0x8769, 0x8825, 0xA005})  # EXIF, GPS, interoperabilit
 
 @dataclass(frozen=True)
 class PictureHeader:
-    """The format's name and, where the bytes say so cheaply, the size in pixels and the number of frames."""
+    """The format's name and, where the bytes say so cheaply, the size in pixels and the number of frames.
+
+    ``reducible``: a JPEG of one scan, which can be decoded at half its size without ever being in memory whole.
+    """
 
     format: str
     size: tuple[int, int] | None = None
     frames: int | None = None
+    reducible: bool = False
 
 
 def sniff_format(data: bytes) -> str | None:
@@ -167,7 +179,7 @@ def _jpeg_header(data: bytes) -> PictureHeader:
             several_scans |= data[at + 4] != components if at + 4 < len(data) else False
             if several_scans and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
                 raise ImageLoadError(f"{scans} scans, more than the {MAX_JPEG_SCANS} that any honest file has")
-            return PictureHeader("JPEG", size)
+            return PictureHeader("JPEG", size, reducible=not several_scans)
         elif marker not in _JPEG_SEGMENTS:
             raise ImageLoadError(f"a segment of kind {marker:#x}, which no decoder knows")
         else:
@@ -192,6 +204,95 @@ def _png_header(data: bytes) -> PictureHeader:
             raise ImageLoadError(f"more than {MAX_PNG_TEXTS} compressed texts and profiles")
         at += 12 + int.from_bytes(data[at : at + 4], "big")
     raise ImageLoadError("more chunks than any honest PNG has")
+
+
+def ends_in_last_scan(data: bytes) -> bool:
+    """Whether a JPEG that ends early lacks a part of its last pass over the image at most. Source: ITU-T T.81, G.1.
+
+    Of one that is coded in one scan, any part can be missing. A progressive one must have begun the scan that brings
+    the last bit of the last coefficient, without which colours or details are not there at all.
+    """
+    at, components, progressive = 2, 0, False
+    bits: dict[tuple[int, int], int] = {}
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= len(data):
+            components, progressive = data[at + 9], marker == 0xC2
+        if marker == 0xFF:
+            at += 1
+            continue
+        if marker in _JPEG_ALONE:
+            at += 2
+            continue
+        if marker != 0xDA:
+            at += 2 + max(2, length)
+            continue
+        count, header = data[at + 4] if at + 4 < len(data) else 0, data[at + 5 : at + 2 + length]
+        if not progressive:
+            return count == components
+        if len(header) < 2 * count + 3:
+            break
+        start, end, low = header[2 * count], header[2 * count + 1], header[2 * count + 2] & 15
+        for component in header[0 : 2 * count : 2]:
+            bits |= {(component, coefficient): low for coefficient in range(start, min(end, 63) + 1)}
+        at = _next_marker(data, at + 2 + length)
+    return len(bits) == 64 * components and not any(bits.values())
+
+
+def _next_marker(data: bytes, at: int) -> int:
+    """Where coded data ends: at a marker that is no restart and no stuffed zero."""
+    found = _CODED_DATA.search(data, at)
+    return found.start() if found else len(data)
+
+
+def clean_png(data: bytes) -> tuple[bytes, bytes | None]:
+    """Return a PNG without what no image is made of, and its colour profile.
+
+    A comment that is too large or broken, or a profile whose chunk is, makes decoders refuse the image; browsers pass
+    over them. What stays: image data, transparency, gamma, orientation, the frames of an animation.
+    """
+    at, kept, profile, begun = 8, [data[:8]], None, 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if end > len(data):
+            break
+        if kind == b"iCCP" and profile is None:
+            profile = _inflated(data[at + 8 : end - 4].partition(b"\0")[2][1:], MAX_PNG_PROFILE)
+        if not (kind[0] & 32) or kind in _PNG_FRAMES or _is_needed(kind, data, at, end):
+            pass
+        else:
+            kept.append(data[begun:at])
+            begun = end
+        at = end
+        if kind == b"IEND":
+            break
+    return (data if begun == 8 else b"".join([*kept, data[begun:]])), profile
+
+
+def _is_needed(kind: bytes, data: bytes, at: int, end: int) -> bool:
+    if kind in _PNG_TEXTS or kind == b"tEXt":
+        if kind == b"iCCP" or end - at > MAX_PNG_TEXT or not data.startswith(_PNG_ORIENTATION, at + 8):
+            return False
+        if kind == b"iTXt" and data[data.index(b"\0", at + 8) + 1] == 0:
+            return True
+        body = data[at + 8 : end - 4].partition(b"\0")[2][1:]
+        if kind == b"iTXt":
+            body = body[1:].partition(b"\0")[2].partition(b"\0")[2]
+        return kind == b"tEXt" or _inflated(body, MAX_PNG_TEXT) is not None
+    if kind not in _PNG_NEEDED:
+        return False
+    return zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+
+
+def _inflated(packed: bytes, most: int) -> bytes | None:
+    """Unpacked bytes, or None where they are broken or more than so many."""
+    unpacking = zlib.decompressobj()
+    try:
+        unpacked = unpacking.decompress(packed, most)
+    except zlib.error:
+        return None
+    return None if unpacking.unconsumed_tail or not unpacking.eof else unpacked
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

@@ -404,7 +404,8 @@ def test_an_orientation_of_ten_million_numbers_is_not_read() -> None:
 
 def headers() -> Iterator[tuple[str, PictureHeader]]:
     for name in ("jpeg", "jpeg progressive", "jpeg grey", "png", "apng", "webp", "webp lossless", "webp animated"):
-        yield name, PictureHeader(name.split()[0].upper().replace("APNG", "PNG"), (29, 17))
+        kind = name.split()[0].upper().replace("APNG", "PNG")
+        yield name, PictureHeader(kind, (29, 17), reducible=name in ("jpeg", "jpeg grey"))
     yield "gif", PictureHeader("GIF", (29, 17), 1)
     yield "gif animated", PictureHeader("GIF", (29, 17), 3)
     yield "tiff raw", PictureHeader("TIFF", None, 1)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image import ImagePolicy, ImageSource, load_image, read_image_bytes
+from mm_retriever.image import ImagePolicy, ImageSource, file_size, opened_image, read_image_bytes
 from mm_retriever.ingest.exif import exif_columns
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -64,10 +64,11 @@ def read_picture(
         if digest == known_digest:
             return ReadPicture(digest, exif=exif, length=len(data))
         try:
-            image = load_image(data, policy=policy, keep_mode=True)  # the model resizes grey and CMYK in their own mode
+            # the model resizes grey and CMYK in their own mode
+            with opened_image(data, policy=policy, keep_mode=True) as image:
+                return ReadPicture(digest, file_size(data, image), prepare(image), exif=exif, length=len(data))
         except ImageLoadError as error:
             return ReadPicture(error=error.reason or str(error), spoiled=_is_verdict(error), length=len(data))
-        return ReadPicture(digest, image.size, prepare(image), exif=exif, length=len(data))
     except ImageLoadError as error:
         return ReadPicture(error=error.reason or str(error))  # the name of the source stands beside it in a report
     except Exception as error:  # one picture, whatever is wrong with it, must not end the run

@@ -1,8 +1,8 @@
 """Nodes in, nodes out: what a reranker sees of a node, and the node that comes back.
 
-An image is read by `load_image` under an `ImagePolicy`, from the first of the node's places (`node_images`) that can be
-read, as the embedding reads it; ``resolve_image``, which would download any URL, is never called. Nodes that come back
-are copies. Knows nothing of models and of ranking.
+An image is read by `opened_image` under an `ImagePolicy`, from the first of the node's places (`node_images`) that can
+be read, as the embedding reads it; ``resolve_image``, which would download any URL, is never called. Nodes that come
+back are copies. Knows nothing of models and of ranking.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image import ImagePolicy, first_readable, load_image
+from mm_retriever.image import ImagePolicy, ImageSource, first_readable, opened_image
 
 RETRIEVAL_SCORE = "retrieval_score"
 RETRIEVAL_RANK = "retrieval_rank"
@@ -155,7 +155,7 @@ def _read(node: NodeWithScore, policy: ImagePolicy) -> Candidate:
     images = [image for image in node_images(node.node) if policy.allow_urls or "://" not in str(image)[:40]]
     if images:
         try:
-            return Candidate(node, image=_shrunk(first_readable(images, partial(load_image, policy=policy))))
+            return Candidate(node, image=first_readable(images, partial(_small, policy=policy)))
         except ImageLoadError as error:
             return Candidate(node, note=str(error)[:500])
     text = node.node.get_content(MetadataMode.NONE).strip()
@@ -170,10 +170,15 @@ def _nothing_to_show(node: BaseNode) -> str:
     return "it has neither a picture nor a text"
 
 
+def _small(source: ImageSource, policy: ImagePolicy) -> Image.Image:
+    with opened_image(source, policy=policy) as image:
+        return _shrunk(image)
+
+
 def _shrunk(image: Image.Image) -> Image.Image:
     """The picture, no larger than a model sees it."""
     if max(image.size) <= LONGEST_SIDE:
-        return image
+        return image.copy()
     scale = LONGEST_SIDE / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
