@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -42,6 +42,21 @@ EXIT_INTERRUPTED = 130
 
 _KEPT = "their files cannot be looked at now, so nobody knows whether they are gone; run it again when they can"
 
+
+def _home(path: Any) -> Any:
+    """A path option, with the "~" that no shell replaced: clients that start commands from JSON have none."""
+    if path is None:
+        return None
+    if isinstance(path, list | tuple):
+        return [_home(one) for one in path]
+    if isinstance(path, str):
+        return os.path.expanduser(path)  # noqa: PTH111 - may be a URL
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise QueryError(f"{str(path)!r}: {error}") from error
+
+
 app = typer.Typer(
     help="Search pictures by text, by picture, or by both at once.",
     no_args_is_help=True,
@@ -67,7 +82,8 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Sidecar = Annotated[
     Path | None,
     typer.Option(
-        help="JSON, JSONL, CSV or TSV with columns for each image. Default: metadata.jsonl and .csv in the folder."
+        help="JSON, JSONL, CSV or TSV with columns for each image. Default: metadata.jsonl and .csv in the folder.",
+        callback=_home,
     ),
 ]
 NoSidecar = Annotated[bool, typer.Option("--no-sidecar", help="Take no columns from files in the folder.")]
@@ -83,7 +99,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def index(
-    source: Annotated[Path, typer.Argument(help="A folder of pictures (read recursively).")],
+    source: Annotated[Path, typer.Argument(help="A folder of pictures (read recursively).", callback=_home)],
     db: Db = "photos.db",
     model: Model = REAL_MODEL,
     collection: Collection = "mm_retriever",
@@ -107,7 +123,9 @@ def index(
             "(only languages with spaces between words)."
         ),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write what was skipped, and why, to this JSON file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was skipped, and why, to this JSON file.", callback=_home)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     token: Token = None,
     device: Device = None,
@@ -149,7 +167,12 @@ def search(
     text: Annotated[str | None, typer.Option("--text", "-t", help="What to look for, or what to change.")] = None,
     image: Annotated[
         str | None,
-        typer.Option("--image", "-i", help="An image to look for, or to start from: a file, a URL or a data URI."),
+        typer.Option(
+            "--image",
+            "-i",
+            help="An image to look for, or to start from: a file, a URL or a data URI.",
+            callback=_home,
+        ),
     ] = None,
     db: Db = "photos.db",
     model: Model = REAL_MODEL,
@@ -178,8 +201,8 @@ def search(
         str | None, typer.Option(help="An OpenAI-compatible server that runs the vision model.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page of the results.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a numbered sheet of the results.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page of the results.", callback=_home)] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a numbered sheet of the results.", callback=_home)] = None,
     token: Token = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -229,7 +252,7 @@ def search(
 
 @app.command()
 def prune(
-    folder: Annotated[Path, typer.Argument(help="A folder that was indexed; it may be gone.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that was indexed; it may be gone.", callback=_home)],
     db: Db = "photos.db",
     collection: Collection = "mm_retriever",
     force: Force = False,
@@ -251,7 +274,8 @@ def prune(
 @app.command()
 def remove(
     paths: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders (with all below them) or URLs that were indexed.")
+        list[str] | None,
+        typer.Argument(help="Files, folders (with all below them) or URLs that were indexed.", callback=_home),
     ] = None,
     ids: Annotated[list[str] | None, typer.Option("--id", help="The id of a row; repeat for more.")] = None,
     where: Annotated[list[str] | None, typer.Option(help="What all rows to remove match, as in `search`.")] = None,
@@ -292,9 +316,12 @@ def clear(
 
 @app.command()
 def embed(
-    out: Annotated[Path, typer.Argument(help="A folder for the files; what is done there already stays.")],
+    out: Annotated[
+        Path, typer.Argument(help="A folder for the files; what is done there already stays.", callback=_home)
+    ],
     source: Annotated[
-        Path | None, typer.Argument(help="A folder of pictures. Default: go on with what OUT was begun for.")
+        Path | None,
+        typer.Argument(help="A folder of pictures. Default: go on with what OUT was begun for.", callback=_home),
     ] = None,
     model: Model = REAL_MODEL,
     rows_per_file: Annotated[int, typer.Option(min=1, help="Pictures in one file.")] = 10_000,
@@ -344,7 +371,7 @@ def embed(
 
 @app.command("import")
 def import_(
-    out: Annotated[Path, typer.Argument(help="The folder that `embed` filled.")],
+    out: Annotated[Path, typer.Argument(help="The folder that `embed` filled.", callback=_home)],
     db: Annotated[str, typer.Option(help="The URI of a Milvus server.")],
     remote_folder: Annotated[
         str, typer.Option(help="Where the server's object storage has the files of OUT/shards.")
@@ -371,7 +398,7 @@ def import_(
 @app.command()
 def convert(
     weights: Annotated[str, typer.Argument(help="Official .pth file, folder or published name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", callback=_home)],
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder with the tokenizer, if it is not beside WEIGHTS.")
     ] = None,
@@ -433,12 +460,16 @@ def _verified(db: str, token: str | None) -> dict[str, Verification | str]:
 
 @app.command()
 def demo(
-    archive: Annotated[Path | None, typer.Argument(help="With --amazon: a copy of the published archive.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures, store and results.")] = Path("demo"),
-    photos: Annotated[Path | None, typer.Option(help="Run on this folder of your own instead.")] = None,
+    archive: Annotated[
+        Path | None, typer.Argument(help="With --amazon: a copy of the published archive.", callback=_home)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures, store and results.", callback=_home)] = Path("demo"),
+    photos: Annotated[Path | None, typer.Option(help="Run on this folder of your own instead.", callback=_home)] = None,
     amazon: Annotated[bool, typer.Option("--amazon", help="Run on 900 pictures of Amazon Reviews 2023.")] = False,
     text: Annotated[str | None, typer.Option(help="With --photos: the text to search with.")] = None,
-    image: Annotated[Path | None, typer.Option(help="With --photos: the picture to search with.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="With --photos: the picture to search with.", callback=_home)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Default: tiny on drawings, BAAI's weights on photographs.")] = None,
     rerank: Annotated[
         bool | None, typer.Option("--rerank/--no-rerank", help="Rank again with a vision model. Default: on drawings.")
@@ -494,7 +525,10 @@ def mcp(
     ] = None,
     root: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder that pictures may be read from; repeat for more. Default: only the indexed ones."),
+        typer.Option(
+            help="A folder that pictures may be read from; repeat for more. Default: only the indexed ones.",
+            callback=_home,
+        ),
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let a client name pictures by URL.")] = False,
     http: Annotated[bool, typer.Option("--http", help="Serve streamable HTTP instead of stdin and stdout.")] = False,

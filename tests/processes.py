@@ -23,8 +23,9 @@ def python(*arguments: object, **options) -> subprocess.Popen[str]:
 def ends(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
     process.send_signal(how)
     process.wait(30)
-    if process.stdout:
-        process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe:
+            pipe.close()
 
 
 def free_port() -> int:

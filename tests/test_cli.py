@@ -68,6 +68,25 @@ def test_a_composed_search_prints_the_product_of_that_kind_and_pattern(capfd, db
     assert rows[0]["label"] == "phone case"
 
 
+def test_a_tilde_is_the_home_folder_in_every_path(capfd, db, leopard, tmp_path, monkeypatch):
+    """A shell replaces it; clients that start commands from JSON do not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.db").symlink_to(db)
+    (tmp_path / "leopard.png").symlink_to(leopard)
+    use = ("--db", "~/a.db", "--model", "tiny")
+    code, out, err = run(capfd, "search", *use, "-i", "~/leopard.png", "-k", 1, "--json", "--png", "~/sheet.png")
+    assert code == 0, err
+    assert len(json.loads(out)) == 1
+    assert (tmp_path / "sheet.png").exists()
+    (tmp_path / "images").mkdir()
+    code, out, err = run(capfd, "index", "~/images", "--db", "~/b.db", "--model", "tiny", "--report", "~/report.json")
+    assert code == 0, err
+    assert (tmp_path / "b.db").is_dir()
+    assert (tmp_path / "report.json").exists()
+    code, _, err = run(capfd, "info", "--db", "~no-such-user/a.db")
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_results_are_written_as_page_and_sheet(capfd, db, tmp_path, monkeypatch):
     """Results that a person looks at, on a terminal wide enough for whole paths."""
     monkeypatch.setenv("COLUMNS", "400")

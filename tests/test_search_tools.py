@@ -573,7 +573,7 @@ def test_only_pictures_of_the_store_inside_the_roots_are_handed_out(store: Image
         rogue.add([ImageNode(id_="passwd", image_path="/etc/passwd", embedding=vector)])
         rogue.add([TextNode(id_="words", text="x", embedding=vector)])
         search = ImageSearch(rogue, embed_model)
-        with pytest.raises(ImageLoadError, match="not a picture"):
+        with pytest.raises(ImageLoadError, match="has no digest"):
             search.original("passwd")
         for unknown in ("words", "nobody", "", "x" * 5_000, 'x"] or id != ""'):
             with pytest.raises(QueryError, match="no picture of the id"):
@@ -585,6 +585,43 @@ def test_only_pictures_of_the_store_inside_the_roots_are_handed_out(store: Image
     small = ImageSearch(store, embed_model, limits=SearchLimits(original_bytes=100))
     with pytest.raises(ImageLoadError, match="more than the limit"):
         small.original(node.node_id)
+
+
+@pytest.mark.parametrize("swapped", ["another file", "a link"])
+def test_a_file_that_is_not_the_indexed_one_any_more_is_not_handed_out(swapped, embed_model, tmp_path):
+    """Whoever can write to the folder of an indexed image must not be able to read others through it."""
+    indexed, private = tmp_path / "images" / "a.png", draw_leopard(tmp_path / "private.png")
+    indexed.parent.mkdir()
+    Image.new("RGB", (40, 40), "red").save(indexed)
+    with open_store(tmp_path / "a.db", embed_model) as store:
+        ingest_images(indexed.parent, store, embed_model, show_progress=False)
+        search = ImageSearch(store, embed_model)
+        (found,) = search.search("red").pictures
+        assert found.thumbnail is not None
+        assert search.original(found.id).data == indexed.read_bytes()
+        indexed.unlink()
+        if swapped == "a link":
+            indexed.symlink_to(private)
+        else:
+            shutil.copyfile(private, indexed)
+        with pytest.raises(ImageLoadError, match="not the file that was indexed"):
+            search.original(found.id)
+        with pytest.raises(ImageLoadError, match="not the file that was indexed"):
+            search.find_similar(found.id)
+        for answer in (search.search("red").pictures[0], search.describe(found.id)):
+            assert answer.thumbnail is None
+            assert "not the file that was indexed" in answer.note
+
+
+def test_an_image_without_a_digest_is_shown_but_its_file_is_not_handed_out(embed_model, tmp_path):
+    """Such rows come from other programs."""
+    path = draw_leopard(tmp_path / "a.png")
+    with open_store(tmp_path / "a.db", embed_model) as store:
+        store.add([ImageNode(id_="file", image_path=str(path), embedding=embed_model.get_text_embedding("x"))])
+        search = ImageSearch(store, embed_model)
+        assert search.search("x").pictures[0].thumbnail
+        with pytest.raises(ImageLoadError, match="has no digest of it"):
+            search.original("file")
 
 
 def test_limits_that_make_no_sense_are_refused():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from llama_index.core.llms import LLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
+from PIL import Image
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
@@ -67,6 +70,7 @@ DESCRIBE = (
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
 _ANY_NUMBER = 10**9
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS = min(4, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
 
 
@@ -218,7 +222,7 @@ class ImageSearch:
         try:
             if not images:
                 return PictureDescription(name, note="a text, not a picture", **facts)
-            picture = first_readable(images, partial(load_image, policy=policy))
+            picture = first_readable(images, partial(_indexed_image, node=node, policy=policy))
         except ImageLoadError as error:
             if node is None:
                 raise
@@ -239,18 +243,19 @@ class ImageSearch:
         )
 
     def original(self, node_id: str) -> Original:
-        """Return the file of an indexed picture, as it is; never of anything that is not a picture in the store.
+        """Return the file of an indexed image, as it was indexed; never anything that is not an image in the store.
 
         Raises:
-            QueryError: there is no picture of that id.
-            ImageLoadError: its file cannot or must not be read, is no picture, or is larger than `limits` allow.
+            QueryError: there is no image of that id.
+            ImageLoadError: its file cannot or must not be read, is no image, is larger than `limits` allow, or is not
+                the one that was indexed: its digest is another, or the store has none of it.
         """
         node = self._stored(node_id)
         images = () if node is None else node_images(node)
         if node is None or not images:
             raise QueryError(f"there is no picture of the id {one_line(node_id, 80)!r} in the store")
         policy = replace(self.stored_policy, max_bytes=self.limits.original_bytes)
-        data = first_readable(images, partial(read_image_bytes, policy=policy))
+        data = first_readable(images, partial(_indexed_bytes, node=node, policy=policy, digest_needed=True))
         name = one_line(own_value(node.metadata, "file_name") or node_id, 200)
         kind = sniff_format(data)
         if kind is None:
@@ -355,7 +360,7 @@ class ImageSearch:
         images = node_images(node)
         if images and rank <= self.limits.thumbnails:
             try:
-                image = first_readable(images, partial(load_image, policy=self.stored_policy))
+                image = first_readable(images, partial(_indexed_image, node=node, policy=self.stored_policy))
                 thumbnail = encode_thumbnail(image, self.limits.thumbnail_side)
             except ImageLoadError as error:
                 notes.append(_unreadable(error))
@@ -399,7 +404,7 @@ class ImageSearch:
         name, node, images, policy = self._named(image, conversation)
         if not images:
             raise QueryError(f"{name} is a text, not a picture; give its words as text instead")
-        return _Picture(name, first_readable(images, partial(read_image_bytes, policy=policy)), policy, node)
+        return _Picture(name, first_readable(images, partial(_indexed_bytes, node=node, policy=policy)), policy, node)
 
     def _named(
         self, image: object, conversation: Conversation | None
@@ -441,6 +446,37 @@ class ImageSearch:
         blocks = [ImageBlock(image=picture, image_mimetype="image/jpeg"), TextBlock(text=question or DESCRIBE)]
         answer = self._llm.chat([ChatMessage(role=MessageRole.USER, blocks=blocks)])
         return one_line(answer.message.content or "", self.limits.long_text)
+
+
+def _indexed_bytes(
+    source: ImageSource, *, node: BaseNode | None, policy: ImagePolicy, digest_needed: bool = False
+) -> bytes:
+    """The bytes of an image; of one in the store only if they are those that were indexed.
+
+    A file may have been changed, or swapped for a link to one that nobody indexed.
+    """
+    data = read_image_bytes(source, policy=policy)
+    if node is None:
+        return data
+    digest = own_value(node.metadata, "digest")
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):  # what somebody else calls a digest
+        digest = None
+    if digest is None and not (digest_needed and isinstance(source, str)):  # a text source is a path or a URL
+        return data
+    if hashlib.sha256(data).hexdigest() == digest:
+        return data
+    reason = (
+        "the store has no digest of it, so it may be another file than was indexed; ingest_images stores one"
+        if digest is None
+        else "it is not the file that was indexed: index it again"
+    )
+    refusal = ImageLoadError(f"cannot load {source_name(source)}: {reason}")
+    refusal.reason = reason
+    raise refusal
+
+
+def _indexed_image(source: ImageSource, *, node: BaseNode | None, policy: ImagePolicy) -> Image.Image:
+    return load_image(_indexed_bytes(source, node=node, policy=policy), policy=policy)
 
 
 def _nobody(done: int, steps: int, doing: str) -> None:

@@ -12,9 +12,10 @@ of picture files. Its files:
 - `words.py`: what hybrid search indexes beside the vectors.
 - `segments.py`: text cut so that words of any script are found.
 - `channel.py`: requests to a server that end by their deadline, and are sent again until then.
-- `lite_files.py`: Milvus Lite files, and who has them open.
+- `lite_files.py`: where Milvus Lite files are.
 - `lite_durability.py`: what keeps them through a power cut, and shows bit rot.
 - `lite_repair.py`: what a killed process, a power cut or bit rot left there, put right before Milvus Lite sees it.
+- `lite_wire.py`, `lite_server.py`, `lite_channel.py`: how the processes of one user share a Milvus Lite file.
 - `connection.py`: where Milvus is, and what its failures mean.
 - `collection.py`: a collection's schema and index; its rows written, read and searched.
 - `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection.

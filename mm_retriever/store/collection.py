@@ -53,6 +53,7 @@ _SAMPLED_ROWS = 64
 
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
+_INDEX_EXISTS = 35
 _MODEL_PROPERTY = "mm_retriever.model"
 _NOTE_PROPERTY = "mm_retriever.model_note"
 _SPARSE_PROPERTY = "mm_retriever.sparse_model"
@@ -112,7 +113,7 @@ class Collection:
         Raises:
             StoreError: there is none, and `create` is False.
         """
-        with self.connection.turn, self.connection.request("opening the collection"):
+        with self.connection.request("opening the collection"), self.connection.turn():
             exists = self._ask(self._client.has_collection)
             if not exists and not create:
                 raise missing_collection(self.connection, self.name)
@@ -123,12 +124,13 @@ class Collection:
                 self._check_server()
                 if exists:
                     self._ask(self._client.drop_collection)
-                self._create()
+                if not self._create():
+                    self._check(hybrid)
             if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
                 self._create_index(self.index_type)
             self._create_words_index()
             self._check_index()
-            self._ask(self._client.load_collection)
+            self.load()
         if not exists or overwrite:
             self._sync(sync_new_collection)
         elif damaged := [row[ID_FIELD] for row in self.some(["*"], "", _SAMPLED_ROWS) if row_is_damaged(row)]:
@@ -136,15 +138,20 @@ class Collection:
 
     def clear(self) -> None:
         """Remove every row; the collection stays open."""
-        with self.connection.turn, self.connection.request("clearing the collection"):
+        with self.connection.request("clearing the collection"), self.connection.turn():
             self._ask(self._client.drop_collection)
             self._create()
-            self._create_index(self.index_type)
+            if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
+                self._create_index(self.index_type)
             self._create_words_index()
-            self._ask(self._client.load_collection)
+            self.load()
         self._sync(sync_new_collection)
 
-    def _create(self) -> None:
+    def _create(self) -> bool:
+        """Make the collection; False if it is there.
+
+        So it is where the process that served a Milvus Lite file made it and was killed before it could say so.
+        """
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
         identity = {_MODEL_PROPERTY: self.model_id}
         if self.model_note:
@@ -156,8 +163,14 @@ class Collection:
         description = "" if self._lite else json.dumps(identity)
         schema = collection_schema(self.dimension, self.words, description)
         properties = {"properties": identity} if self._lite else {}
-        self._ask(self._client.create_collection, schema=schema, consistency_level="Strong", **properties)
         self._scans_are_strong = True
+        try:
+            self._ask(self._client.create_collection, schema=schema, consistency_level="Strong", **properties)
+        except MilvusException:
+            if not self._lite or not self._ask(self._client.has_collection):
+                raise
+            return False
+        return True
 
     def _create_index(self, index: str) -> None:
         if index == "auto":
@@ -176,7 +189,11 @@ class Collection:
         params = self._client.prepare_index_params()
         params.add_index(field, index_name=field, index_type=index_type, metric_type=metric, **build)
         # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
-        self._ask(self._client.create_index, index_params=params, sync=False)
+        try:
+            self._ask(self._client.create_index, index_params=params, sync=False)
+        except MilvusException as error:
+            if error.code != _INDEX_EXISTS:  # asked again after a takeover; `_check_index` looks at what is there
+                raise
 
     def _check_server(self) -> None:
         """Refuse an index of words where the server is too old, before a collection is dropped or half of one made."""
@@ -253,7 +270,7 @@ class Collection:
         # On Milvus Lite an upsert leaves columns of the old row that the new one lacks; its insert replaces rows whole.
         # On a server an insert leaves the old row there, and an upsert replaces it whole.
         call = self._client.insert if self._lite else self._client.upsert
-        with self.connection.turn, self.connection.request(f"storing {len(rows)} rows"):
+        with self.connection.request(f"storing {len(rows)} rows"):
             self._ask(call, data=list(rows))
         self._sync(sync_logs)
 
@@ -265,7 +282,7 @@ class Collection:
     def delete_ids(self, ids: Sequence[str]) -> None:
         """Remove the rows with these ids."""
         for some in chunks(ids, _IDS_PER_REQUEST):
-            with self.connection.turn, self.connection.request(f"removing {len(some)} rows"):
+            with self.connection.request(f"removing {len(some)} rows"):
                 self._ask(self._client.delete, filter=one_of(ID_FIELD, some))
         self._last_delete = time.monotonic()
         self._sync(sync_logs)
@@ -398,14 +415,20 @@ class Collection:
 
     def _read(self, call: Callable[..., Any], **options: Any) -> Any:
         """The answer to a read; a collection that a restarted server has not loaded (yet) is loaded first."""
-        with self.connection.turn, self.connection.deadline() as until:
+        with self.connection.deadline() as until:
             while True:
                 try:
                     return self._ask(call, **options)
                 except MilvusException as error:
                     if error.code != _NOT_LOADED or until.left <= 0:
                         raise
-                self._ask(self._client.load_collection)
+                self.load()
+
+    def load(self) -> None:
+        """Have the collection ready for reads."""
+        # Milvus Lite has loaded it when it answers. Waiting for that would be for ever where the process that loaded it
+        # has ended meanwhile: the next one has not.
+        self._ask(self._client.load_collection, **({"_async": True} if self._lite else {}))
 
     def _ask(self, call: Callable[..., Any], **options: Any) -> Any:
         return self.connection.ask(call, collection_name=self.name, **options)
@@ -483,7 +506,7 @@ def stored_identity(connection: Connection, name: str) -> StoredIdentity:
         StoreError: there is no such collection, or it is another program's.
     """
     client, options = connection.client, {"timeout": connection.timeout}
-    with connection.turn, connection.request("reading what the collection holds"):
+    with connection.request("reading what the collection holds"):
         if not client.has_collection(name, **options):
             raise missing_collection(connection, name)
         description = client.describe_collection(name, **options)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -19,12 +18,15 @@ import grpc
 from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
-from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
+from mm_retriever.errors import StoreError, StoreUnavailableError
 from mm_retriever.store.channel import Deadline, deadline, open_channel
-from mm_retriever.store.lite_files import LiteFiles, lite_path
+from mm_retriever.store.lite_channel import LITE_FILES, LiteCallError, LiteChannel, LiteFile
+from mm_retriever.store.lite_files import lite_path
+from mm_retriever.store.lite_server import HANDLING
 
 _SERVER_URI = re.compile(r"(?:https?|tcp)://.+|unix:.+", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(//)[^/@]*@")
+_ANY_SOCKET = "unix:"  # pymilvus wants an address; requests go through the channel that it is given
 _AWAY = (2, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -40,9 +42,6 @@ class Connection:
         lite_path: absolute path of the Milvus Lite file, None for a server.
         where: the place, for people: a path, or a URI without credentials.
         timeout: seconds for one request.
-        turn: held while rows are written or read. Milvus Lite takes one writer at a time, whichever store it comes
-            from, and a read that overlaps one may miss rows (it empties its memory to disk in steps). A server takes
-            any number, and behind a lock they would wait for one that is away one after the other.
     """
 
     def __init__(self, uri: str | Path, *, token: str | None, timeout: float) -> None:
@@ -53,17 +52,17 @@ class Connection:
         self.lite_path = None if _SERVER_URI.fullmatch(place) else lite_path(place)
         self.where = self.lite_path or _CREDENTIALS.sub(r"\1", place)
         self._open = True
-        self.turn: AbstractContextManager[Any] = nullcontext()
+        self._lite_file: LiteFile | None = None
         with self.request("connecting"), self.deadline():
             self.client = self._lite_client(self.lite_path) if self.lite_path else self._server_client(place, token)
 
     def _lite_client(self, path: str) -> MilvusClient:
-        self.turn = _LITE_FILES.enter(path)
+        self._lite_file = LITE_FILES.enter(path)
         try:
-            with _LITE_FILES.opening:
-                return MilvusClient(path, timeout=self.timeout, dedicated=True)
+            channel = LiteChannel(self._lite_file, self.timeout)
+            return MilvusClient(_ANY_SOCKET, timeout=self.timeout, dedicated=True, channel=channel)
         except BaseException:
-            _LITE_FILES.leave(path)
+            LITE_FILES.leave(path)
             raise
 
     def _server_client(self, uri: str, token: str | None) -> MilvusClient:
@@ -81,7 +80,15 @@ class Connection:
             self._open = False
             self.client.close()
             if self.lite_path:
-                _LITE_FILES.leave(self.lite_path)
+                LITE_FILES.leave(self.lite_path)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Let no other request come between those inside, where that is possible: in a Milvus Lite file.
+
+        There, each request takes a turn of its own anyway, whichever process it comes from: Milvus Lite takes one
+        writer at a time, and a read that overlaps one may miss rows (it empties its memory to disk in steps).
+        """
+        return nullcontext() if self._lite_file is None else self._lite_file.turn()
 
     def deadline(self) -> AbstractContextManager[Deadline]:
         """Let all requests inside end within one timeout."""
@@ -105,7 +112,7 @@ class Connection:
         """Run requests to Milvus: whatever goes wrong becomes one error of ours, and nothing is printed.
 
         Raises:
-            StoreLockedError: another process has the Milvus Lite file open.
+            StoreLockedError: a process that does not share it has the Milvus Lite file open.
             StoreUnavailableError: no answer within the timeout.
             StoreError: any other failure.
         """
@@ -113,30 +120,24 @@ class Connection:
             raise StoreError(f"the store at {self.where} is closed; open it again")
         records: list[logging.LogRecord] = []
         token = _CAPTURED.set(records)
-        with _COUNTING:
-            _WhileWeAsk.asking += 1
         try:
             yield
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError, _TimeOverError) as error:
-            raise self._explained(error, doing, records) from error
+            raise self._explained(error, doing) from error
         finally:
-            with _COUNTING:
-                _WhileWeAsk.asking -= 1
             _CAPTURED.reset(token)
 
-    def _explained(self, error: Exception, doing: str, records: Sequence[logging.LogRecord]) -> StoreError:
-        causes = [record.exc_info[1] for record in records if record.exc_info and record.exc_info[1] is not None]
-        if any(type(cause).__name__ == "DataDirLockedError" for cause in causes):
-            return StoreLockedError(
-                f"{self.where} is open in another process, and a Milvus Lite file serves one at a time. "
-                "Close it there, or let both use a Milvus server"
-            )
+    def _explained(self, error: Exception, doing: str) -> StoreError:
+        call = error if isinstance(error, LiteCallError) else error.__cause__  # pymilvus hides it while it connects
+        if isinstance(call, LiteCallError):
+            if call.store_error is not None:
+                return call.store_error
+            error = call
         if _is_away(error):
             return StoreUnavailableError(
                 f"no answer from Milvus at {self.where} within {self.timeout:g} s while {doing}: {_short(error)}"
             )
-        reason = causes[-1] if doing == "connecting" and causes else error  # pymilvus logs why Milvus Lite did not open
-        return StoreError(f"Milvus at {self.where} failed while {doing}: {_short(reason)}")
+        return StoreError(f"Milvus at {self.where} failed while {doing}: {_short(error)}")
 
 
 def check_exists(uri: str | Path) -> None:
@@ -148,9 +149,12 @@ def check_exists(uri: str | Path) -> None:
     place = str(uri)
     if _SERVER_URI.fullmatch(place) or not place.endswith(".db"):
         return
-    path = Path(place).expanduser()
-    if path.exists():
-        return
+    try:
+        path = Path(place).expanduser()
+        if path.exists():
+            return
+    except (OSError, RuntimeError) as error:  # a folder that may not be entered, no such user
+        raise StoreError(f"cannot open {place!r}: {getattr(error, 'strerror', None) or error}") from error
     beside: list[str] = []
     with suppress(OSError):
         beside = sorted(one.name for one in path.parent.glob("*.db"))[:20]
@@ -173,8 +177,6 @@ def _short(error: BaseException) -> str:
     return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 
-_LITE_FILES = LiteFiles()
-_COUNTING = threading.Lock()
 _CAPTURED: ContextVar[list[logging.LogRecord] | None] = ContextVar("captured", default=None)
 
 
@@ -188,16 +190,13 @@ class _Capture(logging.Filter):
         return records is None
 
 
-class _WhileWeAsk(logging.Filter):
-    """Drops what the server inside this process prints about a request that fails: the answer says it too."""
-
-    asking = 0
+class _WhileHandling(logging.Filter):
+    """Drops what Milvus Lite prints about a request that fails in this process: the answer says it too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return _WhileWeAsk.asking == 0
+        return not HANDLING.now
 
 
 for _name in ("pymilvus.decorators", "pymilvus.client.connection_manager", "pymilvus.client.grpc_handler"):
     logging.getLogger(_name).addFilter(_Capture())
-logging.getLogger("milvus_lite.server_manager").addFilter(_Capture())
-logging.getLogger("milvus_lite.adapter.grpc.servicer").addFilter(_WhileWeAsk())
+logging.getLogger("milvus_lite.adapter.grpc.servicer").addFilter(_WhileHandling())

@@ -20,7 +20,7 @@ def describe_store(uri: str | Path, *, token: str | None = None, timeout: float 
     check_exists(uri)
     connection = Connection(uri, token=token, timeout=timeout)
     try:
-        with connection.turn, connection.request("describing the collections"):
+        with connection.request("describing the collections"):
             client = connection.client
             found: dict[str, dict[str, Any]] = {}
             for name in sorted(client.list_collections(timeout=timeout)):

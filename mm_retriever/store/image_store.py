@@ -130,7 +130,7 @@ def open_store(
         StoreError: there is no such file or collection, and `create` is False.
         StoreMismatchError: the collection holds vectors of another model, dimension, metric or index, or no index of
             words where one is asked for.
-        StoreLockedError: another process has the Milvus Lite file open.
+        StoreLockedError: another user's or another container's process has the Milvus Lite file open.
         StoreUnavailableError: the server does not answer within the timeout.
     """
     return ImageStore(

@@ -78,7 +78,7 @@ def verify_store(uri: str | Path, *, token: str | None = None, timeout: float = 
     check_exists(uri)
     connection = Connection(uri, token=token, timeout=timeout)
     try:
-        with connection.turn, connection.request("listing the collections"):
+        with connection.request("listing the collections"):
             client = connection.client
             facts = {
                 name: client.describe_collection(name, timeout=timeout)
@@ -96,6 +96,6 @@ def _verified(connection: Connection, name: str, fields: Sequence[dict[str, Any]
     collection = Collection(
         connection, name, dimension=dimensions[VECTOR_FIELD], model_id="", index="auto", metric="IP"
     )
-    with connection.turn, connection.request("loading the collection"):
-        connection.ask(connection.client.load_collection, collection_name=name)
+    with connection.request("loading the collection"):
+        collection.load()
     return verify_collection(collection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -543,7 +544,9 @@ async def test_an_id_with_any_letters_is_a_resource(tmp_path, search):
     strange = "a/b c%2F?#é.."
     with open_store(tmp_path / "ids.db", embed_model) as store:
         vector = embed_model.get_text_embedding("x")
-        store.add([ImageNode(id_=strange, image_path=str(tmp_path / "x.png"), embedding=vector)])
+        digest = hashlib.sha256((tmp_path / "x.png").read_bytes()).hexdigest()
+        image = {"image_path": str(tmp_path / "x.png"), "metadata": {"digest": digest}}
+        store.add([ImageNode(id_=strange, **image, embedding=vector)])
         server = create_server(ImageSearch(store, embed_model, limits=SearchLimits(thumbnail_side=32)))
         async with Client(server) as client:
             found = await client.call_tool("search_images", {"text": "x"})

@@ -1,4 +1,4 @@
-"""Where Milvus is, who else has it, and what its failures become."""
+"""Where Milvus is, and what its failures become."""
 
 from __future__ import annotations
 
@@ -10,21 +10,12 @@ import pytest
 from llama_index.core.schema import ImageNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
 
-from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
+from mm_retriever.errors import StoreError, StoreUnavailableError
 from mm_retriever.store import open_store
-from tests.processes import ends, free_port, lite_server, python
+from tests.processes import ends, free_port, lite_server
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 QUERY = VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], similarity_top_k=5)
-
-HOLD = """
-import sys, time
-from types import SimpleNamespace
-from mm_retriever.store import open_store
-store = open_store(sys.argv[1], SimpleNamespace(dimension=3, model_id="three numbers"))
-print("open", flush=True)
-time.sleep(60)
-"""
 
 
 def node(id_: str, **metadata) -> ImageNode:
@@ -67,26 +58,6 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with open_store("~/photos.db", MODEL):
         assert (tmp_path / "photos.db").is_dir()
-
-
-# ------------------------------------------------------------------------------------------ other processes
-
-
-def test_a_file_that_another_process_has_open_says_so_in_one_line(tmp_path, capfd):
-    """Milvus says 'Open local milvus failed' and prints the reason; we say the reason and print nothing."""
-    holder = python("-c", HOLD, tmp_path / "a.db")
-    try:
-        assert holder.stdout.readline() == "open\n"
-        with pytest.raises(StoreLockedError, match="open in another process") as caught:
-            open_store(tmp_path / "a.db", MODEL)
-        assert isinstance(caught.value, BlockingIOError)
-        assert str(tmp_path / "a.db") in str(caught.value)
-        assert "\n" not in str(caught.value)
-    finally:
-        ends(holder)
-    assert capfd.readouterr().err == ""
-    with open_store(tmp_path / "a.db", MODEL) as opened:
-        assert opened.count() == 0
 
 
 # ------------------------------------------------------------------------------------------ servers

@@ -1,0 +1,399 @@
+"""How the stores of this process reach a Milvus Lite file: they serve it, or attach to the process that does.
+
+Owns who becomes the server, and what happens when the server ends: the first process that notices takes over, and
+every process sends its own request again (rows are written and removed by their id, so none is there twice). pymilvus
+gets this in place of a gRPC channel: no port, no proxy, no keepalive, and a forked child simply connects anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from mm_retriever.errors import StoreError, StoreLockedError
+from mm_retriever.store.channel import Deadline, deadline
+from mm_retriever.store.lite_server import CLOSING, OPENING, LiteServer, Record, reachable, read_record
+from mm_retriever.store.lite_wire import Wire
+
+_GRACE_SECONDS = 3.0
+"""How long a file may be locked by a process that cannot be reached, until that is an error."""
+
+_MOST_IDLE_WIRES = 16
+_DEFAULT_SECONDS = 30.0
+
+
+class LiteCallError(grpc.RpcError):  # type: ignore[misc]
+    """A request to a Milvus Lite file without an answer; pymilvus passes it on as it is.
+
+    Attributes:
+        store_error: what to raise for it; None where its code says enough.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, store_error: StoreError | None = None) -> None:
+        super().__init__(details)
+        self._code, self._details, self.store_error = code, details, store_error
+
+    def code(self) -> grpc.StatusCode:
+        """Return what kind of failure it is."""
+        return self._code
+
+    def details(self) -> str:
+        """Return the reason."""
+        return self._details
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Raise it, as a call does whose result is asked for."""
+        raise self
+
+
+class LiteFile:
+    """A Milvus Lite file, shared by all stores of this process that have it open.
+
+    Attributes:
+        path: of the file.
+        electing: held while this process tries to open it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._server: LiteServer | None = None
+        self._record: Record | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._idle: list[Wire] = []
+        self.electing = threading.Lock()
+        self._turn = _HeldTurn()
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def ask(self, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        """Return the answer to one request, whichever process serves the file in the end.
+
+        Raises:
+            LiteCallError: no answer by the deadline, or the file cannot be opened.
+        """
+        with deadline(_DEFAULT_SECONDS) as until:
+            while True:
+                wire = self._wire(until)
+                header["until"] = time.time() + until.left
+                try:
+                    answer = self._exchange(wire, header, body, until)
+                except OSError as error:
+                    self._lost(wire, error, until)
+                    continue
+                except BaseException:
+                    self._drop(wire)
+                    raise
+                if wire is not self._turn.wire:
+                    self._give_back(wire)
+                return answer
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep all other requests to the file waiting, of whichever process, until those inside are answered."""
+        if self._turn.wanted:
+            yield
+            return
+        self._turn.wanted = True
+        try:
+            yield
+        finally:
+            self._turn.wanted = False
+            wire, self._turn.wire = self._turn.wire, None
+            if wire is not None:
+                self._end_turn(wire)
+
+    def _wire(self, until: Deadline) -> Wire:
+        """A connection of the current thread's own, with the turn if that is wanted."""
+        while True:
+            if self._turn.wire is not None:
+                return self._turn.wire
+            wire = self._idle.pop() if self._idle else self._connect(until)
+            if not self._turn.wanted:
+                return wire
+            try:
+                self._exchange(wire, {"do": "take turn"}, b"", until)
+            except OSError as error:
+                self._lost(wire, error, until)
+            except BaseException:
+                self._drop(wire)
+                raise
+            else:
+                self._turn.wire = wire
+
+    def _end_turn(self, wire: Wire) -> None:
+        with deadline(_DEFAULT_SECONDS) as until:
+            try:
+                self._exchange(wire, {"do": "end turn"}, b"", until)
+            except OSError:  # the turn ends with the connection
+                self._drop(wire)
+            except BaseException:
+                self._drop(wire)
+                raise
+            else:
+                self._give_back(wire)
+
+    @staticmethod
+    def _exchange(wire: Wire, header: dict[str, Any], body: bytes, until: Deadline) -> tuple[dict[str, Any], bytes]:
+        wire.send(header, body, seconds=until.left)
+        return wire.receive(until.left)
+
+    def _lost(self, wire: Wire, error: OSError, until: Deadline) -> None:
+        """Forget a connection without an answer; raises if it is too late to ask again."""
+        self._drop(wire)
+        if isinstance(error, TimeoutError):
+            raise self._silence(until) from error
+        until.reason = f"the process that had it open has ended ({error})"
+        if until.left <= 0:
+            raise LiteCallError(grpc.StatusCode.DEADLINE_EXCEEDED, until.reason) from error
+
+    def _silence(self, until: Deadline) -> LiteCallError:
+        pid = "" if self._record is None else f" {self._record.pid}"
+        until.reason = f"process{pid}, which has it open, does not answer: busy, or stopped"
+        return LiteCallError(grpc.StatusCode.DEADLINE_EXCEEDED, until.reason)
+
+    def _drop(self, wire: Wire) -> None:
+        if self._turn.wire is wire:
+            self._turn.wire = None
+        wire.hang_up()
+        wire.close()
+
+    def _give_back(self, wire: Wire) -> None:
+        if len(self._idle) < _MOST_IDLE_WIRES:
+            self._idle.append(wire)
+        else:
+            self._drop(wire)
+
+    # ------------------------------------------------------------------------------------------ who serves it
+
+    def _connect(self, until: Deadline) -> Wire:
+        """A new connection to the process that serves the file; it is this one if there is no other."""
+        locked_since = time.monotonic()
+        while True:
+            server = self._server
+            record = None if server else read_record(self.path)
+            try:
+                if server is not None:
+                    return Wire.dial(server.address, server.secret, until.left)
+                if record is not None and reachable(record):
+                    wire = Wire.dial(record.address, bytes.fromhex(record.secret), until.left)
+                    self._record = record
+                    return wire
+            except TimeoutError as error:
+                self._record = record
+                raise self._silence(until) from error
+            except OSError as error:
+                until.reason = str(error)
+            if self._serve():
+                continue
+            if record is not None and record.state in (OPENING, CLOSING):  # waiting helps
+                if until.left <= 0:
+                    until.reason = f"process {record.pid} is {record.state} it"
+                    raise LiteCallError(grpc.StatusCode.DEADLINE_EXCEEDED, until.reason)
+            elif time.monotonic() - locked_since > min(_GRACE_SECONDS, until.left):
+                raise self._locked(record)
+            time.sleep(0.02)
+
+    def _serve(self) -> bool:
+        """Serve the file from this process, unless another has it open."""
+        with self.electing:
+            if self._server is not None:
+                return True
+            try:
+                self._server = LiteServer.start(self.path)
+            except StoreError as error:
+                raise LiteCallError(grpc.StatusCode.PERMISSION_DENIED, str(error), error) from error
+            except OSError as error:
+                reason = StoreError(f"cannot open {self.path}: {error.strerror or error}")
+                raise LiteCallError(grpc.StatusCode.PERMISSION_DENIED, str(reason), reason) from error
+            return self._server is not None
+
+    def _locked(self, record: Record | None) -> LiteCallError:
+        if record is None:
+            who = "another user, or by a program that does not share it (an earlier version of this one)"
+        else:
+            who = f"process {record.pid} on {record.host}, which cannot be reached from here (another container?)"
+        error = StoreLockedError(
+            f"{self.path} is open in another process, and cannot be shared with it: it is held by {who}. "
+            "Close it there, or let both use a Milvus server"
+        )
+        return LiteCallError(grpc.StatusCode.PERMISSION_DENIED, str(error), error)
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Stop serving, if this process does: another one takes over."""
+        while self._idle:
+            self._drop(self._idle.pop())
+        with self.electing:
+            server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+    def forget(self) -> None:
+        """In a forked child: connect anew to the parent, which goes on serving."""
+        for wire in [*self._idle, *([self._turn.wire] if self._turn.wire else [])]:
+            wire.close()
+        server, self._server = self._server, None
+        self._reset()
+        if server is not None:
+            server.forget()
+
+
+class _HeldTurn(threading.local):
+    """The turn that the current thread keeps over several requests, and the connection that has it."""
+
+    wanted = False
+    wire: Wire | None = None
+
+
+class LiteFiles:
+    """The Milvus Lite files that stores of this process have open."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, LiteFile] = {}
+        self._users: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def enter(self, path: str) -> LiteFile:
+        """Return the file, for one more store."""
+        with self._lock:
+            self._users[path] += 1
+            return self._files.setdefault(path, LiteFile(Path(path)))
+
+    def leave(self, path: str) -> None:
+        """Count one store less; the last one lets go of the file."""
+        with self._lock:
+            self._users[path] -= 1
+            if self._users[path]:
+                return
+            del self._users[path]
+            file = self._files.pop(path)
+        file.close()
+
+    def close(self) -> None:
+        """Let go of all files, at the end of the process."""
+        for file in list(self._files.values()):
+            file.close()
+
+    def before_fork(self) -> None:
+        """Wait until no file is being opened: a child would inherit its locks."""
+        self._lock.acquire()
+        for file in self._files.values():
+            file.electing.acquire()
+
+    def after_fork(self) -> None:
+        """Go on in the parent."""
+        for file in self._files.values():
+            file.electing.release()
+        self._lock.release()
+
+    def forget(self) -> None:
+        """In a forked child: keep the stores, and leave the files to the parent."""
+        self._lock = threading.Lock()
+        for file in self._files.values():
+            file.forget()
+
+
+LITE_FILES = LiteFiles()
+atexit.register(LITE_FILES.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=LITE_FILES.before_fork, after_in_parent=LITE_FILES.after_fork, after_in_child=LITE_FILES.forget
+    )
+
+
+# ------------------------------------------------------------------------------------------ pymilvus' side
+
+
+class LiteChannel:
+    """What pymilvus takes for a gRPC channel: its requests go to a `LiteFile`."""
+
+    def __init__(self, file: LiteFile, timeout: float) -> None:
+        self._file, self._timeout = file, timeout
+
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: Callable[[bytes], Any],
+        _registered_method: bool = False,
+    ) -> _Call:
+        """Return what sends one kind of request."""
+        return _Call(self._file, method, request_serializer, response_deserializer, self._timeout)
+
+    def unary_stream(self, *_: Any, **__: Any) -> None:
+        """Milvus Lite has no requests of this kind."""
+
+    stream_unary = stream_stream = unary_stream
+
+    def close(self) -> None:
+        """The connections belong to the file."""
+
+
+class _Call:
+    """One kind of request, as gRPC's stubs call it."""
+
+    def __init__(
+        self,
+        file: LiteFile,
+        method: str,
+        serialize: Callable[[Any], bytes],
+        deserialize: Callable[[bytes], Any],
+        timeout: float,
+    ) -> None:
+        self._file, self._method, self._timeout = file, method, timeout
+        self._serialize, self._deserialize = serialize, deserialize
+
+    def __call__(self, request: Any, timeout: float | None = None, metadata: Any = None, **_: Any) -> Any:
+        header = {"method": self._method, "metadata": [[str(key), str(value)] for key, value in metadata or ()]}
+        with deadline(timeout or self._timeout):
+            answer, body = self._file.ask(header, self._serialize(request))
+        if "refused" in answer:
+            error = StoreError(str(answer["refused"]))
+            raise LiteCallError(grpc.StatusCode.INVALID_ARGUMENT, str(error), error)
+        code = grpc.StatusCode[answer.get("code", "UNKNOWN")]
+        if code is not grpc.StatusCode.OK:
+            raise LiteCallError(code, str(answer.get("details", "")))
+        return self._deserialize(body)
+
+    def with_call(self, request: Any, **options: Any) -> tuple[Any, _Answer]:
+        answer = _Answer(self(request, **options))
+        return answer.result(), answer
+
+    def future(self, request: Any, **options: Any) -> Any:
+        try:
+            return _Answer(self(request, **options))
+        except LiteCallError as error:
+            return error
+
+
+class _Answer:
+    """A call that is done."""
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._result
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.OK
+
+    def details(self) -> str:
+        return ""
+
+    def initial_metadata(self) -> tuple[()]:
+        return ()
+
+    trailing_metadata = initial_metadata
