@@ -18,6 +18,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) --editable ".[dev]"
+	# apart: transformers imports torchao wherever it finds it, and on a CPU that prints warnings into every command
+	$(PIP) --no-deps --target $(VENV)/torchao torchao
 	@touch $@
 
 install: $(VENV)/.runtime  ## a virtual environment with the package in it

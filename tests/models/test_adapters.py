@@ -146,10 +146,19 @@ def quantised_by_torch(model: VisualizedBGE) -> VisualizedBGE:
     return quantised
 
 
+def torchao_quantization() -> Any:
+    """torchao as the Makefile installs it: apart, since transformers would import it in every command."""
+    sys.path.append(str(Path(sys.prefix) / "torchao"))
+    try:
+        return pytest.importorskip("torchao.quantization")
+    finally:
+        sys.path.pop()
+
+
 def quantised_by_torchao(model: VisualizedBGE) -> VisualizedBGE:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        quantization = pytest.importorskip("torchao.quantization")
+        quantization = torchao_quantization()
         quantised = copy.deepcopy(model)
         quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
     return quantised
