@@ -7,6 +7,7 @@ one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -567,6 +568,9 @@ def mcp(
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 for anything the user can mend, 130 when interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal of few letters cannot show is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     try:
         code = command.main(list(sys.argv[1:] if argv is None else argv), "mm-retriever", standalone_mode=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Self
 
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, ImageBlock, MessageRole, TextBlock
@@ -24,11 +23,10 @@ from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.core.vector_stores.types import MetadataFilters
-from PIL import Image
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import ImageLoadError, QueryError
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, encode_thumbnail, first_readable, load_image
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, first_readable, image_thumbnail
 from mm_retriever.rebuild import check_whole
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore
@@ -230,20 +228,20 @@ class PictureSynthesizer(BaseSynthesizer):
         if not self._answers:
             return [_as_words(node, "") for node in nodes], pictures
         if query.image_path and nodes and self._max_pictures:
-            pictures[0] = self._small(load_image(query.image_path, policy=self._policy))
+            pictures[0] = self._small(query.image_path)
         shown = []
         for position, node in enumerate(nodes, 1):
             images, note = node_images(node.node), ""
             if images and position <= self._max_pictures:
                 try:
-                    pictures[position] = self._small(first_readable(images, partial(load_image, policy=self._policy)))
+                    pictures[position] = first_readable(images, self._small)
                 except ImageLoadError as error:
                     note = f"(the picture cannot be read: {error.reason})"
             shown.append(_as_words(node, note))
         return shown, pictures
 
-    def _small(self, image: Image.Image) -> bytes:
-        return encode_thumbnail(image, self._picture_side)
+    def _small(self, image: ImageSource) -> bytes:
+        return image_thumbnail(image, self._picture_side, policy=self._policy)
 
     def _message(self, query_str: str, chunks: Sequence[ChatMessage], pictures: dict[int, bytes]) -> ChatMessage:
         blocks: list[ContentBlock] = []

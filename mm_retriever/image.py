@@ -59,6 +59,7 @@ __all__ = [
     "encode_thumbnail",
     "file_size",
     "first_readable",
+    "image_thumbnail",
     "is_image_path",
     "is_place",
     "load_image",
@@ -245,6 +246,18 @@ def encode_thumbnail(image: Image.Image, max_side: int = 256, *, quality: int = 
     out = io.BytesIO()
     small.save(out, "JPEG", quality=quality, optimize=True)
     return out.getvalue()
+
+
+def image_thumbnail(
+    source: ImageSource, max_side: int = 256, *, policy: ImagePolicy = DEFAULT_POLICY, quality: int = 82
+) -> bytes:
+    """Return `encode_thumbnail` of a source, which is in memory whole only meanwhile.
+
+    Raises:
+        ImageLoadError: the image cannot or must not be read.
+    """
+    with opened_image(source, policy=policy) as image:
+        return encode_thumbnail(image, max_side, quality=quality)
 
 
 def thumbnail_data_uri(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> str:

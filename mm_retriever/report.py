@@ -20,10 +20,11 @@ from pathlib import Path
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError, one_line
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, source_name, thumbnail_data_uri
-from mm_retriever.sheet import before_after, contact_sheet, with_text
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, opened_image, source_name, thumbnail_data_uri
+from mm_retriever.sheet import CELL, before_after, contact_sheet, with_text
 
 THUMBNAIL = 320  # pixels
+_LARGEST_VIEW = 4 * CELL
 MAX_PAGE_BYTES = 32 * 2**20
 
 
@@ -107,8 +108,7 @@ def write_png(
 ) -> Path:
     """Write one search as a figure, a contact sheet or before and after reranking, and return its path.
 
-    Raises:
-        ValueError: the report has neither hits nor a query picture.
+    One without hits and without a query image says that nothing was found.
     """
     query = None if report.query_image is None else _load(report.query_image, image_policy)[0]
     pictures = [_load(_source(hit), image_policy)[0] for hit in report.hits]
@@ -118,8 +118,16 @@ def write_png(
     if order:
         figure = before_after(pictures, order, query, title=title, caption=report.caption, reason=report.reason)
     else:
-        below = [(name, text) for name, text in (("What it sees", report.caption), ("Why", report.reason)) if text]
-        figure = with_text(contact_sheet(pictures, query), above=title, below=below)
+        facts = (
+            ("What it sees", report.caption),
+            ("Why", report.reason),
+            ("Result", "" if pictures else "nothing found"),
+        )
+        below = [(name, text) for name, text in facts if text]
+        sheet = (
+            contact_sheet(pictures, query) if pictures or query else Image.new("RGB", (3 * CELL, CELL // 3), "white")
+        )
+        figure = with_text(sheet, above=title, below=below)
     out = io.BytesIO()
     figure.save(out, "PNG")
     return _write(Path(path), out.getvalue())
@@ -137,6 +145,11 @@ def _write(path: Path, data: bytes) -> Path:
         raise
 
 
+def _fitting(size: tuple[int, int]) -> tuple[int, int]:
+    scale = _LARGEST_VIEW / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def _source(hit: Hit) -> ImageSource:
     return hit.path if hit.image is None else hit.image
 
@@ -144,7 +157,11 @@ def _source(hit: Hit) -> ImageSource:
 def _load(source: ImageSource, policy: ImagePolicy) -> tuple[Image.Image | None, str]:
     """The picture, or None and the reason in a line."""
     try:
-        return load_image(source, policy=policy), ""
+        with opened_image(source, policy=policy) as image:
+            small = image.copy() if max(image.size) <= _LARGEST_VIEW else image
+            if small is image:  # hundreds of large images would not fit into memory
+                small = image.resize(_fitting(image.size), Image.Resampling.LANCZOS, reducing_gap=2.0)
+            return small, ""
     except ImageLoadError as error:
         return None, str(error)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,10 @@ def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
 def print_json(value: object) -> None:
     """The value as JSON that any terminal takes and any reader of JSON reads back whole."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):  # a terminal of few letters
+        text = json.dumps(value, indent=2)
     # what cannot be seen, or commands a terminal, is escaped: both \u forms read back the same
     typer.echo("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
 

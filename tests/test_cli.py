@@ -433,3 +433,42 @@ def test_columns_are_found_said_kept_and_dropped(capfd, tmp_path):
         assert (row.get("text"), row.get("metadata")) == (("a blue mug", {"rank": 5}) if kept else (None, None))
     code, _, err = run(capfd, "index", photos, *options, "--sidecar", "x.csv", "--no-sidecar")
     assert (code, "exclude each other" in err) == (2, True)
+
+
+RUN_EACH = """
+import json, sys
+from mm_retriever.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(end.code)
+    print("-----")
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_few_letters_ends_no_command(encoding, db, tmp_path):
+    """Truth: JSON reads back whole, and what cannot be shown is escaped, in results, tables and errors."""
+    images, name = tmp_path / "\u7ea2", "\u676f\u5b50 \U0001f375.png"
+    images.mkdir()
+    draw_product("mug", "plain", "red", seed=1, size=64).save(images / name)
+    one, sheet = str(tmp_path / "one.db"), str(tmp_path / "none.png")
+    commands = [
+        ["index", str(images), "--db", one],
+        ["search", "-t", "\u7ea2\u8272\u7684\u676f\u5b50 \U0001f375", "--db", one],
+        ["search", "-t", "\u676f", "--db", one, "--json"],
+        ["search", "-t", "\u676f", "--db", str(tmp_path / "\u676f.db")],
+        ["search", "-t", "a", "--db", str(db), "--min-score", "0.999", "--png", sheet],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EACH, json.dumps([[*command, "--model", "tiny"] for command in commands])],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"},
+        encoding=encoding,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    parts = done.stdout.split("-----\n")[:-1]
+    assert [part.split("\n")[-2] for part in parts] == ["0", "0", "0", "2", "0"], done.stderr
+    assert json.loads(parts[2].rpartition("\n0")[0])[0]["file_name"] == name
+    assert Path(sheet).is_file()

@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_retriever.errors import QueryError
 from mm_retriever.forks import ForkLock
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, load_image, lossless_bytes
+from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, lossless_bytes, opened_image
 from mm_retriever.search_tools.arguments import read_result_number
 
 MAX_ATTACHMENTS = 64
@@ -65,7 +65,8 @@ class Conversation:
         """
         name = _checked_name(name)
         data = lossless_bytes(picture, policy=policy)
-        load_image(data, policy=policy)  # refused now, by its host, rather than later, by a tool
+        with opened_image(data, policy=policy):
+            pass  # refused now, by its host, rather than later, by a tool
         attached = AttachedPicture(name, data, policy)
         with self._turn:
             self._attachments.pop(name.casefold(), None)

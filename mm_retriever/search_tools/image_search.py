@@ -22,7 +22,6 @@ from llama_index.core.llms import LLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
-from PIL import Image
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
@@ -32,9 +31,10 @@ from mm_retriever.image import (
     ImageSource,
     encode_thumbnail,
     first_readable,
+    image_thumbnail,
     is_image_path,
-    load_image,
     media_type,
+    opened_image,
     read_image_bytes,
     source_name,
 )
@@ -60,8 +60,11 @@ from mm_retriever.store import ImageStore
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many steps of how many are done, and what comes next; in the thread that searches."""
 
-ONLY_NAMED = ImagePolicy(roots=(), max_bytes=20 * 2**20)
-"""What arguments may name by default: no path and no URL; ids, results, attachments and data URIs remain."""
+ONLY_NAMED = ImagePolicy(roots=(), max_bytes=20 * 2**20, max_pixels=25_000_000)
+"""What arguments may name by default: no path and no URL; ids, results, attachments and data URIs remain.
+
+25 megapixels: an untrusted caller can send a hundred in a few kilobytes, and many at once.
+"""
 
 DESCRIBE = (
     "Describe this picture in a few sentences: what it shows, its colours, pattern, shape and material. "
@@ -222,7 +225,7 @@ class ImageSearch:
         try:
             if not images:
                 return PictureDescription(name, note="a text, not a picture", **facts)
-            picture = first_readable(images, partial(_indexed_image, node=node, policy=policy))
+            size, large, small = first_readable(images, partial(self._views, node=node, policy=policy))
         except ImageLoadError as error:
             if node is None:
                 raise
@@ -230,17 +233,15 @@ class ImageSearch:
                 name, note=f"the picture cannot be read: {one_line(without_folders(error.reason), 300)}", **facts
             )
         tell(1, steps, "describing it" if self._llm else "making a thumbnail")
-        described = self._ask(asked, encode_thumbnail(picture, self.limits.described_side)) if self._llm else ""
-        thumbnail = encode_thumbnail(picture, self.limits.thumbnail_side) if self.limits.thumbnails else None
+        described = self._ask(asked, large) if self._llm else ""
+        thumbnail = small if self.limits.thumbnails else None
         note = (
             "no vision model is set up here to answer the question; look at the picture"
             if asked and not self._llm
             else ""
         )
         tell(steps, steps, "done")
-        return PictureDescription(
-            name, description=described, size=picture.size, thumbnail=thumbnail, note=note, **facts
-        )
+        return PictureDescription(name, description=described, size=size, thumbnail=thumbnail, note=note, **facts)
 
     def original(self, node_id: str) -> Original:
         """Return the file of an indexed image, as it was indexed; never anything that is not an image in the store.
@@ -351,6 +352,18 @@ class ImageSearch:
             image_policy=self.stored_policy,
         ).retrieve(query)
 
+    def _views(
+        self, source: ImageSource, *, node: BaseNode | None, policy: ImagePolicy
+    ) -> tuple[tuple[int, int], bytes, bytes]:
+        """Size of an image, a view for the model that describes it, and a thumbnail."""
+        with opened_image(_indexed_bytes(source, node=node, policy=policy), policy=policy) as image:
+            large = encode_thumbnail(image, self.limits.described_side) if self._llm else b""
+            return image.size, large, encode_thumbnail(image, self.limits.thumbnail_side)
+
+    def _thumbnail(self, source: ImageSource, *, node: BaseNode) -> bytes:
+        data = _indexed_bytes(source, node=node, policy=self.stored_policy)
+        return image_thumbnail(data, self.limits.thumbnail_side, policy=self.stored_policy)
+
     def _found(self, rank: int, found: NodeWithScore) -> FoundPicture:
         node = found.node
         facts = self._facts(node)
@@ -360,8 +373,7 @@ class ImageSearch:
         images = node_images(node)
         if images and rank <= self.limits.thumbnails:
             try:
-                image = first_readable(images, partial(_indexed_image, node=node, policy=self.stored_policy))
-                thumbnail = encode_thumbnail(image, self.limits.thumbnail_side)
+                thumbnail = first_readable(images, partial(self._thumbnail, node=node))
             except ImageLoadError as error:
                 notes.append(_unreadable(error))
         elif images and self.limits.thumbnails:
@@ -473,10 +485,6 @@ def _indexed_bytes(
     refusal = ImageLoadError(f"cannot load {source_name(source)}: {reason}")
     refusal.reason = reason
     raise refusal
-
-
-def _indexed_image(source: ImageSource, *, node: BaseNode | None, policy: ImagePolicy) -> Image.Image:
-    return load_image(_indexed_bytes(source, node=node, policy=policy), policy=policy)
 
 
 def _nobody(done: int, steps: int, doing: str) -> None:
