@@ -222,6 +222,7 @@ class ImageSearch:
         tell(0, steps, "reading the picture")
         name, node, images, policy = self._named(image, conversation)
         facts = {} if node is None else self._facts(node)
+        left_out = facts.pop("not_shown", 0)
         try:
             if not images:
                 return PictureDescription(name, note="a text, not a picture", **facts)
@@ -240,6 +241,8 @@ class ImageSearch:
             if asked and not self._llm
             else ""
         )
+        if left_out:
+            note = f"{note}; {left_out} more metadata not shown".removeprefix("; ")
         tell(steps, steps, "done")
         return PictureDescription(name, description=described, size=size, thumbnail=thumbnail, note=note, **facts)
 
