@@ -125,7 +125,7 @@ class Collection:
                 if exists:
                     self._ask(self._client.drop_collection)
                 if not self._create():
-                    self._check(hybrid)
+                    self._check(hybrid, analyzer)
             if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
                 self._create_index(self.index_type)
             self._create_words_index()
