@@ -13,6 +13,7 @@ import logging
 import os
 import sqlite3
 import time
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,6 +41,11 @@ _OLD_TABLE = "CREATE TABLE vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) 
 _DAY = 86_400
 _INHERITED: list[sqlite3.Connection] = []  # of the parent process, kept so that nothing closes them here
 _UNIT_TOLERANCE = 0.02  # of half precision
+
+
+def _close(connection: sqlite3.Connection, connected_in: int) -> None:
+    if connected_in == os.getpid():
+        connection.close()
 
 
 class VectorCache:
@@ -82,6 +88,7 @@ class VectorCache:
     def _connect(self) -> None:
         self._connected_in = os.getpid()
         self._connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, check_same_thread=False)
+        weakref.finalize(self, _close, self._connection, self._connected_in)  # Python 3.13 warns of an open one
         self._connection.execute("PRAGMA trusted_schema=OFF")
         self._connection.execute("PRAGMA journal_mode=WAL")
         self._connection.execute("PRAGMA synchronous=NORMAL")

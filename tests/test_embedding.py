@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -532,7 +533,7 @@ def test_a_cache_that_is_damaged_never_gives_a_wrong_vector(folder: Path, tmp_pa
     """A row cut short is computed again; a file that is no database is refused by name."""
     model = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=tmp_path)
     expected = model.get_text_embedding("red")
-    with sqlite3.connect(tmp_path / "vectors.sqlite3") as database:
+    with closing(sqlite3.connect(tmp_path / "vectors.sqlite3")) as database, database:
         database.execute("UPDATE vectors SET vector = substr(vector, 1, 20)")
     assert model.get_text_embedding("red") == expected
     (tmp_path / "other").mkdir()
