@@ -93,6 +93,7 @@ class McpServer(Worker):
         client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
         self._request("initialize", client, 120)
         self.process.stdin.write(json.dumps({"jsonrpc": "2.0", "method": "notifications/initialized"}) + "\n")
+        self.process.stdin.flush()
 
     def _request(self, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:
         self._number += 1
