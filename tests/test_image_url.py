@@ -742,7 +742,9 @@ KNOWN = {
     "mm_retriever/image_url.py": {"http.client", "socket", "ssl"},
     "mm_retriever/demo.py": {"urllib.request"},  # one published archive, when someone asks for it
     "mm_retriever/ingest/ray_data.py": {"socket"},  # is there a Ray where RAY_ADDRESS says?
-    "mm_retriever/rerank/vision_llm.py": {"httpx"},  # the server that the caller names
+    "mm_retriever/rerank/bounded_http.py": {"httpx"},  # the server that the caller names
+    "mm_retriever/store/lite_server.py": {"socket"},  # a Unix socket, for processes of the same user
+    "mm_retriever/store/lite_wire.py": {"socket"},  # the same
 }
 
 

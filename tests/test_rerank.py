@@ -65,7 +65,7 @@ def test_every_candidate_comes_back_once_and_the_unreadable_last(folder: Path, m
     assert notes[:5] == [None] * 5
     assert "damaged" in notes[5] or "cannot load" in notes[5]
     assert "no such file" in notes[6]
-    assert notes[7] == "it has neither a picture nor a text"
+    assert notes[7] == "it has neither an image nor a text"
     assert all(facts(result.nodes[:5], "rerank_reason"))
 
 

@@ -165,9 +165,9 @@ def _read(node: NodeWithScore, policy: ImagePolicy) -> Candidate:
 
 
 def _nothing_to_show(node: BaseNode) -> str:
-    if getattr(node, "image_url", None):
-        return "its picture is a URL, and fetching URLs is off; ImagePolicy(allow_urls=True) turns it on"
-    return "it has neither a picture nor a text"
+    if node_images(node):  # URLs, all of them
+        return "its image is a URL, and fetching URLs is off; ImagePolicy(allow_urls=True) turns it on"
+    return "it has neither an image nor a text"
 
 
 def _small(source: ImageSource, policy: ImagePolicy) -> Image.Image:
