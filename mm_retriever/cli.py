@@ -686,7 +686,8 @@ def _why_fewer(
     limits += ["--each-once"] if each_once else []
     limits += ["--exclude-query"] if exclude_query else []
     held = f"the collection holds {rows} rows"
-    return f"{held}, and {', '.join(limits)} leave out others" if limits else held
+    verb = "leaves" if len(limits) == 1 else "leave"
+    return f"{held}, and {', '.join(limits)} {verb} out others" if limits else held
 
 
 def _check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:

@@ -146,7 +146,7 @@ def test_conditions_are_understood_as_people_write_them(capfd, years_db, conditi
     """Truth: by hand, on three rows."""
     options = ("--db", years_db, "--model", "tiny", "-t", "mug", "--json")
     code, out, err = run(capfd, "search", *options, "--where", condition)
-    assert (code, err) == (0, "")
+    assert code == 0, err
     assert sorted(row["year"] for row in json.loads(out)) == years
 
 
