@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# two workers, each with whole test modules
+TWO := --numprocesses 2 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -27,7 +29,7 @@ demo: $(VENV)/.runtime  ## draw a catalogue, index it, search it four ways; writ
 	$(BIN)/mm-retriever demo --out demo
 
 test: $(VENV)/.dev  ## the tests, offline, on the CPU, in under five minutes
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO)
 
 test-all: $(VENV)/.dev  ## the slow tests too
 	$(BIN)/python -m pytest
