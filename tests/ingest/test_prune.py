@@ -72,7 +72,7 @@ def test_only_a_decoders_verdict_on_the_bytes_says_that_a_file_is_spoiled(tmp_pa
     def load(*args, **kwargs):
         raise ImageLoadError("cannot load it") from cause
 
-    monkeypatch.setattr("mm_retriever.ingest.reading.load_image", load)
+    monkeypatch.setattr("mm_retriever.ingest.reading.opened_image", load)
     assert read_picture(str(path), "", lambda image: image, ImagePolicy()).spoiled is spoiled
 
 
