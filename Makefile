@@ -8,7 +8,7 @@ TWO := --numprocesses 2 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all lint format check clean
+.PHONY: help install demo test test-all lint lock format check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,11 @@ lint: $(VENV)/.dev  ## style, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lock: $(VENV)/.dev  ## constraints.lock: the versions of constraints.txt with the hashes of their files
+	$(PIP) uv
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --constraint constraints.txt \
+		--extra all --no-annotate --no-header pyproject.toml --output-file constraints.lock
 
 format: $(VENV)/.dev  ## put the code in form
 	$(BIN)/ruff check --fix .

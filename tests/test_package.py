@@ -179,3 +179,18 @@ def test_the_pins_leave_room_for_the_readers_of_files_of_llama_index() -> None:
     assert pins()["pandas"] in SpecifierSet(">=2,<3")
     assert pins()["pypdf"] in SpecifierSet(">=6.1.3,<7")
     assert pins()["defusedxml"] in SpecifierSet(">=0.7.1")
+
+
+def test_the_locked_versions_are_those_of_the_constraints():
+    """`make lock` writes the hashes; a pin that was changed without it would install something else."""
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.lock").read_text(), re.MULTILINE))
+    shared = {canonical(name) for name in pinned} & {canonical(name) for name in locked}
+    assert len(shared) > 80
+    pinned, locked = ({canonical(name): value for name, value in one.items()} for one in (pinned, locked))
+    assert {name: locked[name] for name in shared} == {name: pinned[name] for name in shared}
+    assert "--hash=sha256:" in (ROOT / "constraints.lock").read_text()
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
