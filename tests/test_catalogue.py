@@ -81,6 +81,7 @@ def test_every_pattern_is_drawn_in_every_colour_it_comes_in(pattern: str):
                 assert np.abs(means[one] - means[other]).max() > 8, (one, other)
 
 
+@pytest.mark.slow
 def test_no_two_products_of_one_kind_and_pattern_look_alike():
     """Ground and figure swapped must not give the same looks: compare sorted brightness, which ignores where the
     pattern lies."""

@@ -448,6 +448,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.slow
 def test_a_terminal_of_few_letters_ends_no_command(encoding, db, tmp_path):
     """Truth: JSON reads back whole, and what cannot be shown is escaped, in results, tables and errors."""
     images, name = tmp_path / "\u7ea2", "\u676f\u5b50 \U0001f375.png"

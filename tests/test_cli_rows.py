@@ -34,6 +34,7 @@ def photos(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_is_moved_pruned_and_removed_without_a_model(run, tmp_path):
     index = ("--db", "a.db", "--model", "tiny")
     photos(tmp_path / "old")

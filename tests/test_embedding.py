@@ -336,6 +336,7 @@ def test_a_file_that_changes_gets_a_new_vector_in_a_cached_pipeline(
         assert close(node.embedding, model.get_image_embedding(source))
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_processes_loads_the_model_in_each(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
     """What crosses to another process is where the model lies, not its weights."""
     carried = pickle.dumps(model)

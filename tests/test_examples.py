@@ -21,6 +21,7 @@ BLOCKS = re.findall(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", README, fla
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 @pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince211")
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.slow
 def test_an_example_runs_and_says_something(name, capfd, monkeypatch, tmp_path):
     """Every numbered example, as a user starts it."""
     monkeypatch.chdir(tmp_path)
@@ -45,6 +46,7 @@ class Ranks(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_the_remote_example_ranks_as_the_server_says(capsys, monkeypatch):
     """The last example with a server there: what was second comes first."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Ranks)

@@ -77,6 +77,7 @@ for order in ([modules, names], [names, modules, names]):
 """
 
 
+@pytest.mark.slow
 def test_a_public_name_is_the_same_object_whatever_was_imported_before():
     """Python binds an imported submodule in its package, over an object of the same name."""
     done = subprocess.run([sys.executable, "-c", NAMES_IN_EVERY_ORDER], capture_output=True, text=True, cwd=ROOT)

@@ -385,6 +385,7 @@ def test_a_figure_of_nothing_says_so(tmp_path: Path) -> None:
         assert sheet.convert("L").getextrema()[0] < 100  # there is something to read
 
 
+@pytest.mark.slow
 def test_a_figure_does_not_hold_its_images_whole(tmp_path: Path) -> None:
     """Truth: twenty images of 16 megapixels take 1.3 GB at once; Pillow's own count of what it holds."""
     Image.new("RGB", (4_000, 4_000), "teal").save(tmp_path / "large.jpg")

@@ -192,6 +192,7 @@ def noisy() -> tuple[Phi3Vision, Phi3VisionProcessor]:
     fusion=st.sampled_from(["zscore", "minmax", "sum"]),
     scores=st.lists(st.one_of(st.none(), st.floats()), min_size=13, max_size=13),
 )
+@pytest.mark.slow
 def test_whatever_logits_a_model_emits_the_result_is_a_permutation(
     folder: Path, noisy: tuple[Phi3Vision, Phi3VisionProcessor], tried: Counter[str], seed: int, kinds: list[str],
     mode: str, ranking: str, passes: int, window: int, weight: float | None, fusion: str, scores: list[float | None],

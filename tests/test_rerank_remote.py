@@ -281,6 +281,7 @@ def test_words_of_an_answer_are_cleaned_and_bounded() -> None:
     assert read_answer(json.dumps({"ranking": [1], "reasons": {"1": "so"}})).reasons == ("",)
 
 
+@pytest.mark.slow
 def test_reading_takes_bounded_time() -> None:
     """Truth: our choice; 40,000 characters are read, whatever they are."""
     texts = ["1." + " " * 19_000 + "x" * 19_000, "\n".join(["- " + " " * 300 + "x" * 300] * 60)]
@@ -451,6 +452,7 @@ answers = st.one_of(
 
 @settings(max_examples=1800 * EFFORT, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(text=answers, kinds=st.text("ptm", min_size=1, max_size=8), window=st.integers(2, 9), reasons=st.booleans())
+@pytest.mark.slow
 def test_whatever_a_server_says_the_result_is_a_permutation(
     running: ScriptedServer, folder: Path, tried: Counter[str], text: str, kinds: str, window: int, reasons: bool
 ) -> None:

@@ -74,6 +74,7 @@ def test_files_with_any_name_are_indexed_and_listed(
     assert len(json.loads(out)["skipped"]) == len(names)
 
 
+@pytest.mark.slow
 def test_an_error_repeats_nothing_that_commands(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Truth: one line on stderr, in which the sign is spelled out."""
     for text in COMMANDS:

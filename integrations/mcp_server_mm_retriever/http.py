@@ -184,7 +184,7 @@ class BoundedProtocol(H11Protocol):
         _order(self)[self] = None
         if len(self.connections) > self.limit:
             waiting = [other for other in _order(self) if other.is_waiting]
-            oldest = next((other for other in waiting if not other.was_served), waiting[0])
+            oldest = next((other for other in waiting if not other.rests), waiting[0])
             oldest.transport.abort()
             _order(self).pop(oldest, None)
             self.connections.discard(oldest)
@@ -215,9 +215,9 @@ class BoundedProtocol(H11Protocol):
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     @property
-    def was_served(self) -> bool:
-        """Whether an earlier request of the connection has been answered."""
-        return self.cycle is not None and self.cycle.response_complete
+    def rests(self) -> bool:
+        """Whether the connection is between two requests of a client that was answered."""
+        return self.conn.their_state is h11.IDLE and self.cycle is not None and self.cycle.response_complete
 
     def _expect(self, seconds: float | None) -> None:
         if self._deadline is not None:

@@ -36,7 +36,7 @@ from tests.effort import EFFORT
 from tests.processes import python
 
 COUNTS = ("indexed", "replaced", "updated", "unchanged", "removed")
-NOT_FACTS = ("id", "doc_id", "text", "_node_content", "_node_type", "embedding", "mm_columns")
+NOT_FACTS = ("file_stamp", "id", "doc_id", "text", "_node_content", "_node_type", "embedding", "mm_columns")
 MOST_BYTES = 200_000
 """More than any file of these runs has."""
 
@@ -242,6 +242,7 @@ def kills(run: Any, scene: Scene, chance: random.Random, wanted: int) -> Counter
     return died
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_leave_whole_rows_and_the_next_one_ends_the_work(tmp_path, model, tried):
     chance = random.Random(3)
     scene = Scene(tmp_path, model, chance, 30)

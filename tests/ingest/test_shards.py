@@ -253,6 +253,7 @@ def test_of_two_that_plan_at_a_time_one_wins_and_both_go_by_it(folder, tmp_path)
     assert not list((tmp_path / "out" / "drafts").iterdir())
 
 
+@pytest.mark.slow
 def test_planning_holds_no_list_in_memory(tmp_path):
     """Ten times the paths, the same memory: our choice of a bound is a fifth of what their names alone would take."""
 

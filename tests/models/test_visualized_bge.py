@@ -128,6 +128,7 @@ def base_pixels() -> dict[str, Tensor]:
     return dict(zip(names, pixels, strict=True))
 
 
+@pytest.mark.slow
 def test_full_size_equals_the_original(base: VisualizedBGE, base_pixels: dict[str, Tensor]) -> None:
     """Golden vectors and stages of the base architecture, from picture files on."""
     theirs = golden("base")

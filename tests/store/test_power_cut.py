@@ -97,6 +97,7 @@ def small_memory(monkeypatch):
     monkeypatch.setattr(collection, "MEMTABLE_MEMORY_LIMIT", SMALL_MEMORY)
 
 
+@pytest.mark.slow
 def test_what_was_stored_survives_a_cut_at_any_sync(tmp_path, disk, small_memory, tried):
     """From the log into data files, which are merged: at no moment are rows in files alone that were not synced."""
     db = tmp_path / "a.db"
