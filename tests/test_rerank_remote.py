@@ -18,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -836,3 +837,24 @@ def test_transformers_own_server_ranks_pictures(served: tuple[str, str], folder:
     if mode == "pictures":  # every picture has its tokens in the prompt
         assert result.usage.prefilled > 500
         assert more.usage.prefilled != result.usage.prefilled
+
+
+def test_a_key_that_a_server_repeats_is_not_shown(server: ScriptedServer, folder: Path) -> None:
+    """Errors end up in logs and on screens; a proxy's 401 often says which key it was given."""
+    key = "sk-secret-0123456789"
+    server.reply = lambda request: (401, json.dumps({"error": {"message": f"bad key {key}"}}).encode())
+    with pytest.raises(RerankError) as caught:
+        server.reranker(api_key=key).rerank(candidates(folder), QUERY)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "***" in told
+    assert key not in told
+    assert key not in repr(server.reranker(api_key=key))
+    kept = server.reranker(api_key=key, on_error="keep_order").rerank(candidates(folder), QUERY)
+    assert key not in str(kept)
+
+
+def test_an_answer_too_large_is_not_asked_for_again(server: ScriptedServer, folder: Path) -> None:
+    server.reply = lambda request: (200, b"x" * (9 * 2**20))
+    with pytest.raises(RerankError, match="the answer is larger than"):
+        server.reranker(attempts=3, structured="none").rerank(candidates(folder), QUERY)
+    assert len(server.requests) == 1

@@ -238,6 +238,16 @@ class VisionLLMRerank(Reranker):
     # ------------------------------------------------------------------ ranking
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
+        try:
+            return self._ranked(query, candidates, meter)
+        except RerankError as error:
+            key = (self._server or {}).get("api_key")
+            if not key or key not in str(error):
+                raise
+            # the server repeated the key; its own error, which does too, goes
+            raise RerankError(str(error).replace(key, "***")) from None
+
+    def _ranked(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
         windowed = _Windowed(self, query, candidates, meter)
         orders: list[list[int]] = []
@@ -582,6 +592,8 @@ def _transient(error: BaseException) -> bool:
     """Whether asking again may help."""
     if isinstance(error, _ServerSaidError):
         return error.transient
+    if _refused_answer(error) is not None:
+        return False
     status = _status(error)
     if status is not None:
         return _passing(status)
@@ -675,6 +687,14 @@ def _token_counts(response: ChatResponse) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def _refused_answer(error: BaseException | None) -> BaseException | None:
+    """The reason why an answer was not read to its end, wherever the client's own error carries it."""
+    while error is not None and type(error).__name__ != "AnswerTooLargeError":  # whose module needs httpx
+        error = error.__cause__
+    return error
+
+
 def _short(error: BaseException) -> str:
+    error = _refused_answer(error) or error
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

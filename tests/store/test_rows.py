@@ -206,7 +206,7 @@ class Camera:
         (uuid.UUID(int=5), "00000000-0000-0000-0000-000000000005", True),
         (Path("/a/b"), "/a/b", True),
         (Size.LARGE, "L", True),
-        ({"b", "a"}, ["a", "b"], True),
+        pytest.param({"b", "a"}, ["a", "b"], True, id="set"),
         (("a", 1), ["a", 1], True),
         (b"Canon\0\0", "Canon", True),
         (b"\xff\xfe", "//4=", True),
