@@ -23,7 +23,6 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -418,13 +417,19 @@ class _Logs:
         record_path(self._folder, path).unlink(missing_ok=True)
 
     def _batches(self, path: Path) -> Iterator[Any]:
-        """As Milvus Lite reads them: up to where a process was killed while it wrote, or the power went."""
+        """As Milvus Lite reads them: up to where a process was killed in a write, the power went or the disk was full."""
         import pyarrow
 
-        with suppress(pyarrow.ArrowInvalid), opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as source:
-            for batch in pyarrow.ipc.open_stream(source):
-                batch.validate(full=True)
-                yield batch
+        with opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as source:
+            try:
+                for batch in pyarrow.ipc.open_stream(source):
+                    batch.validate(full=True)
+                    yield batch
+            except pyarrow.ArrowInvalid:
+                return
+            except OSError as error:
+                if error.errno is not None:  # of the disk; without a number, pyarrow's word for a body that ends early
+                    raise
 
 
 def _column(batch: Any, name: str) -> list[Any]:
