@@ -417,7 +417,7 @@ class _Logs:
         record_path(self._folder, path).unlink(missing_ok=True)
 
     def _batches(self, path: Path) -> Iterator[Any]:
-        """As Milvus Lite reads them: up to where a process was killed in a write, the power went or the disk was full."""
+        """As Milvus Lite reads them: up to where a write was cut off by a kill, a power cut or a full disk."""
         import pyarrow
 
         with opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as source:
