@@ -689,9 +689,11 @@ def _token_counts(response: ChatResponse) -> tuple[int, int]:
 
 def _refused_answer(error: BaseException | None) -> BaseException | None:
     """The reason why an answer was not read to its end, wherever the client's own error carries it."""
-    while error is not None and type(error).__name__ != "AnswerTooLargeError":  # whose module needs httpx
+    for _ in range(9):  # an error may be its own cause
+        if error is None or type(error).__name__ == "AnswerTooLargeError":  # whose module needs httpx
+            return error
         error = error.__cause__
-    return error
+    return None
 
 
 def _short(error: BaseException) -> str:
