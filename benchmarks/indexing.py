@@ -86,7 +86,7 @@ def main() -> None:
 def rate(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Pictures per second of a first and of a second run."""
     from mm_retriever import VisualizedBGEEmbedding, ingest_images, open_store
-    from mm_retriever.catalogue import write_catalogue
+    from mm_retriever.demo.catalogue import write_catalogue
 
     photos = options.photos or write_catalogue(work / "drawn", count=options.pictures).products
     model = VisualizedBGEEmbedding(options.model)

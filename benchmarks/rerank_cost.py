@@ -33,10 +33,10 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from mm_retriever.decoding import TextStream, likelihoods, rank_at_once, rank_by_generation
-from mm_retriever.models.phi3_vision import Phi3Vision, Prefix, processor_for
-from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor
-from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig
+from mm_retriever.phi3_vision.decoding import TextStream, likelihoods, rank_at_once, rank_by_generation
+from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
+from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, processor_for
+from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 CANDIDATES = 9
 LENGTHS = {"instruction": 60, "caption": 30, "list request": 60, "list": 28, "wanted": 12, "reason": 40}

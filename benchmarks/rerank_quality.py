@@ -26,7 +26,7 @@ import torch
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
 from tiny_quality import MODE_NAMES, Query, composed_queries, recall
 
-from mm_retriever.catalogue import (
+from mm_retriever.demo.catalogue import (
     MODES,
     PATTERNS,
     Looks,
@@ -39,9 +39,10 @@ from mm_retriever.catalogue import (
     write_catalogue,
 )
 from mm_retriever.embedding import VisualizedBGEEmbedding
-from mm_retriever.models.phi3_vision import Phi3Vision, load_phi3_vision
-from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor, Slot, Turn
-from mm_retriever.prompts import DESCRIBE
+from mm_retriever.phi3_vision.load import load_phi3_vision
+from mm_retriever.phi3_vision.model import Phi3Vision
+from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
 from mm_retriever.rerank.order import Fusion, fuse
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mm_retriever.catalogue import (
+from mm_retriever.demo.catalogue import (
     MODES,
     PATTERNS,
     Looks,
@@ -36,8 +36,10 @@ from mm_retriever.catalogue import (
     draw_theme,
     full_text,
 )
-from mm_retriever.catalogue.drawing import SEED_BLOCK
-from mm_retriever.models.visualized_bge import VisualizedBGE, VisualizedBGEProcessor, load_visualized_bge
+from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
+from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 
 MODE_NAMES: dict[Mode, str] = {
     "theme": "theme picture + product kind",

@@ -15,7 +15,7 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 
 from mm_retriever import VisualizedBGEEmbedding, ingest_images, open_store  # new
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 
 
 def main() -> None:

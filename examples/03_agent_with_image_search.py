@@ -19,7 +19,7 @@ from llama_index.core.llms.mock import MockFunctionCallingLLM
 from llama_index.core.memory import ChatMemoryBuffer
 
 from mm_retriever import VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 from mm_retriever.search_tools import ImageSearch, SearchLimits
 from mm_retriever.tools import ImageSearchToolSpec
 

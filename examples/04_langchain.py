@@ -13,7 +13,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_mm_retriever import ComposedImageRetriever, VisualizedBGEEmbeddings, image_search_tools
 
 from mm_retriever import ingest_images, open_store
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 from mm_retriever.search_tools import Conversation, ImageSearch
 
 

@@ -17,7 +17,7 @@ from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters
 
 from mm_retriever import VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 
 
 async def ask(folder: Path) -> None:

@@ -12,7 +12,7 @@ from llama_index.core import SimpleDirectoryReader
 from llama_index.core.node_parser import MarkdownNodeParser
 
 from mm_retriever import ComposedRetriever, VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import draw_product
+from mm_retriever.demo.catalogue import draw_product
 
 HANDBOOK = """\
 # Care

@@ -13,7 +13,7 @@ from pathlib import Path
 from llama_index.core import QueryBundle
 
 from mm_retriever import ComposedRetriever, Phi3VisionRerank, VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import draw_theme, write_catalogue
+from mm_retriever.demo.catalogue import draw_theme, write_catalogue
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ import numpy as np
 from tiny_training import SEEN_PAIRS, random_colour, reworded
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from mm_retriever import prompts
-from mm_retriever.catalogue import (
+from mm_retriever.demo.catalogue import (
     COLOURS,
     HELD_OUT,
     KINDS,
@@ -31,7 +30,8 @@ from mm_retriever.catalogue import (
     reason,
     vocabulary,
 )
-from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.phi3_vision import prompts
+from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _MARKS = (",", ".", ":", "-", "'", "?", "!", "\n")

@@ -1,8 +1,8 @@
 """What the trainings of the bundled tiny models share: endless drawn pictures, words, noise, and the loop itself.
 
-A drawn picture is linear in its colours (see ``mm_retriever.catalogue.drawing``). ``LayerCache`` therefore draws shapes
-and pattern textures once, with the very code that draws the catalogue, and composes batches of them in torch: about a
-millisecond a picture instead of twenty.
+A drawn picture is linear in its colours (see ``mm_retriever.demo.catalogue.drawing``). ``LayerCache`` therefore draws
+shapes and pattern textures once, with the very code that draws the catalogue, and composes batches of them in
+torch: about a millisecond a picture instead of twenty.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from mm_retriever.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, colours_of, vocabulary
-from mm_retriever.catalogue.colours import palette
-from mm_retriever.catalogue.drawing import (
+from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, colours_of, vocabulary
+from mm_retriever.demo.catalogue.colours import palette
+from mm_retriever.demo.catalogue.drawing import (
     NATIVE_SIZE,
     PRODUCT_ZOOM,
     SEED_BLOCK,
@@ -29,9 +29,9 @@ from mm_retriever.catalogue.drawing import (
     product_layers,
     theme_layers,
 )
-from mm_retriever.catalogue.patterns import texture
-from mm_retriever.catalogue.phrases import COLOUR_NAMES, KIND_NAMES, PATTERN_NAMES
-from mm_retriever.models.visualized_bge import PIXEL_MEAN, PIXEL_STD
+from mm_retriever.demo.catalogue.patterns import texture
+from mm_retriever.demo.catalogue.phrases import COLOUR_NAMES, KIND_NAMES, PATTERN_NAMES
+from mm_retriever.embedders.visualized_bge.processor import PIXEL_MEAN, PIXEL_STD
 
 THEME = len(KINDS)  # the "kind" of a theme picture in label tensors
 TRAINING_BLOCK = 1000  # pattern maps from here on are drawn for training only (a catalogue's seed is its block)

@@ -5,7 +5,7 @@
 Two stages. First the vision tower learns to name kind, pattern and colour of a picture; then tower and text encoder
 learn together to place a picture, a text, or a picture with a text where the wanted product lies (multi-positive
 InfoNCE, and kind, pattern and colour of every vector as a second task). The (kind, pattern) pairs of
-``mm_retriever.catalogue.HELD_OUT`` appear in no picture, source or text of the training.
+``mm_retriever.demo.catalogue.HELD_OUT`` appear in no picture, source or text of the training.
 
 ``python benchmarks/tiny_quality.py --model tiny-embedder`` measures the result.
 """
@@ -40,7 +40,7 @@ from tiny_training import (
 )
 from torch import Tensor, nn
 
-from mm_retriever.catalogue import (
+from mm_retriever.demo.catalogue import (
     COLOURS,
     HELD_OUT,
     KINDS,
@@ -51,7 +51,9 @@ from mm_retriever.catalogue import (
     compose_query,
     full_text,
 )
-from mm_retriever.models.visualized_bge import VisualizedBGE, VisualizedBGEConfig, VisualizedBGEProcessor, crop_square
+from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, crop_square
 
 TEMPERATURE = 0.05
 

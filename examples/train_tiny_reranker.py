@@ -4,8 +4,8 @@
 
 Three stages of one ``Phi3Vision``. First the CLIP tower learns to name kind, pattern and colour of a picture; then the
 decoder learns captions, wanted descriptions and reasons on what the finished tower sees; at last all of it learns
-together on fresh pictures. The (kind, pattern) pairs of ``mm_retriever.catalogue.HELD_OUT`` appear in no picture and no
-text of the training.
+together on fresh pictures. The (kind, pattern) pairs of ``mm_retriever.demo.catalogue.HELD_OUT`` appear in no picture
+and no text of the training.
 
 ``python benchmarks/rerank_quality.py --reranker tiny-reranker`` measures the result.
 """
@@ -39,11 +39,11 @@ from tiny_training import (
 )
 from torch import Tensor, nn
 
-from mm_retriever import prompts
-from mm_retriever.catalogue import PATTERNS, Looks, all_looks, catalogue
-from mm_retriever.models.phi3_vision import Phi3Vision, processor_for
-from mm_retriever.models.phi3_vision_processor import Phi3VisionProcessor, Slot, Turn
-from mm_retriever.models.phi3_vision_tower import Phi3VisionConfig
+from mm_retriever.demo.catalogue import PATTERNS, Looks, all_looks, catalogue
+from mm_retriever.phi3_vision import prompts
+from mm_retriever.phi3_vision.model import Phi3Vision
+from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn, processor_for
+from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 
 def parse_arguments() -> argparse.Namespace:

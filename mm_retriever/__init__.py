@@ -12,55 +12,46 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mm_retriever.bulk import ImportReport, ShardReport, embed_to_shards, embed_to_shards_on_ray, import_shards
+    from mm_retriever.embedders.bge_m3 import BGEM3SparseEmbedding
     from mm_retriever.embedding import VisualizedBGEEmbedding
     from mm_retriever.engine import image_query_engine
     from mm_retriever.errors import MMRetrieverError
-    from mm_retriever.image import ImagePolicy, load_image
-    from mm_retriever.ingest import (
-        ImportReport,
-        IngestReport,
-        ShardReport,
-        embed_to_shards,
-        embed_to_shards_on_ray,
-        import_shards,
-        ingest_images,
-        prune_images,
-        remove_images,
-    )
-    from mm_retriever.llm import Phi3VisionLLM
-    from mm_retriever.models.bge_m3 import BGEM3SparseEmbedding
+    from mm_retriever.images import ImagePolicy, load_image
+    from mm_retriever.images.sheet import before_after, contact_sheet
+    from mm_retriever.ingest import IngestReport, ingest_images, prune_images, remove_images
+    from mm_retriever.phi3_vision.llm import Phi3VisionLLM
     from mm_retriever.rerank import Phi3VisionRerank, TextRerank, VisionLLMRerank
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.search_tools import Conversation, ImageSearch
-    from mm_retriever.sheet import before_after, contact_sheet
     from mm_retriever.store import ImageStore, open_store
     from mm_retriever.tools import ImageSearchToolSpec
 
 _HOME = {
-    "BGEM3SparseEmbedding": "models.bge_m3",
+    "BGEM3SparseEmbedding": "embedders.bge_m3",
     "ComposedRetriever": "retriever",
     "Conversation": "search_tools",
-    "ImagePolicy": "image",
+    "ImagePolicy": "images",
     "ImageSearch": "search_tools",
     "ImageSearchToolSpec": "tools",
     "ImageStore": "store",
-    "ImportReport": "ingest",
+    "ImportReport": "bulk",
     "IngestReport": "ingest",
     "MMRetrieverError": "errors",
-    "Phi3VisionLLM": "llm",
+    "Phi3VisionLLM": "phi3_vision.llm",
     "Phi3VisionRerank": "rerank",
     "TextRerank": "rerank",
-    "ShardReport": "ingest",
+    "ShardReport": "bulk",
     "VisionLLMRerank": "rerank",
     "VisualizedBGEEmbedding": "embedding",
-    "before_after": "sheet",
-    "contact_sheet": "sheet",
-    "embed_to_shards": "ingest",
-    "embed_to_shards_on_ray": "ingest",
+    "before_after": "images.sheet",
+    "contact_sheet": "images.sheet",
+    "embed_to_shards": "bulk",
+    "embed_to_shards_on_ray": "bulk",
     "image_query_engine": "engine",
-    "import_shards": "ingest",
+    "import_shards": "bulk",
     "ingest_images": "ingest",
-    "load_image": "image",
+    "load_image": "images",
     "open_store": "store",
     "prune_images": "ingest",
     "remove_images": "ingest",

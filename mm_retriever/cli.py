@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mm_retriever.demo import DemoQuery
     from mm_retriever.embedding import VisualizedBGEEmbedding
-    from mm_retriever.rerank.postprocessor import Reranker
+    from mm_retriever.rerank.reranker import Reranker
     from mm_retriever.store import ImageStore, Verification
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
@@ -345,7 +345,7 @@ def embed(
     revision: Revision = None,
 ) -> None:
     """Embed millions of pictures into files that a Milvus server imports by itself. Run it again to go on."""
-    from mm_retriever.ingest import embed_to_shards, embed_to_shards_on_ray
+    from mm_retriever.bulk import embed_to_shards, embed_to_shards_on_ray
     from mm_retriever.terminal import print_ingestion, print_json
 
     if workers is not None and not ray:
@@ -382,8 +382,8 @@ def import_(
     token: Token = None,
 ) -> None:
     """Have a Milvus server import what `embed` made, each picture exactly once. Run it again to go on."""
-    from mm_retriever.ingest import import_shards
-    from mm_retriever.ingest.plan import read_plan
+    from mm_retriever.bulk import import_shards
+    from mm_retriever.bulk.plan import read_plan
     from mm_retriever.store import open_store
     from mm_retriever.store.words import analyzer_of
 
@@ -408,7 +408,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write the safetensors form of official weights: loads faster, and cannot contain code."""
-    from mm_retriever.models.visualized_bge import convert_checkpoint
+    from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
 
     written = convert_checkpoint(weights, out, tokenizer=tokenizer, dtype=dtype)
     typer.echo(f"wrote {written}; use it with --model {written}")
@@ -501,7 +501,7 @@ def demo(
     elif photos is not None:
         source, db, queries = photos, out / "photos.db", scenes.folder_queries(photos, text=text, image=image)
     else:
-        from mm_retriever.catalogue import write_catalogue
+        from mm_retriever.demo.catalogue import write_catalogue
 
         written = write_catalogue(out / "catalogue", show_progress=True)
         source, sidecar, db = written.products, written.labels, out / "catalogue.db"

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.errors import QueryError
-from mm_retriever.image import (
+from mm_retriever.images import (
     DEFAULT_POLICY,
     ImagePolicy,
     ImageSource,
@@ -44,7 +44,7 @@ from mm_retriever.vector_cache import MAX_BYTES, VectorCache
 if TYPE_CHECKING:
     import torch
 
-    from mm_retriever.models.visualized_bge_encoder import Content, VisualizedBGEEncoder
+    from mm_retriever.embedders.visualized_bge.encoder import Content, VisualizedBGEEncoder
 
 DEFAULT_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 _READERS = min(8, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
@@ -133,8 +133,8 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         rate_limiter: Any | None = None,
     ) -> None:
         from mm_retriever.devices import as_dtype, default_device
-        from mm_retriever.models.visualized_bge import load_visualized_bge
-        from mm_retriever.models.visualized_bge_encoder import VisualizedBGEEncoder
+        from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
+        from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
 
         device = str(device or default_device())
         computed = as_dtype(dtype)
@@ -215,7 +215,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         return vectors
 
     def _content(self, request: Request) -> Content:
-        from mm_retriever.models.visualized_bge_encoder import Content
+        from mm_retriever.embedders.visualized_bge.encoder import Content
 
         if request.image is None:
             return Content(request.text or "")
@@ -356,7 +356,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
 
     def embed_images(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> NDArray[np.float32]:
         """(B, D) of loaded pictures, or of what :meth:`prepare_image` made of them: the fast path, without events."""
-        from mm_retriever.models.visualized_bge_encoder import Content
+        from mm_retriever.embedders.visualized_bge.encoder import Content
 
         squares = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
         return self._vectors([Content(square=square) for square in squares])

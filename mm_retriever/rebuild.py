@@ -17,7 +17,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from mm_retriever.errors import CopyError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 
 _LEFT_OUT = "not_described"
 _NOT_CARRIED = frozenset(("callback_manager", "rate_limiter"))

@@ -20,8 +20,8 @@ from pathlib import Path
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError, one_line
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, opened_image, source_name, thumbnail_data_uri
-from mm_retriever.sheet import CELL, before_after, contact_sheet, with_text
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, opened_image, source_name, thumbnail_data_uri
+from mm_retriever.images.sheet import CELL, before_after, contact_sheet, with_text
 
 THUMBNAIL = 320  # pixels
 _LARGEST_VIEW = 4 * CELL

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError, QueryError, StoreMismatchError
-from mm_retriever.image import (
+from mm_retriever.images import (
     DEFAULT_POLICY,
     ImageDataURI,
     ImagePolicy,
@@ -38,7 +38,7 @@ from mm_retriever.image import (
     portable_image,
     read_image_bytes,
 )
-from mm_retriever.image_format import sniff_format
+from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 

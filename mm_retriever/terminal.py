@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from mm_retriever.demo import AMAZON_BYTES, download_amazon
 from mm_retriever.errors import one_line
-from mm_retriever.image import ImageSource, is_place, source_name
+from mm_retriever.images import ImageSource, is_place, source_name
 from mm_retriever.own_keys import LAYERS_KEY, own_value
 from mm_retriever.report import Hit, SearchReport, write_html, write_png
 
 if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore
 
-    from mm_retriever.ingest import IngestReport, ShardReport
-    from mm_retriever.rerank.postprocessor import Reranking
+    from mm_retriever.bulk import ShardReport
+    from mm_retriever.ingest import IngestReport
+    from mm_retriever.rerank.reranker import Reranking
 
 SKIPPED_SHOWN = 10
 NOTES_SHOWN = 20

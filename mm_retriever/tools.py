@@ -21,7 +21,7 @@ from pydantic import PrivateAttr
 
 from mm_retriever.errors import MMRetrieverError, QueryError
 from mm_retriever.forks import ForkLock
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource
 from mm_retriever.search_tools import (
     ChangeArgument,
     Conversation,

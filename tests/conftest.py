@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.milvus_server import MilvusServer, ServerUnavailable
+from tests.support.milvus_server import MilvusServer, ServerUnavailable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

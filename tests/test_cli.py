@@ -15,8 +15,8 @@ from PIL import Image
 from pymilvus import MilvusClient
 
 from mm_retriever import demo as scenes
-from mm_retriever.catalogue import draw_product, draw_theme
 from mm_retriever.cli import main
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 from mm_retriever.errors import MMRetrieverError
 
 

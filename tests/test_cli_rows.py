@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mm_retriever.catalogue import draw_product
 from mm_retriever.cli import main
+from mm_retriever.demo.catalogue import draw_product
 
 LOOKS = [(kind, colour) for kind in ("mug", "umbrella", "phone case") for colour in ("red", "blue")]
 

@@ -18,18 +18,19 @@ from llama_index.core.schema import NodeWithScore
 
 import mm_retriever
 from mm_retriever import errors
+from mm_retriever.bulk import ImportReport, ShardReport
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.engine import image_query_engine
 from mm_retriever.errors import CopyError, ImageLoadError, MMRetrieverError, QueryError, StoreError
-from mm_retriever.image import ImagePolicy
-from mm_retriever.ingest import ImportReport, IngestReport, ShardReport
-from mm_retriever.llm import Phi3VisionLLM
+from mm_retriever.images import ImagePolicy
+from mm_retriever.ingest import IngestReport
+from mm_retriever.phi3_vision.llm import Phi3VisionLLM
 from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import Conversation, ImageSearch
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.tools import ImageSearchToolSpec
-from tests.drawn_store import ScriptedLLM, draw_leopard, drawn_store, says
+from tests.support.drawn_store import ScriptedLLM, draw_leopard, drawn_store, says
 
 SERVER = "http://127.0.0.1:9/v1"
 POLICY = ImagePolicy(roots=(Path("/photos"),), max_bytes=1000)
@@ -102,8 +103,8 @@ NAMES = [
 def test_every_public_class_is_in_this_file():
     """A class that is added is tried here, or named with the reason why not."""
     elsewhere = {
-        "BGEM3SparseEmbedding": "tests/test_flag_embedding.py: needs weights",
-        "TextRerank": "tests/test_flag_embedding.py: needs weights",
+        "BGEM3SparseEmbedding": "tests/rerank/test_flag_embedding.py: needs weights",
+        "TextRerank": "tests/rerank/test_flag_embedding.py: needs weights",
         "ImportReport": "below",
         "ShardReport": "below",
         "MMRetrieverError": "below",

@@ -31,13 +31,13 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
+from mm_retriever.embedders.visualized_bge import encoder
+from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
-from mm_retriever.image import ImagePolicy, read_image_bytes
-from mm_retriever.models import visualized_bge_encoder
-from mm_retriever.models.visualized_bge import convert_checkpoint
+from mm_retriever.images import ImagePolicy, read_image_bytes
 from mm_retriever.vector_cache import VectorCache
-from tests.models.golden import small_model, word_tokenizer
+from tests.support.golden import small_model, word_tokenizer
 
 WORDS = ["red", "blue", "shoe", "mug", "with", "stars"]
 TEXTS = ["red shoe", "mug", "", "blue mug with stars " * 4, "red", "red shoe", "unknown words"]
@@ -149,7 +149,7 @@ def test_passes_of_any_size_give_the_same_vectors(
     texts, images = TEXTS * 2, [*pictures, *[pictures[0]] * 7]
     expected = model.get_composed_embedding_batch(texts, images)
     for values in (1, 3000, 10**9):
-        monkeypatch.setitem(visualized_bge_encoder.PASS_VALUES, "cpu", values)
+        monkeypatch.setitem(encoder.PASS_VALUES, "cpu", values)
         assert close(model.get_composed_embedding_batch(texts, images), expected)
         assert close(model.get_text_embedding_batch(texts[:7]), [model.get_text_embedding(text) for text in TEXTS])
     looked_at: list[int] = []

@@ -24,11 +24,11 @@ from PIL import Image
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.engine import PictureSynthesizer, image_query_engine
 from mm_retriever.errors import FilterError, QueryError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import read_filters
 from mm_retriever.store import ImageStore, open_store
-from tests.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, pictures_of, says, texts_of
+from tests.support.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, pictures_of, says, texts_of
 
 
 @pytest.fixture(scope="module")

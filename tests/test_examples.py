@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))

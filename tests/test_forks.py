@@ -18,7 +18,7 @@ import pytest
 from mm_retriever.errors import CheckpointError
 from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.vector_cache import VectorCache
-from tests.processes import ROOT, free_port
+from tests.support.processes import ROOT, free_port
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 

@@ -19,10 +19,10 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
-from mm_retriever.catalogue import draw_product
+from mm_retriever.demo.catalogue import draw_product
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import IngestError, NodeError, StoreError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import ImageStore, open_store
 

@@ -46,9 +46,9 @@ from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.channel import deadline
 from mm_retriever.store.lite_files import Turn
 from mm_retriever.vector_cache import VectorCache
-from tests.drawn_store import KINDS, draw_leopard, draw_pictures
-from tests.effort import EFFORT
-from tests.processes import python
+from tests.support.drawn_store import KINDS, draw_leopard, draw_pictures
+from tests.support.effort import EFFORT
+from tests.support.processes import python
 
 TOP = 5
 CLOSE = 1e-5
@@ -741,7 +741,7 @@ def test_an_hour_of_work_does_not_make_the_process_grow(tmp_path, tried, kind):
     """One process is asked as often as in an hour, without the pauses; what it grows in half of that counts twice."""
     hour = HOURS[kind]
     count = hour.calls * EFFORT
-    process = python("-m", "tests.endurance", kind, count, tmp_path)
+    process = python("-m", "tests.support.endurance", kind, count, tmp_path)
     said, _ = process.communicate(timeout=500 * EFFORT)
     assert process.returncode == 0
     cost = json.loads(said)

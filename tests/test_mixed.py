@@ -24,10 +24,10 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from llama_index.vector_stores.milvus.utils import BM25BuiltInFunction
 
 from mm_retriever import ComposedRetriever, ImageStore, VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 from mm_retriever.errors import QueryError, StoreMismatchError
 from mm_retriever.store.words import STOP_WORDS, node_words
-from tests.colour_embedding import ColourEmbedding, paint
+from tests.support.colour_embedding import ColourEmbedding, paint
 
 TEXTS = {
     "care": "All mugs are made of porcelain and may go into the dishwasher.",

@@ -93,20 +93,7 @@ def test_no_package_exports_a_name_that_a_submodule_has(package: str):
         lists = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
         exported = {name for listed in lists for name in ast.literal_eval(listed)}
         beside = {path.stem for path in init.parent.iterdir()} - {"__init__"}
-        assert exported & beside <= {"contact_sheet"}, init
-
-
-def test_the_old_place_of_the_contact_sheet_still_gives_its_names():
-    """Code that was written before the module was renamed."""
-    code = (
-        "from mm_retriever.contact_sheet import before_after, contact_sheet, with_text\n"
-        "import mm_retriever.contact_sheet as place\n"
-        "import mm_retriever, mm_retriever.sheet, pickle\n"
-        "assert contact_sheet is mm_retriever.contact_sheet is mm_retriever.sheet.contact_sheet is place\n"
-        "assert pickle.loads(pickle.dumps(contact_sheet)) is place.contact_sheet\n"
-        "assert before_after is mm_retriever.before_after"
-    )
-    assert "mm_retriever" in modules_loaded_by(code)
+        assert not exported & beside, init
 
 
 def test_names_that_need_an_extra_are_there_without_it():

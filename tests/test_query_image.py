@@ -41,15 +41,15 @@ from mm_retriever.cli import main
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.engine import image_query_engine
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image import ImagePolicy, load_image, pixel_digest, portable_image
+from mm_retriever.images import ImagePolicy, load_image, pixel_digest, portable_image
 from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
 from mm_retriever.rerank.candidates import Candidate, Ranking, read_candidates
-from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
+from mm_retriever.rerank.reranker import Meter, Query, Reranker
 from mm_retriever.retriever import ComposedRetriever, KeepQueryImage
 from mm_retriever.search_tools import Conversation, ImageSearch
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.tools import ImageSearchToolSpec
-from tests.drawn_store import ScriptedLLM, draw_pictures, drawn_store, pictures_of, says
+from tests.support.drawn_store import ScriptedLLM, draw_pictures, drawn_store, pictures_of, says
 
 TEXT = "mug with this"
 TOP_K = 6

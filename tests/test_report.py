@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mm_retriever.image import ImagePolicy, load_image
+from mm_retriever.images import ImagePolicy, load_image
 from mm_retriever.report import Hit, SearchReport, write_html, write_png
-from tests.effort import EFFORT
+from tests.support.effort import EFFORT
 
 VOID = {"meta", "img"}
 TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "section", "aside", "div", "img"} | {

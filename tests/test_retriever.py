@@ -17,7 +17,7 @@ from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMi
 from mm_retriever.ingest import ingest_images
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import open_store
-from tests.colour_embedding import COLOURS, ColourEmbedding, paint
+from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from llama_index.core.schema import ImageDocument, ImageNode, QueryBundle
 from PIL import Image
 
 from mm_retriever import ComposedRetriever, VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import catalogue, draw_theme
+from mm_retriever.demo.catalogue import catalogue, draw_theme
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,15 @@ from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextN
 from PIL import Image
 from pydantic import Field
 
-from mm_retriever.catalogue import draw_product
+from mm_retriever.demo.catalogue import draw_product
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, MMRetrieverError, QueryError
-from mm_retriever.image import ImagePolicy, read_image_bytes
+from mm_retriever.images import ImagePolicy, read_image_bytes
 from mm_retriever.ingest import ingest_images
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
 from mm_retriever.search_tools.results import one_line
 from mm_retriever.store import ImageStore, filter_expression, open_store
-from tests.drawn_store import ScriptedLLM, draw_leopard, drawn_store, pictures_of, says, texts_of
+from tests.support.drawn_store import ScriptedLLM, draw_leopard, drawn_store, pictures_of, says, texts_of
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from PIL import Image
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits
 from mm_retriever.tools import ImageSearchToolSpec, ImageTool
-from tests.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, pictures_of, says, texts_of
+from tests.support.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, pictures_of, says, texts_of
 
 # What LlamaIndex does to itself: its agents use deprecated ways into pydantic, and its memory is not serialised
 pytestmark = [

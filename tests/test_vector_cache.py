@@ -15,7 +15,7 @@ import pytest
 
 from mm_retriever.errors import VectorCacheError
 from mm_retriever.vector_cache import FILE_NAME, VectorCache
-from tests.effort import EFFORT
+from tests.support.effort import EFFORT
 
 SIZE = 16
 

@@ -11,8 +11,8 @@ from llama_index.core.schema import QueryBundle
 from pydantic import ConfigDict
 
 from langchain_mm_retriever.documents import ComposedQuery, read_query, to_document, to_node
-from mm_retriever.image import DEFAULT_POLICY, portable_image
-from mm_retriever.rerank.postprocessor import Reranker
+from mm_retriever.images import DEFAULT_POLICY, portable_image
+from mm_retriever.rerank.reranker import Reranker
 
 
 class RerankCompressor(BaseDocumentCompressor):

@@ -9,7 +9,7 @@ from langchain_core.documents import Document
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 
 from mm_retriever.errors import QueryError
-from mm_retriever.image import ImageSource
+from mm_retriever.images import ImageSource
 
 SCORE = "relevance_score"
 IMAGE_PATH = "image_path"

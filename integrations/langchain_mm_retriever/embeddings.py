@@ -10,7 +10,7 @@ from langchain_core.runnables import run_in_executor
 
 from mm_retriever.embedding import DEFAULT_MODEL, VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
-from mm_retriever.image import ImageSource
+from mm_retriever.images import ImageSource
 
 
 class VisualizedBGEEmbeddings(Embeddings):

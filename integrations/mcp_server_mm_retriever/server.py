@@ -27,7 +27,7 @@ from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from mm_retriever import __version__
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import MMRetrieverError, QueryError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 from mm_retriever.search_tools import (
     ONLY_NAMED,
     ChangeArgument,
@@ -171,7 +171,7 @@ def image_search(
         logger.warning("pictures of a shared server are read only inside folders given as roots; there are none")
     if vision_model is None:
         return ImageSearch(store, embed_model, image_policy=named, stored_policy=stored)
-    from mm_retriever.llm import Phi3VisionLLM
+    from mm_retriever.phi3_vision.llm import Phi3VisionLLM
     from mm_retriever.rerank import Phi3VisionRerank
 
     llm = Phi3VisionLLM(vision_model, device=device, image_policy=stored)

@@ -12,34 +12,20 @@ One picture goes through its files in this order:
 - `known.py`: vectors that the store has already of the same file contents.
 - `gone.py`, `removal.py`: which files are provably gone, and rows out of the store.
 - `report.py`: what was done.
-
-For collections of millions there is another way, into files that a server imports by itself:
-
-- `plan.py`: which picture is in which file, fixed once.
-- `shards.py`: `embed_to_shards`, which makes the files, and `import_shards`, which has them imported.
-- `ray_data.py`: `embed_to_shards_on_ray`, which has them made by the workers of a Ray cluster.
 """
 
 from mm_retriever.ingest.ignored import IgnoredFiles
 from mm_retriever.ingest.pipeline import ingest_images
-from mm_retriever.ingest.ray_data import embed_to_shards_on_ray
 from mm_retriever.ingest.removal import PruneReport, prune_images, remove_images
 from mm_retriever.ingest.report import IngestReport, SkippedImage
-from mm_retriever.ingest.shards import ShardReport, embed_to_shards, import_shards
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
-from mm_retriever.store import ImportReport
 
 __all__ = [
     "IgnoredFiles",
-    "ImportReport",
     "IngestReport",
     "PruneReport",
-    "ShardReport",
     "Sidecar",
     "SkippedImage",
-    "embed_to_shards",
-    "embed_to_shards_on_ray",
-    "import_shards",
     "ingest_images",
     "prune_images",
     "read_sidecar",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from mm_retriever.image_format import sniff_format
+from mm_retriever.images.header import sniff_format
 
 PATHS_LISTED = 1_000
 """Of each type; all of them are counted."""

@@ -23,7 +23,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from tqdm import tqdm
 
 from mm_retriever.errors import IngestError, NodeError, StoreError, StoreMismatchError, StoreUnavailableError
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.gone import fate
 from mm_retriever.ingest.ignored import IgnoredCounts
 from mm_retriever.ingest.known import KnownVectors

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image import ImagePolicy, ImageSource, file_size, opened_image, read_image_bytes
+from mm_retriever.images import ImagePolicy, ImageSource, file_size, opened_image, read_image_bytes
 from mm_retriever.ingest.exif import exif_columns
 
 THREADS = min(4, os.cpu_count() or 1)

@@ -15,7 +15,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import NodeError
-from mm_retriever.image import is_image_path
+from mm_retriever.images import is_image_path
 from mm_retriever.ingest.ignored import Ignore
 
 

@@ -20,7 +20,7 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelations
 
 from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError, IngestError, NodeError
-from mm_retriever.image import ImageSource, is_image_path, read_image_bytes
+from mm_retriever.images import ImageSource, is_image_path, read_image_bytes
 from mm_retriever.ingest.ignored import HIDDEN, LINKED, Ignore, not_counted, why_ignored
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
 from mm_retriever.ingest.stable_url import stable_url, url_file_name

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm_retriever.rerank.candidates import METADATA_KEYS
-    from mm_retriever.rerank.phi3_vision import Phi3VisionRerank
-    from mm_retriever.rerank.postprocessor import Reranking, Usage
-    from mm_retriever.rerank.text import TextRerank
+    from mm_retriever.rerank.cross_encoder import TextRerank
+    from mm_retriever.rerank.phi3_vision.reranker import Phi3VisionRerank
+    from mm_retriever.rerank.reranker import Reranking, Usage
     from mm_retriever.rerank.vision_llm import VisionLLMRerank
 
 _HOME = {  # a remote reranker must not load torch
     "METADATA_KEYS": "candidates",
-    "Phi3VisionRerank": "phi3_vision",
-    "Reranking": "postprocessor",
-    "TextRerank": "text",
-    "Usage": "postprocessor",
+    "Phi3VisionRerank": "phi3_vision.reranker",
+    "Reranking": "reranker",
+    "TextRerank": "cross_encoder",
+    "Usage": "reranker",
     "VisionLLMRerank": "vision_llm",
 }
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.image import ImagePolicy, ImageSource, first_readable, opened_image
+from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image
 
 RETRIEVAL_SCORE = "retrieval_score"
 RETRIEVAL_RANK = "retrieval_rank"

@@ -34,13 +34,13 @@ from tenacity import (
 )
 
 from mm_retriever.errors import CopyError, MissingExtraError, QueryError, RerankError
-from mm_retriever.image import ImagePolicy, encode_thumbnail
+from mm_retriever.images import ImagePolicy, encode_thumbnail
+from mm_retriever.images.sheet import contact_sheet
 from mm_retriever.rebuild import check_whole, field_arguments
 from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
-from mm_retriever.rerank.postprocessor import Meter, Query, Reranker
-from mm_retriever.sheet import contact_sheet
+from mm_retriever.rerank.reranker import Meter, Query, Reranker
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_retriever.errors import QueryError
 from mm_retriever.forks import ForkLock
-from mm_retriever.image import DEFAULT_POLICY, ImagePolicy, ImageSource, lossless_bytes, opened_image
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, lossless_bytes, opened_image
 from mm_retriever.search_tools.arguments import read_result_number
 
 MAX_ATTACHMENTS = 64

@@ -25,7 +25,7 @@ from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter,
 
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
-from mm_retriever.image import (
+from mm_retriever.images import (
     DEFAULT_POLICY,
     ImagePolicy,
     ImageSource,
@@ -38,7 +38,7 @@ from mm_retriever.image import (
     read_image_bytes,
     source_name,
 )
-from mm_retriever.image_format import sniff_format
+from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
 from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import selectors
 import shutil
 import socket
 import stat
@@ -46,7 +47,8 @@ _LONGEST_SOCKET_PATH = 100  # bytes; kernels take 103 or 107
 _MOST_RECORD = 4096
 _ADMISSION_SECONDS = 5.0
 _HELD_SECONDS = 10.0  # a process that keeps the turn for so long without asking anything is taken for stopped
-_ACCEPT_SECONDS = 1.0
+_JOIN_SECONDS = 2.0
+_RETRY_SECONDS = 1.0
 _READS = (
     *("Check", "Connect", "CreateIndex", "Describe", "Get", "Has", "HybridSearch"),
     *("List", "Load", "Query", "Release", "Search", "Show"),
@@ -168,6 +170,7 @@ class LiteServer:
         self._turn_holder: Wire | None = None
         self._secret = secrets.token_bytes(32)
         self._listener, self.address = _listen()
+        self._waker, self._woken = socket.socketpair()  # written to by `close`: a closed listener wakes no one
         self._acceptor = threading.Thread(target=self._accept, name="mm_retriever-lite", daemon=True)
         self._acceptor.start()
         self._publish(SERVING)
@@ -234,7 +237,7 @@ class LiteServer:
         """Stop serving and let go of the file: rows go from memory to disk, and another process may open it."""
         self._publish(CLOSING)
         self._closed.set()
-        _hang_up(self._listener)
+        self._waker.send(b"\0")
         holder = self._turn_holder
         if holder is not None:  # it asks whoever opens the file next
             holder.hang_up()
@@ -251,8 +254,9 @@ class LiteServer:
                 _ABANDONED.append(self)
         for thread in [self._acceptor, *self._wires.values()]:
             if thread is not threading.current_thread():
-                thread.join(2 * _ACCEPT_SECONDS)
-        self._listener.close()
+                thread.join(_JOIN_SECONDS)
+        for opened in (self._listener, self._waker, self._woken):
+            opened.close()
         _remove_socket(self.address)
         if self._is_copy:
             shutil.rmtree(self._place.parent, ignore_errors=True)
@@ -260,7 +264,8 @@ class LiteServer:
     def forget(self) -> None:
         """In a forked child: free what belongs to the parent, which goes on serving."""
         self._closed.set()
-        self._listener.close()
+        for opened in (self._listener, self._waker, self._woken):
+            opened.close()
         for wire in list(self._wires):
             wire.close()
         lock, self._database._lock_fd = self._database._lock_fd, None
@@ -287,21 +292,28 @@ class LiteServer:
             return False
 
     def _accept(self) -> None:
-        while not self._closed.is_set():
-            try:
-                connected, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:
+        with selectors.PollSelector() as ready:
+            for opened in (self._listener, self._woken):
+                ready.register(opened, selectors.EVENT_READ)
+            while not self._closed.is_set():
+                ready.select()
                 if not self._closed.is_set():
-                    logger.warning("cannot accept a connection for %s: %s", self._path, error.strerror or error)
-                    time.sleep(_ACCEPT_SECONDS)
-                continue
-            connected.settimeout(None)
-            wire = Wire(connected)
-            thread = threading.Thread(target=self._serve, args=(wire,), name="mm_retriever-lite-wire", daemon=True)
-            self._wires[wire] = thread
-            thread.start()
+                    self._accept_one()
+
+    def _accept_one(self) -> None:
+        try:
+            connected, _ = self._listener.accept()
+        except BlockingIOError:  # it was withdrawn
+            return
+        except OSError as error:
+            logger.warning("cannot accept a connection for %s: %s", self._path, error.strerror or error)
+            self._closed.wait(_RETRY_SECONDS)
+            return
+        connected.setblocking(True)
+        wire = Wire(connected)
+        thread = threading.Thread(target=self._serve, args=(wire,), name="mm_retriever-lite-wire", daemon=True)
+        self._wires[wire] = thread
+        thread.start()
 
     def _serve(self, wire: Wire) -> None:
         """Answer one connection until it ends; the turn that it may hold ends with it."""
@@ -543,16 +555,8 @@ def _listen() -> tuple[socket.socket, Address]:
 
 def _listening(listener: socket.socket) -> socket.socket:
     listener.listen(128)
-    listener.settimeout(_ACCEPT_SECONDS)
+    listener.setblocking(False)
     return listener
-
-
-def _hang_up(listener: socket.socket) -> None:
-    """Wake whoever waits for connections."""
-    try:
-        listener.shutdown(socket.SHUT_RDWR)
-    except OSError:  # not everywhere possible; the next second wakes it
-        return
 
 
 def _remove_socket(address: Address) -> None:

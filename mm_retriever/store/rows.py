@@ -25,7 +25,7 @@ from llama_index.core.schema import (
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
 from mm_retriever.errors import NodeError
-from mm_retriever.image import is_image_path
+from mm_retriever.images import is_image_path
 from mm_retriever.store.checksums import damaged_rows, node_is_damaged, row_checksum
 from mm_retriever.store.filters import (
     CHECKSUM_FIELD,

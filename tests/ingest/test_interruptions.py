@@ -16,8 +16,8 @@ from mm_retriever.ingest import ingest_images
 from mm_retriever.report import SearchReport, write_html
 from mm_retriever.store import open_store
 from mm_retriever.vector_cache import VectorCache
-from tests.colour_embedding import COLOURS, ColourEmbedding, paint
-from tests.processes import ends, free_port, lite_server, python
+from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
+from tests.support.processes import ends, free_port, lite_server, python
 
 ROOT = Path(__file__).parents[2]
 PICTURES = 60
@@ -26,7 +26,7 @@ RUN = """
 import sys, time
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import open_store
-from tests.colour_embedding import ColourEmbedding
+from tests.support.colour_embedding import ColourEmbedding
 
 class Slow(ColourEmbedding):
     def embed_images(self, images):
@@ -108,7 +108,7 @@ import sys
 from mm_retriever.errors import StoreError
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import open_store
-from tests.colour_embedding import ColourEmbedding
+from tests.support.colour_embedding import ColourEmbedding
 
 model = ColourEmbedding()
 with open_store(sys.argv[2], model) as store:

@@ -26,14 +26,14 @@ import pytest
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from PIL import Image
 
+from mm_retriever.embedders.visualized_bge.encoder import Content
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.ingest.sources import path_id
-from mm_retriever.models.visualized_bge_encoder import Content
 from mm_retriever.store import open_store
 from mm_retriever.store.rows import row_to_node
 from mm_retriever.vector_cache import FILE_NAME, VectorCache
-from tests.effort import EFFORT
-from tests.processes import python
+from tests.support.effort import EFFORT
+from tests.support.processes import python
 
 COUNTS = ("indexed", "replaced", "updated", "unchanged", "removed")
 NOT_FACTS = ("file_stamp", "id", "doc_id", "text", "_node_content", "_node_type", "embedding", "mm_columns")
@@ -44,7 +44,7 @@ MOST_BYTES = 200_000
 @contextmanager
 def warm(flush_bytes: int = 128 * 2**20) -> Iterator[Any]:
     """Runs in forks of one process; Milvus Lite writes a segment after so many bytes, by itself after 128 MB."""
-    process = python("-m", "tests.ingest.mortal", flush_bytes, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = python("-m", "tests.support.mortal", flush_bytes, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def run(place: Path, by: str = "never", at: float = 0) -> dict[str, Any]:
         process.stdin.write(json.dumps([str(place), by, at]) + "\n")

@@ -15,7 +15,8 @@ from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 from PIL import Image, TiffImagePlugin
 
-from mm_retriever.ingest import IngestReport, embed_to_shards, ingest_images
+from mm_retriever.bulk import embed_to_shards
+from mm_retriever.ingest import IngestReport, ingest_images
 from mm_retriever.ingest.exif import exif_columns
 from mm_retriever.ingest.sources import path_id
 from mm_retriever.own_keys import LAYERS_KEY, own_value
@@ -23,7 +24,7 @@ from mm_retriever.search_tools import ImageSearch
 from mm_retriever.search_tools.results import SearchLimits, shown_metadata
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.terminal import result_rows
-from tests.colour_embedding import ColourEmbedding, paint
+from tests.support.colour_embedding import ColourEmbedding, paint
 
 
 @pytest.fixture(scope="module")

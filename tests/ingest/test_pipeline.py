@@ -18,10 +18,10 @@ from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter,
 from PIL import Image
 
 from mm_retriever.errors import IngestError, StoreMismatchError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import IngestReport, ingest_images
 from mm_retriever.store import ImageStore, open_store
-from tests.colour_embedding import COLOURS, ColourEmbedding, paint
+from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from mm_retriever.errors import ImageLoadError, IngestError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import gone as gone_module
 from mm_retriever.ingest import prune_images, remove_images
 from mm_retriever.ingest.reading import read_picture
-from tests.colour_embedding import COLOURS, paint
 from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, shared, store, where  # noqa: F401
+from tests.support.colour_embedding import COLOURS, paint
 
 TRANSIENT = ("EIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EACCES", "EMFILE", "ENOMEM", "ELOOP")
 

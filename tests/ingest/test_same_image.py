@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from llama_index.core.schema import ImageNode
 
-from mm_retriever.image import ImagePolicy
-from mm_retriever.ingest import embed_to_shards, known, remove_images
+from mm_retriever.bulk import embed_to_shards
+from mm_retriever.bulk.plan import read_plan
+from mm_retriever.images import ImagePolicy
+from mm_retriever.ingest import known, remove_images
 from mm_retriever.ingest import nodes as nodes_module
-from mm_retriever.ingest.plan import read_plan
 from mm_retriever.ingest.stable_url import stable_url, url_file_name
 from mm_retriever.retriever import ComposedRetriever
-from tests.colour_embedding import COLOURS, paint
 from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, query, shared, store  # noqa: F401
+from tests.support.colour_embedding import COLOURS, paint
 
 
 def extra(report) -> tuple[int, int]:

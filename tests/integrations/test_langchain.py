@@ -38,7 +38,7 @@ from PIL import Image
 from pydantic import Field
 
 from mm_retriever import ComposedRetriever, ImageStore, VisualizedBGEEmbedding, ingest_images, open_store
-from mm_retriever.catalogue import draw_product, draw_theme
+from mm_retriever.demo.catalogue import draw_product, draw_theme
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits
 

@@ -36,10 +36,10 @@ from PIL import Image
 from mm_retriever.cli import main
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
-from mm_retriever.image import ImagePolicy
+from mm_retriever.images import ImagePolicy
 from mm_retriever.search_tools import ImageSearch, SearchLimits
 from mm_retriever.store import open_store
-from tests.drawn_store import draw_leopard, draw_pictures, drawn_store
+from tests.support.drawn_store import draw_leopard, draw_pictures, drawn_store
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-that-nobody-guesses"

@@ -12,7 +12,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from mm_retriever.errors import StoreError, StoreUnavailableError
 from mm_retriever.store import open_store
-from tests.processes import ends, free_port, lite_server
+from tests.support.processes import ends, free_port, lite_server
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 QUERY = VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], similarity_top_k=5)

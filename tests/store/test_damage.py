@@ -23,7 +23,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from mm_retriever.errors import StoreDamagedError, StoreError
 from mm_retriever.store import open_store
 from mm_retriever.store.lite_durability import RECORDS
-from tests.effort import EFFORT
+from tests.support.effort import EFFORT
 
 MODEL = SimpleNamespace(dimension=4, model_id="four numbers")
 ROWS = 30

@@ -14,13 +14,13 @@ import pytest
 from llama_index.core.schema import ImageNode
 from pymilvus import DataType, MilvusClient
 
-from mm_retriever.image import load_image
+from mm_retriever.images import load_image
 from mm_retriever.ingest.sources import path_id
 from mm_retriever.store import open_store, open_stored
 from mm_retriever.store.rows import node_to_row
-from tests.colour_embedding import ColourEmbedding, paint
 from tests.ingest.test_pipeline import counts, ingest, where
 from tests.store.test_image_store import query
+from tests.support.colour_embedding import ColourEmbedding, paint
 
 WEIGHTS = "0123456789ab"
 MODELS = {"name, weights and dtype": f"tiny@{WEIGHTS}/bfloat16", "no model at all": None}

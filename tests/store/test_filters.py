@@ -23,8 +23,18 @@ from llama_index.core.vector_stores.types import (
 
 from mm_retriever.errors import FilterError
 from mm_retriever.store import ImageStore, filter_expression, open_store
-from tests.effort import EFFORT
-from tests.metadata_filters import NASTY, PINNED_ROWS, filters, found, group, matches, metadata, row_nodes, where
+from tests.support.effort import EFFORT
+from tests.support.metadata_filters import (
+    NASTY,
+    PINNED_ROWS,
+    filters,
+    found,
+    group,
+    matches,
+    metadata,
+    row_nodes,
+    where,
+)
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 Op = FilterOperator
@@ -53,7 +63,7 @@ def put(store: ImageStore, rows: list[dict[str, Any]]) -> None:
 def test_a_filter_matches_what_its_definition_says(
     store: ImageStore, tried: Counter[str], rows: list[dict[str, Any]], item: MetadataFilters
 ):
-    """Truth: `tests.metadata_filters.matches`, in plain Python; missing keys and mixed types included."""
+    """Truth: `tests.support.metadata_filters.matches`, in plain Python; missing keys and mixed types included."""
     rows = PINNED_ROWS + rows
     put(store, rows)
     tried["filters"] += 1

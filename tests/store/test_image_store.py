@@ -26,7 +26,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from mm_retriever.errors import FilterError, NodeError, QueryError, StoreError, StoreMismatchError
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store import collection as module
-from tests.colour_embedding import ColourEmbedding, paint
+from tests.support.colour_embedding import ColourEmbedding, paint
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 

@@ -27,7 +27,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
 from mm_retriever.store import open_store
 from mm_retriever.store.lite_server import RECORD, read_record
-from tests.processes import ends, python
+from tests.support.processes import ends, python
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 QUERY = VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], similarity_top_k=50)

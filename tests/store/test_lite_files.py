@@ -12,8 +12,8 @@ from llama_index.core.schema import ImageNode
 from mm_retriever.store import open_store
 from mm_retriever.store.lite_durability import RECORDS
 from mm_retriever.store.lite_repair import repair
-from tests.processes import ends
 from tests.store.test_lite_channel import HOLD, started
+from tests.support.processes import ends
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 

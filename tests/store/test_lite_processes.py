@@ -22,9 +22,9 @@ from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import open_store
 from mm_retriever.store.lite_server import read_record
-from tests.colour_embedding import COLOURS, paint
-from tests.effort import EFFORT
-from tests.processes import ROOT, ends
+from tests.support.colour_embedding import COLOURS, paint
+from tests.support.effort import EFFORT
+from tests.support.processes import ROOT, ends
 
 IMAGES = 300
 KILLS = 10

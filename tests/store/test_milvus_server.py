@@ -34,11 +34,21 @@ from pymilvus import MilvusClient
 from mm_retriever.errors import StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import ImageStore, describe_store, open_store
-from tests.colour_embedding import COLOURS, ColourEmbedding, paint
-from tests.effort import EFFORT
-from tests.metadata_filters import NASTY, PINNED_ROWS, filters, found, group, matches, metadata, row_nodes, where
-from tests.milvus_server import MilvusServer
 from tests.store.test_image_store import asked, node
+from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
+from tests.support.effort import EFFORT
+from tests.support.metadata_filters import (
+    NASTY,
+    PINNED_ROWS,
+    filters,
+    found,
+    group,
+    matches,
+    metadata,
+    row_nodes,
+    where,
+)
+from tests.support.milvus_server import MilvusServer
 
 pytestmark = pytest.mark.slow
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
@@ -234,7 +244,7 @@ def asks_for_substrings(item: MetadataFilter | MetadataFilters) -> bool:
 def test_a_filter_matches_on_a_server_what_its_definition_says(
     filtered: ImageStore, tried: Counter[str], rows: list[dict[str, Any]], items: list[MetadataFilters]
 ):
-    """Truth: `tests.metadata_filters.matches`, in plain Python, as on Milvus Lite.
+    """Truth: `tests.support.metadata_filters.matches`, in plain Python, as on Milvus Lite.
 
     What this old server cannot express (Milvus 2.4 and later can) is refused, never dropped.
     """

@@ -21,8 +21,8 @@ import pytest
 from llama_index.core.schema import TextNode
 
 from mm_retriever.store import open_store
-from tests.effort import EFFORT
-from tests.processes import ends, python
+from tests.support.effort import EFFORT
+from tests.support.processes import ends, python
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 SMALL_MEMORY = 6_000
@@ -160,7 +160,7 @@ from pathlib import Path
 from llama_index.core.schema import TextNode
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import open_store
-from tests.colour_embedding import ColourEmbedding
+from tests.support.colour_embedding import ColourEmbedding
 db, model, made = Path(sys.argv[1]), ColourEmbedding(), 0
 print("{}", flush=True)
 while True:
@@ -207,7 +207,7 @@ def file_system(tmp_path) -> Iterator[tuple[Path, Path]]:
 
 @pytest.mark.slow
 def test_what_ingestion_reported_survives_fifty_cuts(tmp_path, file_system, tried):
-    from tests.colour_embedding import ColourEmbedding
+    from tests.support.colour_embedding import ColourEmbedding
 
     image, place = file_system
     seed = random.randrange(10**6)

@@ -1,0 +1,356 @@
+"""Pictures into shards, files of rows that a Milvus server imports by itself: for collections of millions.
+
+Owns the way of one shard: its part of the plan, read ahead and embedded, into one file that appears whole. A shard is
+done when its file is there; a run that died, or another machine, does those that are not.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.schema import ImageNode
+from tqdm import tqdm
+
+from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan, make_plan, read_plan
+from mm_retriever.errors import IngestError, NodeError, StoreMismatchError
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
+from mm_retriever.ingest.ignored import IgnoredFiles
+from mm_retriever.ingest.nodes import Layer, Task, picture_node, reason_of, stamp_of
+from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
+from mm_retriever.ingest.report import SkippedImage
+from mm_retriever.ingest.sidecar import SidecarSource
+from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
+from mm_retriever.store import ImageStore, SparseEmbedding, same_model
+from mm_retriever.store.bulk_import import ImportReport, import_files
+from mm_retriever.store.parquet import ParquetRows, read_account, remove_drafts
+from mm_retriever.store.words import words_name
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What the shards in a folder hold, after one call of `embed_to_shards`.
+
+    Args:
+        shards: how many there are.
+        written: those that this call made; the others were done before.
+        rows: pictures in all of them.
+        skipped: pictures in none of them, with reasons.
+        seconds: wall clock of the call.
+        ignored: what the folder holds beside images, by type, with reasons.
+        unused_rows: rows of the sidecar that match no image.
+        notes: what else there is to say, a line each.
+    """
+
+    shards: int
+    written: int
+    rows: int
+    skipped: tuple[SkippedImage, ...]
+    seconds: float
+    ignored: tuple[IgnoredFiles, ...] = ()
+    unused_rows: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        skipped += f", {ignored} ignored" if (ignored := sum(files.count for files in self.ignored)) else ""
+        return f"{self.rows} rows in {self.shards} shards, {self.written} of them new{skipped}, in {self.seconds:.1f} s"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
+        return asdict(self)
+
+
+def embed_to_shards(
+    source: PathsOrURLs | None,
+    out: str | Path,
+    embed_model: PictureEmbedding,
+    *,
+    rows_per_shard: int = 10_000,
+    batch_size: int = 32,
+    sidecar: SidecarSource | None = None,
+    hybrid: bool | SparseEmbedding = False,
+    show_progress: bool = True,
+    image_policy: ImagePolicy = DEFAULT_POLICY,
+    exif: bool = True,
+) -> ShardReport:
+    """Embed pictures into Parquet files that a Milvus server imports by itself, and return what they hold.
+
+    The rows are those that `ingest_images` would store. The first call fixes which picture is in which shard; whatever
+    happens to it or to the folder, the same call goes on with that plan and does the shards that are not done. To have
+    a shard embedded again, remove its file. One shard of rows is in memory at a time, whatever the size of the source.
+
+    The files in `out/shards` go to the object storage of the server (`aws s3 sync`); `import_shards` has them imported.
+    On Zilliz Cloud that is `pymilvus.bulk_writer.bulk_import`, which takes the same files.
+
+    Args:
+        source: a folder as in `ingest_images`, or an iterable of paths and URLs; None goes on with the plan in `out`.
+        out: a folder for the plan and the shards.
+        embed_model: a `VisualizedBGEEmbedding`.
+        rows_per_shard: pictures in one file.
+        batch_size: pictures that go through the model together.
+        sidecar: as in `ingest_images`; read when the plan is made.
+        hybrid: as the collection is, or will be, opened with.
+        show_progress: a progress bar with rate and time left.
+        image_policy: what may be read, and how large.
+        exif: as in `ingest_images`.
+
+    Raises:
+        IngestError: a source that cannot be used at all, or a plan in `out` for something else.
+        MissingExtraError: pyarrow is not installed.
+    """
+    return make_shards(
+        source,
+        out,
+        embed_model,
+        _one_after_another,
+        rows_per_shard=rows_per_shard,
+        batch_size=batch_size,
+        sidecar=sidecar,
+        hybrid=hybrid,
+        show_progress=show_progress,
+        image_policy=image_policy,
+        exif=exif,
+    )
+
+
+def make_shards(
+    source: PathsOrURLs | None,
+    out: str | Path,
+    embed_model: PictureEmbedding,
+    write: Callable[[ShardWriter, Sequence[int], Callable[[int], object]], int],
+    *,
+    rows_per_shard: int,
+    batch_size: int,
+    sidecar: SidecarSource | None,
+    hybrid: bool | SparseEmbedding,
+    show_progress: bool,
+    image_policy: ImagePolicy,
+    exif: bool,
+) -> ShardReport:
+    """Plan shards, have those written that are not done, and return what all of them hold.
+
+    Args:
+        source: as in `embed_to_shards`, as are the others.
+        out: 〃
+        embed_model: 〃
+        write: called with a writer, the numbers of the shards to write, and what takes the number of pictures that were
+            just dealt with; returns how many shards it made.
+        rows_per_shard: 〃
+        batch_size: 〃
+        sidecar: 〃
+        hybrid: 〃
+        show_progress: 〃
+        image_policy: 〃
+        exif: 〃
+    """
+    start = time.perf_counter()
+    plan = make_plan(
+        source,
+        out,
+        model_id=embed_model.model_id,
+        dimension=embed_model.dimension,
+        words=words_name(hybrid),
+        rows_per_shard=rows_per_shard,
+        sidecar=sidecar,
+    )
+    writer = ShardWriter(plan, embed_model, hybrid=hybrid, batch_size=batch_size, image_policy=image_policy, exif=exif)
+    unfinished = list(plan.unfinished())
+    with tqdm(
+        total=plan.pictures,
+        initial=plan.pictures - sum(plan.size(number) for number in unfinished),
+        desc="Embedding",
+        unit="picture",
+        disable=not show_progress,
+    ) as bar:
+        written = write(writer, unfinished, bar.update)
+    return report_of(plan, written, time.perf_counter() - start)
+
+
+def _one_after_another(writer: ShardWriter, unfinished: Sequence[int], progress: Callable[[int], object]) -> int:
+    return sum(writer.write(number, progress) for number in unfinished)
+
+
+class ShardWriter:
+    """Makes the shards of one plan, one at a time, with one model. Goes to other processes if the model does.
+
+    Its `call` is a name that its copies there share, and that each shard bears which one of them made.
+
+    Args:
+        plan: what is in which shard.
+        embed_model: the model of the plan.
+        hybrid: as in `embed_to_shards`, as are the others.
+        batch_size: 〃
+        image_policy: 〃
+        exif: 〃
+    """
+
+    def __init__(
+        self,
+        plan: ShardPlan,
+        embed_model: PictureEmbedding,
+        *,
+        hybrid: bool | SparseEmbedding,
+        batch_size: int,
+        image_policy: ImagePolicy,
+        exif: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
+        self.plan = plan
+        self.call = uuid.uuid4().hex
+        self._embed_model = embed_model
+        self._vectors = Vectors(embed_model)
+        self._hybrid = hybrid
+        self._batch_size = batch_size
+        self._policy = image_policy
+        self._exif = exif
+
+    def write(self, number: int, progress: Callable[[int], object] = lambda pictures: None) -> bool:
+        """Make a shard, and return whether this writer did, or a copy of it; somebody else may have, meanwhile.
+
+        Args:
+            number: of the shard.
+            progress: called with the number of pictures that were just dealt with.
+        """
+        path = self.plan.shard(number)
+        if path.exists():
+            return read_account(path)[1].get("call") == self.call
+        self._check_models()
+        rows = ParquetRows(self.plan.dimension, self._hybrid)
+        skipped: list[tuple[str, str]] = []
+        batch: list[tuple[Task, ReadPicture]] = []
+        with closing(read_ahead(self._tasks(number, skipped), self._read, ahead=2 * self._batch_size)) as pictures:
+            for task, picture in pictures:
+                if picture.error:
+                    skipped.append((task.item.name, picture.error))
+                    continue
+                batch.append((task, picture))
+                if len(batch) == self._batch_size:
+                    self._embed(batch, rows, skipped)
+                    progress(len(batch))
+                    batch.clear()
+        self._embed(batch, rows, skipped)
+        if skipped and self.plan.source_is_gone():
+            raise IngestError(
+                f"{self.plan.source!r} is empty or gone: a drive that is missing? Its pictures are planned"
+            )
+        progress(self.plan.size(number) - (len(rows) + len(skipped)))
+        account = {"plan": self.plan.id, "shard": number, "skipped": skipped, "call": self.call}
+        return rows.write(path, self.plan.drafts, account)
+
+    def _check_models(self) -> None:
+        """In another process, and on another machine, the models were loaded again: from the same files?"""
+        planned = (self.plan.model_id, self.plan.words)
+        loaded = (self._embed_model.model_id, words_name(self._hybrid))
+        if not same_model(planned[0], loaded[0]) or not same_model(planned[1] or "", loaded[1] or ""):
+            raise IngestError(f"the shards are planned for the models {planned}, and {loaded} were loaded here")
+
+    def _tasks(self, number: int, skipped: list[tuple[str, str]]) -> Iterator[Task]:
+        for item in self.plan.items(number):
+            try:
+                stamp = stamp_of(item.path) if item.path is not None else {}  # a URL is taken to be unchanging
+            except (OSError, ValueError) as error:
+                skipped.append((item.name, reason_of(error)))
+                continue
+            said = Layer(item.text, item.metadata)
+            yield Task(item, {"sidecar": said} if said else {}, stamp, stored=None)
+
+    def _read(self, task: Task) -> ReadPicture:
+        return read_picture(task.item.source, "", self._embed_model.prepare_image, self._policy, self._exif)
+
+    def _embed(
+        self, batch: Sequence[tuple[Task, ReadPicture]], rows: ParquetRows, skipped: list[tuple[str, str]]
+    ) -> None:
+        found = self._vectors.of_pictures([picture.prepared for _, picture in batch])
+        nodes = []
+        for (task, picture), vector in zip(batch, found, strict=True):
+            if isinstance(vector, str):
+                skipped.append((task.item.name, vector))
+            else:
+                nodes.append((task, picture_node(task, picture.digest, picture.size, vector, picture.exif)))
+        self._add(nodes, rows, skipped)
+
+    def _add(self, nodes: Sequence[tuple[Task, ImageNode]], rows: ParquetRows, skipped: list[tuple[str, str]]) -> None:
+        try:
+            rows.add([node for _, node in nodes])
+        except NodeError as error:  # none was added
+            if len(nodes) == 1:
+                skipped.append((nodes[0][0].item.name, str(error)))
+                return
+            for one in nodes:
+                self._add([one], rows, skipped)
+
+
+def report_of(plan: ShardPlan, written: int, seconds: float) -> ShardReport:
+    """Return what the shards of a plan hold, by their own account; what killed writers left of them is removed.
+
+    Raises:
+        IngestError: a shard is not done, or its file is another's.
+    """
+    rows, skipped = 0, list(plan.skipped)
+    for number in range(plan.shards):
+        held, left_out = read_shard(plan, number)
+        rows += held
+        skipped += left_out
+        remove_drafts(plan.shard(number), plan.drafts)
+    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds, plan.ignored, plan.unused_rows, plan.notes)
+
+
+def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:
+    """Return how many rows a shard has, and which of its pictures it lacks."""
+    path = plan.shard(number)
+    if not path.exists():
+        raise IngestError(f"{len(list(plan.unfinished()))} of {plan.shards} shards are not embedded yet: do that first")
+    rows, account = read_account(path)
+    if (account["plan"], account["shard"]) != (plan.id, number):
+        raise IngestError(f"{str(path)!r} is a shard of another plan: remove it, and embed it again")
+    return rows, [SkippedImage(*one) for one in account["skipped"]]
+
+
+def import_shards(
+    out: str | Path,
+    store: ImageStore,
+    *,
+    remote_folder: str = "",
+    timeout: float = 600.0,
+    show_progress: bool = True,
+) -> ImportReport:
+    """Have a Milvus server import the shards of a folder, and return when each row is there exactly once.
+
+    The server reads the files from its own object storage: copy `out/shards` there first. Rows whose ids are there
+    already, from an earlier call or from `ingest_images`, stay as they are if their whole shard is there; otherwise
+    those of the shard are removed and imported. A call that died is repeated: it waits for what the server still does.
+    Afterwards every id is counted, and some vectors of each file are compared. Nothing else should store these
+    pictures meanwhile.
+
+    Args:
+        out: the folder of `embed_to_shards`, with every shard done.
+        store: on a Milvus server, opened for the model of the shards.
+        remote_folder: where the files are in the server's bucket, `photos/shards` for
+            `aws s3 sync out/shards s3://BUCKET/photos/shards`; for a server that keeps its data in local files, the
+            folder as the server sees it.
+        timeout: seconds without any progress of the server.
+        show_progress: a progress bar.
+
+    Raises:
+        IngestError: shards are missing, or not of one plan.
+        StoreMismatchError: the store is for another model, or another index of words.
+        StoreUnavailableError: the server went away, or makes no progress.
+        StoreError: the server refused a file, the message has its reason; or the store is a Milvus Lite file.
+    """
+    plan = read_plan(out)
+    if store.dim != plan.dimension or not same_model(plan.model_id, store.model_id):
+        raise StoreMismatchError(
+            f"the shards are of {plan.model_id!r} ({plan.dimension} numbers), "
+            f"the store was opened for {store.model_id!r} ({store.dim} numbers)"
+        )
+    files = [plan.shard(number) for number in range(plan.shards) if read_shard(plan, number)[0]]
+    return import_files(
+        store, files, remote_folder=remote_folder, words=plan.words, timeout=timeout, show_progress=show_progress
+    )

@@ -1,0 +1,422 @@
+"""Names to files, files to tensors, tensors into a model. Owns every read of a weight file; knows no architecture.
+
+Weights come from strangers: only safetensors and ``torch.load(weights_only=True)`` are read, a shard index cannot
+point out of its folder, and a tensor enters a model only under the name, shape and kind that the model expects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mm_retriever.errors import CheckpointError, ModelNotFoundError, shown
+
+Family = Literal["visualized_bge", "phi3_vision"]
+M = TypeVar("M", bound=nn.Module)
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+MAX_JSON_BYTES = 64 * 1024**2  # of a config or shard index; bge-m3's tokenizer.json has 17 MiB
+MAX_LISTED_KEYS = 12  # keys that an error message lists before it only counts
+
+BUNDLED: Mapping[Family, Mapping[str, Path]] = {
+    "visualized_bge": {"tiny": Path(__file__).parent / "embedders" / "visualized_bge" / "tiny"},
+    "phi3_vision": {"tiny": Path(__file__).parent / "phi3_vision" / "tiny"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFile:
+    """A single weight file on the hub, its tokenizer elsewhere; size and sha256 where they are known."""
+
+    repo: str
+    file: str
+    tokenizer_repo: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+PUBLISHED: Mapping[str, PublishedFile] = {
+    "BAAI/bge-visualized-base-en-v1.5": PublishedFile(
+        repo="BAAI/bge-visualized",
+        file="Visualized_base_en_v1.5.pth",
+        tokenizer_repo="BAAI/bge-base-en-v1.5",
+        size=392_860_018,
+        sha256="07e58cf70ee6962530490ef1ac5b632e7e0153ba8c7ed49d55e0f41ec97bf6a6",
+    ),
+    "BAAI/bge-visualized-m3": PublishedFile(
+        repo="BAAI/bge-visualized", file="Visualized_m3.pth", tokenizer_repo="BAAI/bge-m3"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """Where a model lies. ``weights``: one file, or the index of several; the others None where there is none."""
+
+    name: str
+    weights: Path
+    config: Path | None = None
+    tokenizer: Path | None = None
+
+
+def locate(name_or_path: str | os.PathLike[str], *, family: Family, revision: str | None = None) -> ModelFiles:
+    """The files of a bundled model, a local folder or file, or a hub repository (downloaded if not yet cached).
+
+    A local path wins over a hub name. A cached download is used as it is, without asking the hub.
+
+    Raises:
+        ModelNotFoundError: the name leads nowhere, or the hub cannot be reached.
+    """
+    name = os.fspath(name_or_path)
+    bundled = BUNDLED[family]
+    if name in bundled:
+        return _in_folder(bundled[name], name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path, name)
+    if path.is_file():
+        return replace(_beside(path), name=name)
+    published = PUBLISHED.get(name) if family == "visualized_bge" else None
+    if published is not None:
+        files = _beside(_download(published.repo, [published.file], revision=revision) / published.file)
+        return replace(files, name=name)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix in TORCH_SUFFIXES:
+        raise ModelNotFoundError(f"{name!r} does not exist; {_choices(family)}")
+    beside = ["config.json", "preprocessor_config.json", "tokenizer.json", "model-*-of-*.safetensors"]
+    folder = _download(name, [SAFETENSORS, SAFETENSORS_INDEX], beside=beside, revision=revision, family=family)
+    return _in_folder(folder, name)
+
+
+def locate_tokenizer(source: str | os.PathLike[str]) -> Path:
+    """``tokenizer.json`` of a local file or folder, or of a hub repository."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        path = _download(os.fspath(source), ["tokenizer.json"])
+    if not (path / "tokenizer.json").is_file():
+        raise ModelNotFoundError(f"no tokenizer.json in {os.fspath(source)!r}; name the file or its folder")
+    return path / "tokenizer.json"
+
+
+def _in_folder(folder: Path, name: str) -> ModelFiles:
+    candidates = [folder / SAFETENSORS, folder / SAFETENSORS_INDEX]
+    if not any(weights.is_file() for weights in candidates):
+        candidates = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
+        if len(candidates) > 1:
+            found = ", ".join(path.name for path in candidates)
+            raise ModelNotFoundError(f"{name!r} holds several weight files ({found}); name one of them")
+    for weights in candidates:
+        if weights.is_file():
+            return replace(_beside(weights), name=name)
+    raise ModelNotFoundError(f"no {SAFETENSORS}, {SAFETENSORS_INDEX} or .pth file in {name!r}")
+
+
+def _beside(weights: Path) -> ModelFiles:
+    config, tokenizer = weights.parent / "config.json", weights.parent / "tokenizer.json"
+    return ModelFiles(
+        name=str(weights),
+        weights=weights,
+        config=config if config.is_file() else None,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def _choices(family: Family) -> str:
+    bundled = ", ".join(repr(name) for name in BUNDLED[family])
+    return f"give the path of a local folder or weight file, or take the bundled model {bundled}"
+
+
+def _download(
+    repo: str,
+    wanted: Sequence[str],
+    *,
+    beside: Sequence[str] = (),
+    revision: str | None = None,
+    family: Family = "visualized_bge",
+) -> Path:
+    """Local folder with ``beside`` and what there is of ``wanted``, one at least; from the cache when it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    def snapshot(*, cached: bool) -> Path:
+        patterns = [*wanted, *beside]
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=cached))
+
+    with suppress(OSError, HFValidationError):  # not cached: ask the hub
+        if _complete(folder := snapshot(cached=True), wanted):
+            return folder
+    try:
+        folder = snapshot(cached=False)
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(f"the hub refused {repo!r} (revision {revision or 'main'}): {reason}") from error
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"{repo!r} is not on this machine and the model hub cannot be reached; {_choices(family)}"
+        ) from error
+    if not _complete(folder, wanted):
+        raise ModelNotFoundError(
+            f"the hub repository {repo!r} has not the files {', '.join(wanted)}; {_choices(family)}"
+        )
+    return folder
+
+
+def _complete(folder: Path, wanted: Sequence[str]) -> bool:
+    """Whether one of ``wanted`` is there and, if it is a shard index, all of its shards."""
+    found = next((folder / name for name in wanted if (folder / name).is_file()), None)
+    if found is None or not found.name.endswith(".index.json"):
+        return found is not None
+    weight_map = read_json(found).get("weight_map")
+    return isinstance(weight_map, dict) and all((folder / str(shard)).is_file() for shard in weight_map.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; more than {MAX_JSON_BYTES:,} is not read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors by name, mapped from the file rather than read where the format allows.
+
+    Args:
+        path: a safetensors file, the ``*.index.json`` of several, or a file of ``torch.save``.
+
+    Raises:
+        CheckpointError: the file is damaged, is something else, or would run code.
+    """
+    path = Path(path)
+    if path.name.endswith(".index.json"):
+        return _read_shards(_existing(path))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(_existing(path))
+    return _read_torch(_existing(path))
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelNotFoundError(f"{path} does not exist")
+    return path
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    for shard in set(map(str, weight_map.values())):
+        # a plain name of a file in the same folder: an index must not reach for other files of this machine
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names the shard {shown(shard)}; only *.safetensors beside it are read")
+    state: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        tensors = _read_safetensors(_existing(index.parent / shard))
+        expected = {key for key, name in weight_map.items() if name == shard}
+        if tensors.keys() != expected:
+            differ = _listed(tensors.keys() ^ expected)
+            raise CheckpointError(
+                f"{index.parent / shard} does not hold what {index.name} says; they differ in {differ}"
+            )
+        state.update(tensors)
+    return state
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        archive = zipfile.is_zipfile(path)
+        if archive and _is_compressed(path):
+            raise CheckpointError(f"{path} has compressed entries, which torch.save never writes: not read")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and could run code: refused ({_refused_global(error)})"
+        ) from error
+    except Exception as error:  # on damaged files three parsers raise what they like
+        raise CheckpointError(f"{path} is not a whole file of torch.save: {reason_of(error)}") from error
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a flat dict of tensors by name")
+    for key, tensor in content.items():
+        # one number that claims to be a billion of them would become a billion as soon as it is copied into a model
+        if tensor.layout == torch.strided and not tensor.is_meta and tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {key} has fewer numbers in the file than its shape says: not read")
+    return dict(content)
+
+
+def _is_compressed(archive: Path) -> bool:
+    with zipfile.ZipFile(archive) as entries:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.infolist())
+
+
+def _refused_global(error: BaseException) -> str:
+    """The one telling line of torch's long message: which function the pickle asks for."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "GLOBAL" in line or "global" in line), (lines or ["not a pickle"])[-1])[:300]
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, on one line of bounded length, however much of a stranger's file it repeats."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:
+    """A model without weights, on the meta device: it has names and shapes, and takes no memory.
+
+    Args:
+        build: makes it from a config, which may come from a stranger and say anything.
+        source: for the error message.
+
+    Raises:
+        CheckpointError: the config describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception as error:  # sizes that are none go wrong in every way there is
+        raise CheckpointError(f"the config of {os.fspath(source)} describes no model: {reason_of(error)}") from error
+
+
+def load_strict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    source: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fills the model, which may lie on the meta device, with copies; nothing is filled when anything is wrong.
+
+    Args:
+        model: receives exactly ``state_dict``.
+        state_dict: as from :func:`read_state_dict`, under the model's names.
+        source: for the error message.
+        device: where the tensors go; default: where the model's are.
+        dtype: of the floating-point parameters; default: the model's. Buffers keep their own.
+
+    Raises:
+        CheckpointError: lists every missing, unexpected and wrong-shaped tensor.
+    """
+    expected = model.state_dict()
+    problems = []
+    if missing := expected.keys() - state_dict.keys():
+        problems.append(f"{len(missing)} missing: {_listed(missing)}")
+    if unexpected := state_dict.keys() - expected.keys():
+        problems.append(f"{len(unexpected)} unexpected: {_listed(unexpected)}")
+    wrong = [
+        f"{key} {_kind(state_dict[key])}, expected {_kind(tensor)}"
+        for key, tensor in expected.items()
+        if key in state_dict and not _fits(state_dict[key], tensor)
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of a wrong shape or dtype: {_listed(wrong)}")
+    if problems:
+        raise CheckpointError(f"{os.fspath(source)} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    filled = {}
+    for key, tensor in expected.items():
+        target = (dtype if key in parameters else None) or tensor.dtype
+        to = torch.device(device) if device is not None else tensor.device
+        # a copy even where nothing changes: a mapped file may be overwritten while the model lives
+        filled[key] = state_dict[key].detach().to(to, target if tensor.is_floating_point() else tensor.dtype, copy=True)
+    model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _fits(given: Tensor, expected: Tensor) -> bool:
+    if given.is_meta or given.layout != torch.strided or given.is_quantized or given.shape != expected.shape:
+        return False
+    if expected.is_floating_point():
+        return given.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return given.dtype == expected.dtype
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = len(ordered) - MAX_LISTED_KEYS
+    return ", ".join(name[:200] for name in ordered[:MAX_LISTED_KEYS]) + (f" and {more} more" if more > 0 else "")
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """Twelve hex digits that tell one set of weights from another, whatever file or float format holds them.
+
+    Taken from 64 values of every tensor, in half precision: milliseconds, where a hash of the file takes a second.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state_dict):
+        flat = state_dict[key].reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].to(torch.float16)
+        digest.update(f"{key} {list(state_dict[key].shape)}".encode())
+        digest.update(sample.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def warn_if_not_published(weights: Path) -> None:
+    """Warns when a file that bears a published name is not, byte for byte, the file that was published."""
+    published = next((entry for entry in PUBLISHED.values() if entry.file == weights.name and entry.sha256), None)
+    if published is None:
+        return
+    size = weights.stat().st_size
+    if size != published.size:
+        differs = f"it has {size:,} bytes, the published file {published.size:,}"
+    elif (digest := _sha256(weights)) != published.sha256:
+        differs = f"its sha256 is {digest}, that of the published file {published.sha256}"
+    else:
+        return
+    warnings.warn(f"{weights} is not the published {published.file}: {differs}", UserWarning, stacklevel=3)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content; remembered in the user's cache by place, size and time of change."""
+    status = path.stat()
+    identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / "sha256"
+    remembered = cache / hashlib.sha256(identity.encode()).hexdigest()
+    with suppress(OSError):
+        if len(known := remembered.read_text(encoding="ascii")) == 64:
+            return known
+    running = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            running.update(block)
+    digest = running.hexdigest()
+    with suppress(OSError):  # a read-only home costs a second, no more
+        cache.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(digest, encoding="ascii")
+    return digest

@@ -1,0 +1,86 @@
+"""Files to a Visualized BGE model and its processor: bundled, local, published as one .pth file, or in our layout."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mm_retriever.checkpoint import (
+    ModelFiles,
+    fingerprint,
+    load_strict,
+    locate,
+    read_state_dict,
+    skeleton,
+    warn_if_not_published,
+)
+from mm_retriever.devices import as_device, as_dtype
+from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig, config_from_tensors, read_config
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, find_tokenizer
+
+# in the official files, never used by the branch that runs
+DEAD_KEYS = re.compile(
+    r"bge_pooler\..*|bge_embeddings\.position_ids|model_visual\.logit_scale|model_visual\.visual\.(norm|head)\..*"
+    r"|model_visual\.visual\.blocks\.\d+\.attn\.rope\..*"
+)
+
+
+def load_visualized_bge(
+    name: str | os.PathLike[str] = "BAAI/bge-visualized-base-en-v1.5",
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[VisualizedBGE, VisualizedBGEProcessor]:
+    """A model ready for inference and the processor that feeds it.
+
+    Args:
+        name: "tiny", a local folder or weight file, a published name, or any hub repository in our layout.
+        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
+        revision: of the hub repository of the weights.
+        device: default: CUDA, else MPS, else the CPU.
+        dtype: of the computation; default float32.
+
+    Raises:
+        ModelNotFoundError: the name leads to no files.
+        CheckpointError: the files are damaged, unsafe, or of another model.
+    """
+    usable = as_device(device)
+    files = locate(name, family="visualized_bge", revision=revision)
+    config, state = read_checkpoint(files)
+    model = fill_model(config, state, files, device=usable, dtype=as_dtype(dtype))
+    tokens = find_tokenizer(files, config, tokenizer)
+    return model, VisualizedBGEProcessor(config, tokens)
+
+
+def read_checkpoint(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
+    """Return the config and the tensors, without those that no code reads."""
+    warn_if_not_published(files.weights)
+    state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not DEAD_KEYS.fullmatch(key)}
+    if files.config is None:
+        return config_from_tensors(state, files.weights), state
+    return read_config(files.config), state
+
+
+def fill_model(
+    config: VisualizedBGEConfig,
+    state: Mapping[str, Tensor],
+    files: ModelFiles,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> VisualizedBGE:
+    """Return the model with these tensors in it, ready for inference."""
+    model = skeleton(lambda: VisualizedBGE(config), files.weights)
+    load_strict(model, state, source=files.weights, device=device, dtype=dtype)
+    model.fingerprint = fingerprint(state)
+    if config.rounded.get(model.fingerprint):  # a rounded copy, unchanged since: still the same model
+        model.fingerprint = config.rounded[model.fingerprint]
+    model.train(False)
+    return model

@@ -1,0 +1,451 @@
+"""Images in: path, URL, data URI, base64, bytes, file, upload, PIL image or array to a safe, upright RGB image.
+
+The public face of four files: `image_source` decides what may be read, `image_url` fetches, `image_format` looks at
+the bytes before a decoder does, and this one turns every kind of pixel into 8-bit RGB. Knows nothing of models or
+stores. Colour profiles are not applied and no metadata survives: what a picture shows is its pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
+
+from PIL import Image, ImageFile, features
+
+from mm_retriever.errors import ImageLoadError
+from mm_retriever.images.header import (
+    FORMATS,
+    JPEG_END,
+    PictureHeader,
+    clean_png,
+    describe_bytes,
+    ends_in_last_scan,
+    read_header,
+    sniff_format,
+)
+from mm_retriever.images.memory import DECODING
+from mm_retriever.images.pixels import MOST_MISSING, missing_share, normalised
+from mm_retriever.images.source import (
+    DEFAULT_POLICY,
+    ImageDataURI,
+    ImagePolicy,
+    ImageSource,
+    PixelArray,
+    is_pixel_array,
+    is_place,
+    is_url,
+    read_source,
+    source_name,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "IMAGE_SUFFIXES",
+    "ImageDataURI",
+    "ImagePolicy",
+    "ImageSource",
+    "encode_thumbnail",
+    "file_size",
+    "first_readable",
+    "image_thumbnail",
+    "is_image_path",
+    "is_place",
+    "load_image",
+    "lossless_bytes",
+    "media_type",
+    "opened_image",
+    "pixel_digest",
+    "portable_image",
+    "read_image_bytes",
+    "source_name",
+    "thumbnail_data_uri",
+]
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
+})
+# fmt: on
+
+_READERS = {
+    "JPEG": "JpegImagePlugin.JpegImageFile",
+    "PNG": "PngImagePlugin.PngImageFile",
+    "WEBP": "WebPImagePlugin.WebPImageFile",
+    "GIF": "GifImagePlugin.GifImageFile",
+    "TIFF": "TiffImagePlugin.TiffImageFile",
+    "BMP": "BmpImagePlugin.BmpImageFile",
+    "PPM": "PpmImagePlugin.PpmImageFile",
+    "AVIF": "AvifImagePlugin.AvifImageFile",
+}
+_NO_READER = ImportError("no decoder")  # tells a reader that is missing from a file that is damaged
+_BYTES_A_PIXEL = {"JPEG": 8, "PNG": 8, "BMP": 8, "WEBP": 20, "AVIF": 16, "HEIC": 16}
+_LONGEST_SIDE = 1_000_000  # pixels; each row costs 8 bytes and more beside its pixels
+_MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
+
+
+def is_image_path(path: str | os.PathLike[str]) -> bool:
+    """Whether the suffix is that of a picture format which `load_image` reads (the file itself is not touched)."""
+    suffix = os.path.splitext(os.fspath(path))[1].lower()  # noqa: PTH122 - ten times Path's speed
+    return suffix in IMAGE_SUFFIXES or _registered_reader(Image.EXTENSION.get(suffix, "")) is not None
+
+
+def load_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, keep_mode: bool = False) -> Image.Image:
+    """Return an upright 8-bit RGB picture without metadata; the first frame of an animation.
+
+    A PIL picture that needs no change is returned as it is, not copied.
+
+    Args:
+        source: see `ImageSource`. A file object is read from its beginning and stays open.
+        policy: limits, folders, network.
+        keep_mode: leave greyscale (L) and CMYK pictures as they are, for preprocessing that resizes before converting.
+
+    Raises:
+        ImageLoadError: the picture cannot or must not be read; the message names the source and the reason.
+    """
+    with _errors_name(source):
+        if isinstance(source, Image.Image):
+            _check_size(source.size, policy)
+            source.load()
+            return normalised(source, rawmode="", keep_mode=keep_mode)
+        if is_pixel_array(source):
+            return normalised(_from_array(source, policy), rawmode="", keep_mode=keep_mode)
+        return _decode(read_source(source, policy), policy, keep_mode, source_name(source))
+
+
+@contextmanager
+def opened_image(
+    source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, keep_mode: bool = False
+) -> Iterator[Image.Image]:
+    """Give the image of `load_image` for as long as the block runs; its memory is counted, and given back at the end.
+
+    For whoever makes something small of many images, or in many threads.
+    """
+    if isinstance(source, Image.Image) or is_pixel_array(source):
+        yield load_image(source, policy=policy, keep_mode=keep_mode)
+        return
+    with _errors_name(source):
+        data = read_source(source, policy)
+        wanted = _expected_memory(data)
+    with DECODING.hold(wanted):
+        with _errors_name(source):
+            image = _decode(data, policy, keep_mode, source_name(source))
+        try:
+            yield image
+        finally:
+            image.close()
+
+
+def file_size(data: bytes, image: Image.Image) -> tuple[int, int]:
+    """Return the width and height of an image that was loaded from these bytes, upright, before any reduction."""
+    header = read_header(data, max_frames=1)
+    if header is None or header.size is None or max(header.size) <= max(image.size) or not header.reducible:
+        return image.size
+    width, height = header.size
+    return (width, height) if (width >= height) == (image.width >= image.height) else (height, width)
+
+
+def read_image_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> bytes:
+    """Return the encoded bytes under the same rules as `load_image`, to hash and decode from a single read.
+
+    Raises:
+        ImageLoadError: the source must not be read, is too large, or is a PIL image or an array, which has no file
+            bytes: `lossless_bytes` encodes it.
+    """
+    with _errors_name(source):
+        return read_source(source, policy)
+
+
+def lossless_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> bytes:
+    """Return the encoded bytes as they are, or, of a PIL image or an array, a file with exactly its pixels.
+
+    Raises:
+        ImageLoadError: the source cannot or must not be read.
+    """
+    if not isinstance(source, Image.Image) and not is_pixel_array(source):
+        return read_image_bytes(source, policy=policy)
+    image = load_image(source, policy=policy, keep_mode=True)
+    out = io.BytesIO()
+    if image.mode == "CMYK":  # PNG has none
+        image.save(out, "TIFF")
+    else:
+        image.save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def portable_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
+    """Return an image as a text that every later reader finds the same pixels in.
+
+    A path stays a path. All else is read here and now, once, and comes back as a data URI: the bytes of a URL, a file
+    object or an upload as they are, a PIL image or an array as a lossless file.
+
+    Raises:
+        ImageLoadError: the source cannot or must not be read.
+    """
+    if is_place(source) and not is_url(source):
+        return os.fsdecode(source)
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return source if isinstance(source, ImageDataURI) else ImageDataURI(source)
+    data = lossless_bytes(source, policy=policy)
+    uri = f"data:{media_type(sniff_format(data) or 'unknown')};base64,{base64.b64encode(data).decode()}"
+    return ImageDataURI(uri, source_name(source), source if is_url(source) else "")
+
+
+def media_type(format_name: str) -> str:
+    """Return the media type of a format as `sniff_format` names it: "image/jpeg" of "JPEG"."""
+    return _MEDIA_TYPES.get(format_name, f"image/{format_name.lower()}")
+
+
+def first_readable(sources: Iterable[ImageSource], read: Callable[[ImageSource], T]) -> T:
+    """Return what `read` makes of the first of several places of one image that can be read.
+
+    Raises:
+        ImageLoadError: none can be read; the message has the reason of each.
+    """
+    errors: list[ImageLoadError] = []
+    for source in sources:
+        try:
+            return read(source)
+        except ImageLoadError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    refusal = ImageLoadError("; ".join(map(str, errors)) or "there is no image")
+    refusal.reason = "; ".join(error.reason for error in errors)
+    raise refusal
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """Return the SHA-256 (hex) of mode, size and pixels: equal pictures, equal digests, whatever file they came in."""
+    if image.mode in ("P", "PA"):  # palette numbers alone say nothing
+        image = image.convert("RGBA")
+    digest = hashlib.sha256(f"{image.mode} {image.width} {image.height}\0".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def encode_thumbnail(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> bytes:
+    """Return a JPEG of the picture, shrunk (never enlarged) until no side is longer than `max_side`."""
+    small = image if image.mode == "RGB" else normalised(image, rawmode="", keep_mode=False)
+    if max(small.size) > max_side:
+        scale = max_side / max(small.size)
+        size = max(1, round(small.width * scale)), max(1, round(small.height * scale))
+        small = small.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=quality, optimize=True)
+    return out.getvalue()
+
+
+def image_thumbnail(
+    source: ImageSource, max_side: int = 256, *, policy: ImagePolicy = DEFAULT_POLICY, quality: int = 82
+) -> bytes:
+    """Return `encode_thumbnail` of a source, which is in memory whole only meanwhile.
+
+    Raises:
+        ImageLoadError: the image cannot or must not be read.
+    """
+    with opened_image(source, policy=policy) as image:
+        return encode_thumbnail(image, max_side, quality=quality)
+
+
+def thumbnail_data_uri(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> str:
+    """Return `encode_thumbnail` as a `data:image/jpeg;base64,...` URI, for HTML pages and chat messages."""
+    return "data:image/jpeg;base64," + base64.b64encode(encode_thumbnail(image, max_side, quality=quality)).decode()
+
+
+# ---------------------------------------------------------------------------------------------- source to bytes
+
+
+@contextmanager
+def _errors_name(source: ImageSource) -> Iterator[None]:
+    """Turn whatever goes wrong inside into one ImageLoadError that names the source."""
+    try:
+        yield
+    except Exception as error:  # on broken files decoders raise what they like
+        reason = str(error) if isinstance(error, ImageLoadError) else _reason(error)
+        cause = error.__cause__ if isinstance(error, ImageLoadError) else error
+        refusal = ImageLoadError(f"cannot load {source_name(source)}: {reason}")
+        refusal.reason = reason
+        raise refusal from cause
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower() if error.errno else error.strerror
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    text = " ".join(str(error).split())[:300]
+    if "truncated" in text.lower():
+        return f"truncated ({text})"
+    if "unknown" in text or "unsupported" in text:
+        return f"a variant that is not supported ({text})"
+    return f"damaged ({text or type(error).__name__})"
+
+
+# ---------------------------------------------------------------------------------------------- bytes to pixels
+
+
+def _from_array(source: PixelArray, policy: ImagePolicy) -> Image.Image:
+    import numpy as np  # whoever gives an array has loaded it
+
+    pixels = np.asarray(source)
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype not in (np.uint8, np.bool_) or not (
+        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4) and pixels.dtype == np.uint8)
+    ):
+        raise ImageLoadError(
+            f"an array of {pixels.dtype} and shape {pixels.shape}; give uint8 of shape (H, W), (H, W, 3) as RGB or "
+            "(H, W, 4) as RGBA; numbers from 0 to 1: (255 * array).round().astype('uint8')"
+        )
+    _check_size((pixels.shape[1], pixels.shape[0]), policy)
+    return Image.fromarray(np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else pixels * np.uint8(255)))
+
+
+def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str) -> Image.Image:
+    if not data:
+        raise ImageLoadError("zero bytes")
+    header = read_header(data, max_frames=policy.max_frames)
+    reader = _reader(header.format) if header else _registered_reader_of(data)
+    if header is None and reader is not None:
+        header = PictureHeader(reader.format or "")
+    if header is None or reader is None:
+        raise ImageLoadError(f"not a picture in a supported format ({', '.join(FORMATS)}): {describe_bytes(data)}")
+    reduced = header.reducible and _is_large(header, policy)
+    if header.size and not reduced:
+        _check_size(header.size, policy, header.format)
+    profile = None
+    if header.format == "PNG":
+        data, profile = clean_png(data)
+    with DECODING.hold(_memory(header.format, header.size or (0, 0))):
+        # The reader itself, not Image.open: that would try every format, and warn about large images before we can look
+        with reader(io.BytesIO(data), "") as image, DECODING.hold(_memory(header.format, image.size)):
+            if reduced:
+                image.draft(None, (image.width // 2, image.height // 2))
+            _check_size(image.size, policy)
+            frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
+            if frames > policy.max_frames:
+                raise ImageLoadError(f"more than {policy.max_frames} frames (ImagePolicy.max_frames)")
+            if profile:
+                image.info["icc_profile"] = profile
+            rawmode = _rawmode(image)
+            try:
+                image.load()
+            except OSError as error:
+                if header.format != "JPEG" or "truncated" not in str(error) or not ends_in_last_scan(data):
+                    raise
+            else:
+                return normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+        with reader(io.BytesIO(data + JPEG_END), "") as image:
+            if reduced:
+                image.draft(None, (image.width // 2, image.height // 2))
+            image.load()
+            missing = missing_share(image)
+            if missing > MOST_MISSING:
+                raise ImageLoadError(f"truncated (the last {missing:.0%} of the image are missing)")
+            logger.warning("%s ends early; %.1f%% of the image are missing, shown in grey", name, 100 * missing)
+            return normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+
+
+def _memory(format_name: str, size: tuple[int, int]) -> int:
+    """Bytes that decoding takes at its height, the result included."""
+    return size[0] * size[1] * _BYTES_A_PIXEL.get(format_name, 12)
+
+
+def _expected_memory(data: bytes) -> int:
+    """The same of a file; 0 where it cannot be told, which is where decoding will fail."""
+    header = read_header(data, max_frames=1) if data else None
+    if header is None or header.size:
+        return _memory(header.format, header.size or (0, 0)) if header else 0
+    try:
+        with _reader(header.format)(io.BytesIO(data), "") as image:
+            return _memory(header.format, image.size)
+    except Exception:  # on broken files decoders raise what they like; loading says what is wrong
+        return 0
+
+
+def _is_large(header: PictureHeader, policy: ImagePolicy) -> bool:
+    """Whether only half of each side is within the limits: what a JPEG can be decoded to without its whole."""
+    if header.size is None:
+        return False
+    width, height = header.size
+    half = -(-width // 2) * -(-height // 2)
+    return half <= policy.max_pixels < width * height and max(width, height) <= _LONGEST_SIDE
+
+
+@cache
+def _reader(format_name: str) -> type[ImageFile.ImageFile]:
+    if format_name == "HEIC":
+        return _heic_reader()
+    if format_name == "AVIF" and not features.check("avif"):
+        if other := _registered_reader("AVIF"):
+            return other
+        raise ImageLoadError("AVIF, which this Pillow was built without: pip install --upgrade Pillow") from _NO_READER
+    module, name = _READERS[format_name].split(".")
+    reader: type[ImageFile.ImageFile] = getattr(importlib.import_module(f"PIL.{module}"), name)
+    return reader
+
+
+def _heic_reader() -> type[ImageFile.ImageFile]:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError as error:
+        raise ImageLoadError('HEIC needs the extra "heic": pip install "mm-retriever[heic]"') from error
+    reader: type[ImageFile.ImageFile] = HeifImageFile
+    return reader
+
+
+def _registered_reader(format_name: str) -> type[ImageFile.ImageFile] | None:
+    """The reader of a format that another package has registered with Pillow, as `register_..._opener()` does.
+
+    Whoever registers one asks for it. Pillow's own readers beyond our list are never used: nobody looked at what
+    hostile bytes do to them.
+    """
+    factory = Image.OPEN.get(format_name, (None, None))[0]
+    if not isinstance(factory, type) or factory.__module__.partition(".")[0] == "PIL":
+        return None
+    return factory
+
+
+def _registered_reader_of(data: bytes) -> type[ImageFile.ImageFile] | None:
+    for name in Image.ID:
+        reader, accepts = _registered_reader(name), Image.OPEN[name][1]
+        if reader is not None and accepts is not None and accepts(data[:64]) is True:
+            return reader
+    return None
+
+
+def _check_size(size: tuple[int, int], policy: ImagePolicy, format_name: str = "") -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageLoadError(f"no pixels ({width}x{height})")
+    if max(size) > _LONGEST_SIDE:
+        raise ImageLoadError(f"{width}x{height} pixels; no side may be longer than {_LONGEST_SIDE}")
+    if width * height > policy.max_pixels:
+        raise ImageLoadError(
+            f"{width}x{height} pixels, more than the limit of {policy.max_pixels} (ImagePolicy.max_pixels)"
+        )
+    if format_name == "WEBP" and width * height > policy.max_pixels // 2:
+        raise ImageLoadError(
+            f"{width}x{height} pixels; a WEBP, whose decoder takes five times the memory of others, may have half of "
+            f"the limit of {policy.max_pixels} (ImagePolicy.max_pixels)"
+        )
+
+
+def _rawmode(image: ImageFile.ImageFile) -> str:
+    """How samples lie in the file ("I;12", "L;4", "RGB;16B"), which the mode of the picture does not always say."""
+    arguments = image.tile[0][3] if image.tile else None
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""

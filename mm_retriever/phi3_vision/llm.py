@@ -1,0 +1,419 @@
+"""`Phi3VisionLLM`: Phi-3 Vision as a LlamaIndex LLM that takes pictures.
+
+Owns how chat messages become a prompt, token limits, and streaming, synchronous and asynchronous. Pictures in messages
+are read by our own `load_image` under an `ImagePolicy`; `resolve_image`, which would download any URL, is never called.
+(LlamaIndex's own multimodal query engine reads the pictures of nodes itself before it asks an LLM.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    ImageBlock,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.llms import LLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.types import BaseOutputParser, PydanticProgramMode
+from PIL import Image
+from pydantic import Field, PrivateAttr
+
+from mm_retriever.errors import PromptError
+from mm_retriever.forks import ForkLock
+from mm_retriever.images import ImagePolicy, ImageSource, load_image
+from mm_retriever.phi3_vision.config import DEFAULT_MODEL
+from mm_retriever.phi3_vision.decoding import Sampler, Suppress, TextStream
+from mm_retriever.phi3_vision.load import load_phi3_vision
+from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
+from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.rebuild import Rebuilt, field_arguments, loaded_model_error, portable_name
+
+_ROLES = {
+    MessageRole.SYSTEM: "system",
+    MessageRole.DEVELOPER: "system",
+    MessageRole.USER: "user",
+    MessageRole.TOOL: "user",
+    MessageRole.FUNCTION: "user",
+    MessageRole.ASSISTANT: "assistant",
+    MessageRole.CHATBOT: "assistant",
+    MessageRole.MODEL: "assistant",
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """Ids of a whole conversation and the pictures for its slots."""
+
+    ids: list[int]
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What has been said so far: all text, the newest piece, and figures for the response."""
+
+    text: str
+    delta: str
+    details: dict[str, Any]
+
+
+class Phi3VisionLLM(Rebuilt, LLM):
+    """Phi-3 Vision answering text and image blocks.
+
+    Several threads may ask at once: the model takes one step at a time, so their answers grow side by side. A pickle
+    holds the name and the options, and loads the model again; a copy shares it.
+
+    Args:
+        model_name: Hub id, local folder, or "tiny", the small model that comes with the package.
+        model: A loaded model, e.g. quantised or with an adapter, instead of a name; needs `processor`.
+        processor: Of that model.
+        revision: Of the hub repository.
+        device: "cpu", "cuda", "mps", ...; by default the fastest there is.
+        dtype: "float32", "bfloat16", ...; by default what the weights are stored in.
+        num_crops: Most crops per picture; fewer cost less and see less. By default the checkpoint's.
+        max_new_tokens: Most tokens of an answer; ``max_new_tokens=...`` in a call overrides it.
+        temperature: 0: always the most likely word.
+        top_p: Keeps the most likely words that make up this much probability.
+        seed: For temperatures above 0.
+        context_window: Prompt and answer together; by default all the model has.
+        image_policy: Which pictures may be read, and how large.
+        system_prompt: Put before every prompt by LlamaIndex's ``predict``.
+        callback_manager: LlamaIndex's.
+        output_parser: LlamaIndex's.
+        pydantic_program_mode: LlamaIndex's.
+    """
+
+    model_name: str = DEFAULT_MODEL
+    max_new_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int | None = None
+    context_window: int = Field(default=0, ge=0)
+
+    _model: Phi3Vision = PrivateAttr()
+    _processor: Phi3VisionProcessor = PrivateAttr()
+    _image_policy: ImagePolicy = PrivateAttr()
+    _lock: ForkLock = PrivateAttr(default_factory=partial(ForkLock, threading.RLock))
+    _loading: dict[str, Any] | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        model_name: str = DEFAULT_MODEL,
+        *,
+        model: Phi3Vision | None = None,
+        processor: Phi3VisionProcessor | None = None,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        num_crops: int | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        context_window: int | None = None,
+        image_policy: ImagePolicy | None = None,
+        system_prompt: str | None = None,
+        callback_manager: CallbackManager | None = None,
+        output_parser: BaseOutputParser | None = None,
+        pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.DEFAULT,
+    ) -> None:
+        if (model is None) != (processor is None):
+            raise PromptError("give model and processor together, or neither and a model_name")
+        loading: dict[str, Any] | None = None
+        if model is None or processor is None:
+            loading = {"revision": revision, "device": device, "dtype": dtype, "num_crops": num_crops}
+            model, processor = load_phi3_vision(model_name, **loading)
+        most = int(model.config.max_position_embeddings)
+        super().__init__(  # type: ignore[call-arg]
+            model_name=model_name,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            context_window=min(context_window or most, most),
+            system_prompt=system_prompt,
+            callback_manager=callback_manager or CallbackManager([]),
+            output_parser=output_parser,
+            pydantic_program_mode=pydantic_program_mode,
+        )
+        self._model, self._processor = model, processor
+        self._loading = loading
+        self._image_policy = image_policy or ImagePolicy()
+
+    @classmethod
+    def class_name(cls) -> str:
+        """LlamaIndex's name for the class."""
+        return "Phi3VisionLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans prompts by."""
+        return LLMMetadata(
+            context_window=self.context_window,
+            num_output=self.max_new_tokens,
+            is_chat_model=True,
+            model_name=self.model_name,
+        )
+
+    @property
+    def model(self) -> Phi3Vision:
+        """The model, to share it with a reranker; take `lock` while it computes."""
+        return self._model
+
+    @property
+    def processor(self) -> Phi3VisionProcessor:
+        """Pictures to crops, turns to ids."""
+        return self._processor
+
+    @property
+    def lock(self) -> ForkLock:
+        """Held during each step of the model."""
+        return self._lock
+
+    def _made_of(self) -> dict[str, Any]:
+        if self._loading is None:
+            raise loaded_model_error("Phi3VisionLLM")
+        loading = {name: value if value is None else _option(value) for name, value in self._loading.items()}
+        model_name = portable_name(self.model_name)
+        return field_arguments(self) | loading | {"model_name": model_name, "image_policy": self._image_policy}
+
+    def _changed_since(self) -> dict[str, Any]:
+        names = ("messages_to_prompt", "completion_to_prompt", "query_wrapper_prompt")
+        return {name: getattr(self, name) for name in names}
+
+    def _change(self, changes: Mapping[str, Any]) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    # ------------------------------------------------------------------ LlamaIndex's eight ways to ask
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """The answer to a conversation of text and image blocks.
+
+        Raises:
+            PromptError: Too long, or a block that cannot be shown.
+            ImageLoadError: A picture that cannot or must not be read.
+        """
+        return _chat_response(_last(self._answer(self._chat_prompt(messages), kwargs)))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Like `chat`, piece by piece; errors come before the first piece."""
+        written = self._answer(self._chat_prompt(messages), kwargs)
+        return (_chat_response(piece) for piece in written)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """The answer to one question; ``formatted``: the prompt has its control tokens already."""
+        return _completion(_last(self._answer(self._text_prompt(prompt, formatted), kwargs)))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Like `complete`, piece by piece."""
+        written = self._answer(self._text_prompt(prompt, formatted), kwargs)
+        return (_completion(piece) for piece in written)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat` in a thread."""
+        return await asyncio.to_thread(lambda: _chat_response(_last(self._answer(self._chat_prompt(messages), kwargs))))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """`stream_chat`, each piece made in a thread."""
+        written = await asyncio.to_thread(lambda: self._answer(self._chat_prompt(messages), kwargs))
+        return _in_threads(_chat_response(piece) for piece in written)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete` in a thread."""
+        return await asyncio.to_thread(
+            lambda: _completion(_last(self._answer(self._text_prompt(prompt, formatted), kwargs)))
+        )
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """`stream_complete`, each piece made in a thread."""
+        written = await asyncio.to_thread(lambda: self._answer(self._text_prompt(prompt, formatted), kwargs))
+        return _in_threads(_completion(piece) for piece in written)
+
+    # ------------------------------------------------------------------ prompts
+
+    def _chat_prompt(self, messages: Sequence[ChatMessage]) -> _Prompt:
+        images: list[Image.Image] = []
+        turns = [Turn(_ROLES[message.role], self._parts(message, images)) for message in messages]
+        if not any(turn.parts for turn in turns):
+            raise PromptError("nothing to answer: no message has text or a picture")
+        return _Prompt(self._processor.encode_turns(turns), images)
+
+    def _text_prompt(self, prompt: str, formatted: bool) -> _Prompt:
+        if formatted:
+            return _Prompt(self._processor.encode(prompt), [])
+        prompt = self.completion_to_prompt(prompt) if self.completion_to_prompt else prompt
+        return _Prompt(self._processor.encode_turns([Turn("user", [prompt])]), [])
+
+    def _parts(self, message: ChatMessage, images: list[Image.Image]) -> list[str | Slot]:
+        """Texts and slots of one message, a line each; its pictures are put into `images`."""
+        parts: list[str | Slot] = []
+        for block in message.blocks:
+            part: str | Slot
+            if isinstance(block, TextBlock):
+                part = block.text
+            elif isinstance(block, ImageBlock):
+                images.append(load_image(_image_source(block), policy=self._image_policy))
+                part = Slot(self._processor.image_tokens(*images[-1].size))
+            elif isinstance(block, CachePoint):
+                continue
+            else:
+                raise PromptError(f"a {block.block_type!r} block cannot be shown to Phi-3 Vision; give text and images")
+            parts += ["\n", part] if parts else [part]
+        return parts
+
+    def _check_length(self, prompt: _Prompt, max_new_tokens: int) -> None:
+        if len(prompt.ids) + max_new_tokens <= self.context_window:
+            return
+        pictures = sum(i < 0 for i in prompt.ids)
+        advice = f"ask for fewer than max_new_tokens={max_new_tokens}, shorten the text"
+        if prompt.images:
+            advice += f", give fewer pictures, or load the model with num_crops below {self._processor.num_crops}"
+        raise PromptError(
+            f"the prompt has {len(prompt.ids)} tokens ({pictures} of {len(prompt.images)} pictures) and the answer may "
+            f"have {max_new_tokens}, together more than the {self.context_window} that fit: {advice}"
+        )
+
+    # ------------------------------------------------------------------ answers
+
+    def _answer(self, prompt: _Prompt, options: dict[str, Any]) -> Generator[_Written, None, None]:
+        """Check everything and compute the prompt now, then write piece by piece."""
+        started = time.perf_counter()
+        max_new_tokens, sampler = self._options(options)
+        self._check_length(prompt, max_new_tokens)
+        prefix = self._prefill(prompt, max_new_tokens)
+        stops = {*self._processor.stop_ids, *_as_ids(self._model.generation_config)}
+        stream = TextStream(
+            _Locked(self._model, self._lock),
+            prefix,
+            stop_ids=stops,
+            max_new_tokens=max_new_tokens,
+            filters=[Suppress(self._processor.special_ids - stops)],
+            choose=sampler,
+        )
+        return self._write(stream, len(prompt.ids), started)
+
+    def _prefill(self, prompt: _Prompt, max_new_tokens: int) -> Prefix:
+        pictures = self._processor.pictures(prompt.images)
+        with self._lock, torch.inference_mode():
+            features = self._model.image_features(pictures.pixel_values, pictures.image_sizes) if prompt.images else []
+            return self._model.prefill(prompt.ids, features, total_length=len(prompt.ids) + max_new_tokens)
+
+    def _options(self, options: dict[str, Any]) -> tuple[int, Sampler]:
+        """What a call may set beside the messages."""
+        options = {name: value for name, value in options.items() if value is not None}
+        max_new_tokens = options.pop("max_new_tokens", options.pop("max_tokens", self.max_new_tokens))
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens={max_new_tokens!r} is not a whole number of 1 or more")
+        sampler = Sampler(
+            options.pop("temperature", self.temperature),
+            options.pop("top_p", self.top_p),
+            options.pop("seed", self.seed),
+        )
+        if options:
+            raise TypeError(f"unknown options {sorted(options)}; max_new_tokens, temperature, top_p and seed are known")
+        return max_new_tokens, sampler
+
+    def _write(self, stream: TextStream[Prefix], prompt_tokens: int, started: float) -> Generator[_Written, None, None]:
+        text = ""
+        for _ in stream:
+            said = self._processor.decode(stream.written)
+            if said.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue  # half a character; the rest is in the next tokens
+            if said != text:
+                yield _Written(said, said[len(text) :], {})
+                text = said
+        said = self._processor.decode(stream.written)
+        details = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": len(stream.written),
+            "total_tokens": prompt_tokens + len(stream.written),
+            "finish_reason": stream.finish_reason,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        yield _Written(said, said[len(text) :], details)
+
+
+class _Locked:
+    """A model that takes one step at a time, whoever asks."""
+
+    def __init__(self, model: Phi3Vision, lock: ForkLock) -> None:
+        self._model, self._lock = model, lock
+
+    def extend(self, prefix: Prefix, input_ids: Sequence[int] | torch.Tensor, /) -> Prefix:
+        with self._lock:
+            return self._model.extend(prefix, input_ids)
+
+
+def _image_source(block: ImageBlock) -> ImageSource:
+    """What to read; nothing is opened yet. LlamaIndex keeps bytes as base64."""
+    if isinstance(block.image, bytes):
+        return base64.b64decode(block.image)
+    if block.image is not None:
+        return block.image  # type: ignore[return-value]
+    if block.path is not None:
+        return block.path
+    if block.url is not None:
+        return str(block.url)
+    raise PromptError("an image block without image, path or url; give one of them")
+
+
+def _option(value: Any) -> Any:
+    """A number, or a device or dtype by its name."""
+    return value if isinstance(value, int) else str(value).removeprefix("torch.")
+
+
+def _as_ids(config: Any) -> Collection[int]:
+    """Ids that the checkpoint's own generation settings stop at."""
+    eos = getattr(config, "eos_token_id", None)
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def _last(pieces: Iterator[T]) -> T:
+    return deque(pieces, maxlen=1)[0]
+
+
+def _chat_response(written: _Written) -> ChatResponse:
+    message = ChatMessage(role=MessageRole.ASSISTANT, content=written.text)
+    return ChatResponse(message=message, delta=written.delta, additional_kwargs=written.details)
+
+
+def _completion(written: _Written) -> CompletionResponse:
+    return CompletionResponse(text=written.text, delta=written.delta, additional_kwargs=written.details)
+
+
+async def _in_threads(pieces: Iterator[T]) -> AsyncGenerator[T, None]:
+    """The pieces, each made in a thread, so that the event loop stays free while the model computes."""
+    end = object()
+    while (piece := await asyncio.to_thread(next, pieces, end)) is not end:
+        yield piece  # type: ignore[misc]

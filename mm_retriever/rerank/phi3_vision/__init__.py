@@ -1,0 +1,1 @@
+"""Ranking by Phi-3 Vision on this machine."""

@@ -1,0 +1,140 @@
+"""The bundled tiny embedder finds products that it never saw, as its model card says.
+
+Thresholds are the project's targets, a little lower on the small samples of the fast tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from mm_retriever.demo.catalogue import HELD_OUT, MODES, catalogue, draw_product, draw_theme
+from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "mm_retriever" / "models" / "tiny" / "embedder"
+
+
+def module(path: Path) -> ModuleType:
+    """A script as a module, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"tested_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    return module(ROOT / "benchmarks" / "tiny_quality.py")
+
+
+@pytest.fixture(scope="module")
+def embedder(quality: ModuleType):
+    return quality.Embedder(*load_visualized_bge("tiny"))
+
+
+@pytest.fixture(scope="module")
+def products():
+    """All held-out products of the catalogue of 900 and every sixth of the others."""
+    return [product for row, product in enumerate(catalogue()) if product.held_out or row % 6 == 0]
+
+
+@pytest.fixture(scope="module")
+def candidates(embedder, products) -> np.ndarray:
+    return embedder.products(products, 320)
+
+
+def test_the_bundled_files_are_small():
+    """Issue: a few megabytes; they travel in the wheel."""
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6_000_000
+    assert {path.name for path in FOLDER.iterdir()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md",
+    }  # fmt: skip
+
+
+def test_it_has_the_plain_patch_embedding():
+    """Issue: the same classes as the real model; a stem option was allowed but not needed."""
+    assert json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["vision"]["stem"] == "patch"
+
+
+def test_vectors_have_length_one_and_any_text_can_be_asked(embedder):
+    """Unknown words, other scripts, nothing at all, and far too much must all give a unit vector."""
+    texts = ["red mug", "Zürich 12.5€ ???", "", "猫の傘", "word " * 500]
+    vectors = embedder.model.encode_text(**embedder.processor.tokens(texts)).detach().numpy()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_held_out_products_are_found_by_composed_queries(quality, embedder, products, candidates):
+    """Issue: R@1 >= .85 and R@9 >= .99 on average over four kinds of query; here one query a product among fewer."""
+    found_1, found_9 = [], []
+    for mode in MODES:
+        queries = quality.composed_queries(products, mode, held_out=True, draws=1)[::3]
+        rank = quality.ranks(embedder.queries(queries), candidates, [query.wanted for query in queries])
+        assert len(rank) >= 40
+        found_1.append((rank <= 1).mean())
+        found_9.append((rank <= 9).mean())
+    assert np.mean(found_1) >= 0.85
+    assert np.mean(found_9) >= 0.98
+
+
+@pytest.mark.slow
+def test_wordings_that_training_never_used_are_understood(quality, embedder, products, candidates):
+    """Issue: R@1 >= .75 with wordings not used in training."""
+    found = []
+    for mode in MODES:
+        queries = quality.composed_queries(products, mode, held_out=True, wording="held-out", draws=1)[::4]
+        rank = quality.ranks(embedder.queries(queries), candidates, [query.wanted for query in queries])
+        found.append((rank <= 1).mean())
+    assert np.mean(found) >= 0.75
+
+
+def test_the_published_example_works_on_a_pair_never_seen(embedder, products, candidates):
+    """ "phone case with this" beside a leopard: the leopard phone case comes first, though none was in training."""
+    assert ("phone case", "leopard") in HELD_OUT
+    wanted = next(
+        row for row, p in enumerate(products) if (p.kind, p.pattern, p.colour) == ("phone case", "leopard", "natural")
+    )
+    pixel_values = embedder.processor.pixel_values([draw_theme("leopard", "natural", seed) for seed in range(5)])
+    tokens = embedder.processor.tokens(["phone case with this"] * 5, beside_image=True)
+    vectors = embedder.model.encode_multimodal(pixel_values, **tokens).detach().numpy()
+    assert (np.argmax(vectors @ candidates.T, axis=1) == wanted).sum() >= 4
+
+
+def test_size_and_file_format_of_a_picture_hardly_matter(embedder):
+    """People's pictures come in other sizes than the training's 320 pixels."""
+    sizes = [
+        embedder.processor.pixel_values([draw_product("mug", "hearts", "red", 5, size)]) for size in (160, 320, 700)
+    ]
+    small, usual, large = (embedder.model.encode_image(values).detach().numpy()[0] for values in sizes)
+    assert small @ usual > 0.97
+    assert large @ usual > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_figures_of_the_model_card_are_reproduced(quality, embedder):
+    """The card's numbers are those of ``python benchmarks/tiny_quality.py``, row by row."""
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for title, rows in quality.measure(embedder, report=lambda _: None).items():
+        printed = {line.split("|")[1].strip(): line for line in _section(card, title)}
+        for row in rows:
+            n, at_1, at_9 = (printed[row.name].split("|")[column].strip() for column in (2, 3, 5))
+            assert int(n) == row.queries
+            assert float(at_1) == pytest.approx(row.at_1, abs=0.006)
+            assert float(at_9) == pytest.approx(row.at_9, abs=0.006)
+
+
+def _section(card: str, title: str) -> list[str]:
+    """Rows of the table under a title."""
+    after = card.split(f"**{title}**", 1)[1].lstrip("\n")
+    return after.split("\n\n", 1)[0].splitlines()[2:]

@@ -1,0 +1,105 @@
+"""What a reranker sees of a node, and from where."""
+
+from __future__ import annotations
+
+import base64
+import io
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_index.core.llms import MockLLM
+from llama_index.core.schema import ImageDocument, ImageNode, MediaResource, Node, NodeWithScore, TextNode
+from PIL import Image
+
+from mm_retriever.images import ImagePolicy, load_image
+from mm_retriever.rerank import VisionLLMRerank
+from mm_retriever.rerank.candidates import LONGEST_SIDE, read_candidates, text_card
+from tests.support.rerank_small import QUERY, draw_folder, make
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_folder(tmp_path_factory.mktemp("pictures"))
+
+
+def test_pictures_come_from_path_bytes_or_resource_and_never_from_a_url_unasked(folder: Path, tmp_path: Path) -> None:
+    """Truth: the same pixels; LlamaIndex's resolve_image would fetch any URL."""
+    path = folder / "1.png"
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    shown = [
+        ImageNode(image_path=str(path)),
+        ImageNode(image=encoded),
+        ImageNode(image=f"data:image/png;base64,{encoded}"),
+        ImageNode(image_url=f"data:image/png;base64,{encoded}"),
+        ImageNode(image_path=str(folder / "gone.png"), image=encoded),
+        ImageDocument(image=encoded),
+        ImageDocument(image_path=str(path)),
+        Node(image_resource=MediaResource(path=path)),
+        Node(image_resource=MediaResource(data=path.read_bytes())),
+    ]
+    nodes = [NodeWithScore(node=node) for node in shown]
+    assert {candidate.image.tobytes() for candidate in read_candidates(nodes, ImagePolicy()) if candidate.image} == {
+        load_image(path).tobytes()
+    }
+    assert not any(candidate.missing for candidate in read_candidates(nodes, ImagePolicy()))
+    assert sorted(make(reasons="none").rerank(nodes, QUERY).order) == list(range(9))
+    elsewhere = ImagePolicy(roots=(tmp_path,))
+    [outside, url, nonsense] = read_candidates(
+        [
+            NodeWithScore(node=node)
+            for node in (
+                ImageNode(image_path=str(path)),
+                ImageNode(image_url="http://127.0.0.1:9/a.png"),
+                ImageNode(image="no base64 !"),
+            )
+        ],
+        elsewhere,
+    )
+    assert "outside the folders" in outside.note
+    assert "fetching URLs is off" in url.note
+    assert outside.missing
+    assert url.missing
+    assert nonsense.missing
+
+
+def test_large_pictures_are_shrunk_and_texts_cut() -> None:
+    """Truth: our choice; fifty photographs must fit into memory, and a book into a prompt."""
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 1000), "red").save(file, "PNG")
+    nodes = [
+        NodeWithScore(node=ImageNode(image=base64.b64encode(file.getvalue()).decode())),
+        NodeWithScore(node=TextNode(text="word " * 9999)),
+    ]
+    picture, text = read_candidates(nodes, ImagePolicy())
+    assert picture.image is not None
+    assert picture.image.size == (LONGEST_SIDE, LONGEST_SIDE // 4)
+    assert len(text.text) < 700
+    card = text_card(text.text)
+    assert card.size == (300, 300)
+    assert card.tobytes() != text_card("other").tobytes()
+    assert np.asarray(card)[:50].min() == 255  # room for the number
+
+
+def test_reading_ends_with_the_time_that_is_left(folder):
+    """Fifty large photographs, or URLs, take longer than any model's pass: reading is part of the budget."""
+    nodes = [NodeWithScore(node=ImageNode(image_path=str(path)), score=1.0) for path in sorted(folder.glob("*.png"))]
+    left = iter([5.0, *[0.0] * len(nodes)])
+    with pytest.raises(TimeoutError):
+        read_candidates(nodes * 9, ImagePolicy(), lambda: next(left, 0.0))
+    assert len(read_candidates(nodes, ImagePolicy(), lambda: 60.0)) == len(nodes)
+
+
+def test_a_server_of_images_that_never_answers_takes_no_longer_than_the_budget():
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        nodes = [NodeWithScore(node=ImageNode(image_url=f"{url}/{n}.jpg"), score=1.0 - n / 10) for n in range(6)]
+        policy = ImagePolicy(allow_urls=True, allow_private_addresses=True, url_timeout=30.0)
+        reranker = VisionLLMRerank(MockLLM(is_chat_model=True), time_budget_s=0.5, image_policy=policy)
+        started = time.monotonic()
+        result = reranker.rerank(nodes, "a hat")
+    assert time.monotonic() - started < 15  # one image after the other would take three minutes
+    assert result.order == tuple(range(6))
+    assert all("time budget was spent" in node.node.metadata["rerank_note"] for node in result.nodes)

@@ -1,0 +1,265 @@
+"""FlagEmbedding's learned sparse vectors and text reranker, on small random checkpoints of the real architectures.
+
+The published weights cannot be had here: what is tested is that the right numbers of the real code arrive in the right
+places, not how good they are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llama_index.core import QueryBundle
+from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
+)
+
+from mm_retriever import ComposedRetriever, ingest_images, open_store
+from mm_retriever.embedders.bge_m3 import BGEM3SparseEmbedding
+from mm_retriever.errors import CheckpointError, ModelNotFoundError, QueryError, RerankError, StoreMismatchError
+from tests.support.colour_embedding import ColourEmbedding, paint
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("FlagEmbedding") is None, reason='needs pip install "mm-retriever[hybrid]"'
+)
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "xk", "2041", "2042", "-", "spare", "lid", "orders", "shop", "red"]
+SIZES = {
+    "vocab_size": len(WORDS), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "intermediate_size": 40, "max_position_embeddings": 70, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", **names
+    )
+
+
+def sparse_checkpoint(folder: Path, seed: int) -> Path:
+    """BGE-M3's files: an XLM-RoBERTa and two linear heads. The head is near 1 everywhere, so that all words count."""
+    torch.manual_seed(seed)
+    XLMRobertaModel(XLMRobertaConfig(**SIZES)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    head = torch.nn.Linear(24, 1)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    torch.nn.init.ones_(head.bias)
+    torch.save(head.state_dict(), folder / "sparse_linear.pt")
+    torch.save(torch.nn.Linear(24, 24).state_dict(), folder / "colbert_linear.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sparse_checkpoint(tmp_path_factory.mktemp("m3"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def sparse(folder: Path) -> BGEM3SparseEmbedding:
+    return BGEM3SparseEmbedding(folder, device="cpu", batch_size=2)
+
+
+def test_weights_are_the_head_over_the_last_hidden_states(folder, sparse):
+    """Truth: the BGE-M3 paper's formula, relu(w h + b), greatest over a token's places, by transformers alone."""
+    texts = ["spare lid XK-2041", "lid orders lid", "", "unheard of"]
+    model, tokenizer = XLMRobertaModel.from_pretrained(folder).eval(), word_tokenizer()
+    head = torch.load(folder / "sparse_linear.pt", weights_only=True)
+    for text, found in zip(texts, sparse.encode_documents(texts), strict=True):
+        ids = tokenizer(text, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**ids).last_hidden_state[0]
+        weights = torch.relu(hidden @ head["weight"][0] + head["bias"]).tolist()
+        expected: dict[int, float] = {}
+        for token, weight in zip(ids["input_ids"][0].tolist(), weights, strict=True):
+            if token > 3:  # not <s>, <pad>, </s>, <unk>
+                expected[token] = max(weight, expected.get(token, 0.0))
+        assert found == pytest.approx(expected, abs=1e-5)
+    assert sparse.encode_documents(texts)[2:] == [{}, {}]
+
+
+def test_the_name_is_that_of_the_weights(folder, sparse, tmp_path):
+    assert BGEM3SparseEmbedding(folder, device="cpu").model_id == sparse.model_id
+    other = sparse_checkpoint(tmp_path / folder.name, seed=4)
+    assert BGEM3SparseEmbedding(other, device="cpu").model_id != sparse.model_id
+
+
+def test_a_model_goes_to_other_processes_as_its_options(sparse):
+    """Workers of a Ray cluster load the weights themselves."""
+    carried = pickle.dumps(sparse)
+    assert len(carried) < 1000
+    again = pickle.loads(carried)
+    assert again.model_id == sparse.model_id
+    assert again.encode_queries(["xk-2041 lid"]) == sparse.encode_queries(["xk-2041 lid"])
+
+
+def test_texts_may_be_encoded_by_many_threads_and_nothing_is_printed(sparse, capfd):
+    texts = ["spare lid", "orders", "XK-2042", "shop red lid"]
+    expected = sparse.encode_documents(texts)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(lambda _: sparse.encode_queries(texts), range(8)):
+            for one, other in zip(found, expected, strict=True):
+                assert one == pytest.approx(other, abs=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_checkpoint_without_the_head_is_refused(folder, tmp_path):
+    """FlagEmbedding itself goes on with a random head and says nothing."""
+    XLMRobertaModel.from_pretrained(folder).save_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"has no sparse_linear\.pt"):
+        BGEM3SparseEmbedding(tmp_path / "plain", device="cpu")
+    with pytest.raises(ModelNotFoundError, match="cannot be had from the hub"):
+        BGEM3SparseEmbedding(tmp_path / "nowhere" / "at all")
+
+
+# ------------------------------------------------------------------------------------------ in the store
+
+
+class RunsCode:
+    """What a pickle with code in it does when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt", "pytorch_model.bin", "code.py"])
+def test_no_file_of_a_checkpoint_runs_code(tmp_path, name):
+    """Pickles with code, and Python files that a config asks for: FlagEmbedding reads neither for us."""
+    folder, ran = sparse_checkpoint(tmp_path / "m3", seed=5), tmp_path / "ran"
+    if name == "code.py":
+        (folder / "code.py").write_text(f"import pathlib; pathlib.Path({str(ran)!r}).touch()\nclass Config: pass\n")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Config"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        (folder / "model.safetensors").unlink() if name == "pytorch_model.bin" else None
+        torch.save(RunsCode(ran), folder / name)
+    with pytest.raises((CheckpointError, pickle.UnpicklingError, ValueError)):
+        BGEM3SparseEmbedding(folder, device="cpu")
+    assert not ran.exists()
+
+
+def test_learned_weights_find_exact_words_among_pictures(tmp_path, sparse):
+    """Texts, and pictures without any word, whose sparse vectors are empty."""
+    colours = ColourEmbedding()
+    paint(tmp_path / "red.png", "red")
+    paint(tmp_path / "blue.png", "blue")
+    with open_store(tmp_path / "a.db", colours, hybrid=sparse) as store:
+        ingest_images(
+            [
+                tmp_path / "red.png",
+                tmp_path / "blue.png",
+                TextNode(id_="41", text="spare lid XK-2041", metadata={"year": 1}),
+                TextNode(id_="42", text="spare lid XK-2042", metadata={"year": 2}),
+            ],
+            store, colours, show_progress=False,
+        )  # fmt: skip
+        retriever = ComposedRetriever(store, colours, top_k=4, mode="hybrid")
+        assert retriever.retrieve("2042")[0].node.node_id == "42"
+        assert retriever.retrieve("red")[0].node.metadata["file_name"] == "red.png"
+        assert len(retriever.retrieve(QueryBundle("", image_path=str(tmp_path / "blue.png")))) == 4
+        assert len(retriever.retrieve("unheard of")) == 4
+        first = MetadataFilters(filters=[MetadataFilter(key="year", value=1)])
+        found = ComposedRetriever(store, colours, filters=first, mode="hybrid").retrieve("lid XK-2042")
+        assert [one.node.node_id for one in found] == ["41"]
+        store.add([TextNode(id_="41", text="orders", embedding=[1.0] + [0.0] * 26)])
+        assert retriever.retrieve("orders")[0].node.node_id == "41"
+        store.clear()
+        assert store.hybrid
+
+
+def test_a_collection_of_learned_weights_is_for_that_model_only(tmp_path, sparse):
+    colours = ColourEmbedding()
+    open_store(tmp_path / "a.db", colours, hybrid=sparse).close()
+    with open_store(tmp_path / "a.db", colours, hybrid=sparse) as again:
+        assert again.hybrid
+    other = SimpleNamespace(model_id="another")
+    for hybrid, reason in ((False, "give that model"), (True, "give that model"), (other, "hybrid= is 'another'")):
+        with pytest.raises(StoreMismatchError, match=reason):
+            open_store(tmp_path / "a.db", colours, hybrid=hybrid)
+    open_store(tmp_path / "b.db", colours, hybrid=True).close()
+    with pytest.raises(StoreMismatchError, match="indexes words by BM25, hybrid= is the model"):
+        open_store(tmp_path / "b.db", colours, hybrid=sparse)
+
+
+# ------------------------------------------------------------------------------------------ the text reranker
+
+
+@pytest.fixture(scope="module")
+def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reranker")
+    torch.manual_seed(5)
+    model = XLMRobertaForSequenceClassification(XLMRobertaConfig(**SIZES, num_labels=1, initializer_range=0.5))
+    model.save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+TEXTS = ["spare lid XK-2041", "orders", "red shop", "XK-2042 lid lid"]
+
+
+def text_nodes() -> list[NodeWithScore]:
+    return [NodeWithScore(node=TextNode(id_=str(row), text=text), score=0.5) for row, text in enumerate(TEXTS)]
+
+
+def test_texts_are_ranked_by_the_cross_encoders_logits(reranker_folder):
+    """Truth: the same checkpoint by transformers alone, pair by pair."""
+    from mm_retriever.rerank import TextRerank
+
+    nodes = text_nodes()
+    found = TextRerank(reranker_folder, top_n=3, device="cpu").postprocess_nodes(nodes, query_str="red lid")
+    model = XLMRobertaForSequenceClassification.from_pretrained(reranker_folder).eval()
+    tokenizer = word_tokenizer()
+    with torch.inference_mode():
+        logits = [float(model(**tokenizer("red lid", text, return_tensors="pt")).logits) for text in TEXTS]
+    best = np.argsort(logits)[::-1][:3]
+    assert np.ptp(logits) > 0.01
+    assert [one.node.node_id for one in found] == [str(row) for row in best]
+    assert [one.node.metadata["rerank_model_score"] for one in found] == pytest.approx(
+        [logits[row] for row in best], abs=1e-4
+    )
+    shares = np.exp(logits) / np.exp(logits).sum()
+    assert [one.score for one in found] == pytest.approx([shares[row] for row in best], abs=1e-4)
+    assert nodes == text_nodes()
+
+
+def test_pictures_and_wordless_questions_are_refused_or_left_as_they_are(reranker_folder, tmp_path):
+    from mm_retriever.rerank import TextRerank
+    from mm_retriever.rerank.cross_encoder import IMAGE_NOT_SEEN
+
+    picture: Any = NodeWithScore(node=ImageNode(image_path=str(paint(tmp_path / "red.png", "red"))), score=0.9)
+    reranker = TextRerank(reranker_folder, device="cpu")
+    with pytest.raises(RerankError, match="1 of 5 candidates are pictures"):
+        reranker.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
+    with pytest.raises(QueryError):
+        reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle(""))
+    image = picture.node.image_path
+    composed = reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle("red lid", image_path=image))
+    assert {one.node.metadata["rerank_note"] for one in composed} == {IMAGE_NOT_SEEN}
+    patient = TextRerank(reranker_folder, device="cpu", on_error="keep_order", top_n=2)
+    kept = patient.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
+    assert [one.node.node_id for one in kept] == [picture.node.node_id, "0"]
+    assert "are pictures" in kept[0].node.metadata["rerank_note"]
