@@ -18,7 +18,7 @@ from mm_retriever.demo.catalogue import HELD_OUT, MODES, catalogue, draw_product
 from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "mm_retriever" / "models" / "tiny" / "embedder"
+FOLDER = ROOT / "mm_retriever" / "embedders" / "visualized_bge" / "tiny"
 
 
 def module(path: Path) -> ModuleType:

@@ -20,7 +20,7 @@ from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.rerank import Phi3VisionRerank
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "mm_retriever" / "models" / "tiny" / "reranker"
+FOLDER = ROOT / "mm_retriever" / "phi3_vision" / "tiny"
 
 
 @pytest.fixture(scope="module")
