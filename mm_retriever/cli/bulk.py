@@ -1,0 +1,108 @@
+"""``mm-retriever embed | import``: files of vectors that a Milvus server imports by itself."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm_retriever.cli.options import (
+    REAL_MODEL,
+    BatchSize,
+    Collection,
+    Device,
+    Dtype,
+    Model,
+    NoExif,
+    NoSidecar,
+    Revision,
+    Sidecar,
+    Token,
+    embed_model,
+    home,
+    sidecar_of,
+)
+from mm_retriever.errors import QueryError
+
+
+def embed(
+    out: Annotated[
+        Path, typer.Argument(help="A folder for the files; what is done there already stays.", callback=home)
+    ],
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="A folder of images. Default: go on with what OUT was begun for.", callback=home),
+    ] = None,
+    model: Model = REAL_MODEL,
+    rows_per_file: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
+    batch_size: BatchSize = 32,
+    sidecar: Sidecar = None,
+    no_sidecar: NoSidecar = False,
+    no_exif: NoExif = False,
+    hybrid: Annotated[bool, typer.Option("--hybrid", help="For a collection that indexes the words too.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On a Ray cluster (RAY_ADDRESS), or a local Ray: a file to a worker.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray. Default: as many as there is room for.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, with all that was skipped.")
+    ] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    """Embed millions of images into files that a Milvus server imports by itself. Run it again to go on."""
+    from mm_retriever.bulk import embed_to_shards, embed_to_shards_on_ray
+    from mm_retriever.terminal import print_ingestion, print_json
+
+    if workers is not None and not ray:
+        raise QueryError("--workers is taken only with --ray")
+    embedding = embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
+    run = partial(embed_to_shards_on_ray, workers=workers) if ray else embed_to_shards
+    with redirect_stdout(sys.stderr):  # where Ray says that a worker died
+        result = run(
+            source,
+            out,
+            embedding,
+            rows_per_shard=rows_per_file,
+            batch_size=batch_size,
+            sidecar=sidecar_of(sidecar, no_sidecar=no_sidecar),
+            exif=not no_exif,
+            hybrid=hybrid,
+            show_progress=not as_json,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_ingestion(result, rest="--json lists them all")
+
+
+def import_(
+    out: Annotated[Path, typer.Argument(help="The folder that `embed` filled.", callback=home)],
+    db: Annotated[str, typer.Option(help="The URI of a Milvus server.")],
+    remote_folder: Annotated[
+        str, typer.Option(help="Where the server's object storage has the files of OUT/shards.")
+    ] = "",
+    collection: Collection = "mm_retriever",
+    timeout: Annotated[float, typer.Option(help="Seconds without any progress of the server.")] = 600.0,
+    token: Token = None,
+) -> None:
+    """Have a Milvus server import what `embed` made, each image exactly once. Run it again to go on."""
+    from mm_retriever.bulk import import_shards
+    from mm_retriever.bulk.plan import read_plan
+    from mm_retriever.store import check_exists, open_store
+    from mm_retriever.store.words import analyzer_of
+
+    check_exists(db)
+    plan = read_plan(out)  # knows the model that it is for: nothing is loaded
+    analyzer = analyzer_of(plan.words)
+    with open_store(
+        db, plan, collection=collection, token=token, hybrid=analyzer is not None, analyzer=analyzer
+    ) as store:
+        typer.echo(str(import_shards(out, store, remote_folder=remote_folder, timeout=timeout)))

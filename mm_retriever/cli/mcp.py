@@ -1,0 +1,98 @@
+"""``mm-retriever mcp``: image search for an MCP client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mm_retriever.cli.options import (
+    EXIT_INTERRUPTED,
+    REAL_MODEL,
+    Collection,
+    Db,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    Token,
+    embed_model,
+    home,
+)
+
+if TYPE_CHECKING:
+    from mm_retriever.store import ImageStore
+
+
+def mcp(
+    db: Db = "photos.db",
+    model: Model = REAL_MODEL,
+    collection: Collection = "mm_retriever",
+    vision_model: Annotated[
+        str | None, typer.Option(help="A Phi-3 Vision model that ranks results and describes images. Default: none.")
+    ] = None,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder that images may be read from; repeat for more. Default: only the indexed ones.",
+            callback=home,
+        ),
+    ] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let a client name images by URL.")] = False,
+    http: Annotated[bool, typer.Option("--http", help="Serve streamable HTTP instead of stdin and stdout.")] = False,
+    host: Annotated[str, typer.Option(help="With --http: other than loopback only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="With --http.")] = 8765,
+    http_token: Annotated[
+        str | None,
+        typer.Option(envvar="MM_RETRIEVER_MCP_TOKEN", help="With --http: what clients must send.", show_envvar=True),
+    ] = None,
+    token: Token = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+) -> None:
+    r"""Serve image search to an MCP client. Needs: pip install "mm-retriever\[mcp]"."""
+    from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
+
+    from mm_retriever.store import check_exists, open_store
+
+    if http:
+        if http_token is None:
+            http_token = os.environ.get("MM_RETRIEVER_MCP_TOKEN")  # an empty one, which typer takes for none
+        check_access(host, http_token)
+    check_exists(db)  # before a model is loaded
+    with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
+        embedding = embed_model(model, device=device, dtype=dtype, revision=revision)
+        with open_store(db, embedding, collection=collection, token=token, create=False) as store:
+            search = image_search(
+                store, embedding, vision_model=vision_model, roots=root, allow_urls=allow_urls, device=device
+            )
+            if http:
+                serve_http(search, host=host, port=port, token=http_token)
+            else:
+                with redirect_stdout(sys.__stdout__), _ends_on_interrupt(store):
+                    serve_stdio(search)
+
+
+@contextmanager
+def _ends_on_interrupt(store: ImageStore) -> Iterator[None]:
+    """Close the store and end the process on Ctrl-C, where a thread that reads stdin would wait for one more line."""
+
+    def end(*_: object) -> None:
+        closing = threading.Thread(target=store.close, daemon=True)
+        closing.start()
+        closing.join(5)
+        os._exit(EXIT_INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

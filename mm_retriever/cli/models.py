@@ -1,0 +1,65 @@
+"""``mm-retriever convert | info``: weights, versions, devices, and what a store holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm_retriever.cli.options import Token, home
+from mm_retriever.errors import QueryError
+
+PACKAGES = ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilvus", "pillow")
+
+
+def convert(
+    weights: Annotated[str, typer.Argument(help="Official .pth file, folder or published name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", callback=home)],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with the tokenizer, if it is not beside WEIGHTS.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store as float32, bfloat16 or float16. Default: as they are.")
+    ] = None,
+) -> None:
+    """Write the safetensors form of official weights: loads faster, and cannot contain code."""
+    from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
+
+    written = convert_checkpoint(weights, out, tokenizer=tokenizer, dtype=dtype)
+    typer.echo(f"wrote {written}; use it with --model {written}")
+
+
+def info(
+    db: Annotated[str | None, typer.Option(help="A store to describe.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also read all that the store holds, and check it for damage.")
+    ] = False,
+    token: Token = None,
+) -> None:
+    """Versions, devices and bundled models; with --db, what a store holds."""
+    from importlib.metadata import version
+
+    import torch
+
+    from mm_retriever.devices import available_devices
+    from mm_retriever.store import Verification, check_exists, describe_store, verify_store
+    from mm_retriever.terminal import print_facts
+
+    facts = {package: version(package) for package in PACKAGES}
+    facts["devices"] = f"{', '.join(available_devices())}; {torch.get_num_threads()} threads"
+    facts["bundled models"] = "tiny (drawn products only)"
+    facts["published models"] = "BAAI/bge-visualized-base-en-v1.5, BAAI/bge-visualized-m3"
+    verified: dict[str, Verification | str] = {}
+    if db is not None:
+        check_exists(db)
+        for name, described in describe_store(db, token=token).items():
+            facts[f"collection {name}"] = ", ".join(f"{key} {value}" for key, value in described.items())
+        verified = verify_store(db, token=token) if verify else {}
+        facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
+    elif verify:
+        raise QueryError("--verify needs a store: give --db")
+    print_facts(facts)
+    for verification in verified.values():
+        if not isinstance(verification, str):
+            verification.raise_damage()

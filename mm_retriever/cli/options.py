@@ -1,0 +1,126 @@
+"""Options that several commands share, the values read from them, and how a command fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from mm_retriever.errors import FilterError, QueryError, one_line
+
+if TYPE_CHECKING:
+    from llama_index.core.vector_stores import MetadataFilters
+
+    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.rerank.reranker import Reranker
+    from mm_retriever.store import ImageStore
+
+REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
+VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
+TINY_FUSION = 0.3
+"""Weight of the retrieval score beside the small reranker's, chosen on seen compositions (its model card)."""
+
+EXIT_INCOMPLETE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+KEPT = "their files cannot be looked at now, so nobody knows whether they are gone; run it again when they can"
+
+
+def home(path: Any) -> Any:
+    """A path option with "~" expanded: clients that start commands from JSON have no shell that does it."""
+    if path is None:
+        return None
+    if isinstance(path, list | tuple):
+        return [home(item) for item in path]
+    if isinstance(path, str):
+        return os.path.expanduser(path)  # noqa: PTH111 - may be a URL
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise QueryError(f"{str(path)!r}: {error}") from error
+
+
+Db = Annotated[str, typer.Option(help="A Milvus Lite file (photos.db) or the URI of a Milvus server.")]
+Collection = Annotated[str, typer.Option(help="The collection in the store.")]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="MM_RETRIEVER_TOKEN", help="The server's token, or user:password.", show_envvar=True),
+]
+Model = Annotated[str, typer.Option(help="A published name, a local folder or file, or `tiny` (drawn products only).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images embedded at a time.")]
+Sidecar = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON, JSONL, CSV or TSV with columns for each image. Default: metadata.jsonl and .csv in the folder.",
+        callback=home,
+    ),
+]
+NoSidecar = Annotated[bool, typer.Option("--no-sidecar", help="Take no columns from files in the folder.")]
+NoExif = Annotated[bool, typer.Option("--no-exif", help="Do not store date, camera and place of photographs.")]
+
+
+def embed_model(
+    name: str, *, device: str | None, dtype: str | None, revision: str | None = None, batch_size: int = 32
+) -> VisualizedBGEEmbedding:
+    """The model that `--model` names."""
+    from mm_retriever.embedding import VisualizedBGEEmbedding
+
+    return VisualizedBGEEmbedding(name, device=device, dtype=dtype, revision=revision, embed_batch_size=batch_size)
+
+
+def reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:
+    """The reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`."""
+    if url is not None:
+        from mm_retriever.rerank import VisionLLMRerank
+
+        return VisionLLMRerank(base_url=url, model=rerank_model or VISION_MODEL, top_n=top_n)
+    from mm_retriever.rerank import Phi3VisionRerank
+
+    name = rerank_model or ("tiny" if model == "tiny" else VISION_MODEL)
+    return Phi3VisionRerank(name, top_n=top_n, device=device, fusion_weight=TINY_FUSION if name == "tiny" else None)
+
+
+def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:
+    """`--sidecar` and `--no-sidecar` as one value."""
+    if path is not None and no_sidecar:
+        raise QueryError("--sidecar and --no-sidecar exclude each other: choose one")
+    return False if no_sidecar else path
+
+
+def filters_of(conditions: Sequence[str] | None) -> MetadataFilters | None:
+    """The conditions of every `--where`, all of which must hold."""
+    from llama_index.core.vector_stores import MetadataFilters
+
+    from mm_retriever.store.conditions import read_condition, second_condition
+
+    if not conditions:
+        return None
+    try:
+        filters = MetadataFilters(filters=[read_condition(condition) for condition in conditions])
+    except FilterError as error:
+        raise QueryError(f"--where {error}") from None
+    for condition in filter(second_condition, conditions):
+        typer.echo(f"--where {condition!r} is taken as one condition; repeat --where for each", err=True)
+    return filters
+
+
+def check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:
+    """Refuse filters that no row of the store can meet."""
+    if problems := store.filter_problems(filters):
+        raise QueryError(f"--where: {'; '.join(problems)}")
+
+
+def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
+    """End the process with one line on stderr; the message may repeat untrusted text."""
+    print(f"mm-retriever: {one_line(message)}", file=sys.stderr)  # noqa: T201 - the command line's own voice
+    if code == EXIT_USAGE and os.environ.get("MM_RETRIEVER_DEBUG"):
+        traceback.print_exc()
+    sys.exit(code)
