@@ -28,8 +28,9 @@ from tokenizers import Tokenizer, models, processors
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_retriever.devices import as_dtype, default_device
+from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
-from mm_retriever.embedders.visualized_bge.encoder import Content, VisualizedBGEEncoder
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 
@@ -87,7 +88,7 @@ def measure(batch: int, encoder: VisualizedBGEEncoder, gflop: float, repeats: in
     """One row of the table."""
     device, dtype = encoder.model.device.type, encoder.model.dtype
     noise = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
-    contents = [Content(square=square) for square in noise]
+    contents = [Content(image=square) for square in noise]
     before = product_rate(dtype, device)
     taken = seconds(lambda: encoder.encode(contents), repeats=repeats, device=device)
     after = product_rate(dtype, device)

@@ -37,7 +37,7 @@ from mm_retriever.demo.catalogue import (
     full_text,
 )
 from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
-from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 

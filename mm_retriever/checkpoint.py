@@ -1,6 +1,6 @@
 """Names to files, files to tensors, tensors into a model. Owns every read of a weight file; knows no architecture.
 
-Weights come from strangers: only safetensors and ``torch.load(weights_only=True)`` are read, a shard index cannot
+Weights are untrusted: only safetensors and ``torch.load(weights_only=True)`` are read, a shard index cannot
 point out of its folder, and a tensor enters a model only under the name, shape and kind that the model expects.
 """
 
@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, shown
 
-Family = Literal["visualized_bge", "phi3_vision"]
 M = TypeVar("M", bound=nn.Module)
 
 SAFETENSORS = "model.safetensors"
@@ -32,72 +31,75 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 MAX_JSON_BYTES = 64 * 1024**2  # of a config or shard index; bge-m3's tokenizer.json has 17 MiB
 MAX_LISTED_KEYS = 12  # keys that an error message lists before it only counts
 
-BUNDLED: Mapping[Family, Mapping[str, Path]] = {
-    "visualized_bge": {"tiny": Path(__file__).parent / "embedders" / "visualized_bge" / "tiny"},
-    "phi3_vision": {"tiny": Path(__file__).parent / "phi3_vision" / "tiny"},
-}
-
 
 @dataclass(frozen=True, kw_only=True)
-class PublishedFile:
-    """A single weight file on the hub, its tokenizer elsewhere; size and sha256 where they are known."""
+class ModelEntry:
+    """Where the files of a named model are, and what is known of them.
 
-    repo: str
-    file: str
-    tokenizer_repo: str
+    Args:
+        folder: of a model that comes with the package.
+        repo: on the hub.
+        file: the one weight file of the repository; default: its safetensors.
+        tokenizer_repo: where the tokenizer is, if not beside the weights.
+        size: of `file`, in bytes.
+        sha256: of `file`.
+        licence: of the weights.
+        note: for people who choose a model.
+    """
+
+    folder: Path | None = None
+    repo: str = ""
+    file: str = ""
+    tokenizer_repo: str = ""
     size: int | None = None
     sha256: str | None = None
+    licence: str = ""
+    note: str = ""
 
 
-PUBLISHED: Mapping[str, PublishedFile] = {
-    "BAAI/bge-visualized-base-en-v1.5": PublishedFile(
-        repo="BAAI/bge-visualized",
-        file="Visualized_base_en_v1.5.pth",
-        tokenizer_repo="BAAI/bge-base-en-v1.5",
-        size=392_860_018,
-        sha256="07e58cf70ee6962530490ef1ac5b632e7e0153ba8c7ed49d55e0f41ec97bf6a6",
-    ),
-    "BAAI/bge-visualized-m3": PublishedFile(
-        repo="BAAI/bge-visualized", file="Visualized_m3.pth", tokenizer_repo="BAAI/bge-m3"
-    ),
-}
+Models: TypeAlias = Mapping[str, ModelEntry]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """Where a model lies. ``weights``: one file, or the index of several; the others None where there is none."""
+    """The files of a model; None where there is none. ``weights``: one file, or the index of several."""
 
     name: str
-    weights: Path
+    weights: Path = Path()
     config: Path | None = None
     tokenizer: Path | None = None
 
 
-def locate(name_or_path: str | os.PathLike[str], *, family: Family, revision: str | None = None) -> ModelFiles:
-    """The files of a bundled model, a local folder or file, or a hub repository (downloaded if not yet cached).
+def locate(name_or_path: str | os.PathLike[str], models: Models, *, revision: str | None = None) -> ModelFiles:
+    """The files of a named model, a local folder or file, or a hub repository (downloaded if not yet cached).
 
-    A local path wins over a hub name. A cached download is used as it is, without asking the hub.
+    A bundled name comes first, then a local path, then the hub. A cached download is used without asking the hub.
+
+    Args:
+        name_or_path: one of the names, a path, or the id of a hub repository in our layout.
+        models: the names that are known.
+        revision: of the hub repository.
 
     Raises:
         ModelNotFoundError: the name leads nowhere, or the hub cannot be reached.
     """
     name = os.fspath(name_or_path)
-    bundled = BUNDLED[family]
-    if name in bundled:
-        return _in_folder(bundled[name], name)
+    entry = models.get(name)
+    if entry is not None and entry.folder is not None:
+        return _in_folder(entry.folder, name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _in_folder(path, name)
     if path.is_file():
         return replace(_beside(path), name=name)
-    published = PUBLISHED.get(name) if family == "visualized_bge" else None
-    if published is not None:
-        files = _beside(_download(published.repo, [published.file], revision=revision) / published.file)
-        return replace(files, name=name)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1 or path.suffix in TORCH_SUFFIXES:
-        raise ModelNotFoundError(f"{name!r} does not exist; {_choices(family)}")
+    if entry is not None and entry.file:
+        folder = _download(entry.repo, [entry.file], revision=revision, models=models)
+        return replace(_beside(folder / entry.file), name=name)
+    repo = entry.repo if entry is not None and entry.repo else name
+    if path.is_absolute() or name.startswith((".", "~")) or repo.count("/") != 1 or path.suffix in TORCH_SUFFIXES:
+        raise ModelNotFoundError(f"{name!r} does not exist; {_choices(models)}")
     beside = ["config.json", "preprocessor_config.json", "tokenizer.json", "model-*-of-*.safetensors"]
-    folder = _download(name, [SAFETENSORS, SAFETENSORS_INDEX], beside=beside, revision=revision, family=family)
+    folder = _download(repo, [SAFETENSORS, SAFETENSORS_INDEX], beside=beside, revision=revision, models=models)
     return _in_folder(folder, name)
 
 
@@ -107,7 +109,7 @@ def locate_tokenizer(source: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        path = _download(os.fspath(source), ["tokenizer.json"])
+        path = _download(os.fspath(source), ["tokenizer.json"], models={})
     if not (path / "tokenizer.json").is_file():
         raise ModelNotFoundError(f"no tokenizer.json in {os.fspath(source)!r}; name the file or its folder")
     return path / "tokenizer.json"
@@ -136,18 +138,20 @@ def _beside(weights: Path) -> ModelFiles:
     )
 
 
-def _choices(family: Family) -> str:
-    bundled = ", ".join(repr(name) for name in BUNDLED[family])
-    return f"give the path of a local folder or weight file, or take the bundled model {bundled}"
+def _choices(models: Models) -> str:
+    bundled = ", ".join(repr(name) for name, entry in models.items() if entry.folder is not None)
+    return "give the path of a local folder or weight file" + (
+        f", or take the bundled model {bundled}" if bundled else ""
+    )
 
 
 def _download(
     repo: str,
     wanted: Sequence[str],
     *,
+    models: Models,
     beside: Sequence[str] = (),
     revision: str | None = None,
-    family: Family = "visualized_bge",
 ) -> Path:
     """Local folder with ``beside`` and what there is of ``wanted``, one at least; from the cache when it is there."""
     from huggingface_hub import snapshot_download
@@ -167,11 +171,11 @@ def _download(
         raise ModelNotFoundError(f"the hub refused {repo!r} (revision {revision or 'main'}): {reason}") from error
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
-            f"{repo!r} is not on this machine and the model hub cannot be reached; {_choices(family)}"
+            f"{repo!r} is not on this machine and the model hub cannot be reached; {_choices(models)}"
         ) from error
     if not _complete(folder, wanted):
         raise ModelNotFoundError(
-            f"the hub repository {repo!r} has not the files {', '.join(wanted)}; {_choices(family)}"
+            f"the hub repository {repo!r} has not the files {', '.join(wanted)}; {_choices(models)}"
         )
     return folder
 
@@ -387,9 +391,9 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:12]
 
 
-def warn_if_not_published(weights: Path) -> None:
+def warn_if_not_published(weights: Path, models: Models) -> None:
     """Warns when a file that bears a published name is not, byte for byte, the file that was published."""
-    published = next((entry for entry in PUBLISHED.values() if entry.file == weights.name and entry.sha256), None)
+    published = next((entry for entry in models.values() if entry.file == weights.name and entry.sha256), None)
     if published is None:
         return
     size = weights.stat().st_size

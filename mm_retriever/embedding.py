@@ -1,6 +1,6 @@
-"""`VisualizedBGEEmbedding`: LlamaIndex's multi-modal embedding over Visualized BGE. Knows nothing of stores.
+"""`ComposedEmbedding`: LlamaIndex's multi-modal embedding over any `Embedder`.
 
-Every public call ends in one place, `_vectors`: look into the cache, compute what is not there, each content once.
+Every public call ends in one place, `_vectors`: look into the cache, compute what is missing, each content once.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 from llama_index.core.base.embeddings.base import Embedding
@@ -28,6 +28,9 @@ from llama_index.core.utils import get_tqdm_iterable
 from numpy.typing import NDArray
 from PIL import Image
 
+from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
+from mm_retriever.embedders.registry import load_embedder
+from mm_retriever.embedders.visualized_bge.published import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
 from mm_retriever.images import (
     DEFAULT_POLICY,
@@ -38,17 +41,19 @@ from mm_retriever.images import (
     portable_image,
     source_name,
 )
+from mm_retriever.node_images import node_image, node_images
 from mm_retriever.rebuild import portable_name
 from mm_retriever.vector_cache import MAX_BYTES, VectorCache
 
 if TYPE_CHECKING:
     import torch
 
-    from mm_retriever.embedders.visualized_bge.encoder import Content, VisualizedBGEEncoder
+    from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
 
-DEFAULT_MODEL = "BAAI/bge-visualized-base-en-v1.5"
-_READERS = min(8, os.cpu_count() or 1)  # threads that decode pictures; the decoders release the GIL
+_READERS = min(8, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
 _UNSTABLE = ("model_id", "pictures")  # what `to_dict` adds to the fields
+
+__all__ = ["DEFAULT_MODEL", "ComposedEmbedding", "Request", "VisualizedBGEEmbedding", "node_image", "node_images"]
 
 dispatcher = get_dispatcher(__name__)
 
@@ -71,57 +76,60 @@ class Request:
 
     @property
     def label(self) -> str:
-        """For events: the text, and the picture's name."""
+        """For events: the text, and the image's name."""
         named = [] if self.image is None else [source_name(self.image)]
         return " + ".join(named + ([] if self.text is None else [self.text]))
 
 
-class VisualizedBGEEmbedding(MultiModalEmbedding):
-    """Texts, pictures and picture-and-text pairs to vectors of length 1 in one space.
+class ComposedEmbedding(MultiModalEmbedding):
+    """Texts, images, and image-text pairs to vectors of length 1 in one space, by any model of the registry.
 
-    One object may serve many threads and event loops. Loading happens here, not at the first call.
+    One object may serve many threads and event loops. The model is loaded here, not at the first call.
 
     Args:
-        model_name: a published name, "tiny" (bundled; drawn products only), a local folder or weight file.
+        model_name: a published name, "tiny" (bundled; drawn products only), a local folder or weight file, a hub
+            repository, or an `Embedder`.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
         dtype: "float32" (default), "bfloat16" or "float16".
         revision: of the hub repository.
-        tokenizer: path of ``tokenizer.json`` when it is not beside the weights.
+        options: of the model's family.
         embed_batch_size: inputs from one event and progress step to the next; the model takes as many as fit.
         cache_dir: a folder that keeps vectors by content, model and dtype; default: none are kept.
-        cache_bytes: how large its file may become; beyond that, what was not used for longest is removed.
-        image_policy: which pictures may be read: folders, sizes, network.
-        compose_nodes: as a transformation, embed a node that has picture and text as both together; default: a
-            picture node is its picture.
+        cache_bytes: how large its file may become; beyond that, the vectors that were unused for longest are removed.
+        image_policy: which images may be read: folders, sizes, network.
+        compose_nodes: as a transformation, embed a node that has image and text as both together; default: an image
+            node is its image.
 
     Raises:
         ModelNotFoundError: the name leads to no files, or the hub is out of reach.
-        CheckpointError: the files are damaged, unsafe, or of another model.
+        CheckpointError: the files are damaged, unsafe, or of no known family.
     """
 
     model_name: str = DEFAULT_MODEL
-    device: str = "cpu"
+    device: str | None = None
     dtype: str = "float32"
     revision: str | None = None
-    tokenizer: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
     cache_dir: str | None = None
     cache_bytes: int = MAX_BYTES
     image_policy: ImagePolicy = Field(default=DEFAULT_POLICY)
     compose_nodes: bool = False
 
-    _encoder: Any = PrivateAttr(default=None)
+    families: ClassVar[tuple[str, ...] | None] = None
+    """Model families that this class loads; None: all."""
+
+    _embedder: Any = PrivateAttr(default=None)
+    _given: Embedder | None = PrivateAttr(default=None)
     _cache: VectorCache | None = PrivateAttr(default=None)
-    _model_id: str = PrivateAttr(default="")
-    _model_note: str = PrivateAttr(default="")
 
     def __init__(
         self,
-        model_name: str | os.PathLike[str] = DEFAULT_MODEL,
+        model_name: str | os.PathLike[str] | Embedder = DEFAULT_MODEL,
         *,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
-        tokenizer: str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] | None = None,
         embed_batch_size: int = 32,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_bytes: int = MAX_BYTES,
@@ -132,18 +140,11 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         embeddings_cache: Any | None = None,
         rate_limiter: Any | None = None,
     ) -> None:
-        from mm_retriever.devices import as_dtype, default_device
-        from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
-        from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
-
-        device = str(device or default_device())
-        computed = as_dtype(dtype)
-        given: dict[str, Any] = {
-            "model_name": os.fspath(model_name),
-            "device": device,
-            "dtype": str(computed).removeprefix("torch."),
+        given = None if isinstance(model_name, str | os.PathLike) else model_name
+        fields: dict[str, Any] = {
+            "model_name": os.fspath(model_name) if isinstance(model_name, str | os.PathLike) else model_name.name,
             "revision": revision,
-            "tokenizer": None if tokenizer is None else os.fspath(tokenizer),
+            "options": dict(options or {}),
             "embed_batch_size": embed_batch_size,
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
             "cache_bytes": cache_bytes,
@@ -154,58 +155,56 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
             "embeddings_cache": embeddings_cache,
             "rate_limiter": rate_limiter,
         }
-        super().__init__(**given)
-        model, processor = load_visualized_bge(
-            model_name, tokenizer=tokenizer, revision=revision, device=device, dtype=computed
+        super().__init__(**fields)
+        self._given = given
+        self._embedder = given or load_embedder(
+            self.model_name, device=device, dtype=dtype, revision=revision, families=self.families, **self.options
         )
-        self._encoder = VisualizedBGEEncoder(model, processor)
-        path = Path(self.model_name).expanduser()
-        name = path.resolve().name if path.exists() else self.model_name
-        self._model_id = f"visualized-bge@{model.fingerprint}.{self._encoder.processor.fingerprint()}"
-        self._model_note = f"{name}, {self.dtype}"
+        self.device = None if device is None else str(device)
+        self.device = self.device or getattr(self._embedder, "device", None)
+        self.dtype = given.note if given else str(dtype or "float32").removeprefix("torch.")
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
 
     @classmethod
     def class_name(cls) -> str:
         """The name under which LlamaIndex serialises this class."""
-        return "VisualizedBGEEmbedding"
+        return cls.__name__
+
+    @property
+    def embedder(self) -> Embedder:
+        """The model, without LlamaIndex around it."""
+        embedder: Embedder = self._embedder
+        return embedder
 
     @property
     def dimension(self) -> int:
         """Length of every vector."""
-        return int(self.encoder.model.config.dimension)
+        return self.embedder.dimension
 
     @property
     def model_id(self) -> str:
-        """Family, weights and tokenizer in one line, kept with a collection: what decides which vectors compare.
-
-        The same wherever the files lie and whatever they are called, and in every float format.
-        """
-        return self._model_id
+        """The embedder's `space`, kept with a collection: equal if and only if vectors may be compared."""
+        return self.embedder.space
 
     @property
     def model_note(self) -> str:
         """Name and float format, for people; kept with a collection too."""
-        return self._model_note
-
-    @property
-    def encoder(self) -> VisualizedBGEEncoder:
-        """The model and its processor, without LlamaIndex around them."""
-        encoder: VisualizedBGEEncoder = self._encoder
-        return encoder
+        path = Path(self.model_name).expanduser()
+        name = path.resolve().name if path.exists() else self.model_name
+        return f"{name}, {self.embedder.note}"
 
     # -------------------------------------------------------------------------------------------- the one place
 
-    def _vectors(self, contents: Sequence[Content]) -> NDArray[np.float32]:
+    def _vectors(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
         """(B, D) float32, row by row; equal contents are computed once."""
-        identity = f"{self.encoder.model.fingerprint}/{self.dtype}"
+        identity = cache_identity(self.embedder, query=query)
         keys = [content.key(identity) for content in contents]
         wanted = dict(zip(keys, contents, strict=True))
         known: dict[bytes, NDArray[np.float32]] = {} if self._cache is None else self._cache.get(wanted)
         missing = [key for key in wanted if key not in known]
         if missing:
-            fresh = dict(zip(missing, self.encoder.encode([wanted[key] for key in missing]), strict=True))
+            fresh = dict(zip(missing, self.embedder.encode([wanted[key] for key in missing], query=query), strict=True))
             if self._cache is not None:
                 self._cache.put(fresh)
             known |= fresh
@@ -215,30 +214,26 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         return vectors
 
     def _content(self, request: Request) -> Content:
-        from mm_retriever.embedders.visualized_bge.encoder import Content
-
         if request.image is None:
             return Content(request.text or "")
 
-        def square(source: ImageSource) -> NDArray[np.uint8]:
+        def prepared(source: ImageSource) -> NDArray[np.uint8]:
             with opened_image(source, policy=request.policy or self.image_policy, keep_mode=True) as image:
                 return self.prepare_image(image)
 
-        return Content(request.text or "", first_readable((request.image, *request.elsewhere), square))
-
-    def _embedding(self, request: Request) -> Embedding:
-        vector: Embedding = self._vectors([self._content(request)])[0].tolist()
-        return vector
+        return Content(request.text or "", first_readable((request.image, *request.elsewhere), prepared))
 
     # --------------------------------------------------------------------------------------- batches and events
 
-    def _batch(self, requests: Sequence[Request], *, show_progress: bool, name: str) -> list[Embedding]:
-        """Vectors in the order of the requests; pictures of the next batch are read while the model works on this."""
+    def _batch(
+        self, requests: Sequence[Request], *, show_progress: bool, name: str, query: bool = False
+    ) -> list[Embedding]:
+        """Vectors in the order of the requests; images of the next batch are read while the model works on this one."""
         order = sorted(range(len(requests)), key=lambda row: len(requests[row].text or ""))
         embeddings: list[Embedding] = [[]] * len(requests)
         bar: Any = get_tqdm_iterable(order, show_progress, name)
         rows = iter(bar)
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-picture") as readers:
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
 
             def read(start: int) -> list[Callable[[], Content]]:
                 batch = [requests[row] for row in order[start : start + self.embed_batch_size]]
@@ -255,7 +250,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
                     batch = list(islice(rows, self.embed_batch_size))
                     contents = [content() for content in reading]
                     reading = read(start + self.embed_batch_size)
-                    computed = self._announced([requests[row].label for row in batch], contents)
+                    computed = self._announced([requests[row].label for row in batch], contents, query=query)
                     for row, embedding in zip(batch, computed, strict=True):
                         embeddings[row] = embedding
             finally:
@@ -264,32 +259,35 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
                     bar.close()
         return embeddings
 
-    def _announced(self, labels: list[str], contents: Sequence[Content]) -> list[Embedding]:
+    def _announced(self, labels: list[str], contents: Sequence[Content], *, query: bool) -> list[Embedding]:
         """The vectors of the contents, with the events that LlamaIndex's own text methods send."""
         payload = self.to_payload()
         dispatcher.event(EmbeddingStartEvent(model_dict=payload))
         with self.callback_manager.event(CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload}) as event:
             if self.rate_limiter is not None:
                 self.rate_limiter.acquire()
-            embeddings: list[Embedding] = self._vectors(contents).tolist()
+            embeddings: list[Embedding] = self._vectors(contents, query=query).tolist()
             event.on_end(payload={EventPayload.CHUNKS: labels, EventPayload.EMBEDDINGS: embeddings})
         dispatcher.event(EmbeddingEndEvent(chunks=labels, embeddings=embeddings))
         return embeddings
 
-    def _single(self, request: Request) -> Embedding:
-        return self._announced([request.label], [self._content(request)])[0]
+    def _single(self, request: Request, *, query: bool) -> Embedding:
+        return self._announced([request.label], [self._content(request)], query=query)[0]
 
     # ------------------------------------------------------------------------------------------------------- texts
 
+    def _embeddings(self, requests: Sequence[Request], *, query: bool = False) -> list[Embedding]:
+        vectors: list[Embedding] = self._vectors([self._content(one) for one in requests], query=query).tolist()
+        return vectors
+
     def _get_text_embedding(self, text: str) -> Embedding:
-        return self._embedding(Request(text))
+        return self._embeddings([Request(text)])[0]
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self._embedding(Request(query))
+        return self._embeddings([Request(query)], query=True)[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        vectors: list[Embedding] = self._vectors([self._content(Request(text)) for text in texts]).tolist()
-        return vectors
+        return self._embeddings([Request(text) for text in texts])
 
     async def _aget_text_embedding(self, text: str) -> Embedding:
         return await asyncio.to_thread(self._get_text_embedding, text)
@@ -301,7 +299,7 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         return await asyncio.to_thread(self._get_text_embeddings, texts)
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
-        """Vectors of texts, short ones with short ones, in the order given."""
+        """Vectors of texts, in the order given."""
         if self.embeddings_cache is not None:  # LlamaIndex's own cache: by its own rules
             return super().get_text_embedding_batch(texts, show_progress, **kwargs)
         requests = [Request(text) for text in texts]
@@ -313,36 +311,40 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         """As :meth:`get_text_embedding_batch`; the event loop stays free."""
         return await asyncio.to_thread(self.get_text_embedding_batch, texts, show_progress, **kwargs)
 
-    # ---------------------------------------------------------------------------------------------------- pictures
+    # ------------------------------------------------------------------------------------------------------ images
 
     def _get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
-        return self._embedding(Request(image=img_file_path))
+        return self._embeddings([Request(image=img_file_path)])[0]
 
     async def _aget_image_embedding(self, img_file_path: ImageSource) -> Embedding:
         return await asyncio.to_thread(self._get_image_embedding, img_file_path)
 
-    def get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
-        """Vector of a picture: a path, bytes, a file object, a PIL picture, ... (see :func:`load_image`).
+    def get_image_embedding(self, img_file_path: ImageSource, *, query: bool = False) -> Embedding:
+        """Vector of an image: a path, bytes, a file object, a PIL image, ... (see :func:`load_image`).
+
+        Args:
+            img_file_path: the image, under LlamaIndex's name for it.
+            query: whether it is searched with, rather than stored.
 
         Raises:
-            ImageLoadError: the picture cannot or must not be read.
+            ImageLoadError: the image cannot or must not be read.
         """
-        return self._single(Request(image=img_file_path))
+        return self._single(Request(image=img_file_path), query=query)
 
-    async def aget_image_embedding(self, img_file_path: ImageSource) -> Embedding:
+    async def aget_image_embedding(self, img_file_path: ImageSource, *, query: bool = False) -> Embedding:
         """As :meth:`get_image_embedding`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_image_embedding, img_file_path)
+        return await asyncio.to_thread(self.get_image_embedding, img_file_path, query=query)
 
     def get_image_embedding_batch(
         self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
     ) -> list[Embedding]:
-        """Vectors of pictures, in the order given.
+        """Vectors of images, in the order given.
 
         Raises:
-            ImageLoadError: names the first picture that cannot or must not be read.
+            ImageLoadError: names the first image that cannot or must not be read.
         """
         requests = [Request(image=image) for image in img_file_paths]
-        return self._batch(requests, show_progress=show_progress, name="Embedding pictures")
+        return self._batch(requests, show_progress=show_progress, name="Embedding images")
 
     async def aget_image_embedding_batch(
         self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
@@ -351,49 +353,62 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         return await asyncio.to_thread(self.get_image_embedding_batch, img_file_paths, show_progress)
 
     def prepare_image(self, image: Image.Image) -> NDArray[np.uint8]:
-        """(H, W, 3): all that the model sees of a picture, to be made in a reading thread and kept in little memory."""
-        return self.encoder.processor.square(image)
+        """(H, W, 3): all that the model sees of an image, to be made in a reading thread and kept in little memory."""
+        return self.embedder.prepare(image)
 
     def embed_images(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> NDArray[np.float32]:
-        """(B, D) of loaded pictures, or of what :meth:`prepare_image` made of them: the fast path, without events."""
-        from mm_retriever.embedders.visualized_bge.encoder import Content
+        """(B, D) of loaded images, or of what :meth:`prepare_image` made of them: the fast path, without events."""
+        prepared = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
+        return self._vectors([Content(image=image) for image in prepared])
 
-        squares = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
-        return self._vectors([Content(square=square) for square in squares])
+    # ----------------------------------------------------------------------------------------------- image and text
 
-    # --------------------------------------------------------------------------------- picture and text at once
+    def get_composed_embedding(self, text: str, image: ImageSource, *, query: bool = True) -> Embedding:
+        """Vector of an image and a text about it ("the same in red") together.
 
-    def get_composed_embedding(self, text: str, image: ImageSource) -> Embedding:
-        """Vector of a picture and a text about it ("the same in red") together.
+        Args:
+            text: what to change, or what the image is about.
+            image: as of :meth:`get_image_embedding`.
+            query: whether the pair is searched with, rather than stored.
 
         Raises:
-            ImageLoadError: the picture cannot or must not be read.
+            ImageLoadError: the image cannot or must not be read.
         """
-        return self._single(Request(text, image))
+        return self._single(Request(text, image), query=query)
 
-    async def aget_composed_embedding(self, text: str, image: ImageSource) -> Embedding:
+    async def aget_composed_embedding(self, text: str, image: ImageSource, *, query: bool = True) -> Embedding:
         """As :meth:`get_composed_embedding`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_composed_embedding, text, image)
+        return await asyncio.to_thread(self.get_composed_embedding, text, image, query=query)
 
     def get_composed_embedding_batch(
-        self, texts: Sequence[str], images: Sequence[ImageSource], show_progress: bool = False
+        self,
+        texts: Sequence[str],
+        images: Sequence[ImageSource],
+        show_progress: bool = False,
+        *,
+        query: bool = True,
     ) -> list[Embedding]:
-        """Vectors of pairs, text by text and picture by picture, in the order given.
+        """Vectors of pairs, the first text with the first image and so on, in the order given.
 
         Raises:
-            QueryError: there are not as many texts as pictures.
-            ImageLoadError: names the first picture that cannot or must not be read.
+            QueryError: there are not as many texts as images.
+            ImageLoadError: names the first image that cannot or must not be read.
         """
         if len(texts) != len(images):
-            raise QueryError(f"{len(texts)} texts and {len(images)} pictures: give one text for each picture")
+            raise QueryError(f"{len(texts)} texts and {len(images)} images: give one text for each image")
         requests = [Request(text, image) for text, image in zip(texts, images, strict=True)]
-        return self._batch(requests, show_progress=show_progress, name="Embedding pairs")
+        return self._batch(requests, show_progress=show_progress, name="Embedding pairs", query=query)
 
     async def aget_composed_embedding_batch(
-        self, texts: Sequence[str], images: Sequence[ImageSource], show_progress: bool = False
+        self,
+        texts: Sequence[str],
+        images: Sequence[ImageSource],
+        show_progress: bool = False,
+        *,
+        query: bool = True,
     ) -> list[Embedding]:
         """As :meth:`get_composed_embedding_batch`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_composed_embedding_batch, texts, images, show_progress)
+        return await asyncio.to_thread(self.get_composed_embedding_batch, texts, images, show_progress, query=query)
 
     def get_query_bundle(
         self,
@@ -419,11 +434,11 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         words = text if text and text.strip() else ""
         if image is None:
             if not words:
-                raise QueryError("nothing to search for: give a text, a picture, or both")
+                raise QueryError("nothing to search for: give a text, an image, or both")
             return QueryBundle(query_str=words, embedding=self.get_query_embedding(words))
         policy = image_policy or self.image_policy
         carried = portable_image(image, policy=policy)
-        embedding = self._single(Request(words or None, carried, policy=policy))
+        embedding = self._single(Request(words or None, carried, policy=policy), query=True)
         return QueryBundle(query_str=words, image_path=carried, embedding=embedding)
 
     async def aget_query_bundle(
@@ -436,10 +451,10 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         """As :meth:`get_query_bundle`; the event loop stays free."""
         return await asyncio.to_thread(self.get_query_bundle, text, image, image_policy=image_policy)
 
-    # --------------------------------------------------------------------------- as a pipeline's transformation
+    # ------------------------------------------------------------------------------- as a pipeline's transformation
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Gives every node its vector: a picture's from its pixels, a text's from its text."""
+        """Gives every node its vector: an image node's from its pixels, a text node's from its text."""
         embeddings = self.embed_nodes(nodes, show_progress=bool(kwargs.get("show_progress", False)))
         for node, embedding in zip(nodes, embeddings, strict=True):
             node.embedding = embedding
@@ -466,17 +481,19 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         text = node.get_content(metadata_mode=MetadataMode.EMBED) if composed else None
         return Request(text, images[0], elsewhere=images[1:])
 
+    # ------------------------------------------------------------------------------------------ dicts and pickles
+
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The fields, the model's identity, and a number that is never the same twice.
 
-        An IngestionPipeline with a cache takes nodes for equal when their text and this dict are: two pictures without
+        An IngestionPipeline with a cache takes nodes for equal when their text and this dict are: two images without
         text would get one vector. So no cached result of it may ever stand in for ours; ``cache_dir`` keeps vectors by
         pixels instead.
         """
         return {**super().to_dict(**kwargs), "model_id": self.model_id, "pictures": uuid.uuid4().hex}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> VisualizedBGEEmbedding:
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
         """The object that :meth:`to_dict` described, loaded again."""
         return super().from_dict({key: value for key, value in data.items() if key not in _UNSTABLE}, **kwargs)
 
@@ -486,45 +503,54 @@ class VisualizedBGEEmbedding(MultiModalEmbedding):
         return plain | {"roots": None if policy.roots is None else [str(root) for root in policy.roots]}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes: the fields; they load the model themselves."""
+        """For other processes: the fields; they load the model themselves, unless it was given as an object."""
         kept = type(self).model_fields.keys() - {"callback_manager", "rate_limiter"}  # they hold locks
-        fields_kept = {name: getattr(self, name) for name in kept}
-        for name in ("model_name", "tokenizer", "cache_dir"):
-            if fields_kept[name] is not None:
-                fields_kept[name] = portable_name(fields_kept[name])
-        return {"__dict__": fields_kept}
+        state = {name: getattr(self, name) for name in kept}
+        state["model_name"] = self._given or portable_name(self.model_name)
+        if self.cache_dir is not None:
+            state["cache_dir"] = portable_name(self.cache_dir)
+        return {"__dict__": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In the other process: LlamaIndex's own would go on with half a model where loading fails."""
         self.__init__(**state["__dict__"])  # type: ignore[misc]
 
-    def __copy__(self) -> VisualizedBGEEmbedding:
+    def __copy__(self) -> Self:
         """The same model under options of its own."""
         return BaseModel.__copy__(self)
 
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> VisualizedBGEEmbedding:
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """As a copy: a model is large, holds locks, and is never changed."""
         return self.__copy__()
 
 
-def node_images(node: BaseNode) -> tuple[ImageSource, ...]:
-    """The places of the image of a LlamaIndex node or document, unread: its path, its own bytes, its URL.
+class VisualizedBGEEmbedding(ComposedEmbedding):
+    """`ComposedEmbedding` of a Visualized BGE model.
 
-    All that look at a node take the first of them that can be read (`first_readable`): embedding, reranking, engine
-    and tools. The path comes first because it is what a store keeps; bytes stay outside of it. A URL is fetched only
-    where a policy allows it.
+    Args:
+        model_name: as of `ComposedEmbedding`.
+        tokenizer: path of ``tokenizer.json`` when it is not beside the weights.
+        **options: as of `ComposedEmbedding`.
     """
-    resource = getattr(node, "image_resource", None)
-    path = getattr(node, "image_path", None) or getattr(resource, "path", None)
-    encoded = getattr(node, "image", None) or getattr(resource, "data", None)
-    url = getattr(node, "image_url", None) or getattr(resource, "url", None)
-    places: list[ImageSource] = [str(path)] if path else []
-    if encoded:
-        text = encoded.decode("ascii", "replace") if isinstance(encoded, bytes) else str(encoded)
-        places.append(text if text[:5].lower() == "data:" else f"data:image/unknown;base64,{text}")
-    return (*places, str(url)) if url else tuple(places)
 
+    tokenizer: str | None = None
 
-def node_image(node: BaseNode) -> ImageSource | None:
-    """The first place of the image of a node (see `node_images`), or None."""
-    return next(iter(node_images(node)), None)
+    families: ClassVar[tuple[str, ...] | None] = ("visualized_bge",)
+
+    def __init__(
+        self,
+        model_name: str | os.PathLike[str] | Embedder = DEFAULT_MODEL,
+        *,
+        tokenizer: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        if tokenizer is not None:
+            tokenizer = portable_name(tokenizer)
+            options["options"] = {**(options.get("options") or {}), "tokenizer": tokenizer}
+        super().__init__(model_name, **options)
+        self.tokenizer = tokenizer
+
+    @property
+    def encoder(self) -> VisualizedBGEEncoder:
+        """The `embedder`, with its model and processor."""
+        return cast("VisualizedBGEEncoder", self._embedder)

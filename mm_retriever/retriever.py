@@ -1,4 +1,4 @@
-"""`ComposedRetriever`: text, a picture, or a picture and what should be different about it, to the nearest pictures.
+"""`ComposedRetriever`: a text, an image, or an image and what should be different about it, to the nearest images.
 
 Owns how a query becomes one vector and which results are left out. Knows nothing of models and of Milvus.
 """
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import mean_agg
@@ -24,13 +24,12 @@ from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBun
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
 from PIL import Image
 
-from mm_retriever.embedding import node_images
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, QueryError, StoreMismatchError
 from mm_retriever.images import (
     DEFAULT_POLICY,
     ImageDataURI,
     ImagePolicy,
-    ImageSource,
     first_readable,
     is_place,
     load_image,
@@ -39,6 +38,7 @@ from mm_retriever.images import (
     read_image_bytes,
 )
 from mm_retriever.images.header import sniff_format
+from mm_retriever.node_images import node_images
 from mm_retriever.own_keys import own_value
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 
@@ -51,38 +51,13 @@ COPIES = "copies_left_out"
 """Metadata of a result that stands for copies of its file too: how many."""
 
 
-class QueryEmbedding(Protocol):
-    """What a retriever asks of a model; `VisualizedBGEEmbedding` has it."""
-
-    @property
-    def model_id(self) -> str:
-        """The name that the store checked on opening."""
-        ...
-
-    def get_query_embedding(self, query: str) -> list[float]:
-        """Return the vector of a text."""
-        ...
-
-    def get_agg_embedding_from_queries(self, queries: list[str]) -> list[float]:
-        """Return the mean of the vectors of several texts."""
-        ...
-
-    def get_image_embedding(self, img_file_path: Any) -> list[float]:
-        """Return the vector of a picture."""
-        ...
-
-    def get_composed_embedding(self, text: str, image: ImageSource) -> list[float]:
-        """Return the vector of a picture and a text together."""
-        ...
-
-
 class ComposedRetriever(BaseRetriever):
-    """Retrieves by text, by picture, or by both at once.
+    """Retrieves by text, by image, or by both at once.
 
     `retrieve` takes a text or a `QueryBundle(query_str, image_path=...)`, where `image_path` is a path or a data URI;
     a bundle whose `embedding` is set is searched by that. Several `custom_embedding_strs` are averaged, each together
     with the image if there is one. LlamaIndex's transforms of queries drop the image: `KeepQueryImage` puts it back.
-    It returns `NodeWithScore`s, best first: `ImageNode`s where pictures were stored, and `score` their inner
+    It returns `NodeWithScore`s, best first: `ImageNode`s where images were stored, and `score` their inner
     product with the query, from -1 to 1 and higher for nearer (the cosine, as the vectors have length 1).
 
     Args:
@@ -108,7 +83,7 @@ class ComposedRetriever(BaseRetriever):
     def __init__(
         self,
         store: ImageStore,
-        embed_model: QueryEmbedding,
+        embed_model: ComposedEmbedding,
         *,
         top_k: int = 9,
         filters: MetadataFilters | None = None,
@@ -128,7 +103,7 @@ class ComposedRetriever(BaseRetriever):
         if mode == "hybrid" and not store.hybrid:
             raise QueryError("mode 'hybrid' needs a store with an index of words: open_store(..., hybrid=True)")
         if mode == "hybrid" and min_score is not None:
-            raise QueryError("min_score goes with mode 'default': hybrid scores say ranks, not how near a picture is")
+            raise QueryError("min_score goes with mode 'default': hybrid scores say ranks, not how near an image is")
         if not same_model(store.model_id, embed_model.model_id):
             raise StoreMismatchError(
                 f"the store was opened for {store.model_id!r}, the model given is {embed_model.model_id!r}"
@@ -164,7 +139,7 @@ class ComposedRetriever(BaseRetriever):
         if query.image_path:
             texts = query.custom_embedding_strs or ([text] if text else [])
             if not texts:
-                return self._embed_model.get_image_embedding(query.image_path)
+                return self._embed_model.get_image_embedding(query.image_path, query=True)
             return mean_agg([self._embed_model.get_composed_embedding(one, query.image_path) for one in texts])
         if query.custom_embedding_strs:
             return self._embed_model.get_agg_embedding_from_queries(query.custom_embedding_strs)
@@ -187,7 +162,7 @@ class ComposedRetriever(BaseRetriever):
                 yield NodeWithScore(node=node, score=score)
 
     def _others(self, query: QueryBundle, vector: list[float], image: str) -> list[NodeWithScore]:
-        """The nearest that are not the query picture; more are fetched for as long as copies of it take up places."""
+        """The nearest that are not the query image; more are fetched for as long as copies of it take up places."""
         itself = _QueryImage(image, self._policy)
         return self._filled(query, vector, itself.left_out_of, more=1)
 

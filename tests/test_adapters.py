@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from mm_retriever.embedders.visualized_bge.encoder import Content, VisualizedBGEEncoder
-from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
+from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 from mm_retriever.phi3_vision.load import load_phi3_vision

@@ -1,4 +1,4 @@
-"""Weights from strangers: what loads, what is refused, and what the refusal says."""
+"""Untrusted weights: what loads, what is refused, and what the refusal says."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_retriever import checkpoint
-from mm_retriever.checkpoint import PublishedFile, load_strict, locate, read_state_dict
+from mm_retriever.checkpoint import ModelEntry, load_strict, locate, read_state_dict, warn_if_not_published
+from mm_retriever.embedders import visualized_bge
 from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
 from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
-from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
+from mm_retriever.phi3_vision import config as phi3_vision
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from tests.images.test_header import mutated
 from tests.support.effort import EFFORT
@@ -43,6 +44,7 @@ from tests.support.golden import (
 )
 
 State = dict[str, Tensor]
+MODELS = {"visualized_bge": visualized_bge.MODELS, "phi3_vision": phi3_vision.MODELS}
 
 
 def official_shapes() -> dict[str, tuple[int, ...]]:
@@ -246,13 +248,13 @@ def numbers_in(config: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["visualized_bge", "phi3_vision"])
-def test_a_config_may_say_anything(tmp_path: Path, tried: Counter[str], family: checkpoint.Family) -> None:
+def test_a_config_may_say_anything(tmp_path: Path, tried: Counter[str], family: str) -> None:
     """Sizes of another kind, of none and without end, in every place of the bundled models' configs.
 
     Truth: the contract; a billion layers would be built one by one until the memory is full.
     """
     folder = tmp_path / "model"
-    shutil.copytree(checkpoint.BUNDLED[family]["tiny"], folder)
+    shutil.copytree(MODELS[family]["tiny"].folder, folder)
     original = json.loads((folder / "config.json").read_text())
     load = load_visualized_bge if family == "visualized_bge" else load_phi3_vision
     chance, places = random.Random(11), numbers_in(original)
@@ -276,7 +278,7 @@ def test_a_config_may_say_anything(tmp_path: Path, tried: Counter[str], family: 
 def test_a_number_of_crops_that_no_model_takes_is_refused(tmp_path: Path, tried: Counter[str], crops: object) -> None:
     """The largest that is published is 16; a picture would be enlarged to as many crops as the file says."""
     folder = tmp_path / "model"
-    shutil.copytree(checkpoint.BUNDLED["phi3_vision"]["tiny"], folder)
+    shutil.copytree(MODELS["phi3_vision"]["tiny"].folder, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"num_crops": crops}))
     tried["hostile weight files"] += 1
     with pytest.raises(CheckpointError, match="num_crops"):
@@ -285,12 +287,10 @@ def test_a_number_of_crops_that_no_model_takes_is_refused(tmp_path: Path, tried:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("family", ["visualized_bge", "phi3_vision"])
-def test_json_of_any_size_is_not_read(
-    tmp_path: Path, tried: Counter[str], family: checkpoint.Family, name: str
-) -> None:
+def test_json_of_any_size_is_not_read(tmp_path: Path, tried: Counter[str], family: str, name: str) -> None:
     """A hole of a file: it takes no disk, and would take the memory."""
     folder = tmp_path / "model"
-    shutil.copytree(checkpoint.BUNDLED[family]["tiny"], folder)
+    shutil.copytree(MODELS[family]["tiny"].folder, folder)
     if "index" in name:
         (folder / "model.safetensors").rename(folder / name)
     os.truncate(folder / name, 2**36)
@@ -557,7 +557,7 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_path_that_is_not_there_never_asks_the_hub(name: str) -> None:
     """Our choice: one line that says what would work."""
     with pytest.raises(ModelNotFoundError, match=r"does not exist.*bundled model 'tiny'"):
-        locate(name, family="visualized_bge")
+        locate(name, visualized_bge.MODELS)
 
 
 @pytest.mark.parametrize("name", ["BAAI/bge-visualized-base-en-v1.5", "BAAI/bge-visualized-m3", "some/model"])
@@ -625,15 +625,14 @@ def test_a_file_that_differs_from_the_published_one_is_told_by_its_hash(
     path = tmp_path / "weights.pth"
     path.write_bytes(b"abc")
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, of "abc"
-    entry = PublishedFile(repo="a/b", file="weights.pth", tokenizer_repo="c/d", size=3, sha256=sha256)
-    monkeypatch.setattr(checkpoint, "PUBLISHED", {"a/b": entry})
+    models = {"a/b": ModelEntry(repo="a/b", file="weights.pth", tokenizer_repo="c/d", size=3, sha256=sha256)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.warn_if_not_published(path)
+        warn_if_not_published(path, models)
     assert len(list((tmp_path / "cache" / "mm_retriever" / "sha256").iterdir())) == 1
     path.write_bytes(b"abd")
     with pytest.warns(UserWarning, match="its sha256 is .*, that of the published file ba7816bf"):
-        checkpoint.warn_if_not_published(path)
+        warn_if_not_published(path, models)
 
 
 def test_a_folder_of_several_torch_files_must_be_named(tmp_path: Path) -> None:
@@ -641,4 +640,4 @@ def test_a_folder_of_several_torch_files_must_be_named(tmp_path: Path) -> None:
     for name in ("a.pth", "b.pth"):
         torch.save(small_model().state_dict(), tmp_path / name)
     with pytest.raises(ModelNotFoundError, match=r"a\.pth, b\.pth"):
-        locate(tmp_path, family="visualized_bge")
+        locate(tmp_path, visualized_bge.MODELS)

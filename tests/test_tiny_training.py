@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, draw_product
-from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan
 from mm_retriever.bulk.shards import ShardReport, ShardWriter, make_shards
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import IngestError, MissingExtraError, MMRetrieverError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.sidecar import SidecarSource
-from mm_retriever.ingest.vectors import PictureEmbedding
 from mm_retriever.store import SparseEmbedding
 
 _DEATHS = 3
@@ -41,7 +41,7 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 def embed_to_shards_on_ray(
     source: PathsOrURLs | None,
     out: str | Path,
-    embed_model: PictureEmbedding,
+    embed_model: ComposedEmbedding,
     *,
     rows_per_shard: int = 10_000,
     batch_size: int = 32,
@@ -113,9 +113,9 @@ def embed_to_shards_on_ray(
     )
 
 
-def _on_device(embed_model: PictureEmbedding, device: str) -> PictureEmbedding:
+def _on_device(embed_model: ComposedEmbedding, device: str) -> ComposedEmbedding:
     """Return what pickles as the model does, and is loaded on another device."""
-    if not hasattr(embed_model, "device"):
+    if getattr(embed_model, "device", None) is None:
         raise IngestError(f"device {device!r}: {type(embed_model).__name__} has none to be changed")
     moved: Any = copy.copy(embed_model)
     moved.device = device

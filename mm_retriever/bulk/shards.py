@@ -18,6 +18,7 @@ from llama_index.core.schema import ImageNode
 from tqdm import tqdm
 
 from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan, make_plan, read_plan
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import IngestError, NodeError, StoreMismatchError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.ignored import IgnoredFiles
@@ -25,7 +26,7 @@ from mm_retriever.ingest.nodes import Layer, Task, picture_node, reason_of, stam
 from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
-from mm_retriever.ingest.vectors import PictureEmbedding, Vectors
+from mm_retriever.ingest.vectors import Vectors
 from mm_retriever.store import ImageStore, SparseEmbedding, same_model
 from mm_retriever.store.bulk_import import ImportReport, import_files
 from mm_retriever.store.parquet import ParquetRows, read_account, remove_drafts
@@ -69,7 +70,7 @@ class ShardReport:
 def embed_to_shards(
     source: PathsOrURLs | None,
     out: str | Path,
-    embed_model: PictureEmbedding,
+    embed_model: ComposedEmbedding,
     *,
     rows_per_shard: int = 10_000,
     batch_size: int = 32,
@@ -122,7 +123,7 @@ def embed_to_shards(
 def make_shards(
     source: PathsOrURLs | None,
     out: str | Path,
-    embed_model: PictureEmbedding,
+    embed_model: ComposedEmbedding,
     write: Callable[[ShardWriter, Sequence[int], Callable[[int], object]], int],
     *,
     rows_per_shard: int,
@@ -193,7 +194,7 @@ class ShardWriter:
     def __init__(
         self,
         plan: ShardPlan,
-        embed_model: PictureEmbedding,
+        embed_model: ComposedEmbedding,
         *,
         hybrid: bool | SparseEmbedding,
         batch_size: int,

@@ -46,7 +46,7 @@ from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarMatch, SidecarSource, match_sidecar
 from mm_retriever.ingest.sources import Item, Source, items, path_id, source_folder, url_id, vanished_folder, walk
 from mm_retriever.ingest.stable_url import stable_url
-from mm_retriever.ingest.vectors import PictureEmbedding, Vector, Vectors
+from mm_retriever.ingest.vectors import ComposedEmbedding, Vector, Vectors
 from mm_retriever.own_keys import own_value
 from mm_retriever.store import ImageStore, same_model
 
@@ -61,7 +61,7 @@ T = TypeVar("T")
 def ingest_images(
     source: Source,
     store: ImageStore,
-    embed_model: PictureEmbedding,
+    embed_model: ComposedEmbedding,
     *,
     batch_size: int = 32,
     prune: bool = False,
@@ -196,7 +196,7 @@ class _Run:
     def __init__(
         self,
         store: ImageStore,
-        embed_model: PictureEmbedding,
+        embed_model: ComposedEmbedding,
         sidecar: SidecarMatch,
         batch_size: int,
         policy: ImagePolicy,

@@ -1,16 +1,14 @@
-"""Vectors of pictures and texts, from any model that offers what `VisualizedBGEEmbedding` does.
-
-Owns what happens when the model fails: one bad picture does not cost its batch, a broken model ends the run.
-"""
+"""Vectors of images and texts: one bad image does not cost its batch, a broken model ends the run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+
+from mm_retriever.embedding import ComposedEmbedding
 
 _HOPELESS = 3
 """Failures of the model without one success, after which it is the model that is broken and not the pictures."""
@@ -22,36 +20,10 @@ T = TypeVar("T")
 Vector = npt.NDArray[np.float32]
 
 
-class PictureEmbedding(Protocol):
-    """What ingestion asks of a model; `VisualizedBGEEmbedding` has it."""
-
-    @property
-    def dimension(self) -> int:
-        """Numbers in one vector."""
-        ...
-
-    @property
-    def model_id(self) -> str:
-        """The name that the store checked on opening."""
-        ...
-
-    def prepare_image(self, image: Image.Image) -> Any:
-        """Return all that the model needs of a picture, in little memory; called in several threads."""
-        ...
-
-    def embed_images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
-        """Return one vector for each prepared picture, (B, D)."""
-        ...
-
-    def get_text_embedding_batch(self, texts: list[str]) -> list[list[float]]:
-        """Return one vector for each text."""
-        ...
-
-
 class Vectors:
     """What a model makes of prepared pictures and of texts: a vector for each, or the reason why there is none."""
 
-    def __init__(self, embed_model: PictureEmbedding) -> None:
+    def __init__(self, embed_model: ComposedEmbedding) -> None:
         self._embed_model = embed_model
         self._embedded = 0
         self._failures = 0

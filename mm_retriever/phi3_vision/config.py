@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from mm_retriever.checkpoint import ModelFiles, read_json, reason_of
+from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json, reason_of
 from mm_retriever.errors import CheckpointError, shown
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
+MODELS: Models = {
+    "tiny": ModelEntry(
+        folder=Path(__file__).parent / "tiny", licence="MIT", note="comes with the package; drawn products only"
+    ),
+    DEFAULT_MODEL: ModelEntry(repo=DEFAULT_MODEL, licence="MIT", note="4.2 billion parameters, 8 GB in bfloat16"),
+    "microsoft/Phi-3-vision-128k-instruct": ModelEntry(
+        repo="microsoft/Phi-3-vision-128k-instruct", licence="MIT", note="as published first"
+    ),
+}
 MAX_LAYERS = 256  # more than any model has; the file is untrusted
 
 

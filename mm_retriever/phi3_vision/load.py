@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from mm_retriever.checkpoint import ModelFiles, load_strict, locate, read_state_dict, skeleton
 from mm_retriever.devices import as_device, as_dtype, stored_dtype
-from mm_retriever.phi3_vision.config import DEFAULT_MODEL, read_config
+from mm_retriever.phi3_vision.config import DEFAULT_MODEL, MODELS, read_config
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, read_processor
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
@@ -42,7 +42,7 @@ def load_phi3_vision(
         ModelNotFoundError: The name leads nowhere.
         CheckpointError: Weights are missing, do not fit, or are none too many.
     """
-    files = locate(name, family="phi3_vision", revision=revision)
+    files = locate(name, MODELS, revision=revision)
     config = read_config(files)
     processor = read_processor(files, config, num_crops)
     device = as_device(device)

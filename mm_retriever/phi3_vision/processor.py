@@ -29,7 +29,7 @@ from transformers import AutoProcessor
 
 from mm_retriever.checkpoint import ModelFiles, locate, read_json
 from mm_retriever.errors import CheckpointError, PromptError, shown
-from mm_retriever.phi3_vision.config import read_config
+from mm_retriever.phi3_vision.config import MODELS, read_config
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
@@ -153,7 +153,7 @@ class Phi3VisionProcessor:
             **kwargs: ``revision`` of the hub repository, ``num_crops``; what else transformers passes along changes
                 nothing.
         """
-        files = locate(name, family="phi3_vision", revision=kwargs.get("revision"))
+        files = locate(name, MODELS, revision=kwargs.get("revision"))
         return read_processor(files, read_config(files), kwargs.get("num_crops"))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> list[str]:

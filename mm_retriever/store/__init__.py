@@ -29,14 +29,13 @@ from mm_retriever.store.connection import check_exists
 from mm_retriever.store.description import describe_store
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.identity import StoredIdentity, same_model
-from mm_retriever.store.image_store import MAX_TOP_K, EmbeddingIdentity, ImageStore, open_store, open_stored
+from mm_retriever.store.image_store import MAX_TOP_K, ImageStore, open_store, open_stored
 from mm_retriever.store.rows import bytes_as_text, has_control_characters, metadata_columns, storable_node
 from mm_retriever.store.verification import Verification, verify_store
 from mm_retriever.store.words import SparseEmbedding
 
 __all__ = [
     "MAX_TOP_K",
-    "EmbeddingIdentity",
     "ImageStore",
     "ImportReport",
     "SparseEmbedding",

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llama_index.core.bridge.pydantic import PrivateAttr
@@ -55,6 +55,9 @@ from mm_retriever.store.values import plain_metadata
 from mm_retriever.store.verification import Verification, verify_collection
 from mm_retriever.store.words import SparseEmbedding, WordIndex
 
+if TYPE_CHECKING:
+    from mm_retriever.embedding import ComposedEmbedding
+
 logger = logging.getLogger(__name__)
 
 MAX_TOP_K = 16_384
@@ -76,23 +79,9 @@ _MODES = (VectorStoreQueryMode.DEFAULT, VectorStoreQueryMode.MMR, *_WORD_MODES)
 _MMR_OPTIONS = ("mmr_threshold", "mmr_prefetch_factor", "mmr_prefetch_k")
 
 
-class EmbeddingIdentity(Protocol):
-    """What a store must know of the model whose vectors it keeps."""
-
-    @property
-    def dimension(self) -> int:
-        """Numbers in one vector."""
-        ...
-
-    @property
-    def model_id(self) -> str:
-        """Says whether vectors of two models may be compared; see `same_model`."""
-        ...
-
-
 def open_store(
     uri: str | Path,
-    embed_model: EmbeddingIdentity,
+    embed_model: ComposedEmbedding,
     *,
     collection: str = "mm_retriever",
     token: str | None = None,

@@ -98,7 +98,7 @@ def planned(folder: Path, out: Path) -> None:
 class Slow(ColourEmbedding):
     """Leaves the number of its process behind, and takes its time."""
 
-    left_in: str
+    left_in: str = ""
 
     def embed_images(self, images):
         Path(self.left_in).write_text(str(os.getpid()))
@@ -277,7 +277,7 @@ def test_a_shard_that_kills_whoever_begins_it_ends_the_call(folder, tmp_path, mo
 class Elsewhere(ColourEmbedding):
     """Another model in another process, as where machines have different files."""
 
-    there: int
+    there: int = 0
 
     @property
     def model_id(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mm_retriever.demo.catalogue import HELD_OUT, MODES, catalogue, draw_product, draw_theme
-from mm_retriever.embedders.visualized_bge.load import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "mm_retriever" / "embedders" / "visualized_bge" / "tiny"

@@ -26,7 +26,7 @@ import pytest
 from llama_index.core.vector_stores.types import VectorStoreQuery
 from PIL import Image
 
-from mm_retriever.embedders.visualized_bge.encoder import Content
+from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.ingest.sources import path_id
 from mm_retriever.store import open_store
@@ -121,7 +121,7 @@ class Scene:
         square = self._model.prepare_image(Image.fromarray(noise))
         vector = self._model.embed_images([square])[0]
         self._vectors[digest(path.read_bytes())] = vector
-        self._cached[Content(square=square).key(f"{self._model.encoder.model.fingerprint}/float32")] = vector
+        self._cached[Content(image=square).key(f"{self._model.encoder.model.fingerprint}/float32")] = vector
 
     def truth(self) -> dict[str, Row]:
         """What is to be stored of the folder as it is now."""

@@ -1,4 +1,4 @@
-"""A tiny real embedding for tests at the public seam: a picture is the histogram of its colours."""
+"""A tiny real embedder for tests at the public seam: an image is the histogram of its colours."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from llama_index.core.embeddings import MultiModalEmbedding
-from llama_index.core.schema import QueryBundle
 from PIL import Image
 
-from mm_retriever.images import load_image
+from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedding import ComposedEmbedding
 
 COLOURS = {
     "red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (230, 220, 30),
@@ -18,66 +17,66 @@ COLOURS = {
 }  # fmt: skip
 
 
-class ColourEmbedding(MultiModalEmbedding):
+class ColourEmbedder:
     """Unit vectors of 27 numbers: how many pixels fall into each third of red, green and blue.
 
-    A text is the mean of the colours that it names (grey if it names none), so "red" finds red pictures.
+    A text is the mean of the colours that it names (grey if it names none), so "red" finds red images.
     """
+
+    note = "float32"
+    dimension = 27
+
+    def __init__(self, name: str = "colours") -> None:
+        self.name = self.space = name
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(image.convert("RGB").resize((16, 16)))
+
+    def encode(self, contents: Sequence[Content], *, query: bool = False) -> np.ndarray:
+        return np.stack([self._vector(content) for content in contents])
+
+    def _vector(self, content: Content) -> np.ndarray:
+        if content.image is None:
+            return self._text(content.text)
+        if not content.text:
+            return self._histogram(content.image)
+        return unit(self._text(content.text) + self._histogram(content.image))
+
+    def _text(self, text: str) -> np.ndarray:
+        named = [colour for colour in COLOURS if colour in text.lower()] or ["grey"]
+        return unit(sum(self._histogram(np.uint8([[COLOURS[colour]]])) for colour in named))
+
+    def _histogram(self, pixels: np.ndarray) -> np.ndarray:
+        thirds = pixels.reshape(-1, 3).astype(np.int64) * 3 // 256
+        return unit(np.bincount(thirds @ (9, 3, 1), minlength=27).astype(np.float32))
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+class ColourEmbedding(ComposedEmbedding):
+    """`ColourEmbedder` in LlamaIndex; subclasses may have fields of their own, with defaults."""
 
     model_name: str = "colours"
     embedded: int = 0
 
-    @property
-    def dimension(self) -> int:
-        return 27
+    def __init__(self, model_name: str | ColourEmbedder | None = None, **fields: Any) -> None:
+        name = model_name or type(self).model_fields["model_name"].default
+        super().__init__(self.embedder_of(name) if isinstance(name, str) else name)
+        for field, value in fields.items():
+            setattr(self, field, value)
 
-    @property
-    def model_id(self) -> str:
-        return self.model_name
+    def embedder_of(self, name: str) -> ColourEmbedder:
+        return ColourEmbedder(name)
 
-    def prepare_image(self, image: Image.Image) -> Image.Image:
-        return image.convert("RGB").resize((16, 16))
-
-    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+    def embed_images(self, images: Sequence[Any]) -> np.ndarray:
         self.embedded += len(images)
-        return np.stack([self._histogram(image) for image in images])
-
-    def _histogram(self, image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(self.prepare_image(image), dtype=np.int64).reshape(-1, 3) * 3 // 256
-        counts = np.bincount(pixels @ (9, 3, 1), minlength=27).astype(np.float32)
-        return counts / np.linalg.norm(counts)
-
-    def _get_text_embedding(self, text: str) -> list[float]:
-        named = [colour for colour in COLOURS if colour in text.lower()] or ["grey"]
-        vector = sum(self._histogram(Image.new("RGB", (8, 8), COLOURS[colour])) for colour in named)
-        return (vector / np.linalg.norm(vector)).tolist()
-
-    def _get_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-    async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-    def _get_image_embedding(self, img_file_path: Any) -> list[float]:
-        return self.embed_images([load_image(img_file_path)])[0].tolist()
-
-    async def _aget_image_embedding(self, img_file_path: Any) -> list[float]:
-        return self._get_image_embedding(img_file_path)
-
-    def get_composed_embedding(self, text: str, image: Any) -> list[float]:
-        vector = np.asarray(self.get_text_embedding(text)) + np.asarray(self.get_image_embedding(image))
-        return (vector / np.linalg.norm(vector)).tolist()
-
-    def get_query_bundle(self, text: str | None = None, image: Any = None) -> QueryBundle:
-        if text and image is not None:
-            vector = self.get_composed_embedding(text, image)
-        else:
-            vector = self.get_query_embedding(text) if text else self.get_image_embedding(image)
-        return QueryBundle(query_str=text or "", image_path=str(image) if image is not None else None, embedding=vector)
+        return super().embed_images(images)
 
 
 def paint(path: Any, colour: str, size: tuple[int, int] = (24, 18)) -> Any:
-    """Write a picture of one colour and return its path."""
+    """Write an image of one colour and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, COLOURS[colour]).save(path)
     return path

@@ -1,1 +1,48 @@
 """Visualized BGE: a text, an image, or both into one vector (VISTA, arXiv:2406.04292)."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from mm_retriever.checkpoint import TORCH_SUFFIXES, ModelFiles, read_json
+from mm_retriever.embedders.visualized_bge.published import MODELS
+
+if TYPE_CHECKING:
+    import torch
+
+    from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
+
+__all__ = ["MODELS", "load", "recognises"]
+
+
+def recognises(files: ModelFiles) -> bool:
+    """Whether the files are of this family: by their config, or one official .pth file, which has none."""
+    if files.config is None:
+        return files.weights.suffix in TORCH_SUFFIXES
+    return read_json(files.config).get("model_type") == "visualized_bge"
+
+
+def load(
+    files: ModelFiles,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> VisualizedBGEEncoder:
+    """The model of these files as an `Embedder`.
+
+    Args:
+        files: from `locate`.
+        device: default: CUDA, else MPS, else the CPU.
+        dtype: of the computation; default float32.
+        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
+
+    Raises:
+        CheckpointError: the files are damaged, unsafe, or of another model.
+    """
+    from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
+    from mm_retriever.embedders.visualized_bge.loading import load_files
+
+    model, processor = load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
+    return VisualizedBGEEncoder(model, processor, name=files.name)

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from mm_retriever.checkpoint import SAFETENSORS, fingerprint, locate
 from mm_retriever.devices import as_dtype
-from mm_retriever.embedders.visualized_bge.load import fill_model, read_checkpoint
+from mm_retriever.embedders.visualized_bge.loading import fill_model, read_checkpoint
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import find_tokenizer
+from mm_retriever.embedders.visualized_bge.published import MODELS
 from mm_retriever.errors import ModelNotFoundError
 
 
@@ -30,7 +31,7 @@ def convert_checkpoint(
 
     The floats keep the format that they have in the file unless ``dtype`` is given.
     """
-    files = locate(weights, family="visualized_bge", revision=revision)
+    files = locate(weights, MODELS, revision=revision)
     config, state = read_checkpoint(files)
     stored = state["visual_proj.weight"].dtype if "visual_proj.weight" in state else torch.float32
     model = fill_model(config, state, files, device=torch.device("cpu"), dtype=as_dtype(dtype, default=stored))

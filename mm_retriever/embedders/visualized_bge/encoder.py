@@ -1,21 +1,21 @@
-"""Texts, pictures and pairs of any number to vectors, in passes of a bounded size. Knows nothing of LlamaIndex.
+"""`VisualizedBGEEncoder`: the model as an `Embedder`, in passes of bounded size.
 
 The model runs one pass at a time, whichever thread asks: its products use every core anyway, and memory stays flat.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 from mm_retriever.forks import ForkLock, check_forked
@@ -25,44 +25,56 @@ PASS_VALUES = {"cpu": 2_500_000, "other": 160_000_000}
 from the system, layer after layer (a batch of 32 pictures in one pass took a tenth longer than in passes of four)."""
 
 
-@dataclass(frozen=True)
-class Content:
-    """All that the model sees of a text, a picture, or both. ``square``: (H, W, 3) uint8, as the processor made it."""
-
-    text: str = ""
-    square: NDArray[np.uint8] | None = None
-
-    def key(self, model: str) -> bytes:
-        """The same for the same content and model, and for nothing else."""
-        kind = "text" if self.square is None else f"picture {self.square.shape} {self.square.dtype}"
-        digest = hashlib.sha256(f"{model}\0{kind}\0".encode())
-        if self.square is not None:
-            digest.update(self.square.tobytes())
-        digest.update(self.text.encode("utf-8", "surrogatepass"))
-        return digest.digest()
-
-
 class VisualizedBGEEncoder:
-    """A model and its processor behind one call; any number of threads may share it."""
+    """A Visualized BGE model and its processor as an `Embedder`.
 
-    def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor) -> None:
+    Args:
+        model: from `load_visualized_bge`.
+        processor: the same.
+        name: for people.
+    """
+
+    def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor, *, name: str = "") -> None:
         self.model = model
         self.processor = processor
+        self.name = name
+        self.note = str(model.dtype).removeprefix("torch.")
+        self.space = f"visualized-bge@{model.fingerprint}.{processor.fingerprint()}"
+        self.cache_identity = f"{model.fingerprint}/{self.note}"
         self._turn = ForkLock()
         self._loaded_in = os.getpid()
 
-    def encode(self, contents: Sequence[Content]) -> NDArray[np.float32]:
-        """(B, D), L2-normalised, row by row; short texts go through the model with short ones."""
+    @property
+    def dimension(self) -> int:
+        """Length of every vector."""
+        return self.model.config.dimension
+
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(self.model.input_device)
+
+    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+        """(H, W, 3): the square that the model sees."""
+        return self.processor.square(image)
+
+    def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
+        """(B, D), L2-normalised, row by row; short texts go through the model with short ones.
+
+        Args:
+            contents: what to embed.
+            query: makes no difference to this family.
+        """
         check_forked(self._loaded_in, self.model.device.type)
         vectors = np.empty((len(contents), self.model.config.dimension), dtype=np.float32)
         for beside_image in (False, True):
-            rows = [row for row, content in enumerate(contents) if (content.square is not None) == beside_image]
+            rows = [row for row, content in enumerate(contents) if (content.image is not None) == beside_image]
             ids = self.processor.token_ids([contents[row].text for row in rows], beside_image=beside_image)
             order = sorted(range(len(rows)), key=lambda place: len(ids[place]))
             for part in self._passes([len(ids[place]) for place in order], beside_image=beside_image):
                 places = [order[place] for place in part]
                 tokens = self.processor.pad([ids[place] for place in places])
-                squares = [contents[rows[place]].square for place in places] if beside_image else []
+                squares = [contents[rows[place]].image for place in places] if beside_image else []
                 with self._turn, torch.inference_mode():
                     encoded = self._encode(tokens, squares).cpu().numpy()
                 vectors[[rows[place] for place in places]] = encoded

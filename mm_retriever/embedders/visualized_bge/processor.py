@@ -22,13 +22,13 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from mm_retriever.checkpoint import (
-    PUBLISHED,
     ModelFiles,
     locate,
     locate_tokenizer,
     read_state_dict,
 )
 from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig, config_from_tensors, read_config
+from mm_retriever.embedders.visualized_bge.published import DEFAULT_MODEL, MODELS, MULTILINGUAL
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
@@ -68,7 +68,7 @@ class VisualizedBGEProcessor:
             name: "tiny", a local folder that :meth:`save_pretrained` and the model's have filled, or a hub repository.
             **kwargs: ``revision`` of the hub repository; what else transformers passes along changes nothing.
         """
-        files = locate(name, family="visualized_bge", revision=kwargs.get("revision"))
+        files = locate(name, MODELS, revision=kwargs.get("revision"))
         if files.config is None:
             config = config_from_tensors(read_state_dict(files.weights), files.weights)
         else:
@@ -162,10 +162,8 @@ def find_tokenizer(files: ModelFiles, config: VisualizedBGEConfig, given: str | 
         return locate_tokenizer(given)
     if files.tokenizer is not None:
         return files.tokenizer
-    kind = (
-        "BAAI/bge-visualized-m3" if config.text["model_type"] == "xlm-roberta" else "BAAI/bge-visualized-base-en-v1.5"
-    )
-    repo = PUBLISHED[kind].tokenizer_repo
+    published = MULTILINGUAL if config.text["model_type"] == "xlm-roberta" else DEFAULT_MODEL
+    repo = MODELS[published].tokenizer_repo
     try:
         return locate_tokenizer(repo)
     except ModelNotFoundError as error:

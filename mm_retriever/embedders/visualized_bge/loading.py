@@ -22,6 +22,7 @@ from mm_retriever.devices import as_device, as_dtype
 from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig, config_from_tensors, read_config
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, find_tokenizer
+from mm_retriever.embedders.visualized_bge.published import DEFAULT_MODEL, MODELS
 
 # in the official files, never used by the branch that runs
 DEAD_KEYS = re.compile(
@@ -31,7 +32,7 @@ DEAD_KEYS = re.compile(
 
 
 def load_visualized_bge(
-    name: str | os.PathLike[str] = "BAAI/bge-visualized-base-en-v1.5",
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -51,17 +52,27 @@ def load_visualized_bge(
         ModelNotFoundError: the name leads to no files.
         CheckpointError: the files are damaged, unsafe, or of another model.
     """
-    usable = as_device(device)
-    files = locate(name, family="visualized_bge", revision=revision)
+    device = as_device(device)  # before anything is downloaded
+    files = locate(name, MODELS, revision=revision)
+    return load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
+
+
+def load_files(
+    files: ModelFiles,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> tuple[VisualizedBGE, VisualizedBGEProcessor]:
+    """As :func:`load_visualized_bge`, from files that were found already."""
     config, state = read_checkpoint(files)
-    model = fill_model(config, state, files, device=usable, dtype=as_dtype(dtype))
-    tokens = find_tokenizer(files, config, tokenizer)
-    return model, VisualizedBGEProcessor(config, tokens)
+    model = fill_model(config, state, files, device=as_device(device), dtype=as_dtype(dtype))
+    return model, VisualizedBGEProcessor(config, find_tokenizer(files, config, tokenizer))
 
 
 def read_checkpoint(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
     """Return the config and the tensors, without those that no code reads."""
-    warn_if_not_published(files.weights)
+    warn_if_not_published(files.weights, MODELS)
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not DEAD_KEYS.fullmatch(key)}
     if files.config is None:
         return config_from_tensors(state, files.weights), state
