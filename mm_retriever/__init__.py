@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mm_retriever.bulk import ImportReport, ShardReport, embed_to_shards, embed_to_shards_on_ray, import_shards
     from mm_retriever.embedders.bge_m3 import BGEM3SparseEmbedding
-    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.embedders.registry import load_embedder
+    from mm_retriever.embedding import ComposedEmbedding, VisualizedBGEEmbedding
     from mm_retriever.engine import image_query_engine
     from mm_retriever.errors import MMRetrieverError
     from mm_retriever.images import ImagePolicy, load_image
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BGEM3SparseEmbedding": "embedders.bge_m3",
+    "ComposedEmbedding": "embedding",
     "ComposedRetriever": "retriever",
     "Conversation": "search_tools",
     "ImagePolicy": "images",
@@ -51,6 +53,7 @@ _HOME = {
     "image_query_engine": "engine",
     "import_shards": "bulk",
     "ingest_images": "ingest",
+    "load_embedder": "embedders.registry",
     "load_image": "images",
     "open_store": "store",
     "prune_images": "ingest",
@@ -59,6 +62,7 @@ _HOME = {
 
 __all__ = [
     "BGEM3SparseEmbedding",
+    "ComposedEmbedding",
     "ComposedRetriever",
     "Conversation",
     "ImagePolicy",
@@ -81,6 +85,7 @@ __all__ = [
     "image_query_engine",
     "import_shards",
     "ingest_images",
+    "load_embedder",
     "load_image",
     "open_store",
     "prune_images",

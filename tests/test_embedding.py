@@ -209,7 +209,7 @@ def test_pictures_outside_the_policy_are_not_read(folder: Path, pictures: list[P
 
 def test_pairs_must_pair(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
     """Our choice."""
-    with pytest.raises(QueryError, match="2 texts and 1 pictures"):
+    with pytest.raises(QueryError, match="2 texts and 1 images"):
         model.get_composed_embedding_batch(["red", "blue"], [pictures[0]])
 
 
@@ -245,7 +245,7 @@ def test_a_query_bundle_carries_the_composed_vector(model: VisualizedBGEEmbeddin
 @pytest.mark.parametrize("text", [None, "", "  \n"])
 def test_a_query_of_nothing_is_refused(model: VisualizedBGEEmbedding, text: str | None) -> None:
     """Our choice."""
-    with pytest.raises(QueryError, match="give a text, a picture, or both"):
+    with pytest.raises(QueryError, match="give a text, an image, or both"):
         model.get_query_bundle(text)
 
 
@@ -431,7 +431,7 @@ def test_progress_is_shown_on_request(
     model.get_image_embedding_batch(pictures)
     assert capsys.readouterr().err == ""
     model.get_image_embedding_batch(pictures, show_progress=True)
-    assert "Embedding pictures: 100%" in capsys.readouterr().err
+    assert "Embedding images: 100%" in capsys.readouterr().err
     IngestionPipeline(transformations=[model]).run(nodes=[ImageNode(image_path=str(pictures[0]))])
 
 

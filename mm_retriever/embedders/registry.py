@@ -60,7 +60,7 @@ def load_embedder(
             return family.load(ModelFiles(name=title), device=device, dtype=dtype, **options)
     files = locate(title, {name: entry for family in known for name, entry in family.MODELS.items()}, revision=revision)
     for family in known:
-        if len(known) == 1 or title in family.MODELS or family.recognises(files):
+        if title in family.MODELS or (families and len(known) == 1) or family.recognises(files):
             return family.load(files, device=device, dtype=dtype, **options)
     raise CheckpointError(
         f"{title!r} is a model of no known family ({', '.join(families or FAMILIES)}); "
