@@ -24,7 +24,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Te
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
+from mm_retriever.embedding import ComposedEmbedding, node_images
 from mm_retriever.errors import ImageLoadError, QueryError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, first_readable, image_thumbnail
 from mm_retriever.rebuild import check_whole
@@ -43,7 +43,7 @@ _NO_ANSWER = "Nothing was found."
 
 def image_query_engine(
     store: ImageStore,
-    embed_model: VisualizedBGEEmbedding,
+    embed_model: ComposedEmbedding,
     *,
     rerank: BaseNodePostprocessor | Sequence[BaseNodePostprocessor] = (),
     llm: LLM | None = None,

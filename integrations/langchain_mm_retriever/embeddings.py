@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from langchain_core.embeddings import Embeddings
 from langchain_core.runnables import run_in_executor
 
-from mm_retriever.embedding import DEFAULT_MODEL, VisualizedBGEEmbedding
+from mm_retriever.embedding import DEFAULT_MODEL, ComposedEmbedding
 from mm_retriever.errors import QueryError
 from mm_retriever.images import ImageSource
 
@@ -17,18 +17,18 @@ class VisualizedBGEEmbeddings(Embeddings):
     """Visualized BGE as LangChain's embeddings: texts, pictures and pairs of both in one space, vectors of length 1.
 
     Args:
-        model: a published name, "tiny", a folder, or a loaded `VisualizedBGEEmbedding`, which has all the options.
+        model: a published name, "tiny", a folder, or a loaded `ComposedEmbedding`, which has all the options.
         device: "cpu", "cuda", ...; default: the fastest there is, or where the loaded model is.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | VisualizedBGEEmbedding = DEFAULT_MODEL,
+        model: str | os.PathLike[str] | ComposedEmbedding = DEFAULT_MODEL,
         *,
         device: str | None = None,
     ) -> None:
-        self.embed_model: VisualizedBGEEmbedding = (
-            model if isinstance(model, VisualizedBGEEmbedding) else VisualizedBGEEmbedding(model, device=device)
+        self.embed_model: ComposedEmbedding = (
+            model if isinstance(model, ComposedEmbedding) else ComposedEmbedding(model, device=device)
         )
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:

@@ -12,7 +12,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from langchain_mm_retriever.documents import ComposedQuery, read_query, to_document
 from langchain_mm_retriever.embeddings import VisualizedBGEEmbeddings
-from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.images import ImageSource
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore
@@ -39,7 +39,7 @@ class ComposedImageRetriever(BaseRetriever):
     """
 
     store: ImageStore
-    embeddings: VisualizedBGEEmbedding | VisualizedBGEEmbeddings
+    embeddings: ComposedEmbedding | VisualizedBGEEmbeddings
     k: int = 9
     filters: MetadataFilters | None = None
     min_score: float | None = None

@@ -25,7 +25,7 @@ from mcp_types import CallToolResult, ContentBlock, ImageContent, ResourceLink, 
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 
 from mm_retriever import __version__
-from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import MMRetrieverError, QueryError
 from mm_retriever.images import ImagePolicy
 from mm_retriever.search_tools import (
@@ -146,7 +146,7 @@ class ImageSearchServer(MCPServer[Any]):
 
 def image_search(
     store: ImageStore,
-    embed_model: VisualizedBGEEmbedding,
+    embed_model: ComposedEmbedding,
     *,
     vision_model: str | None = None,
     roots: Sequence[Path] | None = None,

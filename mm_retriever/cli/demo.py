@@ -13,7 +13,7 @@ from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
     from mm_retriever.demo import DemoQuery
-    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.embedding import ComposedEmbedding
     from mm_retriever.rerank.reranker import Reranker
 
 
@@ -82,7 +82,7 @@ def _run(
     source: Path,
     db: Path,
     queries: Sequence[DemoQuery],
-    embedding: VisualizedBGEEmbedding,
+    embedding: ComposedEmbedding,
     out: Path,
     *,
     sidecar: Path | None,

@@ -16,7 +16,7 @@ from mm_retriever.errors import FilterError, QueryError, one_line
 if TYPE_CHECKING:
     from llama_index.core.vector_stores import MetadataFilters
 
-    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.embedding import ComposedEmbedding
     from mm_retriever.rerank.reranker import Reranker
     from mm_retriever.store import ImageStore
 
@@ -69,11 +69,11 @@ NoExif = Annotated[bool, typer.Option("--no-exif", help="Do not store date, came
 
 def embed_model(
     name: str, *, device: str | None, dtype: str | None, revision: str | None = None, batch_size: int = 32
-) -> VisualizedBGEEmbedding:
+) -> ComposedEmbedding:
     """The model that `--model` names."""
-    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.embedding import ComposedEmbedding
 
-    return VisualizedBGEEmbedding(name, device=device, dtype=dtype, revision=revision, embed_batch_size=batch_size)
+    return ComposedEmbedding(name, device=device, dtype=dtype, revision=revision, embed_batch_size=batch_size)
 
 
 def reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:

@@ -23,7 +23,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
-from mm_retriever.embedding import VisualizedBGEEmbedding, node_images
+from mm_retriever.embedding import ComposedEmbedding, node_images
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
 from mm_retriever.images import (
     DEFAULT_POLICY,
@@ -110,7 +110,7 @@ class ImageSearch:
     def __init__(
         self,
         store: ImageStore,
-        embed_model: VisualizedBGEEmbedding,
+        embed_model: ComposedEmbedding,
         *,
         rerank: BaseNodePostprocessor | Sequence[BaseNodePostprocessor] = (),
         llm: LLM | None = None,

@@ -46,16 +46,16 @@ def test_a_family_of_one_module_works_from_the_command_line_to_mcp(family, folde
     assert cli("index", folder, "--db", db, "--model", "mean-colour") == 0
     capsys.readouterr()
     assert cli("search", "--text", "blue", "--db", db, "--model", "mean-colour", "--json") == 0
-    assert Path(json.loads(capsys.readouterr().out)[0]["path"]).stem == "blue"
+    assert Path(json.loads(capsys.readouterr().out)[0]["file_path"]).stem == "blue"
     model = ComposedEmbedding("mean-colour")
     with open_store(db, model) as store:
         assert ingest_images(folder, store, model, show_progress=False).unchanged == 4
-        hits = ComposedRetriever(store, model).retrieve(QueryBundle("white", image_path=str(folder / "red.png")))
+        hits = ComposedRetriever(store, model).retrieve(QueryBundle("red", image_path=str(folder / "red.png")))
         assert Path(hits[0].node.image_path).stem == "red"
         search = image_search(store, model, roots=[folder])
         assert create_server(search) is not None
-        results = search.search(text="green")
-    assert Path(results[0].path).stem == "green"
+        result = search.search(text="green")
+    assert result.pictures[0].metadata["file_name"] == "green.png"
 
 
 def test_every_query_reaches_the_model_as_a_query(folder, tmp_path):

@@ -41,8 +41,7 @@ class MeanColour:
 
     def _vector(self, content: Content) -> np.ndarray:
         parts = [] if content.image is None else [content.image.reshape(-1, 3).mean(0)]
-        for word in content.text.lower().split():
-            if word in ImageColor.colormap:
-                parts.append(np.array(ImageColor.getrgb(word), dtype=float))
+        words = content.text.lower().split()
+        parts += [np.array(ImageColor.getrgb(word), dtype=float) for word in words if word in ImageColor.colormap]
         mean = np.mean(parts or [[1, 1, 1]], axis=0) + 1
         return mean / np.linalg.norm(mean)
