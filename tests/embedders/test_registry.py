@@ -54,8 +54,8 @@ def test_a_family_of_one_module_works_from_the_command_line_to_mcp(family, folde
         assert Path(hits[0].node.image_path).stem == "red"
         search = image_search(store, model, roots=[folder])
         assert create_server(search) is not None
-        result = search.search(text="green")
-    assert result.pictures[0].metadata["file_name"] == "green.png"
+        best = search.search(text="green").pictures[0].id
+        assert Path(store.get_nodes([best])[0].image_path).stem == "green"
 
 
 def test_every_query_reaches_the_model_as_a_query(folder, tmp_path):
