@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mm_retriever.images.sheet import before_after, contact_sheet
     from mm_retriever.ingest import IngestReport, ingest_images, prune_images, remove_images
     from mm_retriever.phi3_vision.llm import Phi3VisionLLM
-    from mm_retriever.rerank import Phi3VisionRerank, TextRerank, VisionLLMRerank
+    from mm_retriever.rerank import Phi3VisionRerank, TextRerank, VisionLLMRerank, load_reranker
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.search_tools import Conversation, ImageSearch
     from mm_retriever.store import ImageStore, open_store
@@ -45,6 +45,7 @@ _HOME = {
     "TextRerank": "rerank",
     "ShardReport": "bulk",
     "VisionLLMRerank": "rerank",
+    "load_reranker": "rerank",
     "VisualizedBGEEmbedding": "embedding",
     "before_after": "images.sheet",
     "contact_sheet": "images.sheet",
@@ -87,6 +88,7 @@ __all__ = [
     "ingest_images",
     "load_embedder",
     "load_image",
+    "load_reranker",
     "open_store",
     "prune_images",
     "remove_images",

@@ -28,6 +28,7 @@ from mm_retriever.embedding import ComposedEmbedding, node_images
 from mm_retriever.errors import ImageLoadError, QueryError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, first_readable, image_thumbnail
 from mm_retriever.rebuild import check_whole
+from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore
 
@@ -45,7 +46,7 @@ def image_query_engine(
     store: ImageStore,
     embed_model: ComposedEmbedding,
     *,
-    rerank: BaseNodePostprocessor | Sequence[BaseNodePostprocessor] = (),
+    rerank: str | BaseNodePostprocessor | Sequence[BaseNodePostprocessor] = (),
     llm: LLM | None = None,
     top_k: int = 9,
     filters: MetadataFilters | None = None,
@@ -64,7 +65,7 @@ def image_query_engine(
     Args:
         store: from `open_store`.
         embed_model: the model that the store was opened for.
-        rerank: node postprocessors, in order.
+        rerank: node postprocessors, in order; or the name of a reranker, as `load_reranker` takes it.
         llm: a chat model that takes pictures; with `max_pictures=0` any chat model.
         top_k: pictures retrieved; rerankers keep fewer by their own `top_n`.
         filters: only what matches these.
@@ -97,8 +98,8 @@ def image_query_engine(
         streaming=streaming,
         callback_manager=callback_manager,
     )
-    postprocessors = [rerank] if isinstance(rerank, BaseNodePostprocessor) else list(rerank)
-    return RetrieverQueryEngine(retriever, synthesizer, postprocessors, callback_manager)
+    postprocessors = as_postprocessors(rerank, top_n=top_k, image_policy=image_policy)
+    return RetrieverQueryEngine(retriever, synthesizer, list(postprocessors), callback_manager)
 
 
 class PictureSynthesizer(BaseSynthesizer):

@@ -81,7 +81,7 @@ class Rebuilt:
         Raises:
             CopyError: it was made of something that a dict does not hold, and that is not given.
         """
-        known = inspect.signature(cls.__init__).parameters
+        known = inspect.signature(cls).parameters
         given = {name: value for name, value in data.items() if name in known and name not in _NOT_CARRIED} | kwargs
         if missing := [name for name in data.get(_LEFT_OUT, ()) if name not in kwargs]:
             raise CopyError(
@@ -95,7 +95,7 @@ class Rebuilt:
 
 def field_arguments(component: Any) -> dict[str, Any]:
     """Return the fields of a component that its constructor takes under the same name."""
-    known = inspect.signature(type(component).__init__).parameters
+    known = inspect.signature(type(component)).parameters
     return {
         name: getattr(component, name) for name in type(component).model_fields if name in known.keys() - _NOT_CARRIED
     }

@@ -76,9 +76,9 @@ def behaviour(name: str, thing: Any, parts: dict[str, Any]) -> Any:
         return str(thing.complete("a mug")), thing.metadata, thing._image_policy
     if name.startswith("Phi3VisionRerank"):
         nodes = parts["ComposedRetriever"].retrieve("a mug")
-        return found(thing.postprocess_nodes(nodes, query_str="a mug")), thing._image_policy, thing.mode
+        return found(thing.postprocess_nodes(nodes, query_str="a mug")), thing.image_policy, thing.mode
     if name == "VisionLLMRerank":
-        return thing.model_name, thing._server, thing.window, thing._image_policy, thing.get_prompts().keys()
+        return thing.model_name, thing._server, thing.window, thing.image_policy, thing.get_prompts().keys()
     if name == "ComposedRetriever":
         return found(thing.retrieve("a red mug"))
     if name == "image_query_engine":

@@ -158,7 +158,7 @@ def image_search(
     Args:
         store: from `open_store`.
         embed_model: the model that the store was opened for.
-        vision_model: a Phi-3 Vision model that ranks the results and describes pictures; None: neither.
+        vision_model: a name of `load_reranker`; the model ranks the results and, if it can, describes images.
         roots: folders that pictures may be read from, those of the store and those that a client names. None: those
             of the store lie where its file says, which a server shared with others is not trusted with.
         allow_urls: whether a client may name pictures by URL.
@@ -171,12 +171,10 @@ def image_search(
         logger.warning("pictures of a shared server are read only inside folders given as roots; there are none")
     if vision_model is None:
         return ImageSearch(store, embed_model, image_policy=named, stored_policy=stored)
-    from mm_retriever.phi3_vision.llm import Phi3VisionLLM
-    from mm_retriever.rerank import Phi3VisionRerank
+    from mm_retriever.rerank import load_reranker
 
-    llm = Phi3VisionLLM(vision_model, device=device, image_policy=stored)
-    reranker = Phi3VisionRerank(llm, top_n=SearchLimits().max_top_k, image_policy=stored)
-    return ImageSearch(store, embed_model, rerank=reranker, llm=llm, image_policy=named, stored_policy=stored)
+    reranker = load_reranker(vision_model, top_n=SearchLimits().max_top_k, device=device, image_policy=stored)
+    return ImageSearch(store, embed_model, rerank=reranker, llm=reranker.llm, image_policy=named, stored_policy=stored)
 
 
 def create_server(search: ImageSearch, *, one_client: bool = True) -> ImageSearchServer:

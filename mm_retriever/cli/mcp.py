@@ -36,7 +36,7 @@ def mcp(
     model: Model = REAL_MODEL,
     collection: Collection = "mm_retriever",
     vision_model: Annotated[
-        str | None, typer.Option(help="A Phi-3 Vision model that ranks results and describes images. Default: none.")
+        str | None, typer.Option(help="A model that ranks results and, if it can, describes images. Default: none.")
     ] = None,
     root: Annotated[
         list[Path] | None,

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
-TINY_FUSION = 0.3
-"""Weight of the retrieval score beside the small reranker's, chosen on seen compositions (its model card)."""
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
@@ -78,14 +76,10 @@ def embed_model(
 
 def reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:
     """The reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`."""
-    if url is not None:
-        from mm_retriever.rerank import VisionLLMRerank
+    from mm_retriever.rerank import load_reranker
 
-        return VisionLLMRerank(base_url=url, model=rerank_model or VISION_MODEL, top_n=top_n)
-    from mm_retriever.rerank import Phi3VisionRerank
-
-    name = rerank_model or ("tiny" if model == "tiny" else VISION_MODEL)
-    return Phi3VisionRerank(name, top_n=top_n, device=device, fusion_weight=TINY_FUSION if name == "tiny" else None)
+    name = rerank_model or ("tiny" if model == "tiny" and url is None else VISION_MODEL)
+    return load_reranker(name, top_n=top_n, base_url=url, device=device if url is None else None)
 
 
 def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:

@@ -1,17 +1,18 @@
-"""Rerankers for LlamaIndex: `Phi3VisionRerank` on this machine, `VisionLLMRerank` through any LLM that takes pictures.
+"""Rerankers for LlamaIndex: `load_reranker` gives the one of a name.
 
-`TextRerank` is for candidates that are all texts. All are node postprocessors and return new nodes. Facts about the
-ranking are in their metadata, hidden from embeddings and prompts:
+`Phi3VisionRerank` runs on this machine, `VisionLLMRerank` asks any LLM that takes images, `TextRerank` is for texts
+alone, and `ScorerRerank` ranks by a `Scorer` of your own. All are node postprocessors and return new nodes. Facts about
+the ranking are in their metadata, hidden from embeddings and prompts:
 
     retrieval_score     the score the node came with
     retrieval_rank      its place before, from 1
     rerank_rank         its place now, from 1
     rerank_model_score  what the model alone gave it: log-likelihood, log-probability, log-odds or log of fused ranks
     rerank_reason       why it fits, in the model's words
-    rerank_caption      what the model sees in the query picture
+    rerank_caption      what the model sees in the query image
     rerank_wanted       what it takes the query to want
     rerank_note         why the node is last, or was not judged
-    rerank_repairs      what had to be mended in the model's answer
+    rerank_repairs      what had to be repaired in the model's answer
 """
 
 from __future__ import annotations
@@ -20,22 +21,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_retriever.rerank.candidates import METADATA_KEYS
+    from mm_retriever.rerank.candidates import METADATA_KEYS, Candidate
     from mm_retriever.rerank.cross_encoder import TextRerank
     from mm_retriever.rerank.phi3_vision.reranker import Phi3VisionRerank
-    from mm_retriever.rerank.reranker import Reranking, Usage
+    from mm_retriever.rerank.registry import load_reranker
+    from mm_retriever.rerank.reranker import Reranking, ScorerRerank
+    from mm_retriever.rerank.scorer import Meter, Query, Scorer, Usage
     from mm_retriever.rerank.vision_llm import VisionLLMRerank
 
 _HOME = {  # a remote reranker must not load torch
     "METADATA_KEYS": "candidates",
+    "Candidate": "candidates",
+    "Meter": "scorer",
     "Phi3VisionRerank": "phi3_vision.reranker",
+    "Query": "scorer",
     "Reranking": "reranker",
+    "Scorer": "scorer",
+    "ScorerRerank": "reranker",
     "TextRerank": "cross_encoder",
-    "Usage": "reranker",
+    "Usage": "scorer",
     "VisionLLMRerank": "vision_llm",
+    "load_reranker": "registry",
 }
 
-__all__ = ["METADATA_KEYS", "Phi3VisionRerank", "Reranking", "TextRerank", "Usage", "VisionLLMRerank"]
+__all__ = [
+    "METADATA_KEYS",
+    "Candidate",
+    "Meter",
+    "Phi3VisionRerank",
+    "Query",
+    "Reranking",
+    "Scorer",
+    "ScorerRerank",
+    "TextRerank",
+    "Usage",
+    "VisionLLMRerank",
+    "load_reranker",
+]
 
 
 def __getattr__(name: str) -> Any:

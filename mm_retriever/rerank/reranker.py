@@ -1,18 +1,20 @@
-"""What every reranker of this package shares: LlamaIndex's interface, events, prompts, and what happens on an error.
+"""LlamaIndex's side of reranking: options, events, prompts, and what happens on an error.
 
-A subclass says how candidates are ranked; whatever it does, every candidate comes back exactly once before the best
-`top_n` are kept, as a new node, and the caller's nodes stay as they were. Knows nothing of models.
+`ScorerRerank` ranks by any `Scorer`; other subclasses of `Reranker` say themselves how candidates are ranked. Every
+candidate comes back exactly once before the best `top_n` are kept, as a new node; the caller's nodes stay as they were.
+Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import os
-import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -22,66 +24,23 @@ from llama_index.core.prompts.mixin import PromptDictType, PromptMixin
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 from PIL import Image
-from pydantic import Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError
+from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line, shown
 from mm_retriever.images import ImagePolicy, ImageSource, is_place, load_image, source_name
-from mm_retriever.rebuild import Rebuilt
+from mm_retriever.rebuild import Rebuilt, field_arguments
 from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
 from mm_retriever.rerank.order import Fusion, best_first, finite, fuse, shares
+from mm_retriever.rerank.scorer import Meter, Query, Scorer, Usage
+
+if TYPE_CHECKING:
+    from llama_index.core.llms import LLM
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
-NO_TIME = "not judged: the time budget was spent; behind those that were"
+NO_TIME = "not judged: the time budget was spent; after those that were"
 NO_TIME_TO_READ = "the time budget was spent before all images were read"
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked: a text, a picture, or both."""
-
-    text: str
-    image: Image.Image | None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a reranking cost.
-
-    ``prefilled``: tokens of prompts that were computed; ``generated``: tokens that the model chose; ``passes``: runs of
-    the decoder or calls of the server; ``pictures``: pictures that went through the tower, and ``pictures_kept`` those
-    whose features were still in memory.
-    """
-
-    prefilled: int = 0
-    generated: int = 0
-    passes: int = 0
-    pictures: int = 0
-    pictures_kept: int = 0
-    seconds: float = 0.0
-
-
-class Meter:
-    """Counts what one reranking costs, and knows when its time is up."""
-
-    def __init__(self, budget_s: float | None) -> None:
-        self.prefilled = self.generated = self.passes = self.pictures = self.pictures_kept = 0
-        self._started = time.monotonic()
-        self._budget = budget_s
-
-    def out_of_time(self) -> bool:
-        """Whether the budget is spent."""
-        return self._budget is not None and time.monotonic() - self._started >= self._budget
-
-    def left(self) -> float | None:
-        """Seconds that are left of the budget; None: as many as it takes."""
-        return None if self._budget is None else max(0.0, self._budget - (time.monotonic() - self._started))
-
-    def usage(self) -> Usage:
-        """The figures so far."""
-        seconds = time.monotonic() - self._started
-        return Usage(self.prefilled, self.generated, self.passes, self.pictures, self.pictures_kept, seconds)
 
 
 @dataclass(frozen=True)
@@ -110,28 +69,53 @@ class Reranking:
 class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     """The part of a reranker that does not depend on the model: the superclass of all in this package.
 
-    A pickle holds the options and prompts, and loads the model again; a copy shares it.
+    Options are keywords, and can be changed later as attributes; None stands for the default. A pickle holds the
+    options and prompts, and loads the model again; a copy shares it.
+
+    Raises:
+        QueryError: an option that does not exist, or a value that it does not take.
     """
+
+    model_config = ConfigDict(extra="forbid")
+    default_prompts: ClassVar[Mapping[str, str]] = {}
 
     model_name: str
     top_n: int = Field(default=9, ge=1)
+    """How many nodes are kept."""
     on_error: Literal["raise", "keep_order"] = "raise"
+    """"keep_order" keeps the order of retrieval where ranking fails, with a note and a warning in the log."""
     fusion_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Final value = the model's + weight * retrieval score, normalised as `fusion` says; None: the model's alone."""
     fusion: Fusion = "zscore"
+    """"zscore" or "minmax" of both within the list, or "sum" of both as they are."""
     time_budget_s: float | None = Field(default=None, gt=0)
+    """What is not judged by then keeps the order of retrieval, after what was."""
+    image_policy: ImagePolicy = Field(default_factory=ImagePolicy, exclude=True)
+    """Which images may be read, the query's and the candidates', and how large."""
 
-    _image_policy: ImagePolicy = PrivateAttr(default_factory=ImagePolicy)
     _prompts: dict[str, BasePromptTemplate] = PrivateAttr(default_factory=dict)
     _last_usage: Usage | None = PrivateAttr(default=None)
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**{name: value for name, value in options.items() if value is not None})
+        except ValidationError as error:
+            raise QueryError(_wrong_options(type(self), error)) from None
+        self._prompts = {name: PromptTemplate(text) for name, text in self.default_prompts.items()}
+
+    @classmethod
+    def class_name(cls) -> str:
+        """LlamaIndex's name for the class."""
+        return cls.__name__
+
+    @property
+    def llm(self) -> LLM | None:
+        """The model as one that can be asked about images; None: it only ranks."""
+        return None
 
     @abstractmethod
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         """All candidates, at least one, in their new order."""
-
-    @property
-    def image_policy(self) -> ImagePolicy:
-        """Which images may be read, the query's and the candidates'."""
-        return self._image_policy
 
     @property
     def last_usage(self) -> Usage | None:
@@ -196,7 +180,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         try:
             try:
                 image = self._query_image(source, meter)
-                candidates = read_candidates(nodes, self._image_policy, meter.left)
+                candidates = read_candidates(nodes, self.image_policy, meter.left)
             except TimeoutError:
                 return self._kept(nodes, [], meter, NO_TIME_TO_READ)
             ranking = self._rank(Query(text, image), candidates, meter)
@@ -204,9 +188,9 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             if self.on_error == "raise":
                 if isinstance(error, RerankError | ImageLoadError):
                     raise
-                raise RerankError(f"{self.model_name!r} gave no ranking: {_one_line(error)}") from error
-            logger.warning("%s gave no ranking, the order stays as retrieved: %s", self.model_name, _one_line(error))
-            return self._kept(nodes, candidates, meter, _one_line(error))
+                raise RerankError(f"{self.model_name!r} gave no ranking: {_explained(error)}") from error
+            logger.warning("%s gave no ranking, the order stays as retrieved: %s", self.model_name, _explained(error))
+            return self._kept(nodes, candidates, meter, _explained(error))
         return Reranking(
             nodes=ranked_nodes(candidates, ranking, self.top_n),
             order=tuple(ranking.order),
@@ -221,10 +205,10 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             return None
         left = meter.left()
         if left is None:
-            return load_image(source, policy=self._image_policy)
+            return load_image(source, policy=self.image_policy)
         if left <= 0:
             raise TimeoutError
-        policy = replace(self._image_policy, url_timeout=min(self._image_policy.url_timeout, left))
+        policy = replace(self.image_policy, url_timeout=min(self.image_policy.url_timeout, left))
         return load_image(source, policy=policy)
 
     def _kept(self, nodes: list[NodeWithScore], candidates: list[Candidate], meter: Meter, reason: str) -> Reranking:
@@ -235,13 +219,26 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         found = candidates or [Candidate(node) for node in nodes]
         return Reranking(ranked_nodes(found, ranking, self.top_n), order, usage=meter.usage(), error=reason)
 
-    def _settle(self, candidates: Sequence[Candidate], model_scores: Sequence[float | None]) -> Ranking:
+    def _settle(
+        self,
+        candidates: Sequence[Candidate],
+        model_scores: Sequence[float | None],
+        *,
+        calibrated: bool = False,
+        unjudged: str = NO_TIME,
+    ) -> Ranking:
         """The ranking by the model's scores, fused with the retrieval's if that is wanted; the missing come last.
 
         Where the model judged none at all, everything stays as it was retrieved.
+
+        Args:
+            candidates: in the order of retrieval.
+            model_scores: of each; None: not judged.
+            calibrated: the scores are kept as they are, unless they are fused.
+            unjudged: the note for those that were not judged.
         """
         known = {i: value for i, value in enumerate(model_scores) if value is not None}
-        notes = {i: NO_TIME for i, value in enumerate(model_scores) if value is None}
+        notes = {i: unjudged for i, value in enumerate(model_scores) if value is None}
         missing = [candidate.missing for candidate in candidates]
         values = [None if value is None else finite(value) for value in model_scores]
         judged = [i for i, value in enumerate(values) if value is not None and not missing[i]]
@@ -254,7 +251,11 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             fused = fuse(own, [candidates[i].node.score for i in judged], self.fusion_weight, self.fusion)
             for i, value in zip(judged, fused, strict=True):
                 values[i] = value
-        return Ranking(best_first(values, missing), shares(values, missing), known, notes=notes)
+        if calibrated and self.fusion_weight is None:
+            scores = [0.0 if value is None or out else value for value, out in zip(values, missing, strict=True)]
+        else:
+            scores = shares(values, missing)
+        return Ranking(best_first(values, missing), scores, known, notes=notes)
 
     # ------------------------------------------------------------------ pickles and copies
 
@@ -285,9 +286,6 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         """A prompt with its blanks filled in; braces inside the values are plain characters."""
         return self._prompts[prompt].format(**values)
 
-    def _set_prompts(self, defaults: dict[str, str]) -> None:
-        self._prompts = {name: PromptTemplate(text) for name, text in defaults.items()}
-
     def _get_prompts(self) -> PromptDictType:
         return dict(self._prompts)
 
@@ -298,11 +296,61 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         self._prompts |= prompts
 
 
+class ScorerRerank(Reranker):
+    """Ranks by any `Scorer`.
+
+    Calibrated scores become the nodes' scores as they are; others, and all that are fused with the retrieval score,
+    become softmax shares of the list: from 0 to 1, together 1. The scorer's own score is in `rerank_model_score`.
+    """
+
+    _scorer: Scorer = PrivateAttr()
+
+    def __init__(self, scorer: Scorer, **options: Any) -> None:
+        super().__init__(**options | {"model_name": scorer.name})
+        self._scorer = scorer
+
+    @property
+    def scorer(self) -> Scorer:
+        """The model that scores."""
+        return self._scorer
+
+    def _made_of(self) -> dict[str, Any]:
+        return field_arguments(self) | {"scorer": self._scorer}
+
+    def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
+        visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
+        given = self._scorer.score(query, [candidates[i] for i in visible], meter) if visible else []
+        if len(given) != len(visible):
+            raise RerankError(f"{self.model_name!r} gave {len(given)} scores for {len(visible)} candidates")
+        calibrated = self._scorer.calibrated
+        for score in given:
+            if score is not None and not (0 <= score <= 1 if calibrated else math.isfinite(score)):
+                expected = "calibrated scores go from 0 to 1" if calibrated else "a score is a finite number or None"
+                raise RerankError(f"{self.model_name!r} gave the score {score!r}; {expected}")
+        scores: list[float | None] = [None] * len(candidates)
+        for i, score in zip(visible, given, strict=True):
+            scores[i] = None if score is None else float(score)
+        unjudged = NO_TIME if meter.out_of_time() else f"not judged by {self.model_name!r}; after those that were"
+        return self._settle(candidates, scores, calibrated=calibrated, unjudged=unjudged)
+
+
 def _place_or_name(source: ImageSource) -> str:
     """What events are told of the query image: where it is, never the image itself, which may have many megabytes."""
     return os.fsdecode(source) if is_place(source) else source_name(source)
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:500]
+def _explained(error: Exception) -> str:
+    text = one_line(error, 500)
     return text if isinstance(error, MMRetrieverError) else f"{type(error).__name__}: {text}" if text else repr(error)
+
+
+def _wrong_options(cls: type[Reranker], error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(inspect.signature(cls).parameters))
+            problems.append(f"{cls.__name__} has no option {name!r}; there are {known}")
+        else:
+            problems.append(f"{name}={shown(problem['input'])}: {one_line(problem['msg'], 300).lower()}")
+    return "; ".join(problems)

@@ -17,13 +17,12 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ContentBlock, ImageBlock, MessageRole, TextBlock
-from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import LLM
 from PIL import Image
-from pydantic import Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -34,18 +33,19 @@ from tenacity import (
 )
 
 from mm_retriever.errors import CopyError, MissingExtraError, QueryError, RerankError
-from mm_retriever.images import ImagePolicy, encode_thumbnail
+from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
 from mm_retriever.rebuild import check_whole, field_arguments
 from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
 from mm_retriever.rerank.candidates import Candidate, Ranking
-from mm_retriever.rerank.order import Fusion, reciprocal_ranks, shuffled, windows
-from mm_retriever.rerank.reranker import Meter, Query, Reranker
+from mm_retriever.rerank.order import reciprocal_ranks, shuffled, windows
+from mm_retriever.rerank.reranker import Reranker
+from mm_retriever.rerank.scorer import Meter, Query
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Structured = Literal["auto", "json_schema", "guided_json", "none"]
+Mode = Annotated[Literal["images", "sheet"], BeforeValidator(lambda mode: "images" if mode == "pictures" else mode)]
 
 PROMPTS = {
     "system": (
@@ -81,6 +81,19 @@ _TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError, RecursionError)
 
 
+MODELS: dict[str, str] = {}
+
+
+def recognises(name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
+    """Whether a server serves the model."""
+    return base_url is not None
+
+
+def load(name: str, *, base_url: str, **options: Any) -> Reranker:
+    """Return the reranker of a model that a server serves under `name`."""
+    return VisionLLMRerank(base_url=base_url, model=name, **options)
+
+
 class VisionLLMRerank(Reranker):
     """Ranks candidates with a vision LLM of your choice, every one exactly once, whatever it answers.
 
@@ -91,50 +104,44 @@ class VisionLLMRerank(Reranker):
     that was cut off are errors. A node's new score is its share of reciprocal ranks, from 0 to 1, together 1.
 
     Args:
-        llm: Any LlamaIndex LLM that takes image blocks; or else
+        llm: any LlamaIndex LLM that takes image blocks; or else
         base_url: of a server that speaks OpenAI's protocol, e.g. vLLM's "http://gpu:8000/v1", with
         model: the name it serves the model under, and
         api_key: if it wants one. Needs ``pip install "mm-retriever[remote]"``.
-        top_n: How many are kept.
-        mode: "pictures" sends candidates one by one, "sheet" one numbered sheet of them.
-        caption: Whether to ask what the query picture shows.
-        reasons: For which of the kept ones to ask why they fit.
-        structured: How a JSON schema is sent: "json_schema" in OpenAI's ``response_format``, "guided_json" in older
-            vLLM's field, "none" not at all; "auto" tries the first with LLMs that speak OpenAI's protocol, and goes on
-            without where the server refuses.
-        fusion_weight: Final value = log of reciprocal ranks + weight * retrieval score; see `fusion`. None: ranks.
-        fusion: "zscore" or "minmax" of both within the list, or "sum" of both as they are.
-        window: Candidates in one request. Longer lists are ranked from their end to their beginning by overlapping
-            windows.
-        stride: By how much windows differ; at most window - 1.
-        passes: Over so many shuffled orders, joined by reciprocal rank fusion.
-        seed: Of the shuffled orders.
-        timeout_s: For one request, from sending to the last byte.
-        attempts: At most, for one request, where the server is out of reach, overloaded or too slow.
-        retry_wait_s: Before the second attempt; doubles with each, up to a minute. A server's Retry-After is obeyed up
-            to a minute; one that asks for more is not asked again.
-        time_budget_s: For everything; what is not ranked by then keeps the order of retrieval.
-        on_error: "keep_order" keeps the order of retrieval, with a note and a warning in the log; where only some of
-            the windows have no ranking, only theirs.
-        image_side: Longest side in pixels of pictures that are sent, as JPEG.
-        max_tokens: Of an answer, with `base_url`; an `llm` has its own limit.
-        image_policy: Which pictures may be read, and how large.
-        callback_manager: LlamaIndex's.
+        options: the fields below, and those of `Reranker`.
     """
 
-    mode: Literal["pictures", "sheet"] = "pictures"
+    default_prompts = PROMPTS
+
+    mode: Mode = "images"
+    """"images" sends candidates one by one, "sheet" one numbered sheet of them."""
     caption: bool = True
+    """Whether to ask what the query image shows."""
     reasons: Literal["first", "all", "none"] = "first"
-    structured: Structured = "auto"
+    """For which of the kept ones to ask why they fit."""
+    structured: Literal["auto", "json_schema", "guided_json", "none"] = "auto"
+    """How a JSON schema is sent: "json_schema" in OpenAI's ``response_format``, "guided_json" in older vLLM's field,
+    "none" not at all; "auto" tries the first with LLMs that speak OpenAI's protocol, and goes on without where the
+    server refuses."""
     window: int = Field(default=9, ge=2, le=99)
+    """Candidates in one request. Longer lists are ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
+    """By how much windows differ; at most window - 1."""
     passes: int = Field(default=1, ge=1)
+    """Over so many shuffled orders, joined by reciprocal rank fusion."""
     seed: int = 0
+    """Of the shuffled orders."""
     timeout_s: float = Field(default=60.0, gt=0)
+    """For one request, from sending to the last byte."""
     attempts: int = Field(default=3, ge=1)
+    """At most, for one request, where the server is out of reach, overloaded or too slow."""
     retry_wait_s: float = Field(default=1.0, ge=0)
+    """Before the second attempt; doubles with each, up to a minute. A server's Retry-After is obeyed up to a minute;
+    one that asks for more is not asked again."""
     image_side: int = Field(default=672, ge=32)
+    """Longest side in pixels of images that are sent, as JPEG."""
     max_tokens: int = Field(default=1024, ge=16)
+    """Of an answer, with `base_url`; an `llm` has its own limit."""
 
     _llm: LLM = PrivateAttr()
     _schema_refused: bool = PrivateAttr(default=False)
@@ -147,70 +154,29 @@ class VisionLLMRerank(Reranker):
         base_url: str | None = None,
         model: str | None = None,
         api_key: str | None = None,
-        top_n: int = 9,
-        mode: Literal["pictures", "sheet"] = "pictures",
-        caption: bool = True,
-        reasons: Literal["first", "all", "none"] = "first",
-        structured: Structured = "auto",
-        fusion_weight: float | None = None,
-        fusion: Fusion = "zscore",
-        window: int = 9,
-        stride: int = 4,
-        passes: int = 1,
-        seed: int = 0,
-        timeout_s: float = 60.0,
-        attempts: int = 3,
-        retry_wait_s: float = 1.0,
-        time_budget_s: float | None = None,
-        on_error: Literal["raise", "keep_order"] = "raise",
-        image_side: int = 672,
-        max_tokens: int = 1024,
-        image_policy: ImagePolicy | None = None,
-        callback_manager: CallbackManager | None = None,
+        **options: Any,
     ) -> None:
-        connections = None
         if (llm is None) == (base_url is None):
             raise QueryError("give either an llm, or the base_url of a server and the name of its model")
-        if llm is None:
-            if not base_url or not model:
-                raise QueryError(f"base_url={base_url!r}, model={model!r}: give both")
-            llm, connections = _openai_like(base_url, model, api_key, timeout_s=timeout_s, max_tokens=max_tokens)
-        super().__init__(  # type: ignore[call-arg]
-            model_name=str(llm.metadata.model_name),
-            top_n=top_n,
-            mode=mode,
-            caption=caption,
-            reasons=reasons,
-            structured=structured,
-            fusion_weight=fusion_weight,
-            fusion=fusion,
-            window=window,
-            stride=stride,
-            passes=passes,
-            seed=seed,
-            timeout_s=timeout_s,
-            attempts=attempts,
-            retry_wait_s=retry_wait_s,
-            time_budget_s=time_budget_s,
-            on_error=on_error,
-            image_side=image_side,
-            max_tokens=max_tokens,
-            callback_manager=callback_manager or CallbackManager([]),
-        )
-        self._llm = llm
-        self._server = None if base_url is None else {"base_url": base_url, "model": model, "api_key": api_key}
-        if connections is not None:
+        if llm is None and not (base_url and model):
+            raise QueryError(f"base_url={base_url!r}, model={model!r}: give both")
+        super().__init__(**options | {"model_name": model if llm is None else str(llm.metadata.model_name)})
+        if llm is None and base_url and model:
+            llm, connections = _openai_like(
+                base_url, model, api_key, timeout_s=self.timeout_s, max_tokens=self.max_tokens
+            )
             weakref.finalize(self, connections.close)
-        self._image_policy = image_policy or ImagePolicy()
-        self._set_prompts(PROMPTS)
+            self._server = {"base_url": base_url, "model": model, "api_key": api_key}
+        assert llm is not None
+        self._llm = llm
 
-    @classmethod
-    def class_name(cls) -> str:
-        """LlamaIndex's name for the class."""
-        return "VisionLLMRerank"
+    @property
+    def llm(self) -> LLM:
+        """The LLM that ranks, to be asked about images."""
+        return self._llm
 
     def _made_of(self) -> dict[str, Any]:
-        given = field_arguments(self) | {"image_policy": self._image_policy}
+        given = field_arguments(self)
         if self._server is None:
             return given | {"llm": check_whole(self._llm)}
         if self._server["api_key"]:
@@ -221,7 +187,7 @@ class VisionLLMRerank(Reranker):
         return given | self._server
 
     def _described(self) -> dict[str, Any]:
-        given = field_arguments(self) | {"image_policy": self._image_policy}
+        given = field_arguments(self)
         if self._server is None:
             return given | {"llm": self._llm}
         key = {} if self._server["api_key"] is None else {"api_key": _Secret()}
@@ -230,7 +196,7 @@ class VisionLLMRerank(Reranker):
     def __copy__(self) -> Self:
         if self._server is None:
             return super().__copy__()
-        arguments = field_arguments(self) | {"image_policy": self._image_policy} | self._server
+        arguments = field_arguments(self) | self._server
         made = type(self)(**arguments, callback_manager=self.callback_manager)  # its connections are closed with it
         made._change(self._changed_since())
         return made
@@ -301,7 +267,7 @@ class VisionLLMRerank(Reranker):
 
     def _messages(self, query: Query, candidates: Sequence[Candidate], keys: Sequence[str]) -> list[ChatMessage]:
         blocks: list[ContentBlock] = []
-        if query.image is not None and self.mode == "pictures":
+        if query.image is not None and self.mode == "images":
             blocks += [TextBlock(text=self._say("query_picture")), self._picture(query.image)]
         if query.text:
             blocks.append(TextBlock(text=self._say("query", query=query.text)))

@@ -42,6 +42,7 @@ from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
 from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
+from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_result_number, read_text
 from mm_retriever.search_tools.conversation import Conversation
@@ -96,8 +97,8 @@ class ImageSearch:
     Args:
         store: from `open_store`.
         embed_model: the model that the store was opened for.
-        rerank: node postprocessors, in order: rerankers, or anything else that takes nodes and a query; a reranker's
-            own `top_n` is the most results there are.
+        rerank: the name of a reranker, as `load_reranker` takes it; or node postprocessors, in order, whose own
+            `top_n` is the most results there are.
         llm: a LlamaIndex LLM that takes pictures, to describe them; without one, `describe` gives what is stored.
         image_policy: what arguments may name: folders that paths must lie in, and whether URLs are fetched.
         stored_policy: the same for the places that the store names; a store that others can write to needs `roots`.
@@ -112,7 +113,7 @@ class ImageSearch:
         store: ImageStore,
         embed_model: ComposedEmbedding,
         *,
-        rerank: BaseNodePostprocessor | Sequence[BaseNodePostprocessor] = (),
+        rerank: str | BaseNodePostprocessor | Sequence[BaseNodePostprocessor] = (),
         llm: LLM | None = None,
         image_policy: ImagePolicy = ONLY_NAMED,
         stored_policy: ImagePolicy = DEFAULT_POLICY,
@@ -123,7 +124,7 @@ class ImageSearch:
         self.stored_policy = stored_policy
         self._store = store
         self._embed_model = embed_model
-        self._rerank = (rerank,) if isinstance(rerank, BaseNodePostprocessor) else tuple(rerank)
+        self._rerank = as_postprocessors(rerank, top_n=self.limits.max_top_k, image_policy=stored_policy)
         self._llm = llm
         ComposedRetriever(store, embed_model)  # says now if the two do not belong together
 

@@ -252,7 +252,7 @@ def test_pictures_and_wordless_questions_are_refused_or_left_as_they_are(reranke
 
     picture: Any = NodeWithScore(node=ImageNode(image_path=str(paint(tmp_path / "red.png", "red"))), score=0.9)
     reranker = TextRerank(reranker_folder, device="cpu")
-    with pytest.raises(RerankError, match="1 of 5 candidates are pictures"):
+    with pytest.raises(RerankError, match="1 of 5 candidates are images"):
         reranker.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
     with pytest.raises(QueryError):
         reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle(""))
@@ -262,4 +262,4 @@ def test_pictures_and_wordless_questions_are_refused_or_left_as_they_are(reranke
     patient = TextRerank(reranker_folder, device="cpu", on_error="keep_order", top_n=2)
     kept = patient.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
     assert [one.node.node_id for one in kept] == [picture.node.node_id, "0"]
-    assert "are pictures" in kept[0].node.metadata["rerank_note"]
+    assert "are images" in kept[0].node.metadata["rerank_note"]

@@ -28,7 +28,7 @@ from mm_retriever.phi3_vision.decoding import (
 )
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
-from mm_retriever.rerank.reranker import Meter
+from mm_retriever.rerank.scorer import Meter
 
 PICTURES_AT_ONCE = 8  # through the processor: bounds the memory of their pixels
 NO_REPEAT = 6  # tokens: longer runs do not come twice in one sentence

@@ -6,32 +6,29 @@ Owns the options, the loaded model and the memory of captions; `RerankSession` h
 from __future__ import annotations
 
 import os
-import threading
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-import torch
-from llama_index.core.callbacks import CallbackManager
 from llama_index.core.prompts.mixin import PromptDictType
-from pydantic import Field, PrivateAttr
+from pydantic import BeforeValidator, Field, PrivateAttr
 
-from mm_retriever.images import ImagePolicy, pixel_digest
+from mm_retriever.forks import ForkLock
+from mm_retriever.images import pixel_digest
 from mm_retriever.phi3_vision import prompts
 from mm_retriever.phi3_vision.config import DEFAULT_MODEL
 from mm_retriever.phi3_vision.llm import Phi3VisionLLM
-from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rebuild import field_arguments, loaded_model_error, portable_name
 from mm_retriever.rerank.candidates import Candidate, Ranking
-from mm_retriever.rerank.order import Fusion
 from mm_retriever.rerank.phi3_vision.conversation import SharedModel
 from mm_retriever.rerank.phi3_vision.session import Options, RerankSession
-from mm_retriever.rerank.reranker import Meter, Query, Reranker
+from mm_retriever.rerank.reranker import Reranker
+from mm_retriever.rerank.scorer import Meter, Query
 
 CAPTIONS_KEPT = 256
-PICTURE_MEMORY = 256 * 2**20  # bytes
+IMAGE_MEMORY = 256 * 2**20  # bytes
 
 PROMPTS = {
     "ask_composed": prompts.ASK_COMPOSED,
@@ -49,14 +46,18 @@ PROMPTS = {
 }
 
 
+Name = Annotated[str | None, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
+Model: TypeAlias = str | os.PathLike[str] | Phi3VisionLLM | tuple[Phi3Vision, Phi3VisionProcessor]
+
+
 class Phi3VisionRerank(Reranker):
     """Ranks candidates with Phi-3 Vision, every one exactly once, and says why the first one fits.
 
-    The model first says what the query picture shows and what is wanted. Then, by `mode`:
+    The model first says what the query image shows and what is wanted. Then, by `mode`:
 
     - "likelihood": each candidate scores log P(wanted description | candidate). Works with small models.
     - "sheet": one look at a numbered sheet of the candidates, as published. The cheapest.
-    - "pictures": one look at the candidates as separate pictures.
+    - "pictures": one look at the candidates as separate images.
     - "pointwise": one look at each candidate, and the odds that it fits.
 
     A node's new score is the softmax over all candidates of the model's value (fused with the retrieval score, if
@@ -64,150 +65,95 @@ class Phi3VisionRerank(Reranker):
     that come back (see `mm_retriever.rerank`) has the model's value, ranks, retrieval score, caption, reason and notes.
 
     Args:
-        model: Hub id, local folder, "tiny" (the small model that comes with the package), a `Phi3VisionLLM` to share
+        model: hub id, local folder, "tiny" (the small model that comes with the package), a `Phi3VisionLLM` to share
             its model, or a loaded model and its processor.
-        top_n: How many are kept.
-        mode: See above.
-        ranking: Of "sheet" and "pictures": "single_pass" reads the order off one step, "generated" lets the model
-            write the list, number by number.
-        caption: Whether the model first says what the query picture shows; remembered by content.
-        reasons: For which of the kept ones the model says why they fit.
-        fusion_weight: Final value = model's + weight * retrieval score, normalised as `fusion` says; None: the
-            model's alone.
-        fusion: "zscore" or "minmax" of both within the list, or "sum" of both as they are.
-        window: Candidates in one look of "sheet" and "pictures"; fewer where they do not fit into the model. Longer
-            lists are ranked from their end to their beginning by overlapping windows.
-        stride: By how much windows differ; at most window - 1.
-        passes: Of "sheet" and "pictures": over so many shuffled orders, joined by reciprocal rank fusion.
-        seed: Of the shuffled orders.
-        time_budget_s: What is not done by then is left out: reasons, then candidates in the order of retrieval.
-        on_error: "keep_order" keeps the order of retrieval, with a note and a warning in the log.
-        num_crops: Most crops of the query picture and of separate candidates; more see more and cost more.
-        sheet_crops: Most crops of a sheet.
-        max_new_tokens: Of each sentence.
-        revision: Of a hub repository.
-        device: "cpu", "cuda", ...; by default the fastest there is.
-        dtype: "float32", "bfloat16", ...; by default what the weights are stored in.
-        picture_memory: Bytes of features of pictures that are kept for the next query.
-        image_policy: Which pictures may be read, and how large.
-        callback_manager: LlamaIndex's.
+        options: the fields below, and those of `Reranker`.
     """
+
+    default_prompts = PROMPTS
 
     mode: Literal["likelihood", "sheet", "pictures", "pointwise"] = "likelihood"
     ranking: Literal["single_pass", "generated"] = "single_pass"
+    """Of "sheet" and "pictures": "single_pass" reads the order off one step, "generated" lets the model write it."""
     caption: bool = True
+    """Whether the model first says what the query image shows; remembered by content."""
     reasons: Literal["first", "all", "none"] = "first"
+    """For which of the kept ones the model says why they fit; left out when the time budget is spent."""
     window: int = Field(default=9, ge=2, le=99)
+    """Candidates in one look of "sheet" and "pictures"; fewer where they do not fit into the model. Longer lists are
+    ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
+    """By how much windows differ; at most window - 1."""
     passes: int = Field(default=1, ge=1)
+    """Of "sheet" and "pictures": over so many shuffled orders, joined by reciprocal rank fusion."""
     seed: int = 0
+    """Of the shuffled orders."""
     num_crops: int = Field(default=1, ge=1)
+    """Most crops of the query image and of separate candidates; more see more and cost more."""
     sheet_crops: int = Field(default=4, ge=1)
+    """Most crops of a sheet."""
     max_new_tokens: int = Field(default=60, ge=1)
+    """Of each sentence."""
+    revision: str | None = None
+    """Of a hub repository."""
+    device: Name = None
+    """"cpu", "cuda", ...; by default the fastest there is."""
+    dtype: Name = None
+    """"float32", "bfloat16", ...; by default what the weights are stored in."""
+    image_memory: int = Field(default=IMAGE_MEMORY, ge=0)
+    """Bytes of features of images that are kept for the next query."""
 
+    _source: str | os.PathLike[str] | Phi3VisionLLM | None = PrivateAttr(default=None)
+    _llm: Phi3VisionLLM = PrivateAttr()
     _shared: SharedModel = PrivateAttr()
-    _loading: dict[str, Any] | None = PrivateAttr(default=None)
     _captions: OrderedDict[str, tuple[int, ...]] = PrivateAttr(default_factory=OrderedDict)
-    _turn: threading.Lock = PrivateAttr(default_factory=threading.Lock)
+    _turn: ForkLock = PrivateAttr(default_factory=ForkLock)
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str] | Phi3VisionLLM | tuple[Phi3Vision, Phi3VisionProcessor] = DEFAULT_MODEL,
-        *,
-        top_n: int = 9,
-        mode: Literal["likelihood", "sheet", "pictures", "pointwise"] = "likelihood",
-        ranking: Literal["single_pass", "generated"] = "single_pass",
-        caption: bool = True,
-        reasons: Literal["first", "all", "none"] = "first",
-        fusion_weight: float | None = None,
-        fusion: Fusion = "zscore",
-        window: int = 9,
-        stride: int = 4,
-        passes: int = 1,
-        seed: int = 0,
-        time_budget_s: float | None = None,
-        on_error: Literal["raise", "keep_order"] = "raise",
-        num_crops: int = 1,
-        sheet_crops: int = 4,
-        max_new_tokens: int = 60,
-        revision: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        picture_memory: int = PICTURE_MEMORY,
-        image_policy: ImagePolicy | None = None,
-        callback_manager: CallbackManager | None = None,
-    ) -> None:
-        super().__init__(  # type: ignore[call-arg]
-            model_name=_name(model),
-            top_n=top_n,
-            mode=mode,
-            ranking=ranking,
-            caption=caption,
-            reasons=reasons,
-            fusion_weight=fusion_weight,
-            fusion=fusion,
-            window=window,
-            stride=stride,
-            passes=passes,
-            seed=seed,
-            time_budget_s=time_budget_s,
-            on_error=on_error,
-            num_crops=num_crops,
-            sheet_crops=sheet_crops,
-            max_new_tokens=max_new_tokens,
-            callback_manager=callback_manager or CallbackManager([]),
-        )
-        lock = None
+    def __init__(self, model: Model = DEFAULT_MODEL, **options: Any) -> None:
+        super().__init__(**options | {"model_name": _name(model)})
+        loading: dict[str, Any] = {"image_policy": self.image_policy}
         if isinstance(model, Phi3VisionLLM):
-            loaded, processor, lock = model.model, model.processor, model.lock
+            self._llm = model
         elif isinstance(model, tuple):
-            loaded, processor = model
+            self._llm = Phi3VisionLLM(self.model_name, model=model[0], processor=model[1], **loading)
         else:
-            loaded, processor = load_phi3_vision(os.fspath(model), revision=revision, device=device, dtype=dtype)
-        self._shared = SharedModel(loaded, processor, lock, picture_memory)
-        if not isinstance(model, tuple):
-            self._loading = {"model": model, "picture_memory": picture_memory}
-            self._loading |= {"revision": revision, "device": device, "dtype": dtype}
-        self._image_policy = image_policy or ImagePolicy()
-        self._set_prompts(PROMPTS)
+            loading |= {"revision": self.revision, "device": self.device, "dtype": self.dtype}
+            self._llm = Phi3VisionLLM(self.model_name, **loading)
+        self._source = None if isinstance(model, tuple) else model
+        self._shared = SharedModel(self._llm.model, self._llm.processor, self._llm.lock, self.image_memory)
 
-    @classmethod
-    def class_name(cls) -> str:
-        """LlamaIndex's name for the class."""
-        return "Phi3VisionRerank"
+    @property
+    def llm(self) -> Phi3VisionLLM:
+        """The same model as an LLM that can be asked about images."""
+        return self._llm
 
     @property
     def model(self) -> Phi3Vision:
         """The model, to share it."""
-        return self._shared.model
+        return self._llm.model
 
     @property
     def processor(self) -> Phi3VisionProcessor:
         """Of the model."""
-        return self._shared.processor
+        return self._llm.processor
 
     def _made_of(self) -> dict[str, Any]:
-        if self._loading is None:
+        if self._source is None:
             raise loaded_model_error("Phi3VisionRerank")
-        loading = dict(self._loading)
-        if not isinstance(loading["model"], Phi3VisionLLM):
-            loading["model"] = portable_name(loading["model"])
-        for name in ("device", "dtype"):
-            loading[name] = None if loading[name] is None else str(loading[name]).removeprefix("torch.")
-        return field_arguments(self) | loading | {"image_policy": self._image_policy}
+        shared = isinstance(self._source, Phi3VisionLLM)
+        return field_arguments(self) | {"model": self._source if shared else portable_name(self.model_name)}
 
     def _described(self) -> dict[str, Any]:
         made_of = self._made_of()
-        if isinstance(llm := made_of["model"], Phi3VisionLLM):
-            shared = llm._made_of()
-            made_of |= {"model": shared["model_name"]} | {
-                name: shared[name] for name in ("revision", "device", "dtype")
-            }
+        if isinstance(self._source, Phi3VisionLLM):
+            shared = self._source._made_of()
+            made_of |= {"model": shared["model_name"]}
+            made_of |= {name: shared[name] for name in ("revision", "device", "dtype")}
         return made_of
 
     def _unshare(self) -> None:
         super()._unshare()
-        self._turn, self._captions = threading.Lock(), OrderedDict()
+        self._turn, self._captions = ForkLock(), OrderedDict()
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         options = Options(
@@ -251,7 +197,7 @@ class Phi3VisionRerank(Reranker):
             self._captions.clear()
 
 
-def _name(model: str | os.PathLike[str] | Phi3VisionLLM | tuple[Phi3Vision, Phi3VisionProcessor]) -> str:
+def _name(model: Model) -> str:
     if isinstance(model, Phi3VisionLLM):
         return model.model_name
     if isinstance(model, tuple):

@@ -22,7 +22,7 @@ from mm_retriever.phi3_vision.processor import Slot, Turn
 from mm_retriever.rerank.candidates import Candidate
 from mm_retriever.rerank.order import best_first, reciprocal_ranks, shuffled, windows
 from mm_retriever.rerank.phi3_vision.conversation import Conversation, SharedModel
-from mm_retriever.rerank.reranker import Meter, Query
+from mm_retriever.rerank.scorer import Meter, Query
 
 YES = ("yes", "Yes", "YES")
 NO = ("no", "No", "NO")

@@ -1,0 +1,127 @@
+"""Rerankers by name: the same name in Python, on the command line, for the query engine, tools and MCP.
+
+A family of models is a module with three members, and a word in `FAMILIES`:
+
+    MODELS                                 names that people choose from, with a short note each
+    recognises(name, config, base_url)     whether a model is of this family; `config` is its config.json, if it has one
+    load(name, **options)                  its reranker; for a `Scorer`: ``ScorerRerank(scorer, **options)``
+
+`load` is given `top_n`, what else the caller set, and of device, dtype, revision and base_url those that are not None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+
+from mm_retriever.errors import ModelNotFoundError, one_line
+from mm_retriever.rerank.reranker import Reranker
+
+FAMILIES: tuple[str, ...] = ("vision_llm", "phi3_vision", "cross_encoder")
+"""A word is a module of `mm_retriever.rerank`; a dotted name is any module that can be imported. The first that
+recognises a model loads it."""
+
+
+class Family(Protocol):
+    """A module in `FAMILIES`."""
+
+    MODELS: Mapping[str, str]
+
+    def recognises(self, name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
+        """Whether a model is of this family."""
+        ...
+
+    def load(self, name: str, **options: Any) -> Reranker:
+        """The reranker of a model of this family."""
+        ...
+
+
+def load_reranker(
+    name: str,
+    *,
+    top_n: int = 9,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    base_url: str | None = None,
+    **options: Any,
+) -> Reranker:
+    """Return the reranker called `name`.
+
+    Args:
+        name: "tiny", a hub id or folder of Phi-3 Vision or of a cross-encoder, a name that another family knows, or
+            the name under which a server serves a vision LLM.
+        top_n: how many nodes it keeps.
+        device: "cpu", "cuda", ...; default: the fastest there is.
+        dtype: "float32", "bfloat16", ...; default: what the weights are stored in.
+        revision: of a hub repository.
+        base_url: of a server that speaks OpenAI's protocol.
+        options: of the reranker, for example `fusion_weight`, `on_error` or `image_policy`.
+
+    Raises:
+        ModelNotFoundError: no family knows the model, or the hub is out of reach.
+        QueryError: an option that this reranker does not have.
+    """
+    given = {"device": device, "dtype": dtype, "revision": revision, "base_url": base_url}
+    given = {option: value for option, value in given.items() if value is not None}
+    return _family(name, revision, base_url).load(name, top_n=top_n, **given, **options)
+
+
+def as_postprocessors(
+    rerank: str | BaseNodePostprocessor | Sequence[BaseNodePostprocessor], **options: Any
+) -> tuple[BaseNodePostprocessor, ...]:
+    """Return the postprocessors that an argument names or holds; options are for one that is loaded by name."""
+    if isinstance(rerank, str):
+        return (load_reranker(rerank, **options),)
+    return (rerank,) if isinstance(rerank, BaseNodePostprocessor) else tuple(rerank)
+
+
+def _families() -> Iterator[Family]:
+    """The modules, imported one after the other as they are asked for."""
+    for word in FAMILIES:
+        yield cast(Family, import_module(word if "." in word else f"mm_retriever.rerank.{word}"))
+
+
+def _family(name: str, revision: str | None, base_url: str | None) -> Family:
+    for family in _families():
+        if family.recognises(name, {}, base_url):
+            return family
+    config = _config(name, revision)
+    for family in _families():
+        if family.recognises(name, config, base_url):
+            return family
+    kind = one_line(config.get("model_type"), 80)
+    raise ModelNotFoundError(f"{name!r} is a model of type {kind!r}, which is no reranker; {_choices()}")
+
+
+def _config(name: str, revision: str | None) -> dict[str, Any]:
+    """The config.json of a folder or hub repository, from the hub's cache if it is there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    from mm_retriever.checkpoint import read_json
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFoundError(f"{name!r} has no config.json; {_choices()}")
+        return read_json(folder / "config.json")
+    reason: Exception | None = None
+    for cached in (True, False):
+        try:
+            return read_json(Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached)))
+        except (OSError, HFValidationError) as error:
+            reason = error
+    raise ModelNotFoundError(
+        f"{name!r} is no folder here, and its config.json cannot be had from the hub ({one_line(reason, 200)}); "
+        f"{_choices()}"
+    ) from reason
+
+
+def _choices() -> str:
+    known = [repr(name) for family in _families() for name in family.MODELS]
+    return f"rerankers: {', '.join(known)}, or with a base_url any model of a server"
