@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mm_retriever.errors import CheckpointError, ModelNotFoundError, shown
+from mm_retriever.errors import CheckpointError, ModelNotFoundError, one_line, reason_of, shown
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -289,12 +289,7 @@ def _is_compressed(archive: Path) -> bool:
 def _refused_global(error: BaseException) -> str:
     """The one telling line of torch's long message: which function the pickle asks for."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "GLOBAL" in line or "global" in line), (lines or ["not a pickle"])[-1])[:300]
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, on one line of bounded length, however much of a stranger's file it repeats."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return one_line(next((line for line in lines if "global" in line.lower()), (lines or ["not a pickle"])[-1]), 300)
 
 
 def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:

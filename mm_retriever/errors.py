@@ -57,6 +57,14 @@ def one_line(text: object, most: int = 2_000) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """Return what an error says on one line; its class comes first where it is not one of ours."""
+    text = one_line(error, most)
+    if isinstance(error, MMRetrieverError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _visible(character: str) -> str:
     if character.isprintable():
         return character

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from mm_retriever.errors import CopyError
+from mm_retriever.errors import CopyError, reason_of
 from mm_retriever.images import ImagePolicy
 
 _LEFT_OUT = "not_described"
@@ -131,7 +131,7 @@ def _pickling_problem(value: Any) -> str:
     try:
         pickle.dumps(value)
     except Exception as error:  # whatever a part of it raises
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return reason_of(error, 200)
     return ""
 
 

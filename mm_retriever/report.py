@@ -11,7 +11,6 @@ import base64
 import hashlib
 import io
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,6 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError, one_line
+from mm_retriever.files import write_atomically
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, opened_image, source_name, thumbnail_data_uri
 from mm_retriever.images.sheet import CELL, before_after, contact_sheet, with_text
 
@@ -135,14 +135,7 @@ def write_png(
 
 def _write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with written.open("xb") as file:  # not mkstemp: who may read a report is up to the user's umask
-            file.write(data)
-        return written.replace(path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
+    return write_atomically(path, data)
 
 
 def _fitting(size: tuple[int, int]) -> tuple[int, int]:

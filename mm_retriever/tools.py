@@ -19,7 +19,7 @@ from llama_index.core.tools.tool_spec.base import BaseToolSpec
 from llama_index.core.tools.utils import create_schema_from_function
 from pydantic import PrivateAttr
 
-from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.errors import MMRetrieverError, QueryError, one_line
 from mm_retriever.forks import ForkLock
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource
 from mm_retriever.search_tools import (
@@ -244,6 +244,6 @@ def _picture_block(thumbnail: bytes | None) -> list[ContentBlock]:
 def _reason(error: Exception) -> str:
     """What a model may read about an error: ours say what to do, others might tell about the machine."""
     if isinstance(error, MMRetrieverError):
-        return " ".join(str(error).split())[:1_000]
+        return one_line(error, 1_000)
     logger.error("image search failed", exc_info=error)
     return f"image search failed ({type(error).__name__}); this is no fault of the arguments"

@@ -23,12 +23,12 @@ from typing import Any, TextIO, TypeAlias
 from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import IngestError
+from mm_retriever.files import flush, sync
 from mm_retriever.ingest.ignored import IgnoredCounts, IgnoredFiles
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import SidecarMatch, SidecarSource, match_sidecar
 from mm_retriever.ingest.sources import Item, items, source_folder
 from mm_retriever.store import same_model
-from mm_retriever.store.parquet import sync
 
 PathsOrURLs: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -285,7 +285,7 @@ def _synced(path: Path) -> Iterator[TextIO]:
     with path.open("x", encoding="ascii") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def _digest_of(sidecar: SidecarSource | None) -> str | None:

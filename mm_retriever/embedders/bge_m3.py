@@ -14,7 +14,7 @@ from typing import Any
 
 from mm_retriever.checkpoint import fingerprint
 from mm_retriever.devices import default_device
-from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError
+from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError, one_line
 from mm_retriever.forks import ForkLock
 
 DEFAULT_MODEL = "BAAI/bge-m3"
@@ -113,7 +113,6 @@ def flag_model_folder(name: str | os.PathLike[str], revision: str | None, files:
     try:
         return Path(snapshot_download(os.fspath(name), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub's client has a dozen kinds
-        reason = " ".join(str(error).split())[:300]
         raise ModelNotFoundError(
-            f"{os.fspath(name)!r} is no folder here and cannot be had from the hub: {reason}"
+            f"{os.fspath(name)!r} is no folder here and cannot be had from the hub: {one_line(error, 300)}"
         ) from error

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from PIL import Image, ImageFile, features
 
-from mm_retriever.errors import ImageLoadError
+from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.images.header import (
     FORMATS,
     JPEG_END,
@@ -286,7 +286,7 @@ def _reason(error: Exception) -> str:
         return error.strerror.lower() if error.errno else error.strerror
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     if "truncated" in text.lower():
         return f"truncated ({text})"
     if "unknown" in text or "unsupported" in text:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from mm_retriever.errors import ImageLoadError
+from mm_retriever.errors import ImageLoadError, reason_of
 
 Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
 """A host name and port to all its addresses."""
@@ -105,9 +105,7 @@ def fetch_image(
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, ImageLoadError):
             raise
-        raise ImageLoadError(
-            f"download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        ) from error
+        raise ImageLoadError(f"download failed ({reason_of(error, 200)})") from error
     raise ImageLoadError(f"more than {max_redirects} redirects (ImagePolicy.max_redirects)")
 
 

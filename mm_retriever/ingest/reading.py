@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from mm_retriever.errors import ImageLoadError
+from mm_retriever.errors import ImageLoadError, reason_of
 from mm_retriever.images import ImagePolicy, ImageSource, file_size, opened_image, read_image_bytes
 from mm_retriever.ingest.exif import exif_columns
 
@@ -72,7 +72,7 @@ def read_picture(
     except ImageLoadError as error:
         return ReadPicture(error=error.reason or str(error))  # the name of the source stands beside it in a report
     except Exception as error:  # one picture, whatever is wrong with it, must not end the run
-        return ReadPicture(error=f"{type(error).__name__}: {error}"[:300])
+        return ReadPicture(error=reason_of(error))
 
 
 def _is_verdict(error: ImageLoadError) -> bool:

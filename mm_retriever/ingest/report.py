@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_retriever.errors import IngestError
+from mm_retriever.files import write_atomically
 from mm_retriever.ingest.ignored import IgnoredFiles
 
 
@@ -90,14 +91,9 @@ class IngestReport:
             IngestError: it cannot be written; says what was done all the same.
         """
         target = Path(path)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                draft.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-                draft.replace(target)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_atomically(target, json.dumps(self.to_dict(), indent=2).encode() + b"\n")
         except OSError as error:
             reason = error.strerror or error
             raise IngestError(f"{self}; but the report cannot be written to {str(target)!r}: {reason}") from error

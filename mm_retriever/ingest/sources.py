@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelationship, RelatedNodeInfo, RelatedNodeType
 
 from mm_retriever.embedding import node_images
-from mm_retriever.errors import ImageLoadError, IngestError, NodeError
+from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line
 from mm_retriever.images import ImageSource, is_image_path, read_image_bytes
 from mm_retriever.ingest.ignored import HIDDEN, LINKED, Ignore, not_counted, why_ignored
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
@@ -291,7 +291,7 @@ def _guarded(entry: object, skip: Skip, root: str | None = None, files: _Files =
         elif isinstance(entry, str | os.PathLike) and files.given is not None:
             yield _remote_item(RemoteFile(files.given, os.fspath(entry)))
         elif isinstance(entry, str) and (remote := _OTHER_SCHEME.match(entry)):
-            skip(_printable(entry), _needs_file_system(remote["scheme"]))
+            skip(one_line(entry, 300), _needs_file_system(remote["scheme"]))
         elif isinstance(entry, str | os.PathLike):
             yield _path_item(os.fspath(entry), root=root)
         else:
@@ -300,11 +300,11 @@ def _guarded(entry: object, skip: Skip, root: str | None = None, files: _Files =
                 "what is stored leads back to a file, so save the picture first"
             )
     except (NodeError, ImageLoadError) as error:
-        skip(_printable(str(getattr(entry, "node_id", entry))), str(error))
+        skip(one_line(getattr(entry, "node_id", entry), 300), str(error))
     except OSError as error:  # of a remote file system
-        skip(_printable(str(getattr(entry, "node_id", entry))), str(error.strerror or error))
+        skip(one_line(getattr(entry, "node_id", entry), 300), str(error.strerror or error))
     except UnicodeEncodeError:
-        skip(_printable(str(entry)), "its name is not Unicode text; rename the file")
+        skip(one_line(entry, 300), "its name is not Unicode text; rename the file")
 
 
 def _path_item(path: str, *, root: str | None) -> Item:
@@ -416,15 +416,3 @@ def _is_random(node_id: str) -> bool:
 def _absolute(path: str) -> str:
     folder, name = os.path.split(path)
     return f"{os.path.realpath(folder or os.curdir).rstrip(os.sep)}{os.sep}{name}"
-
-
-def _printable(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "replace")[:300] if _encodable(name) else repr(name)[:300]
-
-
-def _encodable(name: str) -> bool:
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True

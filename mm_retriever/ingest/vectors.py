@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mm_retriever.embedding import ComposedEmbedding
+from mm_retriever.errors import reason_of
 
 _HOPELESS = 3
 """Failures of the model without one success, after which it is the model that is broken and not the pictures."""
@@ -50,7 +51,7 @@ class Vectors:
             self._failures += 1
             if self._failures >= (_BROKEN if self._embedded else _HOPELESS):
                 raise
-            return [f"the model failed: {type(error).__name__}: {error}"[:300]]
+            return [f"the model failed: {reason_of(error)}"]
         self._embedded += len(inputs)
         self._failures = 0
         return [row if np.isfinite(row).all() else "the model gave NaN or infinity for it" for row in vectors]

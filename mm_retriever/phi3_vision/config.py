@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json, reason_of
-from mm_retriever.errors import CheckpointError, shown
+from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json
+from mm_retriever.errors import CheckpointError, reason_of, shown
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"

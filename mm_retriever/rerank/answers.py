@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from mm_retriever.errors import one_line
+
 LONGEST_ANSWER = 40_000  # characters that are read: half from the beginning, half from the end
 MOST_NUMBERS = 5_000
 LONGEST_SENTENCE = 1_000  # characters of a caption or a reason that are kept
@@ -597,7 +599,7 @@ def _plain(number: str) -> str:
 
 
 def _sentence(value: Any) -> str:
-    return " ".join(value[: 2 * LONGEST_SENTENCE].split())[:LONGEST_SENTENCE] if isinstance(value, str) else ""
+    return one_line(value, LONGEST_SENTENCE) if isinstance(value, str) else ""
 
 
 def _some(numbers: Sequence[str]) -> str:

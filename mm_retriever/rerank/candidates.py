@@ -20,7 +20,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from PIL import Image, ImageDraw, ImageFont
 
 from mm_retriever.embedding import node_images
-from mm_retriever.errors import ImageLoadError
+from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image
 
 RETRIEVAL_SCORE = "retrieval_score"
@@ -157,7 +157,7 @@ def _read(node: NodeWithScore, policy: ImagePolicy) -> Candidate:
         try:
             return Candidate(node, image=first_readable(images, partial(_small, policy=policy)))
         except ImageLoadError as error:
-            return Candidate(node, note=str(error)[:500])
+            return Candidate(node, note=one_line(error, 500))
     text = node.node.get_content(MetadataMode.NONE).strip()
     if not text:
         return Candidate(node, note=_nothing_to_show(node.node))

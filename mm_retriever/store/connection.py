@@ -18,7 +18,7 @@ import grpc
 from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
-from mm_retriever.errors import StoreError, StoreUnavailableError
+from mm_retriever.errors import StoreError, StoreUnavailableError, one_line
 from mm_retriever.store.channel import Deadline, deadline, open_channel
 from mm_retriever.store.lite_channel import LITE_FILES, LiteCallError, LiteChannel, LiteFile
 from mm_retriever.store.lite_files import lite_path
@@ -173,7 +173,7 @@ def _short(error: BaseException) -> str:
         text = error.message
     else:
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)
-    line = " ".join(str(text or type(error).__name__).split())  # an expression comes first, what is wrong with it last
+    line = one_line(text or type(error).__name__, 100_000)  # an expression comes first, what is wrong with it last
     return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from mm_retriever.errors import StoreError
+from mm_retriever.files import flush
 from mm_retriever.forks import ForkLock
 
 RECORDS = "mm_retriever"
@@ -52,23 +53,12 @@ def sync(place: Path) -> None:
             return
         raise
     try:
-        _flush(descriptor)
+        flush(descriptor)
     except OSError:
         if not is_folder:
             raise
     finally:
         os.close(descriptor)
-
-
-def _flush(descriptor: int) -> None:
-    import fcntl
-
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the bytes in the drive
-    if full is not None:
-        with suppress(OSError):
-            fcntl.fcntl(descriptor, full)
-            return
-    os.fsync(descriptor)
 
 
 def sync_folders(lowest: Path, highest: Path) -> None:
@@ -119,7 +109,7 @@ def sync_logs(place: Path, name: str) -> None:
             known = _synced.get(str(log))
             if known == state:
                 continue
-            _flush(descriptor)
+            flush(descriptor)
             if known is None or known[0] != state[0]:
                 sync_folders(log.parent, folder)
             _record_growth(folder, log, descriptor, stat.st_size)
@@ -135,7 +125,7 @@ def write_whole(path: Path, content: bytes) -> None:
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        _flush(file.fileno())
+        flush(file.fileno())
     draft.replace(path)
     sync(path.parent)
 

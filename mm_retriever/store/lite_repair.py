@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.errors import StoreDamagedError, StoreError
+from mm_retriever.errors import StoreDamagedError, StoreError, one_line
 from mm_retriever.store.lite_durability import (
     RECORDS,
     damage,
@@ -305,7 +305,7 @@ def _fault(folder: Path, path: Path) -> str | None:
     except (ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the content
             raise
-        return " ".join(str(error).split())[:200]
+        return one_line(error, 200)
     with _unless_read_only():
         sync(path)  # the version of this package that wrote it may not have
         sync_folders(path.parent, folder)

@@ -28,6 +28,7 @@ from typing import Any
 
 import grpc
 
+from mm_retriever.files import write_atomically
 from mm_retriever.store.lite_files import Turn
 from mm_retriever.store.lite_repair import repair
 from mm_retriever.store.lite_wire import Address, Wire
@@ -83,14 +84,7 @@ class Record:
 
     def write(self, path: Path) -> None:
         """Put the record in place of the last one; only the user may read it."""
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{RECORD}.", dir=path)  # 0600
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, not a path
-                json.dump(asdict(self), file)
-            os.replace(temporary, path / RECORD)  # noqa: PTH105 - both are names
-        except BaseException:
-            os.unlink(temporary)  # noqa: PTH108
-            raise
+        write_atomically(path / RECORD, json.dumps(asdict(self)).encode(), mode=0o600)
 
 
 def read_record(path: Path) -> Record | None:

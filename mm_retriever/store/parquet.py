@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import MissingExtraError, StoreError
+from mm_retriever.files import sync
 from mm_retriever.store.collection import collection_schema
 from mm_retriever.store.filters import ID_FIELD, VECTOR_FIELD
 from mm_retriever.store.rows import node_to_row
@@ -165,12 +165,3 @@ def _parquet() -> Any:
 
 def _missing(error: ImportError) -> MissingExtraError:
     return MissingExtraError(f'Parquet files for Milvus need more packages: pip install "mm-retriever[bulk]" ({error})')
-
-
-def sync(place: Path) -> None:
-    """Return when a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

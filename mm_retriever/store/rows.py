@@ -24,7 +24,7 @@ from llama_index.core.schema import (
 )
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 
-from mm_retriever.errors import NodeError
+from mm_retriever.errors import NodeError, one_line
 from mm_retriever.images import is_image_path
 from mm_retriever.store.checksums import damaged_rows, node_is_damaged, row_checksum
 from mm_retriever.store.filters import (
@@ -90,7 +90,7 @@ def _as_json(node: BaseNode) -> str:
         node = node.model_copy(update={"relationships": _plain_relationships(node)})
         content = node.model_dump(mode="json", fallback=plain_value)
     except (ValueError, TypeError, RecursionError) as error:  # pydantic's own are ValueErrors
-        raise NodeError(f"{_name(node)} cannot be written as JSON: {' '.join(str(error).split())[:300]}") from error
+        raise NodeError(f"{_name(node)} cannot be written as JSON: {one_line(error, 300)}") from error
     content.update({VECTOR_FIELD: None, TEXT_FIELD: ""})
     whole = json.dumps(content, ensure_ascii=False)
     return whole if _is_unicode(whole) else json.dumps(content)  # escaped, half a surrogate pair is kept

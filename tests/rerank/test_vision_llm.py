@@ -277,7 +277,7 @@ def test_words_of_an_answer_are_cleaned_and_bounded() -> None:
     )
     assert (answer.caption, answer.wanted) == ("a mug", "")
     assert len(answer.reasons[0]) == 1000
-    assert reasons_by_label(answer, [1, 2]) == {2: "x" * 1000, 1: "c"}  # the stranger's reason goes with it
+    assert reasons_by_label(answer, [1, 2]) == {2: "x" * 997 + "...", 1: "c"}  # the unknown number takes its own
     assert read_answer(json.dumps({"ranking": [1], "reason": "so"})).reasons == ("so",)
     assert read_answer(json.dumps({"ranking": [1], "reasons": {"1": "so"}})).reasons == ("",)
 

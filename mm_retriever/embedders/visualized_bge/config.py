@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, BertConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from mm_retriever.checkpoint import read_json, reason_of
+from mm_retriever.checkpoint import read_json
 from mm_retriever.embedders.visualized_bge.eva_vit import EvaVisionConfig, check_sizes
-from mm_retriever.errors import CheckpointError, shown
+from mm_retriever.errors import CheckpointError, reason_of, shown
 
 OFFICIAL_HEAD_WIDTH = 64  # of both published models; no tensor tells it
 

@@ -1,0 +1,50 @@
+"""Files replaced in one step, and on the disk before a call returns."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> Path:
+    """Return the path of a file whose readers see the old content or all of the new, never a part.
+
+    Args:
+        path: the file; its folder exists.
+        content: all of it.
+        mode: permissions of the new file, less the user's umask.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+        return draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def sync(place: Path) -> None:
+    """Return when a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """Return when an open file is on the disk."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # fsync alone leaves the bytes in the drive
+            return
+    os.fsync(descriptor)
