@@ -63,7 +63,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("tiny-embedder"), help="folder for weights, config, tokenizer")
     parser.add_argument("--cache", type=Path, default=Path("tiny-layers"), help="folder for the drawn layers")
     parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
-    parser.add_argument("--stem", choices=("patch", "conv"), default="patch")
     parser.add_argument("--tower-layers", type=int, default=4)
     parser.add_argument("--shapes", type=int, default=64, help="drawings of each kind")
     parser.add_argument("--textures", type=int, default=96, help="windows on each pattern")
@@ -86,11 +85,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_model(arguments: argparse.Namespace, vocab_size: int) -> VisualizedBGE:
     """An untrained tiny model of width 128 with three text layers."""
-    channels = (24, 48, 96, 128) if arguments.stem == "conv" else ()
     patches = (arguments.size // 16) ** 2
     vision = {
         "image_size": arguments.size, "patch_size": 16, "width": 128, "layers": arguments.tower_layers,
-        "head_width": 32, "rope_sequence_length": 8, "stem": arguments.stem, "stem_channels": channels,
+        "head_width": 32, "rope_sequence_length": 8,
     }  # fmt: skip
     text = {
         "vocab_size": vocab_size, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,

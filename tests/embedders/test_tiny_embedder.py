@@ -6,7 +6,6 @@ Thresholds are the project's targets, a little lower on the small samples of the
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 
 from mm_retriever.demo.catalogue import HELD_OUT, MODES, catalogue, draw_product, draw_theme
+from mm_retriever.embedders.embedder import Content, cache_identity
+from mm_retriever.embedders.registry import load_embedder
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,9 +62,12 @@ def test_the_bundled_files_are_small():
     }  # fmt: skip
 
 
-def test_it_has_the_plain_patch_embedding():
-    """Issue: the same classes as the real model; a stem option was allowed but not needed."""
-    assert json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["vision"]["stem"] == "patch"
+def test_its_identity_is_that_of_earlier_collections_and_caches():
+    """Collections name the model by its space, caches key vectors by it: a change would orphan all of them."""
+    encoder = load_embedder("tiny", device="cpu")
+    assert encoder.space == "visualized-bge@5a8d8510b01c.a3f6cb"
+    key = Content("red mug").key(cache_identity(encoder, query=True))
+    assert key.hex() == "6bd3b9e3cba354f29d714f26e07f98ee4c320c72a69973a866373685cb758198"
 
 
 def test_vectors_have_length_one_and_any_text_can_be_asked(embedder):

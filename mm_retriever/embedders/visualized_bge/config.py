@@ -63,6 +63,16 @@ class BgeTextConfig:
         )
 
 
+_PATCH_STEM: Mapping[str, Any] = {"stem": "patch", "stem_channels": []}
+"""What configs written by earlier versions say of the tower's stem, which there is only one of."""
+
+
+def _without_stem(vision: Mapping[str, Any]) -> dict[str, Any]:
+    if (stem := vision.get("stem", "patch")) != "patch":
+        raise ValueError(f"vision stem {stem!r} is not 'patch', the only one")
+    return {key: value for key, value in vision.items() if key not in _PATCH_STEM}
+
+
 class VisualizedBGEConfig(PreTrainedConfig):
     """``vision`` and ``text`` hold the fields of :class:`EvaVisionConfig` and :class:`BgeTextConfig` as plain dicts.
 
@@ -78,9 +88,9 @@ class VisualizedBGEConfig(PreTrainedConfig):
         rounded: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        vision = vision if isinstance(vision, EvaVisionConfig) else EvaVisionConfig(**(vision or {}))
+        vision = vision if isinstance(vision, EvaVisionConfig) else EvaVisionConfig(**_without_stem(vision or {}))
         text = text if isinstance(text, BgeTextConfig) else BgeTextConfig(**(text or {}))
-        self.vision: dict[str, Any] = {**asdict(vision), "stem_channels": list(vision.stem_channels)}
+        self.vision: dict[str, Any] = asdict(vision)
         self.text: dict[str, Any] = asdict(text)
         self.rounded: dict[str, str] = dict(rounded or {})
         super().__init__(**kwargs)
@@ -111,7 +121,8 @@ class VisualizedBGEConfig(PreTrainedConfig):
 
     def inputs(self) -> dict[str, Any]:
         """Return all that decides what the weights make of their inputs, and that no tensor says."""
-        return {"vision": self.vision, "text": {key: value for key, value in self.text.items() if key != "dropout"}}
+        vision = {**self.vision, **_PATCH_STEM}  # as fingerprints have always counted it
+        return {"vision": vision, "text": {key: value for key, value in self.text.items() if key != "dropout"}}
 
     def room(self, *, beside_image: bool = False) -> int:
         """Most text tokens the position table has room for, [CLS] and [SEP] counted."""

@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mm_retriever.embedders.visualized_bge.conv_stem import check_stem, halvings
-
 LAYER_NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
 MAX_LAYERS = 256
@@ -28,7 +26,7 @@ PLAIN_ATTENTION_SCORES = 2**25  # scores of one layer that may stand in memory a
 
 
 def check_sizes(config: Any) -> None:
-    """Raises ValueError for a size in a config dataclass that no model has: a config may come from a stranger."""
+    """Raises ValueError for a size in a config dataclass that no model has: configs are untrusted."""
     for name, value in vars(config).items():
         most = MAX_LAYERS if name.endswith("layers") else MAX_SIZE
         least = 0 if name.endswith("_id") else 1
@@ -38,11 +36,7 @@ def check_sizes(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaVisionConfig:
-    """Shape of the tower; the defaults are EVA02-CLIP-B-16 of bge-visualized-base-en-v1.5.
-
-    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) is for small models trained from scratch:
-    ``stem_channels`` has one entry per halving, so ``2 ** len(stem_channels) == patch_size``.
-    """
+    """Shape of the tower; the defaults are EVA02-CLIP-B-16 of bge-visualized-base-en-v1.5."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -51,17 +45,13 @@ class EvaVisionConfig:
     head_width: int = 64
     mlp_ratio: float = 2.6667
     rope_sequence_length: int = 16
-    stem: str = "patch"
-    stem_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stem_channels", tuple(self.stem_channels))
         check_sizes(self)
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.head_width or self.head_width % 4:
             raise ValueError(f"width {self.width} needs heads of {self.head_width}, a multiple of 4, that divide it")
-        check_stem(self.stem, self.stem_channels, self.patch_size)
 
     @property
     def grid(self) -> int:
@@ -70,7 +60,7 @@ class EvaVisionConfig:
 
     @property
     def patches(self) -> int:
-        """Patch tokens of one picture, without CLS."""
+        """Patch tokens of one image, without CLS."""
         return self.grid**2
 
 
@@ -209,20 +199,6 @@ class PatchStem(nn.Module):
         return patches
 
 
-class ConvStem(nn.Module):
-    """Stride-2 convolutions down to the patch stride; not in the original."""
-
-    def __init__(self, config: EvaVisionConfig) -> None:
-        super().__init__()
-        self.halvings = halvings(config.stem_channels)
-        self.proj = nn.Conv2d(config.stem_channels[-1], config.width, 1)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D)."""
-        patches: Tensor = self.proj(self.halvings(pixel_values)).flatten(2).transpose(1, 2)  # (B, N, D), row-major
-        return patches
-
-
 class EvaVisionTower(nn.Module):
     """The whole tower: CLS and patch tokens straight after the last block."""
 
@@ -231,7 +207,7 @@ class EvaVisionTower(nn.Module):
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.patches, config.width))
-        self.patch_embed = ConvStem(config) if config.stem == "conv" else PatchStem(config)
+        self.patch_embed = PatchStem(config)
         self.rope = RotaryPositions(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
