@@ -67,7 +67,9 @@ _PATCH_STEM: Mapping[str, Any] = {"stem": "patch", "stem_channels": []}
 """What configs written by earlier versions say of the tower's stem, which there is only one of."""
 
 
-def _without_stem(vision: Mapping[str, Any]) -> dict[str, Any]:
+def _without_stem(vision: Any) -> dict[str, Any]:
+    if not isinstance(vision, Mapping):
+        raise TypeError(f"vision is {type(vision).__name__}, expected an object")
     if (stem := vision.get("stem", "patch")) != "patch":
         raise ValueError(f"vision stem {stem!r} is not 'patch', the only one")
     return {key: value for key, value in vision.items() if key not in _PATCH_STEM}
