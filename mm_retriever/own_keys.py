@@ -1,7 +1,7 @@
 """Where ingestion keeps what it knows of an image, beside metadata that belong to the caller.
 
-Owns the names. Ingestion stores `file_path`, `width`, `digest` and so on under these names where the caller has no
-metadata of the same name; where the caller has, the caller's stay and ours go under the same name after `mm_`.
+Ingestion stores `file_path`, `width`, `digest` and so on under these names where the caller has no metadata of the same
+name; where the caller has, the caller's stay and ours go under the same name after `mm_`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,7 @@ RESERVED_KEYS = frozenset(key for key in BOOKKEEPING_KEYS if key.startswith(PREF
 
 
 def own_value(metadata: Mapping[str, Any], key: str) -> Any:
-    """Return what ingestion stored under a key of ours, whatever the caller has under the same name; None if nothing.
-
-    Args:
-        metadata: of a node, or the columns of a row.
-        key: one of `OWN_KEYS`.
-    """
+    """Return what ingestion stored under one of `OWN_KEYS` in the metadata of a node or a row; None if nothing."""
     own = metadata.get(f"{PREFIX}{key}")
     return metadata.get(key) if own is None else own
 
@@ -57,21 +52,12 @@ def own_columns(*keys: str) -> list[str]:
 
 
 def with_own(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the caller's metadata with ours beside them; empty values of ours are left out where nothing hides them.
-
-    Args:
-        given: the caller's.
-        own: ours, by `OWN_KEYS`.
-    """
+    """Return the caller's metadata with ours, by `OWN_KEYS`, beside them; empty values of ours only where needed."""
     plain = {key: value for key, value in own.items() if key not in given and value not in (None, "")}
     # An empty value is kept here: otherwise `own_value` would take the caller's for ours.
     beside = {
         f"{PREFIX}{key}": "" if value is None else value
         for key, value in own.items()
-        if key in given and not _equal(given[key], value)
+        if key in given and (type(given[key]), given[key]) != (type(value), value)
     }
     return {**given, **plain, **beside}
-
-
-def _equal(one: object, other: object) -> bool:
-    return type(one) is type(other) and bool(one == other)

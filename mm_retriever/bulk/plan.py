@@ -1,8 +1,8 @@
-"""Which picture goes into which shard, fixed once and for all before the first is embedded.
+"""Which image goes into which shard, fixed once and for all before the first is embedded.
 
 A plan is a folder that appears whole: one file of items for each shard, and `plan.json` with what all shards have in
-common. Whoever comes later, today or on another machine, goes on with it, whatever has become of the source meanwhile.
-Knows nothing of pictures and vectors; holds one item in memory.
+common. Whoever continues, today or on another machine, follows it, whatever has become of the source meanwhile.
+Memory holds one item.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -23,10 +23,12 @@ from typing import Any, TextIO, TypeAlias
 from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import IngestError
-from mm_retriever.files import flush, sync
+from mm_retriever.files import sync
+from mm_retriever.ingest.folder import Skip
 from mm_retriever.ingest.ignored import IgnoredCounts, IgnoredFiles
 from mm_retriever.ingest.report import SkippedImage
-from mm_retriever.ingest.sidecar import SidecarMatch, SidecarSource, match_sidecar
+from mm_retriever.ingest.sidecar import SidecarSource
+from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar
 from mm_retriever.ingest.sources import Item, items, source_folder
 from mm_retriever.store import same_model
 
@@ -34,7 +36,6 @@ PathsOrURLs: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str
 
 _VERSION = 1
 _PLAN = "plan"
-_MODELS = ("model_id", "words")
 _FACTS = "plan.json"
 
 
@@ -45,18 +46,18 @@ class ShardPlan:
     Args:
         out: the folder.
         id: of this plan; in every shard of it.
-        model_id: the model that embeds all of them.
+        model_id: of the model that embeds all of them.
         dimension: numbers in one vector.
         words: what indexes the words beside the vectors: "BM25 mixed" or "BM25" (by the analyzer "standard"), the
             name of a sparse model, or None.
-        rows_per_shard: pictures in each shard but the last.
-        source: the folder that the pictures are in, or a digest of the list that named them.
+        rows_per_shard: images in each shard but the last.
+        source: the folder that the images are in, or a digest of the list that named them.
         sidecar: a digest of the sidecar; None if there was none.
-        pictures: how many there are in all.
+        images: how many there are in all.
         shards: how many shards they make.
-        skipped: what the source named and is no picture's path.
+        skipped: what the source named and is no path or URL of an image.
         ignored: what the folder holds beside images, by type.
-        notes: what the sidecar gives reason to say.
+        notes: what is to be said about the sidecar.
         unused_rows: rows of the sidecar that match no image.
     """
 
@@ -68,7 +69,7 @@ class ShardPlan:
     rows_per_shard: int
     source: str
     sidecar: str | None
-    pictures: int
+    images: int
     shards: int
     skipped: tuple[SkippedImage, ...]
     ignored: tuple[IgnoredFiles, ...] = ()
@@ -85,8 +86,8 @@ class ShardPlan:
         return self.out / "drafts"
 
     def size(self, number: int) -> int:
-        """Return how many pictures are planned for a shard."""
-        return min(self.rows_per_shard, self.pictures - number * self.rows_per_shard)
+        """Return how many images are planned for a shard."""
+        return min(self.rows_per_shard, self.images - number * self.rows_per_shard)
 
     def source_is_gone(self) -> bool:
         """Whether the source was a folder and is none, or an empty one, like that of a drive that is not mounted."""
@@ -98,12 +99,12 @@ class ShardPlan:
         except OSError:
             return True
 
-    def unfinished(self) -> Iterator[int]:
-        """Yield the numbers of the shards that are not done."""
-        return (number for number in range(self.shards) if not self.shard(number).exists())
+    def unfinished(self) -> list[int]:
+        """Return the numbers of the shards that are not done."""
+        return [number for number in range(self.shards) if not self.shard(number).exists()]
 
     def items(self, number: int) -> Iterator[Item]:
-        """Yield the pictures of a shard; what the sidecar said of each is in its metadata."""
+        """Yield the images of a shard; the metadata of each are those of the sidecar."""
         with _items_file(self.out / _PLAN, number).open(encoding="ascii") as lines:
             for line in lines:
                 known = json.loads(line)
@@ -116,7 +117,7 @@ def read_plan(out: str | Path) -> ShardPlan:
     Raises:
         IngestError: there is none, or another version wrote it.
     """
-    folder = Path(out).resolve()
+    folder = _resolved(out)
     path = folder / _PLAN / _FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -126,9 +127,10 @@ def read_plan(out: str | Path) -> ShardPlan:
         raise IngestError(f"cannot read the plan {str(path)!r}: {error}") from error
     if not isinstance(facts, dict) or facts.pop("version", None) != _VERSION:
         raise IngestError(f"{str(path)!r} was written by another version of mm_retriever; give another folder")
-    facts["skipped"] = tuple(SkippedImage(*one) for one in facts["skipped"])
+    facts["images"] = facts.pop("pictures")
+    facts["skipped"] = tuple(SkippedImage(*names) for names in facts["skipped"])
     facts["ignored"] = tuple(
-        IgnoredFiles(**{**files, "paths": tuple(files["paths"])}) for files in facts.get("ignored", ())
+        IgnoredFiles(**{**kind, "paths": tuple(kind["paths"])}) for kind in facts.get("ignored", ())
     )
     facts["notes"] = tuple(facts.get("notes", ()))
     return ShardPlan(out=folder, **facts)
@@ -144,24 +146,17 @@ def make_plan(
     rows_per_shard: int,
     sidecar: SidecarSource | None,
 ) -> ShardPlan:
-    """Return the plan for these options: the one that is there, or a new one, written whole or not at all.
+    """Return the plan for these options: the existing one, or a new one, written whole or not at all.
 
-    Args:
-        source: None for whatever the plan that is there is for.
-        out: the folder of the shards.
-        model_id: as in `ShardPlan`, as are the others.
-        dimension: 〃
-        words: 〃
-        rows_per_shard: 〃
-        sidecar: as in `ingest_images`.
+    Without a source the existing plan is taken, whatever its source was.
 
     Raises:
-        IngestError: the plan that is there is for something else, or there is nothing to plan for.
+        IngestError: the existing plan is for something else, or there is nothing to plan for.
     """
     if rows_per_shard < 1:
         raise IngestError(f"rows_per_shard {rows_per_shard!r}: give 1 or more")
     asked: dict[str, Any] = {"model_id": model_id, "dimension": dimension, "words": words}
-    folder = Path(out).resolve()
+    folder = _resolved(out)
     if source is None:
         return _checked(read_plan(folder), asked)
     entries = _Entries(source)
@@ -172,10 +167,15 @@ def make_plan(
     return _checked(plan, {**asked, "source": entries.name()})
 
 
+def _resolved(out: str | Path) -> Path:
+    return Path(os.path.expanduser(out)).resolve()  # noqa: PTH111
+
+
 def _checked(plan: ShardPlan, asked: Mapping[str, Any]) -> ShardPlan:
     for name, value in asked.items():
         planned = getattr(plan, name)
-        if planned != value and not (name in _MODELS and planned and value and same_model(planned, value)):
+        same_models = name in ("model_id", "words") and planned and value and same_model(planned, value)
+        if planned != value and not same_models:
             raise IngestError(
                 f"the shards in {str(plan.out)!r} are planned for {name} {planned!r}, and {value!r} is asked for. "
                 "Give another folder, or remove this one to start anew"
@@ -188,25 +188,32 @@ class _Entries:
 
     def __init__(self, source: PathsOrURLs) -> None:
         self.folder = source_folder(source)
-        self._entries = [source] if isinstance(source, str | os.PathLike) else source
-        self._digest = hashlib.sha256()
-        self._left = iter(self._checked())
-        self._source = source
         self.ignored = IgnoredCounts()
+        self._source = source
+        self._digest = hashlib.sha256()
+        self._left = self._places([source] if isinstance(source, str | os.PathLike) else source)
 
-    def items(self, skip: Callable[[str, str], None]) -> Iterator[Item]:
-        return items(self._source if self.folder is not None else self._left, skip, self.ignored)
+    def items(self, skip: Skip) -> Generator[Item, None, None]:
+        """Yield each item once. A folder names nothing twice; what a list has named so far is kept on the disk."""
+        if self.folder is not None:
+            yield from items(self._source, skip, self.ignored)
+            return
+        with closing(sqlite3.connect("")) as seen:  # a temporary file
+            seen.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
+            for item in items(self._left, skip):
+                if seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (item.id,)).rowcount:
+                    yield item
 
     def name(self) -> str:
-        """A folder's path, or a digest of a list, gone through if that is not done."""
+        """A folder's path, or a digest of a list, whose rest is gone through for that."""
         if self.folder is not None:
             return self.folder
         for _ in self._left:
             pass
         return f"list {self._digest.hexdigest()}"
 
-    def _checked(self) -> Iterator[str]:
-        for entry in self._entries:
+    def _places(self, entries: Iterable[object]) -> Iterator[str]:
+        for entry in entries:
             if isinstance(entry, BaseNode):
                 raise IngestError("shards are made of paths and URLs; LlamaIndex nodes go through ingest_images")
             if not isinstance(entry, str | os.PathLike):
@@ -216,7 +223,7 @@ class _Entries:
             yield place
 
 
-def _write_plan(folder: Path, entries: _Entries, columns: SidecarMatch, asked: Mapping[str, Any]) -> None:
+def _write_plan(folder: Path, entries: _Entries, sidecar: SidecarMatch, asked: Mapping[str, Any]) -> None:
     """Write the plan beside its place and move it there; where two do that at a time, the first one's counts."""
     for name in ("shards", "drafts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -224,15 +231,15 @@ def _write_plan(folder: Path, entries: _Entries, columns: SidecarMatch, asked: M
     draft.mkdir()
     skipped: list[tuple[str, str]] = []
     try:
-        with closing(_different(entries, lambda name, reason: skipped.append((name, reason)))) as found:
-            pictures, shards = _write_items(draft, found, columns, asked["rows_per_shard"])
-        if not pictures:
+        with closing(entries.items(lambda name, reason: skipped.append((name, reason)))) as planned:
+            images, shards = _write_items(draft, planned, sidecar, asked["rows_per_shard"])
+        if not images:
             reasons = "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
-            raise IngestError(f"there are no pictures to plan for in {entries.folder or 'the list'!r}{reasons}")
+            raise IngestError(f"there are no images to plan for in {entries.folder or 'the list'!r}{reasons}")
         facts = {"version": _VERSION, "id": uuid.uuid4().hex, **asked, "source": entries.name()}
-        facts |= {"pictures": pictures, "shards": shards, "skipped": skipped}
+        facts |= {"pictures": images, "shards": shards, "skipped": skipped}  # "pictures" is version 1's word
         facts["ignored"] = [asdict(files) for files in entries.ignored.report()]
-        facts |= {"notes": columns.notes, "unused_rows": len(columns.unused)}
+        facts |= {"notes": sidecar.notes, "unused_rows": len(sidecar.unused)}
         with _synced(draft / _FACTS) as file:
             json.dump(facts, file, indent=1)
         sync(draft)
@@ -247,32 +254,21 @@ def _write_plan(folder: Path, entries: _Entries, columns: SidecarMatch, asked: M
         shutil.rmtree(other, ignore_errors=True)
 
 
-def _write_items(draft: Path, found: Iterator[Item], columns: SidecarMatch, size: int) -> tuple[int, int]:
+def _write_items(draft: Path, planned: Iterator[Item], sidecar: SidecarMatch, size: int) -> tuple[int, int]:
     """Write the items of each shard, and return how many items and shards there are."""
-    pictures = shards = 0
-    while (first := next(found, None)) is not None:
+    images = shards = 0
+    while (first := next(planned, None)) is not None:
         with _synced(_items_file(draft, shards)) as file:
-            for item in chain([first], islice(found, size - 1)):
-                known: dict[str, Any] = {"id": item.id, "path": item.path, "url": item.url, "label": item.label}
-                known["fetch_url"] = item.fetch_url
-                if (row := columns.row(item.sidecar_names, item.path)) is not None:
+            for item in chain([first], islice(planned, size - 1)):
+                known: dict[str, Any] = {
+                    name: getattr(item, name) for name in ("id", "path", "url", "label", "fetch_url")
+                }
+                if (row := sidecar.row(item.sidecar_names, item.path)) is not None:
                     known |= {"metadata": row.columns, "text": row.text}
                 file.write(json.dumps({name: value for name, value in known.items() if value}) + "\n")
-                pictures += 1
+                images += 1
         shards += 1
-    return pictures, shards
-
-
-def _different(entries: _Entries, skip: Callable[[str, str], None]) -> Generator[Item, None, None]:
-    """Yield each item once. A folder names nothing twice; what a list has named so far is kept on disk."""
-    if entries.folder is not None:
-        yield from entries.items(skip)
-        return
-    with closing(sqlite3.connect("")) as seen:  # a file of its own, which goes when it is closed
-        seen.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
-        for item in entries.items(skip):
-            if seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (item.id,)).rowcount:
-                yield item
+    return images, shards
 
 
 def _items_file(plan: Path, number: int) -> Path:
@@ -284,8 +280,7 @@ def _synced(path: Path) -> Iterator[TextIO]:
     """A new text file that is on the disk when it is closed."""
     with path.open("x", encoding="ascii") as file:
         yield file
-        file.flush()
-        flush(file.fileno())
+    sync(path)
 
 
 def _digest_of(sidecar: SidecarSource | None) -> str | None:
@@ -294,6 +289,6 @@ def _digest_of(sidecar: SidecarSource | None) -> str | None:
     if isinstance(sidecar, Mapping):
         return hashlib.sha256(json.dumps(sidecar, default=str, sort_keys=True).encode()).hexdigest()
     try:
-        return hashlib.sha256(Path(sidecar).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(os.path.expanduser(sidecar)).read_bytes()).hexdigest()  # noqa: PTH111
     except OSError as error:
         raise IngestError(f"cannot read the sidecar file {str(sidecar)!r}: {error}") from error

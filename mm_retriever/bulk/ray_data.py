@@ -1,8 +1,7 @@
 """The same shards by many workers: `embed_to_shards` as a Ray Data job.
 
-Owns what is asked of Ray: a row for each shard that is not done, a pool of workers that hold the model, and how what
-goes wrong there comes back. What a shard is, and that it is there once and whole, is `ShardWriter`'s. Ray is loaded
-when it is used.
+Owns what is asked of Ray: a row for each shard that is not done, a pool of workers that hold the model, and how errors
+come back from them. Ray is loaded when it is used.
 """
 
 from __future__ import annotations
@@ -14,22 +13,19 @@ import pickle
 import socket
 import traceback
 import uuid
-from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
+from collections.abc import Generator, Iterator, MutableMapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan
-from mm_retriever.bulk.shards import ShardReport, ShardWriter, make_shards
+from mm_retriever.bulk.shards import Progress, ShardReport, ShardWriter, embed_to_shards
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import IngestError, MissingExtraError, MMRetrieverError
-from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
-from mm_retriever.ingest.sidecar import SidecarSource
-from mm_retriever.store import SparseEmbedding
 
 _DEATHS = 3
-"""Workers that may die at one shard before it is the shard, and not the machine, that kills them."""
+"""Workers that may die at one shard before the shard, and not the machine, is taken to kill them."""
 
 _PATIENCE = 10.0
 """Seconds for a Ray at another address to answer."""
@@ -43,44 +39,33 @@ def embed_to_shards_on_ray(
     out: str | Path,
     embed_model: ComposedEmbedding,
     *,
-    rows_per_shard: int = 10_000,
-    batch_size: int = 32,
-    sidecar: SidecarSource | None = None,
-    hybrid: bool | SparseEmbedding = False,
     workers: int | None = None,
     cpus_per_worker: float = 1.0,
     gpus_per_worker: float | None = None,
     device: str | None = None,
-    show_progress: bool = True,
-    image_policy: ImagePolicy = DEFAULT_POLICY,
-    exif: bool = True,
+    **options: Any,
 ) -> ShardReport:
     """Do what `embed_to_shards` does, a shard to a worker, on the machines of a Ray cluster; return what they hold.
 
     Plan, files and report are the same: where one of the two functions was broken off, the other goes on. A worker that
-    dies is replaced by Ray, and the shard that it was at is begun again; what is done stays as it is.
+    dies is replaced by Ray, and begins its shard again; what is done stays as it is.
 
     Runs on the Ray that the program is connected to, or the one that the environment's `RAY_ADDRESS` names; otherwise
-    on one of its own on this machine, for as long as the call takes. The pictures and `out` must be on a file system
+    on one of its own on this machine, for as long as the call takes. The images and `out` must be on a file system
     that all machines see under the same paths, and this package installed on each. A model given as a path is given as
     an absolute one.
 
     Args:
-        source: as in `embed_to_shards`, as are the others that are not named here. Listed by the caller's machine.
-        out: 〃
+        source: as in `embed_to_shards`; listed by the caller's machine.
+        out: as in `embed_to_shards`.
         embed_model: pickled for the workers. A `VisualizedBGEEmbedding` pickles as its options: each worker loads the
             weights itself.
-        rows_per_shard: 〃; what one worker does at a time, and loses when it dies.
-        batch_size: 〃
-        sidecar: 〃
-        hybrid: 〃; a sparse model is pickled too.
         workers: how many models work at a time; default: as many as the cluster has room for now.
         cpus_per_worker: set aside for each, and how many threads its model uses.
         gpus_per_worker: set aside for each, a half means two workers to one; default: one if `device` is "cuda".
         device: where workers load the model: "cuda" for GPUs that this machine lacks; default: as `embed_model` is.
-        show_progress: 〃; it moves with each shard that is done.
-        image_policy: 〃
-        exif: 〃
+        **options: of `embed_to_shards`. A sparse model given as `hybrid` is pickled too; `rows_per_shard` is what a
+            worker does at a time, and loses when it dies; progress moves with each shard that is done.
 
     Raises:
         IngestError: as in `embed_to_shards`; the model does not pickle; there is no room for a worker; or a shard kills
@@ -98,23 +83,12 @@ def embed_to_shards_on_ray(
     needs = {"CPU": cpus_per_worker, "GPU": gpus_per_worker}
     if not any(needs.values()) or min(needs.values()) < 0 or (workers is not None and workers < 1):
         raise IngestError(f"workers {workers!r} with {needs}: give 1 or more, and a CPU or a GPU to each")
-    return make_shards(
-        source,
-        out,
-        embed_model,
-        partial(_on_ray, workers=workers, needs=needs),
-        rows_per_shard=rows_per_shard,
-        batch_size=batch_size,
-        sidecar=sidecar,
-        hybrid=hybrid,
-        show_progress=show_progress,
-        image_policy=image_policy,
-        exif=exif,
-    )
+    write_shards = partial(_on_ray, workers=workers, needs=needs)
+    return embed_to_shards(source, out, embed_model, write_shards=write_shards, **options)
 
 
 def _on_device(embed_model: ComposedEmbedding, device: str) -> ComposedEmbedding:
-    """Return what pickles as the model does, and is loaded on another device."""
+    """Return a copy that is loaded on another device where it is unpickled."""
     if getattr(embed_model, "device", None) is None:
         raise IngestError(f"device {device!r}: {type(embed_model).__name__} has none to be changed")
     moved: Any = copy.copy(embed_model)
@@ -125,7 +99,7 @@ def _on_device(embed_model: ComposedEmbedding, device: str) -> ComposedEmbedding
 def _on_ray(
     writer: ShardWriter,
     unfinished: Sequence[int],
-    progress: Callable[[int], object],
+    progress: Progress,
     *,
     workers: int | None,
     needs: dict[str, float],
@@ -176,13 +150,7 @@ def _answers(
 
 
 class _Worker:
-    """What runs in a process of Ray: a writer, unpacked at the first shard, for one shard after the other.
-
-    Args:
-        plan: of the writer.
-        call: of the writer.
-        packed: the writer, pickled.
-    """
+    """Runs in a process of Ray: a writer, unpickled at the first shard, for one shard after the other."""
 
     def __init__(self, plan: ShardPlan, call: str, packed: bytes) -> None:
         self._plan = plan
@@ -203,13 +171,13 @@ class _Worker:
 
     @contextmanager
     def _marked(self, number: int) -> Iterator[None]:
-        """While a worker is at a shard, a file says so; one that stays tells of a death, which Ray Data counts not."""
+        """Keep a file while a worker is at a shard; one that stays tells of a death, which Ray Data does not count."""
         stem = self._plan.shard(number).stem
         mark = f"{stem}.begun.{self._call}"  # goes with the drafts of the shard
         if len(list(self._plan.drafts.glob(f"{mark}.*"))) >= _DEATHS:
             raise IngestError(
-                f"{_DEATHS} workers died, one after the other, at the pictures of plan/{stem}.jsonl: too little memory "
-                "for the model and so many rows, or a picture that crashes what decodes it"
+                f"{_DEATHS} workers died, one after the other, at the images of plan/{stem}.jsonl: too little memory "
+                "for the model and so many rows, or an image that crashes what decodes it"
             )
         own = self._plan.drafts / f"{mark}.{uuid.uuid4().hex}"
         own.touch()
@@ -232,7 +200,7 @@ def _packed_error(error: Exception) -> bytes:
 
 
 def _raise(packed: bytes) -> None:
-    """Raise what a worker raised; the cause of what is not ours is where it happened."""
+    """Raise what a worker raised; an error that is not ours gets as its cause where it happened."""
     error, where = pickle.loads(packed)  # noqa: S301 - our workers' own, as everything in Ray
     raise error from None if isinstance(error, MMRetrieverError) else RuntimeError(f"in a worker:\n{where}")
 
@@ -242,8 +210,8 @@ def _room(needs: dict[str, float]) -> int:
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = [min(has.get(what, 0.0) / need for what, need in needs.items() if need) for has in nodes]
-    room = sum(int(one + 1e-9) for one in fits)  # ten tenths are one
+    fits = [min(node.get(what, 0.0) / need for what, need in needs.items() if need) for node in nodes]
+    room = sum(int(workers + 1e-9) for workers in fits)  # ten tenths are one
     if not room:
         raise IngestError(f"no machine of the cluster has {needs}; if it grows by itself, say with how many workers=")
     return room
@@ -254,7 +222,7 @@ def _room(needs: dict[str, float]) -> int:
 
 @contextmanager
 def _ray() -> Iterator[bool]:
-    """Ray as the program has it; or else the environment's, or one of our own, for the time being: whether it is."""
+    """Use the program's Ray, the environment's, or for the time being one of our own; yields whether it is ours."""
     import ray
 
     if ray.is_initialized():
@@ -284,11 +252,15 @@ def _connect(address: str) -> None:
 
 
 def _start_ray() -> None:
-    """Start a Ray that nobody else can reach, without its web page."""
+    """Start a Ray that nobody else can reach, without its web page.
+
+    No public option keeps it off the network: `ENABLE_RAY_CLUSTER` is read from the environment when Ray is imported,
+    and left set it would hold for every later Ray of the program.
+    """
     import ray
     from ray._private import ray_constants
 
-    # Not a cluster: or else it takes the address of the network for its own, whatever it is given, and listens there.
+    # A cluster takes the address of the network for its own, whatever it is given, and listens there.
     alone = _changed(vars(ray_constants), ENABLE_RAY_CLUSTER=False)
     with alone, _changed(os.environ, **{name: os.environ.get(name, value) for name, value in _QUIET.items()}):
         ray.init(
@@ -315,8 +287,9 @@ def _changed(settings: MutableMapping[str, Any], **changes: Any) -> Iterator[Non
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data that keeps its remarks to its log file: what matters of them comes out of the call as an error."""
-    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
+    """Keep the remarks of Ray Data to its log file: what matters of them comes out of the call as an error."""
+    handlers = logging.getLogger("ray.data").handlers
+    consoles = [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
     levels = [console.level for console in consoles]
     for console in consoles:
         console.setLevel(logging.CRITICAL)

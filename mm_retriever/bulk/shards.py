@@ -1,7 +1,7 @@
-"""Pictures into shards, files of rows that a Milvus server imports by itself: for collections of millions.
+"""Images into shards, files of rows that a Milvus server imports by itself: for collections of millions.
 
 Owns the way of one shard: its part of the plan, read ahead and embedded, into one file that appears whole. A shard is
-done when its file is there; a run that died, or another machine, does those that are not.
+done when its file exists; a run that died, or another machine, does those that are not.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from llama_index.core.schema import ImageNode
 from tqdm import tqdm
 
 from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan, make_plan, read_plan
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import IngestError, NodeError, StoreMismatchError
+from mm_retriever.errors import ImageLoadError, IngestError, StoreMismatchError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.ignored import IgnoredFiles
-from mm_retriever.ingest.nodes import Layer, Task, picture_node, reason_of, stamp_of
-from mm_retriever.ingest.reading import ReadPicture, read_ahead, read_picture
+from mm_retriever.ingest.nodes import Layer, Task, current_stamp, image_node, write_each
+from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.vectors import Vectors
@@ -40,12 +40,12 @@ class ShardReport:
     Args:
         shards: how many there are.
         written: those that this call made; the others were done before.
-        rows: pictures in all of them.
-        skipped: pictures in none of them, with reasons.
+        rows: images in all of them.
+        skipped: images in none of them, with reasons.
         seconds: wall clock of the call.
         ignored: what the folder holds beside images, by type, with reasons.
         unused_rows: rows of the sidecar that match no image.
-        notes: what else there is to say, a line each.
+        notes: everything else that should be known, a line each.
     """
 
     shards: int
@@ -67,6 +67,10 @@ class ShardReport:
         return asdict(self)
 
 
+Progress: TypeAlias = Callable[[int], object]
+"""Called with the number of images that were just dealt with."""
+
+
 def embed_to_shards(
     source: PathsOrURLs | None,
     out: str | Path,
@@ -79,10 +83,11 @@ def embed_to_shards(
     show_progress: bool = True,
     image_policy: ImagePolicy = DEFAULT_POLICY,
     exif: bool = True,
+    write_shards: Callable[[ShardWriter, Sequence[int], Progress], int] | None = None,
 ) -> ShardReport:
-    """Embed pictures into Parquet files that a Milvus server imports by itself, and return what they hold.
+    """Embed images into Parquet files that a Milvus server imports by itself, and return what they hold.
 
-    The rows are those that `ingest_images` would store. The first call fixes which picture is in which shard; whatever
+    The rows are those that `ingest_images` would store. The first call fixes which image is in which shard; whatever
     happens to it or to the folder, the same call goes on with that plan and does the shards that are not done. To have
     a shard embedded again, remove its file. One shard of rows is in memory at a time, whatever the size of the source.
 
@@ -92,63 +97,20 @@ def embed_to_shards(
     Args:
         source: a folder as in `ingest_images`, or an iterable of paths and URLs; None goes on with the plan in `out`.
         out: a folder for the plan and the shards.
-        embed_model: a `VisualizedBGEEmbedding`.
-        rows_per_shard: pictures in one file.
-        batch_size: pictures that go through the model together.
+        embed_model: a `ComposedEmbedding` such as `VisualizedBGEEmbedding`.
+        rows_per_shard: images in one file.
+        batch_size: images that go through the model together.
         sidecar: as in `ingest_images`; read when the plan is made.
         hybrid: as the collection is, or will be, opened with.
         show_progress: a progress bar with rate and time left.
         image_policy: what may be read, and how large.
         exif: as in `ingest_images`.
+        write_shards: writes the shards of these numbers, and returns how many of them it made; default: one after the
+            other in this process.
 
     Raises:
         IngestError: a source that cannot be used at all, or a plan in `out` for something else.
         MissingExtraError: pyarrow is not installed.
-    """
-    return make_shards(
-        source,
-        out,
-        embed_model,
-        _one_after_another,
-        rows_per_shard=rows_per_shard,
-        batch_size=batch_size,
-        sidecar=sidecar,
-        hybrid=hybrid,
-        show_progress=show_progress,
-        image_policy=image_policy,
-        exif=exif,
-    )
-
-
-def make_shards(
-    source: PathsOrURLs | None,
-    out: str | Path,
-    embed_model: ComposedEmbedding,
-    write: Callable[[ShardWriter, Sequence[int], Callable[[int], object]], int],
-    *,
-    rows_per_shard: int,
-    batch_size: int,
-    sidecar: SidecarSource | None,
-    hybrid: bool | SparseEmbedding,
-    show_progress: bool,
-    image_policy: ImagePolicy,
-    exif: bool,
-) -> ShardReport:
-    """Plan shards, have those written that are not done, and return what all of them hold.
-
-    Args:
-        source: as in `embed_to_shards`, as are the others.
-        out: 〃
-        embed_model: 〃
-        write: called with a writer, the numbers of the shards to write, and what takes the number of pictures that were
-            just dealt with; returns how many shards it made.
-        rows_per_shard: 〃
-        batch_size: 〃
-        sidecar: 〃
-        hybrid: 〃
-        show_progress: 〃
-        image_policy: 〃
-        exif: 〃
     """
     start = time.perf_counter()
     plan = make_plan(
@@ -161,34 +123,29 @@ def make_shards(
         sidecar=sidecar,
     )
     writer = ShardWriter(plan, embed_model, hybrid=hybrid, batch_size=batch_size, image_policy=image_policy, exif=exif)
-    unfinished = list(plan.unfinished())
-    with tqdm(
-        total=plan.pictures,
-        initial=plan.pictures - sum(plan.size(number) for number in unfinished),
-        desc="Embedding",
-        unit="picture",
-        disable=not show_progress,
-    ) as bar:
-        written = write(writer, unfinished, bar.update)
-    return report_of(plan, written, time.perf_counter() - start)
+    unfinished = plan.unfinished()
+    done = plan.images - sum(plan.size(number) for number in unfinished)
+    with tqdm(total=plan.images, initial=done, desc="Embedding", unit="image", disable=not show_progress) as bar:
+        written = (write_shards or _one_after_another)(writer, unfinished, bar.update)
+    rows, skipped = 0, list(plan.skipped)
+    for number in range(plan.shards):
+        held, left_out = read_shard(plan, number)
+        rows += held
+        skipped += left_out
+        remove_drafts(plan.shard(number), plan.drafts)
+    seconds = time.perf_counter() - start
+    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds, plan.ignored, plan.unused_rows, plan.notes)
 
 
-def _one_after_another(writer: ShardWriter, unfinished: Sequence[int], progress: Callable[[int], object]) -> int:
+def _one_after_another(writer: ShardWriter, unfinished: Sequence[int], progress: Progress) -> int:
     return sum(writer.write(number, progress) for number in unfinished)
 
 
 class ShardWriter:
-    """Makes the shards of one plan, one at a time, with one model. Goes to other processes if the model does.
+    """Makes the shards of one plan, one at a time, with one model; options as in `embed_to_shards`.
 
-    Its `call` is a name that its copies there share, and that each shard bears which one of them made.
-
-    Args:
-        plan: what is in which shard.
-        embed_model: the model of the plan.
-        hybrid: as in `embed_to_shards`, as are the others.
-        batch_size: 〃
-        image_policy: 〃
-        exif: 〃
+    Goes to other processes if the model does. Its `call` is a name that its copies there share, and that each shard
+    bears which one of them made.
     """
 
     def __init__(
@@ -212,35 +169,28 @@ class ShardWriter:
         self._policy = image_policy
         self._exif = exif
 
-    def write(self, number: int, progress: Callable[[int], object] = lambda pictures: None) -> bool:
-        """Make a shard, and return whether this writer did, or a copy of it; somebody else may have, meanwhile.
-
-        Args:
-            number: of the shard.
-            progress: called with the number of pictures that were just dealt with.
-        """
+    def write(self, number: int, progress: Progress = lambda images: None) -> bool:
+        """Make a shard, and return whether this writer did, or a copy of it; another one may have, meanwhile."""
         path = self.plan.shard(number)
         if path.exists():
             return read_account(path)[1].get("call") == self.call
         self._check_models()
         rows = ParquetRows(self.plan.dimension, self._hybrid)
         skipped: list[tuple[str, str]] = []
-        batch: list[tuple[Task, ReadPicture]] = []
-        with closing(read_ahead(self._tasks(number, skipped), self._read, ahead=2 * self._batch_size)) as pictures:
-            for task, picture in pictures:
-                if picture.error:
-                    skipped.append((task.item.name, picture.error))
+        batch: list[tuple[Task, ReadImage]] = []
+        with closing(read_ahead(self._tasks(number, skipped), self._read, ahead=2 * self._batch_size)) as images:
+            for task, image in images:
+                if image.error:
+                    skipped.append((task.item.name, image.error))
                     continue
-                batch.append((task, picture))
+                batch.append((task, image))
                 if len(batch) == self._batch_size:
                     self._embed(batch, rows, skipped)
                     progress(len(batch))
                     batch.clear()
         self._embed(batch, rows, skipped)
         if skipped and self.plan.source_is_gone():
-            raise IngestError(
-                f"{self.plan.source!r} is empty or gone: a drive that is missing? Its pictures are planned"
-            )
+            raise IngestError(f"{self.plan.source!r} is empty or gone: a drive that is missing? Its images are planned")
         progress(self.plan.size(number) - (len(rows) + len(skipped)))
         account = {"plan": self.plan.id, "shard": number, "skipped": skipped, "call": self.call}
         return rows.write(path, self.plan.drafts, account)
@@ -255,63 +205,46 @@ class ShardWriter:
     def _tasks(self, number: int, skipped: list[tuple[str, str]]) -> Iterator[Task]:
         for item in self.plan.items(number):
             try:
-                stamp = stamp_of(item.path) if item.path is not None else {}  # a URL is taken to be unchanging
-            except (OSError, ValueError) as error:
-                skipped.append((item.name, reason_of(error)))
+                stamp = current_stamp(item)
+            except ImageLoadError as error:
+                skipped.append((item.name, str(error)))
                 continue
-            said = Layer(item.text, item.metadata)
-            yield Task(item, {"sidecar": said} if said else {}, stamp, stored=None)
+            layer = Layer(item.text, item.metadata)
+            yield Task(item, {"sidecar": layer} if layer else {}, stamp, stored=None)
 
-    def _read(self, task: Task) -> ReadPicture:
-        return read_picture(task.item.source, "", self._embed_model.prepare_image, self._policy, self._exif)
+    def _read(self, task: Task) -> ReadImage:
+        return read_image(task.item.source, "", self._embed_model.prepare_image, self._policy, self._exif)
 
     def _embed(
-        self, batch: Sequence[tuple[Task, ReadPicture]], rows: ParquetRows, skipped: list[tuple[str, str]]
+        self, batch: Sequence[tuple[Task, ReadImage]], rows: ParquetRows, skipped: list[tuple[str, str]]
     ) -> None:
-        found = self._vectors.of_pictures([picture.prepared for _, picture in batch])
-        nodes = []
-        for (task, picture), vector in zip(batch, found, strict=True):
+        nodes: list[tuple[Task, ImageNode]] = []
+        vectors = self._vectors.of_images([image.prepared for _, image in batch])
+        for (task, image), vector in zip(batch, vectors, strict=True):
             if isinstance(vector, str):
                 skipped.append((task.item.name, vector))
             else:
-                nodes.append((task, picture_node(task, picture.digest, picture.size, vector, picture.exif)))
-        self._add(nodes, rows, skipped)
-
-    def _add(self, nodes: Sequence[tuple[Task, ImageNode]], rows: ParquetRows, skipped: list[tuple[str, str]]) -> None:
-        try:
-            rows.add([node for _, node in nodes])
-        except NodeError as error:  # none was added
-            if len(nodes) == 1:
-                skipped.append((nodes[0][0].item.name, str(error)))
-                return
-            for one in nodes:
-                self._add([one], rows, skipped)
-
-
-def report_of(plan: ShardPlan, written: int, seconds: float) -> ShardReport:
-    """Return what the shards of a plan hold, by their own account; what killed writers left of them is removed.
-
-    Raises:
-        IngestError: a shard is not done, or its file is another's.
-    """
-    rows, skipped = 0, list(plan.skipped)
-    for number in range(plan.shards):
-        held, left_out = read_shard(plan, number)
-        rows += held
-        skipped += left_out
-        remove_drafts(plan.shard(number), plan.drafts)
-    return ShardReport(plan.shards, written, rows, tuple(skipped), seconds, plan.ignored, plan.unused_rows, plan.notes)
+                nodes.append((task, image_node(task, image.digest, image.size, vector, image.exif)))
+        write_each(
+            nodes,
+            lambda nodes: rows.add([node for _, node in nodes]),
+            lambda task, reason: skipped.append((task.item.name, reason)),
+        )
 
 
 def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:
-    """Return how many rows a shard has, and which of its pictures it lacks."""
+    """Return how many rows a shard has, and which of its images it lacks.
+
+    Raises:
+        IngestError: it is not done, or its file is another plan's.
+    """
     path = plan.shard(number)
     if not path.exists():
-        raise IngestError(f"{len(list(plan.unfinished()))} of {plan.shards} shards are not embedded yet: do that first")
+        raise IngestError(f"{len(plan.unfinished())} of {plan.shards} shards are not embedded yet: do that first")
     rows, account = read_account(path)
     if (account["plan"], account["shard"]) != (plan.id, number):
         raise IngestError(f"{str(path)!r} is a shard of another plan: remove it, and embed it again")
-    return rows, [SkippedImage(*one) for one in account["skipped"]]
+    return rows, [SkippedImage(*names) for names in account["skipped"]]
 
 
 def import_shards(
@@ -328,7 +261,7 @@ def import_shards(
     already, from an earlier call or from `ingest_images`, stay as they are if their whole shard is there; otherwise
     those of the shard are removed and imported. A call that died is repeated: it waits for what the server still does.
     Afterwards every id is counted, and some vectors of each file are compared. Nothing else should store these
-    pictures meanwhile.
+    images meanwhile.
 
     Args:
         out: the folder of `embed_to_shards`, with every shard done.

@@ -1,13 +1,13 @@
-"""Pictures from a folder, a list or LlamaIndex documents into the store; a run may be broken off and repeated at will.
+"""Images from a folder, a list or LlamaIndex documents into the store; a run may be broken off and repeated at will.
 
-One picture goes through its files in this order:
+One image goes through the files in this order:
 
-- `sources.py`, `stable_url.py`: which things there are, and the id that each keeps.
+- `sources.py`, `folder.py`, `remote.py`, `stable_url.py`: what there is, and the id that it keeps.
 - `ignored.py`: what else a folder holds, counted by type.
-- `sidecar.py`: the columns that lie beside them in a JSON or CSV file.
-- `reading.py`: read and decoded ahead of the model, in flat memory.
-- `vectors.py`: what the model makes of it, and what happens when it fails.
-- `nodes.py`: the node that is stored of it.
+- `sidecar.py`, `sidecar_columns.py`, `sidecar_table.py`, `sidecar_match.py`: metadata from a file beside the images.
+- `reading.py`, `exif.py`: read and decoded ahead of the model, in flat memory.
+- `vectors.py`: embedded; what happens when the model fails.
+- `nodes.py`: the node that is stored, and what tells that it changed.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
 - `known.py`: vectors that the store has already of the same file contents.
 - `gone.py`, `removal.py`: which files are provably gone, and rows out of the store.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 import struct
-import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
+
+from mm_retriever.errors import one_line
 
 _BLOCK = re.compile(rb"Exif\x00\x00(?=II\*\x00|MM\x00\*)")
 _PNG_BLOCK = re.compile(rb"eXIf(?=II\*\x00|MM\x00\*)")
@@ -30,7 +31,7 @@ _LONGEST_TEXT = 100
 
 
 def exif_columns(data: bytes) -> dict[str, Any]:
-    """Return `taken` (ISO text, local time), `camera`, `latitude` and `longitude` (degrees), as far as they are there.
+    """Return `taken` (ISO text, local time), `camera`, `latitude` and `longitude` (degrees), where they are recorded.
 
     Args:
         data: a whole JPEG, PNG, WebP, TIFF, HEIC or AVIF file.
@@ -45,8 +46,8 @@ def _start(data: bytes) -> int | None:
     if data[:4] in (b"II*\0", b"MM\0*"):
         return 0
     pattern = _PNG_BLOCK if data[:4] == b"\x89PNG" else _WEBP_BLOCK if data[:4] == b"RIFF" else _BLOCK
-    found = pattern.search(data) or _BLOCK.search(data)
-    return found.end() if found else None
+    block = pattern.search(data) or _BLOCK.search(data)
+    return block.end() if block else None
 
 
 def _columns(block: _Block) -> dict[str, Any]:
@@ -78,16 +79,16 @@ class _Block:
 
     def entries(self, at: Any, wanted: set[int]) -> dict[int, Any]:
         """Return the wanted entries of the directory at an offset: text, a number, or a list of fractions."""
-        found: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         if not isinstance(at, int) or at < 8:
-            return found
+            return values
         with suppress(struct.error):
             for place in range(at + 2, at + 2 + 12 * min(self.number(at, 2), _MOST_ENTRIES), 12):
                 tag = self.number(place, 2)
-                if tag in wanted and tag not in found:
+                if tag in wanted and tag not in values:
                     with suppress(struct.error):
-                        found[tag] = self._value(place)
-        return found
+                        values[tag] = self._value(place)
+        return values
 
     def _value(self, place: int) -> Any:
         kind, count = self.number(place + 2, 2), self.number(place + 4, 4)
@@ -110,8 +111,7 @@ def _text(value: Any) -> str:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    plain = "".join(" " if unicodedata.category(sign)[0] in "CZ" else sign for sign in text)
-    return " ".join(plain.split())[:_LONGEST_TEXT]
+    return one_line(text, _LONGEST_TEXT)
 
 
 def _date(value: Any) -> str | None:

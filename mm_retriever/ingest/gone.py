@@ -1,8 +1,8 @@
-"""Whether a stored file is gone, or can only not be seen at the moment. When in doubt it is not gone.
+"""Whether a stored file is gone, or only cannot be seen at the moment. When in doubt it is not gone.
 
-Proof is that the file system knows no such file, or that there is something else in its place. A file that cannot be
-looked at (no permission, a stale mount, a bad disk, too few descriptors) is no proof, and neither is an empty folder on
-another device than the file was on: a mount that is missing leaves one. Knows nothing of stores.
+The proof is that the file system knows no such file, or has something else in its place. A file that cannot be looked
+at (no permission, a stale mount, a bad disk, too few descriptors) is no proof, and neither is an empty folder on
+another device than the file was on: a missing mount leaves one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,26 @@ Fate: TypeAlias = Literal["there", "gone", "unknown"]
 def fate(path: str, stored: Mapping[str, Any]) -> Fate:
     """Return what has become of a file, given the row that was made of it."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - ten times Path's speed
+        return "there" if stat.S_ISREG(os.stat(path).st_mode) else "gone"  # noqa: PTH116 - ten times Path's speed
     except (FileNotFoundError, NotADirectoryError):
         return "unknown" if _may_be_unmounted(path, str(own_value(stored, FILE_STAMP) or "")) else "gone"
     except (OSError, ValueError):
         return "unknown"
-    return "there" if stat.S_ISREG(status.st_mode) else "gone"
+
+
+def is_missing(path: str) -> bool:
+    """Whether the file system says that there is no such file, and does not only fail."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def _may_be_unmounted(path: str, stamp: str) -> bool:
-    """A link that leads nowhere, or the nearest folder that is there: empty, and on another device."""
+    """Whether there is a link that leads nowhere, or the nearest existing folder is empty and on another device."""
     device = stamp.rpartition("-")[2]
     try:
         for place in (Path(path), *Path(path).parents):

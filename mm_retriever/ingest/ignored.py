@@ -1,27 +1,24 @@
-"""What of a folder is left out, by type and with the reason.
-
-Owns the types that people keep beside their images, and what can be done about each. Knows nothing of stores.
-"""
+"""What a folder holds beside images: counted by type, each with the reason and what can be done about it."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from mm_retriever.images.header import sniff_format
 
 PATHS_LISTED = 1_000
-"""Of each type; all of them are counted."""
+"""Of each type; all are counted."""
 
 HIDDEN = "hidden"
 LINKED = "linked folder"
 SPECIAL = "device, pipe or socket"
 _NO_SUFFIX = "no suffix"
 _LONGEST_SUFFIX = 12
-_START = 64  # bytes that tell a format
 
 _TYPES = {
     "a camera's raw file: export it as JPEG, TIFF or HEIC": (
@@ -46,24 +43,24 @@ _TYPES = {
     "an archive: unpack it": "7z bz2 cab cbr cbz dmg gz iso rar tar tgz xz zip zst",
     "a program": "apk bat class com css dll exe ipynb jar js msi pkg py pyc sh so",
     "a download or copy that is not finished": "crdownload download part partial tmp",
-    "a list of thumbnails or other files of a system": "db ds_store",
+    "a list of thumbnails, or another file of the system": "db ds_store",
 }
 _REASONS = {f".{suffix}": reason for reason, suffixes in _TYPES.items() for suffix in suffixes.split()}
 _OTHER = "not an image"
 
 Ignore: TypeAlias = Callable[[str, str, str], None]
-"""Called with the type, the reason and the path of what is left out."""
+"""Called with type, reason and path of what is left out."""
 
 
 @dataclass(frozen=True)
 class IgnoredFiles:
-    """The files of one type that a folder holds and that were not taken.
+    """The files of one type that a folder holds and that were left out.
 
     Args:
         kind: the suffix in small letters, or what they are instead.
-        count: how many there are.
-        reason: why they were not taken, and what to do.
-        paths: where they are; the first thousand.
+        count: of all of them.
+        reason: why they were left out, and what to do.
+        paths: the first thousand.
     """
 
     kind: str
@@ -72,35 +69,32 @@ class IgnoredFiles:
     paths: tuple[str, ...] = ()
 
 
-@dataclass
 class IgnoredCounts:
-    """Collects what a walk leaves out; the most frequent type comes first."""
+    """Collects what a walk leaves out."""
 
-    _paths: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    _counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._paths: dict[tuple[str, str], list[str]] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
 
     def __call__(self, kind: str, reason: str, path: str) -> None:
-        """Count one."""
+        """Count one file."""
+        self._counts[kind, reason] += 1
         paths = self._paths.setdefault((kind, reason), [])
-        self._counts[kind, reason] = self._counts.get((kind, reason), 0) + 1
         if len(paths) < PATHS_LISTED:
             paths.append(path)
 
     def report(self) -> tuple[IgnoredFiles, ...]:
-        """Return what was counted."""
+        """Return the counts, the most frequent type first."""
         ordered = sorted(self._counts, key=lambda key: (-self._counts[key], key))
-        return tuple(
-            IgnoredFiles(kind, self._counts[kind, reason], reason, tuple(self._paths[kind, reason]))
-            for kind, reason in ordered
-        )
+        return tuple(IgnoredFiles(key[0], self._counts[key], key[1], tuple(self._paths[key])) for key in ordered)
 
 
 def not_counted(kind: str, reason: str, path: str) -> None:
-    """For a walk whose other half does the counting."""
+    """Ignore a file without counting it."""
 
 
 def why_ignored(path: str) -> tuple[str, str] | None:
-    """Return type and reason of a file whose suffix is not an image's; None if its contents are one's all the same.
+    """Return type and reason of a file without an image suffix; None if its contents are an image all the same.
 
     Files of well-known types are not opened.
     """
@@ -113,7 +107,7 @@ def why_ignored(path: str) -> tuple[str, str] | None:
             return SPECIAL, "not a file"
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
-            start = os.read(descriptor, _START)
+            start = os.read(descriptor, 64)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -1,11 +1,12 @@
 """Vectors that the store has already, by the digest of the file that they were made of.
 
-Owns how such a row is found without keeping the whole store in memory. Knows no models.
+Finds them without keeping the digests of the whole store in memory.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,20 +16,15 @@ from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
 
 _REQUESTS = 8
-"""So many batches are looked up one by one, each a pass over the collection; then all digests are fetched once."""
+"""Batches that are looked up one by one, each with a pass over the collection, before all digests are fetched."""
 
 _COLUMNS = own_columns("digest", "file_path", "width", "height", FILE_STAMP)
 _DIGESTS = own_columns("digest")
-_PLACES = 64  # rows of one digest that are looked at; copies beyond are all the same
+_PLACES = 64  # rows of one digest that are read; further copies are all the same
 
 
 class KnownVectors:
-    """Rows with a vector for the contents of a file; close it at the end.
-
-    Args:
-        store: where they are.
-        retried: calls the store.
-    """
+    """Rows of a store by the contents of their files; `retried` calls the store. Close it at the end."""
 
     def __init__(self, store: ImageStore, retried: Callable[..., Any]) -> None:
         self._store = store
@@ -38,12 +34,12 @@ class KnownVectors:
         self._ids: sqlite3.Connection | None = None
 
     def close(self) -> None:
-        """Let go of what is kept on disk."""
+        """Remove the digests from the disk."""
         if self._ids is not None:
             self._ids.close()
 
     def rows(self, digests: Collection[str]) -> dict[str, list[Mapping[str, Any]]]:
-        """Return the rows of these digests, each with vector, place and size; an unknown digest is left out."""
+        """Return the rows of each known digest, with vector, place and size."""
         wanted = sorted(set(digests))
         if not wanted:
             return {}
@@ -68,25 +64,22 @@ class KnownVectors:
     def _found_ids(self, digests: list[str]) -> list[str]:
         conditions = [MetadataFilter(key=key, operator=FilterOperator.IN, value=digests) for key in _DIGESTS]
         either = MetadataFilters(filters=[*conditions], condition=FilterCondition.OR)
-        counts = dict.fromkeys(digests, 0)
+        counts: Counter[object] = Counter()
         ids = []
         for page in self._store.scan(_DIGESTS, either):
             for row in page:
                 digest = own_value(row, "digest")
-                counts[digest] = counts.get(digest, 0) + 1
+                counts[digest] += 1
                 if counts[digest] <= _PLACES:
                     ids.append(row["id"])
         return ids
 
     def _kept_ids(self, digests: list[str]) -> list[str]:
-        ids: list[str] = []
-        for digest in digests:
-            query = "SELECT id FROM known WHERE digest = ? LIMIT ?"
-            ids += [row[0] for row in self._database().execute(query, (digest, _PLACES))]
-        return ids
+        query, database = "SELECT id FROM known WHERE digest = ? LIMIT ?", self._database()
+        return [row[0] for digest in digests for row in database.execute(query, (digest, _PLACES))]
 
     def _database(self) -> sqlite3.Connection:
-        """A file of its own, which goes when it is closed: the digests of millions of rows do not fit into memory."""
+        """A temporary file, because the digests of millions of rows do not fit into memory."""
         if self._ids is None:
             self._ids = sqlite3.connect("", isolation_level=None)
             self._ids.execute("CREATE TABLE known (id TEXT PRIMARY KEY, digest TEXT) WITHOUT ROWID")

@@ -1,8 +1,7 @@
-"""What is stored of one item, whichever way it goes into the store: its node, and what tells that it changed.
+"""What is stored of one item: its node, and what tells that it changed.
 
 Metadata come in layers: from the caller's node, from a sidecar, and from the EXIF block of the file. A layer is
-replaced by the next one of its kind, and stays where a run brings none: absence is not deletion. Knows nothing of
-models; an item, what reading it gave, and a vector make a node.
+replaced by the next one of its kind, and stays where a run brings none: absence is not deletion.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import json
 import os
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from llama_index.core.schema import BaseNode, ImageNode, TextNode
 
-from mm_retriever.ingest.sidecar import SidecarRow, within_bounds
+from mm_retriever.errors import ImageLoadError, NodeError
+from mm_retriever.ingest.sidecar_columns import SidecarRow, within_bounds
 from mm_retriever.ingest.sources import Item
 from mm_retriever.ingest.vectors import Vector
 from mm_retriever.own_keys import (
@@ -42,35 +42,28 @@ Kind: TypeAlias = Literal["earlier", "exif", "node", "sidecar"]
 
 _KINDS: tuple[Kind, ...] = ("earlier", "exif", "node", "sidecar")
 
+_SETTLED_NS = 2_000_000_000
+"""The coarsest clock of a file system in use: FAT's."""
+
 
 @dataclass(frozen=True)
 class Layer:
-    """Metadata from one place.
-
-    Attributes:
-        text: for the node; "" if it says none.
-        columns: by key.
-        digest: of both, as they were given; computed if it is "".
-    """
+    """Text and metadata from one place, with the digest of both as they were given; "" for one to be computed."""
 
     text: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
 
     def __bool__(self) -> bool:
-        """Whether there is anything in it."""
         return bool(self.text or self.columns)
 
     @property
     def identity(self) -> str:
         """Equal for equal layers; "" for an empty one."""
-        if self.digest or not self:
-            return self.digest
-        return text_digest(json.dumps([self.text, self.columns], default=str, sort_keys=True))[:16]
+        return self.digest or (_digest_of(self.text, self.columns)[:16] if self else "")
 
 
-_SETTLED_NS = 2_000_000_000
-"""The coarsest clock of a file system in use: FAT's."""
+Layers: TypeAlias = Mapping[Kind, Layer]
 
 
 @dataclass(frozen=True)
@@ -78,9 +71,9 @@ class Task:
     """An item that is new, or may have changed.
 
     Attributes:
-        given: what this run says about it, by where that comes from.
-        stamp: what says that the thing itself is the same: size and time of a file, the digest of a text.
-        stored: the row's own account of the same; None if there is no row.
+        given: what this run says about it.
+        stamp: see `current_stamp`.
+        stored: the bookkeeping columns of its row; None if there is no row.
         kept: what the row has and this run says nothing about; see `keeping`.
         size: width and height that are stored.
         drop: kinds of metadata that the row loses if this run says nothing about them.
@@ -88,41 +81,38 @@ class Task:
     """
 
     item: Item
-    given: Mapping[Kind, Layer]
-    stamp: dict[str, Any]
+    given: Layers
+    stamp: Mapping[str, Any]
     stored: Mapping[str, Any] | None
-    kept: Mapping[Kind, Layer] = field(default_factory=dict)
+    kept: Layers = field(default_factory=dict)
     size: tuple[int, int] = (0, 0)
     drop: tuple[Kind, ...] = ()
     moved_from: str = ""
 
     @property
     def same(self) -> bool:
-        """Whether the row is of the thing as it is now; for certain, or else the file has to be read."""
-        if self.item.path is not None and FILE_STAMP not in self.stamp:
-            return False
-        return self.same_stamp
+        """Whether the row is certainly of the thing as it is now; or else the file has to be read."""
+        return self.same_stamp and (self.item.path is None or FILE_STAMP in self.stamp)
 
     @property
     def same_stamp(self) -> bool:
-        """Whether the row has the stamp that it would have now; the device of a file may have got another number."""
-        if self.stored is None:
-            return False
-        now, then = {**self.stamp}, {key: own_value(self.stored, key) for key in self.stamp}
-        if FILE_STAMP in now:
-            now[FILE_STAMP], then[FILE_STAMP] = map(_without_device, (now[FILE_STAMP], then[FILE_STAMP]))
-        return now == then
+        """Whether the row has the current stamp; the device of a file may have got another number."""
+        stored = self.stored
+        return stored is not None and all(
+            _without_device(key, value) == _without_device(key, own_value(stored, key))
+            for key, value in self.stamp.items()
+        )
 
     @property
     def same_metadata(self) -> bool:
-        """Whether the row has the metadata that it would have now."""
+        """Whether the row has the metadata that it would get now."""
         stored = self.stored
         if stored is None or self.label != _stored_label(stored):
             return False
         if OLD_LAYERS_KEY in stored and LAYERS_KEY not in stored:
             given = any(self.given.values()) or "earlier" in self.drop
-            return stored[OLD_LAYERS_KEY] == self._old_digest() if given else True
-        known = {kind: account[0] for kind, account in _account(stored).items()}
+            return not given or stored[OLD_LAYERS_KEY] == self._old_digest()
+        known = {kind: digest for kind, (digest, _, _) in _account(stored).items()}
         if any(kind in self.drop and kind not in self.given for kind in known):
             return False
         return all(known.get(kind, "") == layer.identity for kind, layer in self.given.items())
@@ -134,65 +124,55 @@ class Task:
 
     @property
     def label(self) -> str:
-        """The folders it lies in, seen from the widest folder that it was indexed from: in whatever order that was."""
+        """The folders it lies in, seen from the widest folder that it was ever indexed from."""
         stored = _stored_label(self.stored) if self.stored is not None else ""
         label = self.item.label
         if stored and stored != label and (not label or not f"/{label}".endswith(f"/{stored}")):
             return stored
         return label
 
-    def keeping(self, node: BaseNode | None) -> Task:
-        """Return the task with what its row has and this run says nothing about.
+    @property
+    def layers(self) -> dict[Kind, Layer]:
+        """All metadata of the row to be written, those from the file itself excepted."""
+        return {**self.kept, **self.given}
 
-        Args:
-            node: the row's.
-        """
+    def keeping(self, node: BaseNode | None) -> Task:
+        """Return the task with what the node of its row has and this run says nothing about."""
         if self.stored is None or node is None:
             return self
-        width, height = own_value(node.metadata, "width"), own_value(node.metadata, "height")
-        size = (int(width or 0), int(height or 0))
-        return replace(self, kept=self._kept_of(node), size=size)
+        width, height = (int(own_value(node.metadata, side) or 0) for side in ("width", "height"))
+        return replace(self, kept=self._kept_of(node), size=(width, height))
 
     def moved(self, node: BaseNode) -> Task:
-        """Return the task of a new item that takes the place of another row, with what that row has.
-
-        Args:
-            node: the other row's.
-        """
+        """Return the task of a new item that takes the place of another row, with what the node of that row has."""
         item = replace(self.item, relationships=self.item.relationships or dict(node.relationships))
         return replace(self, item=item, kept=self._kept_of(node), moved_from=node.node_id)
 
-    def _kept_of(self, node: BaseNode) -> dict[Kind, Layer]:
-        silent = (*self.given, *self.drop)
-        return {kind: layer for kind, layer in _layers(node).items() if kind not in silent}
+    def _kept_of(self, node: BaseNode) -> Layers:
+        return {kind: layer for kind, layer in _stored_layers(node).items() if kind not in (*self.given, *self.drop)}
 
     def _old_digest(self) -> str:
-        """What earlier versions stored of the same metadata."""
+        """The digest that earlier versions stored of the same metadata."""
         node, sidecar = self.given.get("node", Layer()), self.given.get("sidecar", Layer())
-        caption, extra = node.text, {**node.columns, **sidecar.columns}
-        return text_digest(json.dumps([caption, extra], default=str, sort_keys=True)) if caption or extra else ""
+        columns = {**node.columns, **sidecar.columns}
+        return _digest_of(node.text, columns) if node.text or columns else ""
 
 
 def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer], list[str]]:
-    """Return what a run says about an item, and the keys that are left out: too long, or names of our own accounts.
-
-    Args:
-        item: with what the caller's node says.
-        row: the sidecar's; None if it does not name the item.
-    """
+    """Return what a run says about an item, and the keys that are left out: too long, or reserved for bookkeeping."""
     reserved = [key for key in item.metadata if key in RESERVED_KEYS]
     columns, too_long = within_bounds({key: item.metadata[key] for key in item.metadata if key not in RESERVED_KEYS})
-    node = Layer(item.text if item.is_picture else "", columns)
+    node = Layer(item.text if item.is_image else "", columns)
     layers: dict[Kind, Layer] = {"node": node} if node else {}
     if row is not None:
         layers["sidecar"] = Layer(row.text, row.columns)
     return layers, [*reserved, *too_long]
 
 
-def picture_node(
+def image_node(
     task: Task, digest: str, size: tuple[int, int], vector: Vector, exif: Mapping[str, Any] | None = None
 ) -> ImageNode:
-    """Return the node of an image of which the file has this digest, under the vector.
+    """Return the node of an image.
 
     Args:
         task: the item and its metadata.
@@ -208,46 +188,24 @@ def picture_node(
         "file_name": item.file_name,
         "width": size[0],
         "height": size[1],
-        **task.stamp,
-        "digest": digest,
     }
-    layers: dict[Kind, Layer] = {**task.kept, **task.given}
+    layers = task.layers
     if exif is not None:
         layers["exif"] = Layer(columns=exif)
-    text, metadata = _with_layers(layers, own)
-    return ImageNode(
-        id_=item.id,
-        text=text,
-        image_path=item.path,
-        image_url=item.url,
-        metadata=metadata,
-        excluded_embed_metadata_keys=_bookkeeping(metadata, layers),
-        excluded_llm_metadata_keys=_bookkeeping(metadata, layers),
-        relationships=item.relationships,
-        embedding=vector.tolist(),
-    )
+    text, fields = _fields(task, layers, {**own, **task.stamp, "digest": digest}, vector)
+    return ImageNode(text=text, image_path=item.path, image_url=item.url, **fields)
 
 
 def text_node(task: Task, vector: Vector) -> TextNode:
-    """Return the node of a text under the vector."""
-    layers: dict[Kind, Layer] = {**task.kept, **task.given}
-    _, metadata = _with_layers(layers, task.stamp)
-    return TextNode(
-        id_=task.item.id,
-        text=task.item.text,
-        metadata=metadata,
-        excluded_embed_metadata_keys=_bookkeeping(metadata, layers),
-        excluded_llm_metadata_keys=_bookkeeping(metadata, layers),
-        relationships=task.item.relationships,
-        embedding=vector.tolist(),
-    )
+    """Return the node of a text."""
+    return TextNode(text=task.item.text, **_fields(task, task.layers, task.stamp, vector)[1])
 
 
 def lost_columns(task: Task) -> list[str]:
     """Return the columns that the row had and will not have, since this run replaces or drops what held them."""
     if task.stored is None:
         return []
-    now = {key for layer in (*task.kept.values(), *task.given.values()) for key in layer.columns}
+    now = {key for layer in task.layers.values() for key in layer.columns}
     account = _account(task.stored)
     return sorted({key for kind, (_, _, keys) in account.items() if kind != "exif" for key in keys} - now)
 
@@ -257,8 +215,24 @@ def has_columns(stored: Mapping[str, Any] | None) -> bool:
     return stored is not None and (bool(stored.get(OLD_LAYERS_KEY)) or any(k != "exif" for k in _account(stored)))
 
 
-def _with_layers(layers: Mapping[Kind, Layer], own: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The text and metadata of all layers, with what ingestion stores beside them."""
+def write_each(
+    nodes: Sequence[tuple[Task, Any]],
+    write: Callable[[Sequence[tuple[Task, Any]]], None],
+    refuse: Callable[[Task, str], None],
+) -> None:
+    """Write nodes together; where Milvus cannot hold one, nothing was written, and each is written by itself."""
+    try:
+        write(nodes)
+    except NodeError as error:
+        if len(nodes) == 1:
+            refuse(nodes[0][0], str(error))
+        else:
+            for node in nodes:
+                write_each([node], write, refuse)
+
+
+def _fields(task: Task, layers: Layers, own: Mapping[str, Any], vector: Vector) -> tuple[str, dict[str, Any]]:
+    """The text of all layers, and the fields that nodes of images and texts have in common."""
     text = ""
     columns: dict[str, Any] = {}
     owners: dict[str, Kind] = {}
@@ -275,11 +249,18 @@ def _with_layers(layers: Mapping[Kind, Layer], own: Mapping[str, Any]) -> tuple[
     }
     if account:
         metadata[LAYERS_KEY] = json.dumps(account, ensure_ascii=False)
-    return text, metadata
+    bookkeeping = [key for key in BOOKKEEPING_KEYS if key in metadata and key not in columns]
+    return text, {
+        "id_": task.item.id,
+        "metadata": metadata,
+        "excluded_embed_metadata_keys": bookkeeping,
+        "excluded_llm_metadata_keys": bookkeeping,
+        "relationships": task.item.relationships,
+        "embedding": vector.tolist(),
+    }
 
 
-def _layers(node: BaseNode) -> dict[Kind, Layer]:
-    """The layers of a stored node."""
+def _stored_layers(node: BaseNode) -> dict[Kind, Layer]:
     text = node.get_content() if isinstance(node, ImageNode) else ""
     if LAYERS_KEY not in node.metadata:
         if not node.metadata.get(OLD_LAYERS_KEY):
@@ -294,7 +275,7 @@ def _layers(node: BaseNode) -> dict[Kind, Layer]:
 
 
 def _account(stored: Mapping[str, Any]) -> dict[Kind, tuple[str, bool, Sequence[str]]]:
-    """Digest, whether the text is its own, and keys of each stored layer; what another program spoiled says nothing."""
+    """Digest, whether the text is its own, and keys of each stored layer; none if another program spoiled them."""
     try:
         account = json.loads(stored.get(LAYERS_KEY) or "{}")
         return {
@@ -310,13 +291,26 @@ def _stored_label(stored: Mapping[str, Any]) -> str:
     return str(own_value(stored, "label") or "")
 
 
-def _bookkeeping(metadata: Mapping[str, Any], layers: Mapping[Kind, Layer]) -> list[str]:
-    """The keys that hold our own accounts, and none that the caller has for something else."""
-    given = {key for layer in layers.values() for key in layer.columns}
-    return [key for key in BOOKKEEPING_KEYS if key in metadata and key not in given]
+# ------------------------------------------------------------------------------------------ stamps
 
 
-def stamp_of(path: str) -> dict[str, int | str]:
+def current_stamp(item: Item) -> Mapping[str, Any]:
+    """Return what says that a thing is the same as before; a URL is taken to be unchanging.
+
+    Raises:
+        ImageLoadError: it is a file that cannot be read.
+    """
+    if item.path is not None:
+        try:
+            return file_stamp(item.path)
+        except (OSError, ValueError) as error:
+            raise ImageLoadError(str(getattr(error, "strerror", None) or error).lower()) from error
+    if item.stamp or item.url is not None:
+        return item.stamp
+    return {"digest": hashlib.sha256(item.text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
+def file_stamp(path: str) -> dict[str, int | str]:
     """Size, time, and where there is certainty ctime and inode of a regular file: equal stamps, equal contents.
 
     ctime changes where size and time are kept: by `cp -p`, `rsync -t`, `exiftool -P`, and by renaming. A file that
@@ -332,15 +326,10 @@ def stamp_of(path: str) -> dict[str, int | str]:
     return stamp
 
 
-def _without_device(stamp: object) -> str:
-    return str(stamp or "").rpartition("-")[0]
+def _without_device(key: str, value: object) -> object:
+    return str(value or "").rpartition("-")[0] if key == FILE_STAMP else value
 
 
-def reason_of(error: OSError | ValueError) -> str:
-    """Return why a file has no stamp, for a report."""
-    return str(getattr(error, "strerror", None) or error).lower()
-
-
-def text_digest(text: str) -> str:
-    """Return the SHA-256 of a text."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _digest_of(text: str, columns: Mapping[str, Any]) -> str:
+    content = json.dumps([text, columns], default=str, sort_keys=True)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,7 +1,6 @@
-"""Pictures read, decoded and cut to what the model sees, ahead of it, by a few threads.
+"""Images read, decoded and cut to what the model sees, ahead of it, by a few threads.
 
-Owns the look-ahead: however many and however large the pictures of a run are, one for each thread is in memory whole.
-Knows nothing of stores.
+However many and however large the images of a run are, memory holds one for each thread whole.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ReadPicture:
-    """What came of reading one picture file.
+class ReadImage:
+    """The outcome of reading one image file.
 
     Attributes:
         digest: SHA-256 of the file.
         size: width and height, upright.
-        prepared: what the model needs of the pixels; None if the digest is the known one.
-        error: why there is none of this; "" if there is.
-        exif: columns from the EXIF block; empty where it is not asked for.
-        spoiled: whether a decoder looked at all these bytes and found that they are no image; False for whatever a
-            second try, more memory or another reader might change.
+        prepared: the pixels as the model takes them; None if the digest is the known one.
+        error: why there are no pixels; "" if there are.
+        exif: columns from the EXIF block, where they are asked for.
+        spoiled: whether a decoder saw all the bytes and found that they are no image; False for whatever a second try,
+            more memory or another decoder might change.
         length: bytes that were read.
     """
 
@@ -49,45 +48,45 @@ class ReadPicture:
     length: int = -1
 
 
-def read_picture(
+def read_image(
     source: ImageSource,
     known_digest: str,
     prepare: Callable[[Image.Image], Any],
     policy: ImagePolicy,
     with_exif: bool = False,
-) -> ReadPicture:
-    """Read a picture file once, for its digest and for the model; one of a known digest is not decoded again."""
+) -> ReadImage:
+    """Read an image file once, for its digest and for the model; one of the known digest is not decoded."""
     try:
         data = read_image_bytes(source, policy=policy)
         digest = hashlib.sha256(data).hexdigest()
         exif = exif_columns(data) if with_exif else {}
         if digest == known_digest:
-            return ReadPicture(digest, exif=exif, length=len(data))
+            return ReadImage(digest, exif=exif, length=len(data))
         try:
             # the model resizes grey and CMYK in their own mode
             with opened_image(data, policy=policy, keep_mode=True) as image:
-                return ReadPicture(digest, file_size(data, image), prepare(image), exif=exif, length=len(data))
+                return ReadImage(digest, file_size(data, image), prepare(image), exif=exif, length=len(data))
         except ImageLoadError as error:
-            return ReadPicture(error=error.reason or str(error), spoiled=_is_verdict(error), length=len(data))
+            return ReadImage(error=error.reason or str(error), spoiled=_blames_bytes(error), length=len(data))
     except ImageLoadError as error:
-        return ReadPicture(error=error.reason or str(error))  # the name of the source stands beside it in a report
-    except Exception as error:  # one picture, whatever is wrong with it, must not end the run
-        return ReadPicture(error=reason_of(error))
+        return ReadImage(error=error.reason or str(error))  # reports have the name of the source beside it
+    except Exception as error:  # one image, whatever is wrong with it, must not end the run
+        return ReadImage(error=reason_of(error))
 
 
-def _is_verdict(error: ImageLoadError) -> bool:
-    """Whether the bytes themselves are at fault, and not the machine, a limit of ours or a reader that is missing."""
+def _blames_bytes(error: ImageLoadError) -> bool:
+    """Whether the bytes themselves are at fault, and not the machine, a limit of ours or a missing decoder."""
     cause = error.__cause__
     machine = isinstance(cause, MemoryError | ImportError) or (isinstance(cause, OSError) and bool(cause.errno))
     return not machine and "ImagePolicy." not in str(error) and "not supported" not in str(error)
 
 
 def read_ahead(
-    tasks: Iterator[T], read: Callable[[T], ReadPicture], *, ahead: int
-) -> Generator[tuple[T, ReadPicture], None, None]:
-    """Yield each task with its picture, in order, while up to `ahead` more are being read."""
-    waiting: deque[tuple[T, Future[ReadPicture]]] = deque()
-    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read-picture")
+    tasks: Iterator[T], read: Callable[[T], ReadImage], *, ahead: int
+) -> Generator[tuple[T, ReadImage], None, None]:
+    """Yield each task with its image, in order, while up to `ahead` more are being read."""
+    waiting: deque[tuple[T, Future[ReadImage]]] = deque()
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="read-image")
     try:
         for task in tasks:
             waiting.append((task, pool.submit(read, task)))

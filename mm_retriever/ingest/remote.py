@@ -1,6 +1,7 @@
-"""Images in file systems of fsspec (S3, GCS, memory): which file system a document came from, and its files read.
+"""Images in file systems of fsspec (S3, GCS, memory): their stamps, and the file system that a document came from.
 
-Owns what says that such a file is the same as before. Knows nothing of stores and models.
+fsspec has no public way to a path without its protocol, which ids are made of, nor to the file systems that are open;
+hence `_strip_protocol` and `_cache`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,7 @@ from mm_retriever.ingest.ignored import Ignore
 
 
 class RemoteFile:
-    """A file that is opened when it is read first, and closed at its end; read by one thread.
-
-    Args:
-        file_system: of fsspec.
-        path: in it.
-    """
+    """A file that is opened at the first read and closed at its end; for one thread."""
 
     def __init__(self, file_system: Any, path: str) -> None:
         self._file_system, self._path = file_system, str(file_system._strip_protocol(path))
@@ -45,38 +41,38 @@ class RemoteFile:
     def stamp(self) -> dict[str, int]:
         """Return size and time of the file: equal stamps, equal contents. A file without a time is always new."""
         facts = self._file_system.info(self._path)
-        times = (facts.get(name) for name in ("mtime", "LastModified", "updated", "last_modified", "created", "ETag"))
-        changed = next((one for one in times if one is not None), None)
+        names = ("mtime", "LastModified", "updated", "last_modified", "created", "ETag")
+        changed = next((facts[name] for name in names if facts.get(name) is not None), None)
         return {"bytes": int(facts.get("size") or 0), "mtime_ns": _nanoseconds(changed)}
 
 
 def files_below(file_system: Any, path: str, ignore: Ignore) -> Iterator[str]:
-    """Yield the image files below a folder of a file system, by suffix, sorted; the path itself if it is no folder."""
+    """Yield the images below a folder, by suffix, sorted; the path itself if it is no folder."""
     if not file_system.isdir(path):
         yield path
         return
-    for one in sorted(file_system.find(path)):
-        if is_image_path(one):
-            yield one
+    for file in sorted(file_system.find(path)):
+        if is_image_path(file):
+            yield file
         else:
-            ignore(PurePosixPath(one).suffix.lower() or "no suffix", "not an image by its suffix", one)
+            ignore(PurePosixPath(file).suffix.lower() or "no suffix", "not an image by its suffix", file)
 
 
 def file_of_node(node: BaseNode, path: str) -> RemoteFile | None:
     """Return the file that a node names in the file system that a reader has read it from; None if none has it.
 
-    A reader does not say where it has read. The file systems that are open in this process are asked for a file of
-    that path and, where the reader noted it, that size.
+    A reader does not note the file system. Those that are open in this process are asked for a file of that path and,
+    where the reader noted it, that size.
 
     Raises:
         NodeError: several have it.
     """
     size = node.metadata.get("file_size")
-    found = [one for one in _open_file_systems() if _has(one, path, size)]
-    if len(found) > 1:
-        names = ", ".join(sorted(str(one.unstrip_protocol(path)) for one in found))
+    holders = [file_system for file_system in _open_file_systems() if _has(file_system, path, size)]
+    if len(holders) > 1:
+        names = ", ".join(sorted(str(file_system.unstrip_protocol(path)) for file_system in holders))
         raise NodeError(f"its file {path!r} is in several file systems ({names}): give the right one as fs=")
-    return RemoteFile(found[0], path) if found else None
+    return RemoteFile(holders[0], path) if holders else None
 
 
 def _open_file_systems() -> Iterator[Any]:
@@ -94,7 +90,7 @@ def _open_file_systems() -> Iterator[Any]:
 def _has(file_system: Any, path: str, size: Any) -> bool:
     try:
         facts = file_system.info(path)
-    except Exception:  # whatever a file system raises for a path that is none of its own
+    except Exception:  # whatever a file system raises for a path that it cannot have
         return False
     return facts.get("type") == "file" and size in (None, facts.get("size"))
 

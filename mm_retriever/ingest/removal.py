@@ -1,6 +1,6 @@
 """Rows out of the store: those of files that are gone, or those that someone names.
 
-Owns how many rows may go at once without being asked for twice. Knows no models.
+Owns how many rows may go at once without being asked for twice.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import IngestError
-from mm_retriever.ingest.gone import fate
+from mm_retriever.ingest.gone import fate, is_missing
 from mm_retriever.ingest.sources import is_url, path_id, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
 
 LARGEST_SHARE = 5
-"""More than one row in so many going at once has to be asked for; a drive that is missing looks the same."""
+"""More than one row in so many at once has to be asked for: a missing drive looks the same."""
 
 FREE_ROWS = 4
 """So few may always go: in a small album they are more than a fifth."""
@@ -34,7 +34,7 @@ class PruneReport:
     Args:
         rows: images that were stored of the folder.
         removed: rows of files that are gone.
-        kept: rows of files that cannot be looked at now, so that nobody knows whether they are gone.
+        kept: rows of files that cannot be read now, so that nobody knows whether they are gone.
         kept_paths: the first hundred of those.
     """
 
@@ -53,31 +53,31 @@ def prune_images(
 ) -> PruneReport:
     """Remove the rows of images below a folder whose files are gone; the folder itself may be gone too.
 
-    Only rows that ingestion made of files are looked at. A row goes only where its file is provably gone: one that
-    cannot be looked at, or whose drive seems not to be mounted, keeps its row.
+    Only rows that ingestion made of files may go, and only where the file is provably gone: one that cannot be looked
+    at, or whose drive seems not to be mounted, keeps its row.
 
     Args:
-        folder: which folder; its links are followed.
+        folder: its links are followed.
         store: from `open_store` or `open_stored`.
         force: also where more than a fifth of the folder's rows go at once, and where a drive seems to be missing.
-        spoiled: ids of rows whose files are there and are images no longer.
+        spoiled: ids of rows whose files exist and are images no longer.
 
     Raises:
-        IngestError: more than a fifth of the rows would go, and `force` is not given; nothing was removed.
+        IngestError: more than a fifth of the rows would go without `force`; nothing was removed.
     """
-    place = os.path.realpath(folder)
+    place = os.path.realpath(os.path.expanduser(folder))  # noqa: PTH111
     gone: list[str] = []
     kept: list[str] = []
     rows = 0
-    for row in rows_below(place, store):
+    for row in _rows(store, _below(place), *own_columns("file_path", FILE_STAMP)):
         path = str(own_value(row, "file_path"))
         if row["id"] != path_id(path):
             continue
         rows += 1
-        found = "gone" if row["id"] in spoiled else fate(path, row)
-        if found == "gone" or (force and found == "unknown" and not os.path.lexists(path) and _knows(path)):
+        state = "gone" if row["id"] in spoiled else fate(path, row)
+        if state == "gone" or (force and state == "unknown" and not os.path.lexists(path) and is_missing(path)):
             gone.append(row["id"])
-        elif found == "unknown":
+        elif state == "unknown":
             kept.append(path)
     if len(gone) > FREE_ROWS and LARGEST_SHARE * len(gone) > rows and not force:
         raise IngestError(
@@ -87,39 +87,6 @@ def prune_images(
         )
     store.delete_nodes(gone)
     return PruneReport(rows, len(gone), len(kept), tuple(kept[:_KEPT_LISTED]))
-
-
-def _knows(path: str) -> bool:
-    """Whether the file system answers for a path at all, and does not only fail."""
-    try:
-        os.stat(path)  # noqa: PTH116
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def rows_below(folder: str, store: ImageStore) -> Iterator[Mapping[str, Any]]:
-    """Yield id, path and stamp of the rows of files below a folder."""
-    for page in store.scan(own_columns("file_path", FILE_STAMP), _below(folder)):
-        yield from page
-
-
-def _below(folder: str, *others: MetadataFilter) -> MetadataFilters:
-    """Paths that begin with the folder, or what meets another condition."""
-    start = folder.rstrip("/") + "/"
-    end = start[:-1] + chr(ord("/") + 1)
-    ranges = [
-        MetadataFilters(
-            filters=[
-                MetadataFilter(key=key, operator=FilterOperator.GTE, value=start),
-                MetadataFilter(key=key, operator=FilterOperator.LT, value=end),
-            ]
-        )
-        for key in own_columns("file_path")
-    ]
-    return MetadataFilters(filters=[*ranges, *others], condition=FilterCondition.OR)
 
 
 def remove_images(
@@ -135,28 +102,28 @@ def remove_images(
 
     Args:
         store: from `open_store` or `open_stored`.
-        paths: files, folders (with all below them) or URLs; they need not be there any more.
+        paths: files, folders (with everything below them) or URLs, whether they exist or not.
         ids: of rows.
-        filters: what all rows to remove match, wherever they are.
+        filters: matched by all rows to remove.
 
     Raises:
-        IngestError: nothing is named, or something is named that the store holds nothing of; nothing was removed.
+        IngestError: nothing is named, or something of which the store holds nothing; nothing was removed.
     """
     if not paths and not ids and filters is None:
         raise IngestError("nothing is named to be removed: give paths, ids or filters; clear() removes everything")
-    wanted: dict[str, None] = {}
-    for path in paths:
-        found = [row["id"] for row in _rows_of(os.fspath(path), store)]
-        if not found:
-            raise IngestError(f"the store holds nothing of {os.fspath(path)!r}, so nothing was removed")
-        wanted |= dict.fromkeys(found)
+    wanted: set[str] = set()
+    for path in map(os.fspath, paths):
+        below = {row["id"] for row in _rows_of(path, store)}
+        if not below:
+            raise IngestError(f"the store holds nothing of {path!r}, so nothing was removed")
+        wanted |= below
     known = store.columns(ids, ())
-    if missing := [one for one in ids if one not in known]:
+    if missing := [id_ for id_ in ids if id_ not in known]:
         raise IngestError(f"the store has no row of the id {missing[0]!r}, so nothing was removed")
-    wanted |= dict.fromkeys(ids)
+    wanted.update(ids)
     if filters is not None:
-        wanted |= {row["id"]: None for page in store.scan((), filters) for row in page}
-    store.delete_nodes(list(wanted))
+        wanted.update(row["id"] for row in _rows(store, filters))
+    store.delete_nodes(sorted(wanted))
     return len(wanted)
 
 
@@ -164,9 +131,30 @@ def _rows_of(path: str, store: ImageStore) -> Iterator[Mapping[str, Any]]:
     if is_url(path):
         yield from store.columns([url_id(path)], ()).values()
         return
-    folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100 - a link is stored under its own name
-    places = dict.fromkeys([os.path.join(os.path.realpath(folder), name), os.path.realpath(path)])  # noqa: PTH118
-    for place in places:
-        same = [MetadataFilter(key=key, value=place) for key in own_columns("file_path")]
-        for page in store.scan((), _below(place, *same)):
-            yield from page
+    path = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - a link is stored under its own name
+    folder, name = os.path.split(path)
+    for place in {os.path.join(os.path.realpath(folder), name), os.path.realpath(path)}:  # noqa: PTH118
+        yield from _rows(
+            store, _below(place, *(MetadataFilter(key=key, value=place) for key in own_columns("file_path")))
+        )
+
+
+def _rows(store: ImageStore, filters: MetadataFilters, *columns: str) -> Iterator[Mapping[str, Any]]:
+    for page in store.scan(columns, filters):
+        yield from page
+
+
+def _below(folder: str, *others: MetadataFilter) -> MetadataFilters:
+    """Paths below the folder, or what meets another condition."""
+    start = folder.rstrip("/") + "/"
+    end = start[:-1] + chr(ord("/") + 1)
+    ranges = [
+        MetadataFilters(
+            filters=[
+                MetadataFilter(key=key, operator=FilterOperator.GTE, value=start),
+                MetadataFilter(key=key, operator=FilterOperator.LT, value=end),
+            ]
+        )
+        for key in own_columns("file_path")
+    ]
+    return MetadataFilters(filters=[*ranges, *others], condition=FilterCondition.OR)

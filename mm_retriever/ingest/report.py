@@ -15,12 +15,7 @@ from mm_retriever.ingest.ignored import IgnoredFiles
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """A picture or document that is not in the store, and why.
-
-    Args:
-        path: path, URL or node id.
-        reason: one line.
-    """
+    """An image or document that is not in the store, by path, URL or node id, and why."""
 
     path: str
     reason: str
@@ -33,14 +28,14 @@ class IngestReport:
     Args:
         indexed: new in the store.
         replaced: changed since they were stored, embedded again.
-        updated: the same pictures with other metadata; stored again, not embedded again.
+        updated: the same images with other metadata; stored again, not embedded again.
         unchanged: stored already.
-        removed: rows whose file is gone or spoiled, taken out (`prune=True` only).
+        removed: rows whose file is gone or spoiled, removed (`prune=True` only).
         skipped: not stored, with reasons.
         seconds: wall clock of the whole call.
         ignored: what the folder holds beside images, by type, with reasons.
         unused_rows: rows of the sidecar that match no image.
-        notes: what else there is to say, a line each.
+        notes: everything else that should be known, a line each.
         moved: rows whose file is gone and was found again under another name or URL; they keep vector and metadata.
         reused: new or changed ones that needed no model, because the store had a vector of the same file contents.
         kept: rows that pruning left alone because their files cannot be looked at now.
@@ -66,34 +61,40 @@ class IngestReport:
         return self.indexed + self.replaced - self.reused
 
     @property
-    def pictures_per_second(self) -> float:
-        """Embedded pictures (and texts) per second of the whole call."""
+    def images_per_second(self) -> float:
+        """Embedded images (and texts) per second of the whole call."""
         return self.embedded / self.seconds if self.seconds > 0 else 0.0
+
+    pictures_per_second = images_per_second
+    """The earlier name."""
 
     def __str__(self) -> str:
         counts = ("indexed", "replaced", "moved", "updated", "unchanged", "removed")
         parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
-        parts += [f"{self.reused} of them copies of known files"] if self.reused else []
-        parts += [f"{self.kept} kept that cannot be looked at"] if self.kept else []
-        parts += [f"{len(self.skipped)} skipped"] if self.skipped else []
-        parts += [f"{ignored} ignored"] if (ignored := sum(files.count for files in self.ignored)) else []
-        parts += [f"{self.unused_rows} sidecar rows unused"] if self.unused_rows else []
-        return f"{', '.join(parts)} in {self.seconds:.1f} s ({self.pictures_per_second:.1f} pictures/s)"
+        others = {
+            "of them copies of known files": self.reused,
+            "kept that cannot be looked at": self.kept,
+            "skipped": len(self.skipped),
+            "ignored": sum(files.count for files in self.ignored),
+            "sidecar rows unused": self.unused_rows,
+        }
+        parts += [f"{count} {name}" for name, count in others.items() if count]
+        return f"{', '.join(parts)} in {self.seconds:.1f} s ({self.images_per_second:.1f} images/s)"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON takes it."""
-        return {**asdict(self), "embedded": self.embedded, "pictures_per_second": self.pictures_per_second}
+        return {**asdict(self), "embedded": self.embedded, "images_per_second": self.images_per_second}
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON; a reader sees the old file or the whole new one, never half of it.
+        """Write the report as JSON; a reader sees the old file or the whole new one.
 
         Raises:
-            IngestError: it cannot be written; says what was done all the same.
+            IngestError: it cannot be written; the message says what was done all the same.
         """
-        target = Path(path)
+        target = Path(os.path.expanduser(path))  # noqa: PTH111
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, json.dumps(self.to_dict(), indent=2).encode() + b"\n")
+            write_atomically(target, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
         except OSError as error:
             reason = error.strerror or error
             raise IngestError(f"{self}; but the report cannot be written to {str(target)!r}: {reason}") from error

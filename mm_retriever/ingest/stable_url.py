@@ -1,14 +1,11 @@
-"""URLs without what is signed, secret or soon over: the same object under a new signature is the same image.
-
-Knows nothing of the network.
-"""
+"""URLs without signatures, secrets and expiry: the same object under a new signature is the same image."""
 
 from __future__ import annotations
 
 import re
 from urllib.parse import unquote, unquote_plus, urlsplit, urlunsplit
 
-# Parameters that are never part of what an object is called.
+# Parameters that never name the object.
 _SECRET = re.compile(
     r"x-(amz|goog|oss|cos|obs|bce|tos|qs|ms)-.*|q-(sign-.*|ak|signature|header-list|url-param-list)"
     r"|(aws|oss|google|obs)?access_?key_?id|googleaccessid|access-?key|security-?token|sign(ature)?|sig|hmac|jwt"
@@ -16,7 +13,7 @@ _SECRET = re.compile(
     r"|key-pair-id|hdn(ts|tl|ea)|__token__|sas|wssecret|verify",
     re.IGNORECASE,
 )
-# Parameters that are part of a signature where one is there, and may mean anything where none is.
+# Parameters that belong to a signature if there is one, and may mean anything if there is none.
 _WITH_SIGNATURE = re.compile(
     r"e|expir(es?|y)|exp|policy|x-id|wstime|nonce|timestamp|ts|credential|algorithm|signedheaders"
     r"|s[terpvs]|srt|spr|sip?|sdd|skoid|sktid|sk[test]|skv|scid",
@@ -27,7 +24,7 @@ _DISCORD = frozenset(("ex", "is", "hm"))
 
 
 def stable_url(url: str) -> str:
-    """Return a URL of the web without signature, credentials and fragment; any other as it is, letter for letter."""
+    """Return a URL of the web without signature, credentials and fragment; any other unchanged."""
     if not _HTTP.match(url):
         return url
     try:
@@ -47,10 +44,7 @@ def stable_url(url: str) -> str:
 
 
 def url_file_name(url: str) -> str:
-    """Return the last part of a URL's path, readable; its host where the path is empty.
-
-    What is no URL of the web, a file in a bucket, is taken letter for letter.
-    """
+    """Return the last part of a URL's path, decoded, or its host where the path is empty; of a bucket's as it is."""
     if not _HTTP.match(url):
         return url.rstrip("/").rpartition("/")[2]
     try:

@@ -261,9 +261,7 @@ def test_a_shard_that_kills_whoever_begins_it_ends_the_call(folder, tmp_path, mo
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     out, picture = tmp_path / "out", folder / "cars" / "01.png"
     paint(picture, "red", (7, 7))
-    with pytest.raises(
-        IngestError, match=r"^3 workers died, one after the other, at the pictures of plan/000002.jsonl"
-    ):
+    with pytest.raises(IngestError, match=r"^3 workers died, one after the other, at the images of plan/000002.jsonl"):
         on_ray(folder, out, Deadly(), workers=1)
     assert '01.png"' in (out / "plan" / "000002.jsonl").read_text()
     picture.unlink()

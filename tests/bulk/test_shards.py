@@ -206,8 +206,8 @@ class Wide(ColourEmbedding):
         ({"source": None, "model": OtherModel()}, "model_id"),
         ({"source": [ImageNode(image_path="a.png")], "out": "new"}, "LlamaIndex nodes go through ingest_images"),
         ({"source": [b"bytes"], "out": "new"}, "paths and URLs, not bytes"),
-        ({"source": "empty", "out": "new"}, "no pictures to plan for in"),
-        ({"source": [], "out": "new"}, "no pictures to plan for in 'the list'"),
+        ({"source": "empty", "out": "new"}, "no images to plan for in"),
+        ({"source": [], "out": "new"}, "no images to plan for in 'the list'"),
         ({"source": "missing", "out": "new"}, "no file or folder 'missing'"),
         ({"source": None, "out": "new"}, "embed_to_shards makes them"),
         ({"rows_per_shard": 0, "out": "new"}, "give 1 or more"),
@@ -428,7 +428,7 @@ def test_one_picture_that_the_model_cannot_take_costs_only_itself(folder, tmp_pa
     assert sum("the model failed: ValueError: no green" in reason for reason in reasons) == 3
     assert [row["short"] for row in rows_of(tmp_path / "out") if row["file_name"] == "00.png"] == ["y"]
     assert any("column 'long' is left out of 1 rows" in note for note in report.notes)
-    assert report.rows + len(reasons) == read_plan(tmp_path / "out").pictures
+    assert report.rows + len(reasons) == read_plan(tmp_path / "out").images
 
 
 # ------------------------------------------------------------------------------------------ damage and refusals

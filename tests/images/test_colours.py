@@ -20,7 +20,7 @@ from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, file_size, load_image, opened_image
 from mm_retriever.images.memory import MemoryBudget
 from mm_retriever.images.profile import _made_profile
-from mm_retriever.ingest.reading import read_picture
+from mm_retriever.ingest.reading import read_image
 
 MUG = draw_product("mug", "plain", "red", seed=0).convert("RGB").resize((96, 80))
 SRGB = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
@@ -305,7 +305,7 @@ def test_a_jpeg_of_up_to_four_times_the_pixels_is_decoded_at_half_its_sides() ->
     whole = load_image(data).resize((150, 200), Image.Resampling.BOX)
     assert np.abs(np.asarray(found, int) - np.asarray(whole, int)).mean() < 3
     assert file_size(data, found) == (300, 400)
-    assert read_picture(data, "", lambda image: image.size, policy).size == (300, 400)
+    assert read_image(data, "", lambda image: image.size, policy).size == (300, 400)
     for refused in (
         encoded(image, "JPEG", progressive=True),
         encoded(image, "PNG"),
@@ -363,10 +363,10 @@ def test_reading_bombs_in_many_threads_stays_below_a_gigabyte_and_a_half(tmp_pat
         "import resource, sys\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from mm_retriever.images import DEFAULT_POLICY\n"
-        "from mm_retriever.ingest.reading import read_picture\n"
+        "from mm_retriever.ingest.reading import read_image\n"
         "from mm_retriever.embedders.visualized_bge.processor import crop_square\n"
         "def read(_):\n"
-        "    return read_picture(sys.argv[1], '', lambda image: crop_square(image, 224), DEFAULT_POLICY).error\n"
+        "    return read_image(sys.argv[1], '', lambda image: crop_square(image, 224), DEFAULT_POLICY).error\n"
         "with ThreadPoolExecutor(8) as pool: assert set(pool.map(read, range(8))) == {''}\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
         "print(int(open('/proc/self/statm').read().split()[1]) * 4096 // 2**20)\n"

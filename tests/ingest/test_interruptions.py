@@ -134,7 +134,7 @@ def test_a_full_disk_is_a_clear_error_and_what_was_stored_stays(folder, small_di
         stored = int(after)
         assert stored > 0
         assert "No space left on device" in error
-        assert "pictures were stored; the same call goes on from there" in error
+        assert "images were stored; the same call goes on from there" in error
         assert "Insert failed" not in printed, "said once, by the error"
 
 
@@ -242,7 +242,7 @@ def test_a_server_that_stays_away_is_a_clear_error_and_what_was_stored_stays(fol
     try:
         with (
             open_store(f"http://127.0.0.1:{port}", model, timeout=1) as store,
-            pytest.raises(StoreUnavailableError, match=r"20 pictures were stored; the same call goes on from there"),
+            pytest.raises(StoreUnavailableError, match=r"20 images were stored; the same call goes on from there"),
         ):
             ingest_images(folder, store, model, batch_size=4, show_progress=False)
         server = lite_server(tmp_path / "data", port)

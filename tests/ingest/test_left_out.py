@@ -11,7 +11,7 @@ import pytest
 from mm_retriever.bulk import embed_to_shards
 from mm_retriever.images import load_image
 from mm_retriever.ingest import IngestReport
-from mm_retriever.ingest.sources import walk
+from mm_retriever.ingest.folder import walk
 from mm_retriever.terminal import print_ingestion
 from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, shared, store  # noqa: F401 - fixtures
 from tests.support.colour_embedding import paint

@@ -82,7 +82,7 @@ def test_a_folder_is_stored_with_what_is_known_of_its_pictures(folder, store, mo
     report = ingest(folder, store, model, batch_size=2)
     assert counts(report) == {"indexed": 3}
     assert report.embedded == model.embedded == 3
-    assert report.pictures_per_second > 0
+    assert report.images_per_second > 0
     stored = nodes(store)
     assert set(stored) == {"red.png", "blue.jpg", "green.JPEG"}
     file = folder / "cars" / "fast" / "red.png"
@@ -357,7 +357,7 @@ def test_llamaindex_documents_and_nodes_of_every_kind(folder, store, model):
     ]
     report = ingest(documents, store, model)
     assert counts(report) == {"indexed": 5, "skipped": 2}
-    assert "neither text nor a picture" in report.skipped[0].reason
+    assert "neither text nor an image" in report.skipped[0].reason
     assert "not a picture in a supported format" in report.skipped[1].reason
     stored = nodes(store)
     assert stored["green.JPEG"].metadata["album"] == "garden"
@@ -412,7 +412,7 @@ def test_a_url_is_fetched_only_where_the_policy_allows_it(store, model):
 
 @pytest.mark.parametrize("source", [[b"bytes"], [Image.new("RGB", (1, 1))], [None]])
 def test_pictures_without_a_file_are_refused_as_a_source(source, store, model):
-    with pytest.raises(IngestError, match="save the picture first"):
+    with pytest.raises(IngestError, match="save the image first"):
         ingest(source, store, model)
 
 
@@ -471,7 +471,7 @@ def test_progress_shows_rate_and_total(folder, store, model, capfd):
     ingest_images(folder, store, model)
     shown = capfd.readouterr().err
     assert "3/3" in shown
-    assert "picture" in shown
+    assert "image" in shown
     assert "100%" in shown
 
 
@@ -484,7 +484,7 @@ def test_reading_goes_on_while_the_model_works(tmp_path, store, model, monkeypat
 
     for number in range(24):
         paint(tmp_path / f"{number:02d}.png", list(COLOURS)[number % 8])
-    read = pipeline.read_picture
+    read = pipeline.read_image
 
     def slow_read(*arguments):
         time.sleep(0.02)
@@ -495,7 +495,7 @@ def test_reading_goes_on_while_the_model_works(tmp_path, store, model, monkeypat
             time.sleep(0.15)
             return super().embed_images(images)
 
-    monkeypatch.setattr(pipeline, "read_picture", slow_read)
+    monkeypatch.setattr(pipeline, "read_image", slow_read)
     monkeypatch.setattr("mm_retriever.ingest.reading.THREADS", 1)
     start = time.perf_counter()
     ingest(tmp_path, store, Slow(), batch_size=8)
@@ -505,5 +505,5 @@ def test_reading_goes_on_while_the_model_works(tmp_path, store, model, monkeypat
 
 def test_reports_of_nothing():
     report = IngestReport(indexed=0, replaced=0, updated=0, unchanged=0, removed=0, skipped=(), seconds=0.0)
-    assert report.pictures_per_second == 0.0
+    assert report.images_per_second == 0.0
     assert SimpleNamespace(**report.to_dict()).embedded == 0

@@ -12,7 +12,7 @@ from mm_retriever.errors import ImageLoadError, IngestError
 from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import gone as gone_module
 from mm_retriever.ingest import prune_images, remove_images
-from mm_retriever.ingest.reading import read_picture
+from mm_retriever.ingest.reading import read_image
 from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, shared, store, where  # noqa: F401
 from tests.support.colour_embedding import COLOURS, paint
 
@@ -73,14 +73,14 @@ def test_only_a_decoders_verdict_on_the_bytes_says_that_a_file_is_spoiled(tmp_pa
         raise ImageLoadError("cannot load it") from cause
 
     monkeypatch.setattr("mm_retriever.ingest.reading.opened_image", load)
-    assert read_picture(str(path), "", lambda image: image, ImagePolicy()).spoiled is spoiled
+    assert read_image(str(path), "", lambda image: image, ImagePolicy()).spoiled is spoiled
 
 
 def test_a_limit_of_ours_is_no_verdict_and_nonsense_is(tmp_path):
     path = paint(tmp_path / "a.png", "red")
-    assert not read_picture(str(path), "", lambda image: image, ImagePolicy(max_pixels=1)).spoiled
+    assert not read_image(str(path), "", lambda image: image, ImagePolicy(max_pixels=1)).spoiled
     path.write_bytes(b"nonsense")
-    assert read_picture(str(path), "", lambda image: image, ImagePolicy()).spoiled
+    assert read_image(str(path), "", lambda image: image, ImagePolicy()).spoiled
 
 
 def test_more_than_a_fifth_at_once_has_to_be_asked_for(tmp_path, store, model):  # noqa: F811

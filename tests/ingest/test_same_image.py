@@ -123,7 +123,7 @@ def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):  # noq
 
 def settle(*paths: Path) -> None:
     """Wait until the files are old enough for their stamps to be believed."""
-    while any(nodes_module.FILE_STAMP not in nodes_module.stamp_of(str(path)) for path in paths):
+    while any(nodes_module.FILE_STAMP not in nodes_module.file_stamp(str(path)) for path in paths):
         time.sleep(0.05)
 
 
@@ -174,9 +174,9 @@ def test_verify_reads_everything(tmp_path, store, model, quick_clocks, monkeypat
     path = paint(tmp_path / "photos" / "a.bmp", "red")
     settle(path)
     ingest(tmp_path / "photos", store, model)
-    now = nodes_module.stamp_of(str(path))
+    now = nodes_module.file_stamp(str(path))
     paint(path, "blue")
-    monkeypatch.setattr("mm_retriever.ingest.pipeline.stamp_of", lambda path: now)
+    monkeypatch.setattr("mm_retriever.ingest.nodes.file_stamp", lambda path: now)
     assert counts(ingest(tmp_path / "photos", store, model)) == {"unchanged": 1}
     assert counts(ingest(tmp_path / "photos", store, model, verify=True)) == {"replaced": 1}
     assert counts(ingest(tmp_path / "photos", store, model, verify=True)) == {"unchanged": 1}

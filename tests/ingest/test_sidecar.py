@@ -12,7 +12,8 @@ import pytest
 
 from mm_retriever.errors import IngestError
 from mm_retriever.ingest import read_sidecar
-from mm_retriever.ingest.sidecar import Sidecar, SidecarMatch, find_sidecars
+from mm_retriever.ingest.sidecar import Sidecar, find_sidecars
+from mm_retriever.ingest.sidecar_match import SidecarMatch
 
 
 def write(tmp_path, name: str, content: str, encoding: str = "utf-8"):

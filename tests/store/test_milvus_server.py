@@ -353,7 +353,7 @@ def test_a_server_that_stays_away_is_a_clear_error_and_what_was_stored_stays(ope
     store = impatient(opened(model), 2)
     start = time.monotonic()
     try:
-        with pytest.raises(StoreUnavailableError, match=r"20 pictures were stored; the same call goes on from there"):
+        with pytest.raises(StoreUnavailableError, match=r"20 images were stored; the same call goes on from there"):
             ingest_images(folder, store, model, batch_size=4, show_progress=False)
         assert time.monotonic() - start < PATIENT
         tried["servers killed"] += 1
