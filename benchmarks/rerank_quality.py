@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,18 +27,7 @@ import torch
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
 from tiny_quality import MODE_NAMES, Query, composed_queries, recall
 
-from mm_retriever.demo.catalogue import (
-    MODES,
-    PATTERNS,
-    Looks,
-    Mode,
-    Product,
-    Wording,
-    caption,
-    catalogue,
-    reason,
-    write_catalogue,
-)
+from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, caption, catalogue, write_catalogue
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
@@ -45,6 +35,9 @@ from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
 from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
 from mm_retriever.rerank.order import Fusion, fuse
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
+from phrases import MODES, Mode, Wording, reason
 
 TOP_K = 9
 FUSION: Fusion = "zscore"  # the reranker's default

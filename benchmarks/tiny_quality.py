@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,23 +24,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mm_retriever.demo.catalogue import (
-    MODES,
-    PATTERNS,
-    Looks,
-    Mode,
-    Product,
-    Wording,
-    catalogue,
-    compose_query,
-    draw_product,
-    draw_theme,
-    full_text,
-)
+from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, catalogue, draw_product, draw_theme
 from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
+from phrases import MODES, Mode, Wording, compose_query, full_text
 
 MODE_NAMES: dict[Mode, str] = {
     "theme": "theme picture + product kind",

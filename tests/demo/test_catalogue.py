@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from phrases import MODES, compose_query, full_text, reason, templates, vocabulary
 from PIL import Image
 
 from mm_retriever.demo.catalogue import (
     COLOURS,
     HELD_OUT,
     KINDS,
-    MODES,
     NATURAL,
     PATTERNS,
     Looks,
@@ -21,16 +21,11 @@ from mm_retriever.demo.catalogue import (
     caption,
     catalogue,
     colours_of,
-    compose_query,
     draw_product,
     draw_theme,
-    full_text,
-    reason,
-    vocabulary,
     write_catalogue,
 )
 from mm_retriever.demo.catalogue.drawing import MAPS_PER_BLOCK, SEED_BLOCK, map_seed
-from mm_retriever.demo.catalogue.phrases import templates
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

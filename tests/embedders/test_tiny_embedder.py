@@ -5,15 +5,14 @@ Thresholds are the project's targets, a little lower on the small samples of the
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny_quality
+from phrases import MODES
 
-from mm_retriever.demo.catalogue import HELD_OUT, MODES, catalogue, draw_product, draw_theme
+from mm_retriever.demo.catalogue import HELD_OUT, catalogue, draw_product, draw_theme
 from mm_retriever.embedders.embedder import Content, cache_identity
 from mm_retriever.embedders.registry import load_embedder
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
@@ -22,25 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "mm_retriever" / "embedders" / "visualized_bge" / "tiny"
 
 
-def module(path: Path) -> ModuleType:
-    """A script as a module, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"tested_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture(scope="module")
-def quality() -> ModuleType:
-    return module(ROOT / "benchmarks" / "tiny_quality.py")
-
-
-@pytest.fixture(scope="module")
-def embedder(quality: ModuleType):
-    return quality.Embedder(*load_visualized_bge("tiny"))
+def embedder():
+    return tiny_quality.Embedder(*load_visualized_bge("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +61,12 @@ def test_vectors_have_length_one_and_any_text_can_be_asked(embedder):
 
 
 @pytest.mark.slow
-def test_held_out_products_are_found_by_composed_queries(quality, embedder, products, candidates):
+def test_held_out_products_are_found_by_composed_queries(embedder, products, candidates):
     """Issue: R@1 >= .85 and R@9 >= .99 on average over four kinds of query; here one query a product among fewer."""
     found_1, found_9 = [], []
     for mode in MODES:
-        queries = quality.composed_queries(products, mode, held_out=True, draws=1)[::3]
-        rank = quality.ranks(embedder.queries(queries), candidates, [query.wanted for query in queries])
+        queries = tiny_quality.composed_queries(products, mode, held_out=True, draws=1)[::3]
+        rank = tiny_quality.ranks(embedder.queries(queries), candidates, [query.wanted for query in queries])
         assert len(rank) >= 40
         found_1.append((rank <= 1).mean())
         found_9.append((rank <= 9).mean())
@@ -92,12 +75,12 @@ def test_held_out_products_are_found_by_composed_queries(quality, embedder, prod
 
 
 @pytest.mark.slow
-def test_wordings_that_training_never_used_are_understood(quality, embedder, products, candidates):
+def test_wordings_that_training_never_used_are_understood(embedder, products, candidates):
     """Issue: R@1 >= .75 with wordings not used in training."""
     found = []
     for mode in MODES:
-        queries = quality.composed_queries(products, mode, held_out=True, wording="held-out", draws=1)[::4]
-        rank = quality.ranks(embedder.queries(queries), candidates, [query.wanted for query in queries])
+        queries = tiny_quality.composed_queries(products, mode, held_out=True, wording="held-out", draws=1)[::4]
+        rank = tiny_quality.ranks(embedder.queries(queries), candidates, [query.wanted for query in queries])
         found.append((rank <= 1).mean())
     assert np.mean(found) >= 0.75
 
@@ -126,10 +109,10 @@ def test_size_and_file_format_of_a_picture_hardly_matter(embedder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_figures_of_the_model_card_are_reproduced(quality, embedder):
+def test_the_figures_of_the_model_card_are_reproduced(embedder):
     """The card's numbers are those of ``python benchmarks/tiny_quality.py``, row by row."""
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    for title, rows in quality.measure(embedder, report=lambda _: None).items():
+    for title, rows in tiny_quality.measure(embedder, report=lambda _: None).items():
         printed = {line.split("|")[1].strip(): line for line in _section(card, title)}
         for row in rows:
             n, at_1, at_9 = (printed[row.name].split("|")[column].strip() for column in (2, 3, 5))

@@ -5,18 +5,20 @@ Thresholds are the project's targets, a little lower on the small samples of the
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+import rerank_quality
+import train_tiny_reranker
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
+from tiny_conversations import Conversations, build_tokenizer
 
 from mm_retriever.demo.catalogue import HELD_OUT, Looks, caption, catalogue, draw_product, draw_theme
 from mm_retriever.phi3_vision.load import load_phi3_vision
+from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rerank import Phi3VisionRerank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,27 +33,6 @@ def loaded():
 @pytest.fixture(scope="module")
 def rerank(loaded) -> Phi3VisionRerank:
     return Phi3VisionRerank(loaded)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_importable():
-    """The scripts import each other as scripts in one folder do."""
-    folders = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-    sys.path[:0] = folders
-    yield
-    for folder in folders:
-        sys.path.remove(folder)
-
-
-def script(folder: str, name: str) -> ModuleType:
-    """A script as a module, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(f"tested_{name}", ROOT / folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def nodes_of(folder: Path, shown: list[Looks], seed: int = 40) -> list[NodeWithScore]:
@@ -103,8 +84,7 @@ def test_text_cannot_speak_for_the_model(loaded):
 def test_products_that_it_never_saw_are_described_exactly(loaded):
     """Issue: at least 85% of held-out products; here on a sample of 60 from another catalogue."""
     products = [product for product in catalogue(seed=4) if product.held_out][:60]
-    quality = script("benchmarks", "rerank_quality")
-    assert np.mean(quality.described(*loaded, products)) >= 0.8
+    assert np.mean(rerank_quality.described(*loaded, products)) >= 0.8
 
 
 def test_the_leopard_phone_case_comes_first_and_the_reason_says_what_is_seen(rerank, tmp_path):
@@ -155,11 +135,7 @@ def test_modes_that_it_was_hardly_trained_for_still_rank_everything_once(loaded,
 
 
 @pytest.fixture(scope="module")
-def conversations(scripts_importable):
-    from tiny_conversations import Conversations, build_tokenizer
-
-    from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
-
+def conversations():
     processor = Phi3VisionProcessor(build_tokenizer(), image_size=128, tokens_per_side=4, use_hd_transform=False)
     return Conversations(processor, np.random.default_rng(0))
 
@@ -202,23 +178,21 @@ def test_the_tokenizer_in_the_package_is_the_one_that_the_script_builds(conversa
 @pytest.mark.slow
 def test_the_training_script_writes_a_model_that_loads(tmp_path, monkeypatch):
     """Three stages of two steps on a small cache."""
-    training = script("examples", "train_tiny_reranker")
     options = {
         "out": tmp_path / "out", "cache": tmp_path, "size": 64, "shapes": 2, "textures": 3, "sets": 1, "batch": 8,
         "pictures": 1, "words-batch": 3, "eyes-steps": 2, "words-steps": 2, "joint-steps": 2, "report": 20,
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train_tiny_reranker.py", *arguments])
-    training.main()
+    train_tiny_reranker.main()
     model, processor = load_phi3_vision(str(tmp_path / "out"))
-    assert len(training.describe(model, processor, [draw_product("mug", "plain", "red", 1)])) == 1
+    assert len(train_tiny_reranker.describe(model, processor, [draw_product("mug", "plain", "red", 1)])) == 1
 
 
 @pytest.mark.slow
 def test_reranking_finds_more_of_what_was_never_seen(tmp_path):
     """Issue: 8 points above retrieval or .96, on over a thousand queries; here on a tenth of them, less strictly."""
-    quality = script("benchmarks", "rerank_quality")
-    results = quality.measure(quality.Bench(tmp_path, "tiny", "tiny"), quick=True)
+    results = rerank_quality.measure(rerank_quality.Bench(tmp_path, "tiny", "tiny"), quick=True)
     total = results["Pairs held out of training"]["recall"][-1]
     assert total["queries"] >= 150
     assert total["fused"] >= min(0.94, total["retrieval"] + 0.05)

@@ -1,4 +1,4 @@
-"""A drawn catalogue: products and theme pictures of known kind, pattern and colour, with Pillow and numpy alone.
+"""A drawn catalogue: products and theme images of known kind, pattern and colour, with Pillow and numpy alone.
 
 The demo, the tests and the training of the bundled models use it where photographs would need a download.
 
@@ -8,21 +8,9 @@ The demo, the tests and the training of the bundled models use it where photogra
     written = write_catalogue("demo", count=900)
 """
 
+from mm_retriever.demo.catalogue.captions import KINDS, Looks, caption
 from mm_retriever.demo.catalogue.colours import COLOURS, NATURAL, PATTERNS, colours_of
 from mm_retriever.demo.catalogue.drawing import draw_product, draw_theme
-from mm_retriever.demo.catalogue.phrases import (
-    KINDS,
-    MODES,
-    ComposedQuery,
-    Looks,
-    Mode,
-    Wording,
-    caption,
-    compose_query,
-    full_text,
-    reason,
-    vocabulary,
-)
 from mm_retriever.demo.catalogue.products import (
     HELD_OUT,
     Product,
@@ -36,24 +24,16 @@ __all__ = [
     "COLOURS",
     "HELD_OUT",
     "KINDS",
-    "MODES",
     "NATURAL",
     "PATTERNS",
-    "ComposedQuery",
     "Looks",
-    "Mode",
     "Product",
-    "Wording",
     "WrittenCatalogue",
     "all_looks",
     "caption",
     "catalogue",
     "colours_of",
-    "compose_query",
     "draw_product",
     "draw_theme",
-    "full_text",
-    "reason",
-    "vocabulary",
     "write_catalogue",
 ]

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mm_retriever.demo.catalogue.captions import KINDS, Looks, caption
 from mm_retriever.demo.catalogue.colours import NATURAL, PATTERNS, colours_of
 from mm_retriever.demo.catalogue.drawing import NATIVE_SIZE, SEED_BLOCK, draw_product, draw_theme
-from mm_retriever.demo.catalogue.phrases import KINDS, Looks, caption
 
 _HELD_OUT_STEPS = (10, 3, 14)  # three patterns a kind, shifting by five from kind to kind: 48 of 288 pairs
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(

@@ -8,19 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_tiny_embedder
+from tiny_training import LayerCache, build_tokenizer, labels_of, reworded
+from train_tiny_embedder import draw_queries
 
 from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, draw_product
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples_importable():
-    """The training scripts import each other as scripts in one folder do."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +22,12 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def layers(examples_importable, cache_folder: Path):
-    from tiny_training import LayerCache
-
+def layers(cache_folder: Path):
     return LayerCache.load(cache_folder, 48, shapes=2, textures=3, seed=0)
 
 
 def test_composed_pictures_look_like_drawn_ones(layers):
     """The cache must not drift from the catalogue: mean colour of a product agrees with ``draw_product``."""
-    from tiny_training import labels_of
-
     looks = Looks("backpack", "plain", "red")
     composed = layers.render(labels_of([looks] * 16), np.random.default_rng(0))[:, :, 16:32, 16:32].mean((0, 2, 3))
     drawn = np.mean([np.asarray(draw_product(*looks, seed, 48))[16:32, 16:32].mean((0, 1)) for seed in range(16)], 0)
@@ -48,8 +37,6 @@ def test_composed_pictures_look_like_drawn_ones(layers):
 
 def test_a_cache_file_gives_back_the_same_layers(layers, cache_folder: Path):
     """A second start draws nothing."""
-    from tiny_training import LayerCache
-
     again = LayerCache.load(cache_folder, 48, shapes=2, textures=3, seed=0)
     assert len(list(cache_folder.iterdir())) == 1
     labels = torch.tensor([[0, 1, 1], [16, 10, 0]])
@@ -57,10 +44,8 @@ def test_a_cache_file_gives_back_the_same_layers(layers, cache_folder: Path):
     assert torch.equal(first, second)
 
 
-def test_training_queries_never_touch_a_held_out_pair(examples_importable):
+def test_training_queries_never_touch_a_held_out_pair():
     """The claim of the model card."""
-    from train_tiny_embedder import draw_queries
-
     rng = np.random.default_rng(0)
     for query in (query for _ in range(20) for query in draw_queries(32, rng)):
         for kind, pattern, colour in (query.source, query.wanted):
@@ -69,10 +54,8 @@ def test_training_queries_never_touch_a_held_out_pair(examples_importable):
             assert colour in COLOURS
 
 
-def test_the_tokenizer_knows_every_training_word_and_survives_the_rest(examples_importable):
+def test_the_tokenizer_knows_every_training_word_and_survives_the_rest():
     """Unknown words are one [UNK] each; endings of known words are pieces."""
-    from tiny_training import build_tokenizer
-
     tokenizer = build_tokenizer()
     assert tokenizer.encode("An Orange Tote Bag, with hearts").tokens[1:-1] == [
         "an", "orange", "tote", "bag", ",", "with", "hearts",
@@ -81,10 +64,8 @@ def test_the_tokenizer_knows_every_training_word_and_survives_the_rest(examples_
     assert tokenizer.encode("").tokens == ["[CLS]", "[SEP]"]
 
 
-def test_rewording_keeps_what_the_query_asks_for(examples_importable):
+def test_rewording_keeps_what_the_query_asks_for():
     """Noise may hit the carrier sentence, never kind, pattern or colour."""
-    from tiny_training import reworded
-
     rng = np.random.default_rng(0)
     for _ in range(300):
         words = reworded("show me a red mug with polka dots", rng).replace("mugs", "mug").replace("reds", "red").split()
@@ -92,23 +73,11 @@ def test_rewording_keeps_what_the_query_asks_for(examples_importable):
         assert any(word.startswith("polka") for word in words)
 
 
-def test_the_script_trains_and_writes_a_loadable_model(examples_importable, cache_folder, tmp_path, monkeypatch):
+def test_the_script_trains_and_writes_a_loadable_model(cache_folder, tmp_path, monkeypatch):
     """Two steps of each stage, then the public loading path."""
-    import train_tiny_embedder
-
     arguments = ["--size", "48", "--shapes", "2", "--textures", "3", "--tower-steps", "2", "--report", "12"]
-    arguments += [
-        "--steps",
-        "2",
-        "--batch",
-        "8",
-        "--tower-batch",
-        "8",
-        "--out",
-        str(tmp_path / "model"),
-        "--cache",
-        str(cache_folder),
-    ]
+    arguments += ["--steps", "2", "--batch", "8", "--tower-batch", "8"]
+    arguments += ["--out", str(tmp_path / "model"), "--cache", str(cache_folder)]
     monkeypatch.setattr(sys, "argv", ["train_tiny_embedder.py", *arguments])
     threads = torch.get_num_threads()
     train_tiny_embedder.main()

@@ -1,6 +1,6 @@
 """Train the bundled tiny reranker from scratch on drawn products: about an hour on one CPU core.
 
-    python examples/train_tiny_reranker.py --out tiny-reranker
+    python examples/training/train_tiny_reranker.py --out tiny-reranker
 
 Three stages of one ``Phi3Vision``. First the CLIP tower learns to name kind, pattern and colour of a picture; then the
 decoder learns captions, wanted descriptions and reasons on what the finished tower sees; at last all of it learns

@@ -1,6 +1,6 @@
 """Train the bundled tiny embedder from scratch on drawn products: about half an hour on one free CPU core.
 
-    python examples/train_tiny_embedder.py --out tiny-embedder
+    python examples/training/train_tiny_embedder.py --out tiny-embedder
 
 Two stages. First the vision tower learns to name kind, pattern and colour of a picture; then tower and text encoder
 learn together to place a picture, a text, or a picture with a text where the wanted product lies (multi-positive
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from phrases import ComposedQuery, compose_query, full_text
 from safetensors.torch import save_file
 from tiny_training import (
     HEADS,
@@ -40,17 +41,7 @@ from tiny_training import (
 )
 from torch import Tensor, nn
 
-from mm_retriever.demo.catalogue import (
-    COLOURS,
-    HELD_OUT,
-    KINDS,
-    PATTERNS,
-    ComposedQuery,
-    Looks,
-    catalogue,
-    compose_query,
-    full_text,
-)
+from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, PATTERNS, Looks, catalogue
 from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, crop_square

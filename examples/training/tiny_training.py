@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from phrases import COLOUR_NAMES, KIND_NAMES, PATTERN_NAMES, vocabulary
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, colours_of, vocabulary
+from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, colours_of
 from mm_retriever.demo.catalogue.colours import palette
 from mm_retriever.demo.catalogue.drawing import (
     NATIVE_SIZE,
@@ -30,7 +31,6 @@ from mm_retriever.demo.catalogue.drawing import (
     theme_layers,
 )
 from mm_retriever.demo.catalogue.patterns import texture
-from mm_retriever.demo.catalogue.phrases import COLOUR_NAMES, KIND_NAMES, PATTERN_NAMES
 from mm_retriever.embedders.visualized_bge.processor import PIXEL_MEAN, PIXEL_STD
 
 THEME = len(KINDS)  # the "kind" of a theme picture in label tensors

@@ -1,4 +1,4 @@
-"""Plain English about products: captions, reasons, and the ways a person may ask for one.
+"""Plain English about products: reasons, and the ways a person may ask for one.
 
 Two sets of wordings: those the bundled models learn from (``"training"``), and others that they never saw
 (``"held-out"``), for an honest test. Knows nothing of pixels.
@@ -8,28 +8,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from mm_retriever.demo.catalogue.colours import NATURAL, PATTERNS, colours_of
-from mm_retriever.demo.catalogue.shapes import PRODUCTS
-
-KINDS: tuple[str, ...] = tuple(PRODUCTS)
+from mm_retriever.demo.catalogue import KINDS, NATURAL, PATTERNS, Looks, caption, colours_of
+from mm_retriever.demo.catalogue.captions import PATTERN_PHRASES, pattern_phrase, with_article
 
 Mode = Literal["theme", "kind", "colour", "pattern"]
 MODES: tuple[Mode, ...] = ("theme", "kind", "colour", "pattern")
 """How a picture and a text make one query: a theme picture and the kind of product wanted; a product picture and
 another kind; the same in another colour; the same with another pattern."""
 Wording = Literal["training", "held-out"]
-
-
-class Looks(NamedTuple):
-    """What a picture shows; ``kind`` is None for a theme picture."""
-
-    kind: str | None
-    pattern: str
-    colour: str
 
 
 @dataclass(frozen=True)
@@ -93,19 +83,6 @@ COLOUR_NAMES: dict[str, tuple[str, ...]] = {
     "black": ("black", "dark"),
     "white": ("white", "ivory"),
 }
-_IN_CAPTIONS: dict[str, str] = {
-    "plaid": "a plaid pattern",
-    "checkerboard": "a checkerboard pattern",
-    "chevron": "a chevron pattern",
-    "leopard": "leopard print",
-    "zebra": "zebra stripes",
-    "tiger": "tiger stripes",
-    "giraffe": "giraffe print",
-    "marble": "a marble pattern",
-    "watermelon": "a watermelon pattern",
-    "bricks": "a brick pattern",
-}
-
 # {K} a kind, {P} a pattern, {C} a colour
 _TRAINING: dict[Mode, tuple[str, ...]] = {
     "theme": (
@@ -189,7 +166,7 @@ def vocabulary() -> tuple[str, ...]:
         text for names in (KIND_NAMES, PATTERN_NAMES, COLOUR_NAMES) for choices in names.values() for text in choices
     ]
     texts += [text for choices in _TRAINING.values() for text in choices]
-    texts += [*_FULL, *_FULL_WITHOUT_COLOUR, *_FULL_PLAIN, *_IN_CAPTIONS.values(), *KINDS, *PATTERNS]
+    texts += [*_FULL, *_FULL_WITHOUT_COLOUR, *_FULL_PLAIN, *PATTERN_PHRASES.values(), *KINDS, *PATTERNS]
     looks = [Looks(kind, pattern, colours_of(pattern)[0]) for kind in KINDS for pattern in PATTERNS]
     texts += [caption(look) for look in looks] + [caption(look._replace(kind=None)) for look in looks]
     texts += [reason(mode, look) for mode in MODES for look in looks if mode != "colour" or can_recolour(look)]
@@ -204,26 +181,6 @@ def vocabulary() -> tuple[str, ...]:
 # ---------------------------------------------------------------------- sentences
 
 
-def _with_article(phrase: str) -> str:
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
-def _pattern_phrase(pattern: str) -> str:
-    return _IN_CAPTIONS.get(pattern, pattern)
-
-
-def caption(looks: Looks) -> str:
-    """The one canonical description of a picture: "an orange tote bag with hearts"."""
-    kind, pattern, colour = looks
-    shade = "" if colour == NATURAL else f"{colour} "
-    if kind is None:
-        what = f"plain {colour}" if pattern == "plain" else f"{shade}{_pattern_phrase(pattern).removeprefix('a ')}"
-        return f"a picture of {what}"
-    if pattern == "plain":
-        return f"a plain {shade}{kind}"
-    return f"{_with_article(shade + kind)} with {_pattern_phrase(pattern)}"
-
-
 def reason(mode: Mode, looks: Looks) -> str:
     """Why a product answers a query of this mode: "it is the same tote bag, but with hearts"."""
     kind, pattern, colour = looks
@@ -232,8 +189,8 @@ def reason(mode: Mode, looks: Looks) -> str:
     if mode == "colour":
         return f"it is the same {kind}, but {colour}"
     if mode == "pattern":
-        return f"it is the same {kind}, but {'plain' if pattern == 'plain' else 'with ' + _pattern_phrase(pattern)}"
-    what = f"a plain {kind}" if pattern == "plain" else f"{_with_article(kind)} with {_pattern_phrase(pattern)}"
+        return f"it is the same {kind}, but {'plain' if pattern == 'plain' else 'with ' + pattern_phrase(pattern)}"
+    what = f"a plain {kind}" if pattern == "plain" else f"{with_article(kind)} with {pattern_phrase(pattern)}"
     return f"it is {what}, like the picture"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from phrases import Mode, compose_query, full_text, reason, vocabulary
 from tiny_training import SEEN_PAIRS, random_colour, reworded
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -22,13 +23,8 @@ from mm_retriever.demo.catalogue import (
     NATURAL,
     PATTERNS,
     Looks,
-    Mode,
     caption,
     colours_of,
-    compose_query,
-    full_text,
-    reason,
-    vocabulary,
 )
 from mm_retriever.phi3_vision import prompts
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn

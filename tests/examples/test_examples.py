@@ -11,7 +11,7 @@ import pytest
 
 from mm_retriever.demo.catalogue import draw_product, draw_theme
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", README, flags=re.DOTALL)
