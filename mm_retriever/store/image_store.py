@@ -49,6 +49,7 @@ from mm_retriever.store.filters import (
     joined,
     one_of,
 )
+from mm_retriever.store.identity import StoredIdentity
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.rows import NODE_FIELDS, node_to_row, row_to_node, storable_node, unfiltered_keys
 from mm_retriever.store.values import plain_metadata
@@ -81,7 +82,7 @@ _MMR_OPTIONS = ("mmr_threshold", "mmr_prefetch_factor", "mmr_prefetch_k")
 
 def open_store(
     uri: str | Path,
-    embed_model: ComposedEmbedding,
+    embed_model: ComposedEmbedding | StoredIdentity,
     *,
     collection: str = "mm_retriever",
     token: str | None = None,

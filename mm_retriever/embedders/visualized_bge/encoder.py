@@ -47,7 +47,7 @@ class VisualizedBGEEncoder:
     @property
     def dimension(self) -> int:
         """Length of every vector."""
-        return self.model.config.dimension
+        return int(self.model.config.dimension)
 
     @property
     def device(self) -> str:
