@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import resource
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from mm_retriever.images import ImagePolicy, load_image
 from mm_retriever.report import Hit, SearchReport, write_html, write_png
 from tests.support.effort import EFFORT
+from tests.support.memory import peak_growth
 
 VOID = {"meta", "img"}
 TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "section", "aside", "div", "img"} | {
@@ -390,6 +390,6 @@ def test_a_figure_does_not_hold_its_images_whole(tmp_path: Path) -> None:
     """Truth: twenty images of 16 megapixels take 1.3 GB at once; Pillow's own count of what it holds."""
     Image.new("RGB", (4_000, 4_000), "teal").save(tmp_path / "large.jpg")
     found = tuple(Hit(rank, str(rank), path=str(tmp_path / "large.jpg")) for rank in range(1, 21))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write_png(tmp_path / "sheet.png", SearchReport("", None, found))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB on Linux
+    with peak_growth() as mib:
+        write_png(tmp_path / "sheet.png", SearchReport("", None, found))
+    assert mib() < 400

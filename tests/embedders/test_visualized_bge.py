@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.embedders.visualized_bge.processor import PIXEL_MEAN, PIXEL_STD, VisualizedBGEProcessor, crop_square
 from mm_retriever.errors import CheckpointError
 from tests.support.golden import DATA, TOLERANCE, fill, golden, golden_config, small_config, small_model, word_tokenizer
+from tests.support.memory import peak_growth
 
 
 @pytest.fixture(autouse=True)
@@ -188,9 +188,9 @@ def test_resize_comes_before_the_conversion_to_rgb(mode: str, size: tuple[int, i
 def test_a_picture_as_thin_as_a_thread_takes_no_memory(size: tuple[int, int]) -> None:
     """Resized whole, the first would take 9 GB, and any stranger can send it in 150 bytes."""
     image = Image.new("RGB", size, (9, 120, 200))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert np.unique(np.asarray(crop_square(image, 224)).reshape(-1, 3), axis=0).tolist() == [[9, 120, 200]]
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # in KiB on Linux
+    with peak_growth() as mib:
+        assert np.unique(np.asarray(crop_square(image, 224)).reshape(-1, 3), axis=0).tolist() == [[9, 120, 200]]
+    assert mib() < 400
 
 
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (7, 500), (1, 1000)])
