@@ -1,8 +1,8 @@
 """What the command line shows: result tables, pages and sheets, the ends of an ingestion, progress of a download.
 
-Owns the way from retrieved nodes to what a person reads, in which no word of a stranger (a file name, a sidecar, a
-model's reason, a collection's description) is a command to the terminal or markup. Knows no options, opens no store and
-loads no model: the commands hand over what they found.
+Owns the way from retrieved nodes to what a person reads, in which no untrusted text (a file name, a sidecar, a model's
+reason, a collection's description) is a command to the terminal or markup. Knows no options, opens no store and loads
+no model: the commands hand over what they found.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def print_json(value: object) -> None:
     except (UnicodeEncodeError, LookupError):  # a terminal of few letters
         text = json.dumps(value, indent=2)
     # what cannot be seen, or commands a terminal, is escaped: both \u forms read back the same
-    typer.echo("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
+    typer.echo("".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1] for sign in text))
 
 
 def print_search(report: SearchReport) -> None:
@@ -96,8 +96,7 @@ def print_search(report: SearchReport) -> None:
             score = "" if hit.score is None else f"{hit.score:.3f}"
             table.add_row(str(hit.rank), score, _words(hit.label), _words(_shown(hit)))
         console.print(table)
-    said = (("it sees", report.caption), *report.facts, ("the first because", report.reason))
-    for name, words in said if report.reranked is not None else ():
+    for name, words in (("it sees", report.caption), *report.facts, ("the first because", report.reason)):
         if words:
             console.print(_words(f"{name}: {words}"))
     if not report.hits:
@@ -148,7 +147,7 @@ def download_archive(target: Path) -> Path:
 
 
 def _words(text: str) -> Text:
-    """A stranger's text for rich: its brackets are no markup, and it holds no command."""
+    """Untrusted text for rich: its brackets are no markup, and it holds no command."""
     return Text(one_line(text))
 
 
@@ -170,11 +169,6 @@ def _shown(hit: Hit) -> str:
 
 def _asked(report: SearchReport) -> str:
     image = report.query_image
-    if image is None:
-        picture = ""
-    elif is_place(image):
-        picture = f"[{Path(image).name}]"
-    else:
-        picture = f"[{source_name(image)}]"
-    asked = " ".join(part for part in (picture, report.query_text) if part)
+    name = "" if image is None else f"[{Path(image).name if is_place(image) else source_name(image)}]"
+    asked = " ".join(filter(None, (name, report.query_text)))
     return f"{report.title}: {asked}" if report.title else asked

@@ -1,6 +1,6 @@
 """Image search as tools of a LlamaIndex agent.
 
-Owns how answers of `ImageSearch` become tool outputs: text and pictures side by side, errors that an agent can act on.
+Owns how answers of `ImageSearch` become tool outputs: text and images side by side, errors that an agent can act on.
 Knows nothing of models and stores. (No `from __future__ import annotations` here: LlamaIndex reads the types.)
 """
 
@@ -27,8 +27,8 @@ from mm_retriever.search_tools import (
     Conversation,
     FiltersArgument,
     ImageArgument,
+    ImageDescription,
     ImageSearch,
-    PictureDescription,
     QuestionArgument,
     ResultArgument,
     SearchResult,
@@ -53,7 +53,7 @@ class ImageSearchToolSpec(BaseToolSpec):
         agent = FunctionAgent(tools=tools.to_tool_list(), llm=llm)
 
     A `FunctionAgent`'s model receives the thumbnails. A `ReActAgent` passes on text only, unless it is given
-    `formatter=tools.react_formatter()`. For a model that takes no pictures: `SearchLimits(thumbnails=0)`.
+    `formatter=tools.react_formatter()`. For a model that takes no images: `SearchLimits(thumbnails=0)`.
 
     Args:
         search: what is asked.
@@ -77,14 +77,14 @@ class ImageSearchToolSpec(BaseToolSpec):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _turn=ForkLock())
 
-    def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
-        """Let the model refer to a picture by a name, and return the name; say it in the message to the agent.
+    def attach(self, name: str, image: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
+        """Let the model refer to an image by a name, and return the name; say it in the message to the agent.
 
         Raises:
             QueryError: a name that could be taken for something else.
-            ImageLoadError: the picture cannot or must not be read.
+            ImageLoadError: the image cannot or must not be read.
         """
-        return self.conversation.attach(name, picture, policy=policy)
+        return self.conversation.attach(name, image, policy=policy)
 
     # ------------------------------------------------------------------------------------------ what a model sees
 
@@ -95,10 +95,10 @@ class ImageSearchToolSpec(BaseToolSpec):
         filters: FiltersArgument = None,
         top_k: TopKArgument = None,
     ) -> SearchResult:
-        """Find pictures by words, by a picture, or by both.
+        """Find images by words, by an image, or by both.
 
-        With both, the text says what is wanted with the picture: text "phone case with this" and the picture of a
-        leopard find phone cases with leopard print. Results are numbered; later calls can name them, as "result 3".
+        With both, the text says what is wanted with the image: text "phone case with this" and the image of a leopard
+        find phone cases with leopard print. Results are numbered; later calls can name them, as "result 3".
         """
         return self.search.search(text, image, filters, top_k, conversation=self.conversation)
 
@@ -109,14 +109,14 @@ class ImageSearchToolSpec(BaseToolSpec):
         filters: FiltersArgument = None,
         top_k: TopKArgument = None,
     ) -> SearchResult:
-        """Find pictures like one that was found or attached before, with a change if there is one.
+        """Find images like one that was found or attached before, with a change if there is one.
 
-        "The third one but in red" is result "result 3" and change "in red". The picture itself is left out.
+        "The third one but in red" is result "result 3" and change "in red". The image itself is left out.
         """
         return self.search.find_similar(result, change, filters, top_k, conversation=self.conversation)
 
-    def describe_image(self, image: ResultArgument, question: QuestionArgument = None) -> PictureDescription:
-        """Say what one picture shows and what is known about it, or answer a question about it."""
+    def describe_image(self, image: ResultArgument, question: QuestionArgument = None) -> ImageDescription:
+        """Say what one image shows and what is known about it, or answer a question about it."""
         return self.search.describe(image, question, conversation=self.conversation)
 
     # ------------------------------------------------------------------------------------------ for LlamaIndex
@@ -127,21 +127,18 @@ class ImageSearchToolSpec(BaseToolSpec):
         func_to_metadata_mapping: dict[str, ToolMetadata] | None = None,
     ) -> list[FunctionTool]:
         """Return the tools, for any agent, synchronous or not. An error is an output with `is_error`, never raised."""
-        tools: list[FunctionTool] = []
-        for name in spec_functions or self.spec_functions:
-            name = name if isinstance(name, str) else name[0]
-            tools.append(ImageTool(self, name, (func_to_metadata_mapping or {}).get(name)))
-        return tools
+        names = [name if isinstance(name, str) else name[0] for name in spec_functions or self.spec_functions]
+        return [ImageTool(self, name, (func_to_metadata_mapping or {}).get(name)) for name in names]
 
     def react_formatter(self, context: str = "") -> ReActChatFormatter:
         """Return what puts the thumbnails of this conversation's results before the model of a `ReActAgent`."""
-        formatter = PictureReActFormatter.from_defaults(context=context or None)
-        assert isinstance(formatter, PictureReActFormatter)
+        formatter = ImageReActFormatter.from_defaults(context=context or None)
+        assert isinstance(formatter, ImageReActFormatter)
         formatter._tools = self
         return formatter
 
     def keep_output(self, output: ToolOutput) -> None:
-        """Remember the pictures of an output by its text, for `react_formatter`."""
+        """Remember the images of an output by its text, for `react_formatter`."""
         with self._turn:
             self._shown[output.content] = output.blocks
             while len(self._shown) > _OUTPUTS_KEPT:
@@ -154,7 +151,7 @@ class ImageSearchToolSpec(BaseToolSpec):
 
 
 class ImageTool(FunctionTool):
-    """One of the tools: an agent gets text and pictures, or an error that says what to do instead."""
+    """One of the tools: an agent gets text and images, or an error that says what to do instead."""
 
     def __init__(self, spec: ImageSearchToolSpec, name: str, metadata: ToolMetadata | None = None) -> None:
         function = getattr(spec, name)
@@ -175,22 +172,18 @@ class ImageTool(FunctionTool):
         return type(self), self._made_of
 
     def call(self, *args: Any, **kwargs: Any) -> ToolOutput:
-        """Return the answer as text and pictures; never raises."""
+        """Return the answer as text and images; never raises."""
         name = self.metadata.get_name()
         given = {"args": args, "kwargs": kwargs} if args else kwargs
         try:
-            try:
-                bound = inspect.signature(self.real_fn).bind(*args, **{**self.partial_params, **kwargs})
-            except TypeError as error:
-                names = ", ".join(inspect.signature(self.real_fn).parameters)
-                raise QueryError(f"{error}; {name} takes {names}") from None
-            answer = self.fn(*bound.args, **bound.kwargs)
+            answer = self._answer(*args, **{**self.partial_params, **kwargs})
         except Exception as error:
+            reason = _reason(error)
             return ToolOutput(
                 tool_name=name,
-                content=f"Error: {_reason(error)}",
+                content=f"Error: {reason}",
                 raw_input=given,
-                raw_output=_reason(error),
+                raw_output=reason,
                 is_error=True,
                 exception=error,
             )
@@ -198,13 +191,21 @@ class ImageTool(FunctionTool):
         self._spec.keep_output(output)
         return output
 
+    def _answer(self, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(self.real_fn)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise QueryError(f"{error}; {self.metadata.name} takes {', '.join(signature.parameters)}") from None
+        return self.fn(*bound.args, **bound.kwargs)
+
     async def acall(self, *args: Any, **kwargs: Any) -> ToolOutput:
         """As `call`; the event loop stays free."""
         return await asyncio.to_thread(self.call, *args, **kwargs)
 
 
-class PictureReActFormatter(ReActChatFormatter):
-    """Puts pictures back into observations, which a `ReActAgent` reduces to their text."""
+class ImageReActFormatter(ReActChatFormatter):
+    """Puts images back into observations, which a `ReActAgent` reduces to their text."""
 
     _tools: ImageSearchToolSpec | None = PrivateAttr(default=None)
 
@@ -214,10 +215,12 @@ class PictureReActFormatter(ReActChatFormatter):
         chat_history: list[ChatMessage],
         current_reasoning: list[BaseReasoningStep] | None = None,
     ) -> list[ChatMessage]:
-        """Return the messages of the superclass; observations of ours have their pictures."""
+        """Return the messages of the superclass; observations of ours have their images."""
         messages = super().format(tools, chat_history, current_reasoning)
         steps = len(current_reasoning or [])
-        return messages[: len(messages) - steps] + [self._seen(one) for one in messages[len(messages) - steps :]]
+        return messages[: len(messages) - steps] + [
+            self._seen(message) for message in messages[len(messages) - steps :]
+        ]
 
     def _seen(self, message: ChatMessage) -> ChatMessage:
         text = message.content or ""
@@ -227,18 +230,14 @@ class PictureReActFormatter(ReActChatFormatter):
         return ChatMessage(role=message.role, blocks=[TextBlock(text="Observation: "), *blocks]) if blocks else message
 
 
-def content_blocks(answer: SearchResult | PictureDescription) -> list[ContentBlock]:
+def content_blocks(answer: SearchResult | ImageDescription) -> list[ContentBlock]:
     """Return an answer as blocks: a line of text for each result, its thumbnail right after it."""
-    if isinstance(answer, PictureDescription):
-        return [TextBlock(text=answer.text), *_picture_block(answer.thumbnail)]
-    blocks: list[ContentBlock] = [TextBlock(text=answer.heading)]
-    for picture in answer.pictures:
-        blocks += [TextBlock(text=picture.line), *_picture_block(picture.thumbnail)]
+    blocks: list[ContentBlock] = []
+    for part in answer.parts:
+        blocks.append(TextBlock(text=part.text))
+        if part.thumbnail is not None:
+            blocks.append(ImageBlock(image=part.thumbnail, image_mimetype="image/jpeg"))
     return blocks
-
-
-def _picture_block(thumbnail: bytes | None) -> list[ContentBlock]:
-    return [] if thumbnail is None else [ImageBlock(image=thumbnail, image_mimetype="image/jpeg")]
 
 
 def _reason(error: Exception) -> str:

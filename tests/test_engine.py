@@ -22,7 +22,7 @@ from llama_index.core.tools import QueryEngineTool
 from PIL import Image
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
-from mm_retriever.engine import PictureSynthesizer, image_query_engine
+from mm_retriever.engine import ImageSynthesizer, image_query_engine
 from mm_retriever.errors import FilterError, QueryError
 from mm_retriever.images import ImagePolicy
 from mm_retriever.retriever import ComposedRetriever
@@ -68,7 +68,7 @@ def sizes(blocks) -> list[tuple[int, int]]:
 def test_the_model_is_shown_the_query_picture_and_what_was_found(store, embed_model, query):
     """LlamaIndex's own engine leaves the query picture out."""
     llm = ScriptedLLM.of(says("Number 1."))
-    engine = image_query_engine(store, embed_model, llm=llm, top_k=3, picture_side=80)
+    engine = image_query_engine(store, embed_model, llm=llm, top_k=3, image_side=80)
     response = engine.query(query)
     assert str(response) == "Number 1."
     assert response.source_nodes[0].node.metadata["label"] == "phone case"
@@ -77,7 +77,7 @@ def test_the_model_is_shown_the_query_picture_and_what_was_found(store, embed_mo
     (message,) = llm.asked[0]
     assert sizes(pictures_of([message])) == [(80, 80)] * 4
     words = texts_of([message])
-    assert words.startswith("Query picture:")
+    assert words.startswith("Query image:")
     assert "1. label: phone case" in words
     assert "Question: phone case with this" in words
 
@@ -117,7 +117,7 @@ def test_filters_postprocessors_and_the_number_of_pictures_are_kept_to(store, em
         llm=llm,
         filters=read_filters({"label": "mug"}),
         rerank=[SimilarityPostprocessor(similarity_cutoff=-1.0)],
-        max_pictures=1,
+        max_images=1,
     )
     response = engine.query(query)
     assert {node.node.metadata["label"] for node in response.source_nodes} == {"mug"}
@@ -127,14 +127,14 @@ def test_filters_postprocessors_and_the_number_of_pictures_are_kept_to(store, em
 
 def test_a_model_that_takes_no_pictures_is_shown_none(store, embed_model, query):
     llm = ScriptedLLM.of(says("ok"))
-    image_query_engine(store, embed_model, llm=llm, max_pictures=0).query(query)
+    image_query_engine(store, embed_model, llm=llm, max_images=0).query(query)
     assert not pictures_of(llm.asked[0])
 
 
 def test_a_picture_alone_is_a_question_too(store, embed_model, leopard):
     llm = ScriptedLLM.of(says("ok"))
     image_query_engine(store, embed_model, llm=llm).query(QueryBundle("", image_path=str(leopard)))
-    assert "most like the query picture" in texts_of(llm.asked[0])
+    assert "most like the query image" in texts_of(llm.asked[0])
 
 
 def test_nothing_found_is_said_without_asking_the_model(store, embed_model):
@@ -148,7 +148,7 @@ def test_a_picture_that_must_not_be_read_is_shown_as_words(store, embed_model, t
     engine = image_query_engine(store, embed_model, llm=llm, top_k=2, image_policy=ImagePolicy(roots=(tmp_path,)))
     assert str(engine.query("mug")) == "ok"
     assert not pictures_of(llm.asked[0])
-    assert "the picture cannot be read: outside the folders" in texts_of(llm.asked[0])
+    assert "the image cannot be read: outside the folders" in texts_of(llm.asked[0])
 
 
 def test_the_words_round_the_pictures_can_be_changed(store, embed_model):
@@ -162,15 +162,15 @@ def test_the_words_round_the_pictures_can_be_changed(store, embed_model):
 def test_numbers_and_filters_are_checked_when_the_engine_is_made(store, embed_model):
     with pytest.raises(QueryError, match="top_k"):
         image_query_engine(store, embed_model, top_k=0)
-    with pytest.raises(QueryError, match="picture_side"):
-        image_query_engine(store, embed_model, picture_side=0)
+    with pytest.raises(QueryError, match="image_side"):
+        image_query_engine(store, embed_model, image_side=0)
     with pytest.raises(FilterError):
         image_query_engine(store, embed_model, filters=read_filters([{"key": "a b;", "value": 1}]))
 
 
 def test_the_synthesizer_answers_over_texts_alone():
     llm = ScriptedLLM.of(says("ok"))
-    assert PictureSynthesizer(llm).get_response("why?", ["because", "so"]) == "ok"
+    assert ImageSynthesizer(llm).get_response("why?", ["because", "so"]) == "ok"
     assert "2. so" in texts_of(llm.asked[0])
 
 

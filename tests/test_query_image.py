@@ -557,7 +557,7 @@ def test_a_search_reads_images_under_its_own_policy_not_under_the_embedders(worl
     narrow = world.model.model_copy(update={"image_policy": strict})
     with pytest.raises(ImageLoadError, match="max_pixels"):
         narrow.get_query_bundle(TEXT, data)
-    assert ImageSearch(world.store, narrow).search(TEXT, data_uri(data)).pictures
+    assert ImageSearch(world.store, narrow).search(TEXT, data_uri(data)).results
     with pytest.raises(ImageLoadError, match="max_pixels"):
         ImageSearch(world.store, world.model, image_policy=strict).search(TEXT, data_uri(data))
     talk = Conversation()
@@ -565,7 +565,7 @@ def test_a_search_reads_images_under_its_own_policy_not_under_the_embedders(worl
     assert (
         ImageSearch(world.store, world.model, stored_policy=replace(strict, max_pixels=160 * 160))
         .search(TEXT, "photo", conversation=talk)
-        .pictures
+        .results
     )
 
 

@@ -70,7 +70,7 @@ def test_docstrings_and_types_are_the_schema(spec):
     assert list(properties) == ["text", "image", "filters", "top_k"]
     assert "attachment" in properties["image"]["description"]
     assert tools["find_similar"].get_parameters_dict()["required"] == ["result"]
-    assert tools["search_images"].description.startswith("Find pictures by words")
+    assert tools["search_images"].description.startswith("Find images by words")
     for one in tools.values():
         described = one.to_openai_tool()["function"]  # refuses what is too long for a remote model
         assert all("description" in parameter for parameter in described["parameters"]["properties"].values())
@@ -98,15 +98,15 @@ def test_a_result_is_a_line_of_text_with_its_thumbnail_after_it(spec):
 
 def test_the_functions_can_be_called_as_they_are(spec):
     """Plain typed functions, for programs."""
-    assert len(spec.search_images("mug", top_k=2).pictures) == 2
-    assert spec.describe_image("result 1").id == spec.search_images("mug").pictures[0].id
+    assert len(spec.search_images("mug", top_k=2).results) == 2
+    assert spec.describe_image("result 1").id == spec.search_images("mug").results[0].id
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("search_images", {}, "nothing to search for"),
-        ("search_images", {"image": "/etc/passwd"}, "no picture is known"),
+        ("search_images", {"image": "/etc/passwd"}, "no image is known"),
         ("search_images", {"image": "http://10.0.0.1/a.png"}, "URLs is off"),
         ("search_images", {"image": "data:image/png;base64,AAAA"}, "cannot load"),
         ("search_images", {"text": "x", "filters": "nonsense"}, "not JSON"),

@@ -1,4 +1,4 @@
-"""Picture search in LangChain: embeddings, a retriever, a document compressor and tools over mm_retriever.
+"""Image search in LangChain: embeddings, a retriever, a document compressor and tools over mm_retriever.
 
 Adapters only: each hands over to the class of mm_retriever that does the work, and gives its answer in LangChain's
 types. The store is mm_retriever's own; langchain-milvus needs another pymilvus.

@@ -16,7 +16,7 @@ from mm_retriever.rerank.reranker import Reranker
 
 
 class RerankCompressor(BaseDocumentCompressor):
-    """Reranks documents by what their pictures show; the best come first, as many as the reranker keeps.
+    """Reranks documents by what their images show; the best come first, as many as the reranker keeps.
 
     The query is a text or `{"text": ..., "image": ...}`, as the retriever takes it, so that both can stand in one
     `ContextualCompressionRetriever`. Score, reason and notes of the reranker are in the metadata of new documents.
@@ -35,11 +35,11 @@ class RerankCompressor(BaseDocumentCompressor):
         """Return the best documents, best first.
 
         Raises:
-            QueryError: neither a text nor a picture to rank by.
+            QueryError: neither a text nor an image to rank by.
             RerankError: no ranking could be obtained.
         """
         text, image = read_query(query)
         policy = self.reranker.image_policy if isinstance(self.reranker, Reranker) else DEFAULT_POLICY
         bundle = QueryBundle(text, image_path=None if image is None else portable_image(image, policy=policy))
-        nodes = self.reranker.postprocess_nodes([to_node(one) for one in documents], query_bundle=bundle)
-        return [to_document(one) for one in nodes]
+        nodes = self.reranker.postprocess_nodes([to_node(document) for document in documents], query_bundle=bundle)
+        return [to_document(node) for node in nodes]

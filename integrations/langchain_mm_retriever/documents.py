@@ -19,20 +19,20 @@ ComposedQuery: TypeAlias = str | Mapping[str, Any]
 """A text, or `{"text": ..., "image": ...}` with either or both: a chain hands on one value."""
 
 
-def to_document(found: NodeWithScore) -> Document:
-    """Return the document of a node: its text ("" for most pictures), and path, score and all else in the metadata."""
-    node = found.node
+def to_document(scored: NodeWithScore) -> Document:
+    """Return the document of a node: its text ("" for most images), and path, score and all else in the metadata."""
+    node = scored.node
     facts = {
         IMAGE_PATH: getattr(node, "image_path", None),
         IMAGE_URL: getattr(node, "image_url", None),
-        SCORE: found.score,
+        SCORE: scored.score,
     }
     metadata = {**node.metadata, **{key: value for key, value in facts.items() if value is not None}}
     return Document(id=node.node_id, page_content=node.get_content(), metadata=metadata)
 
 
 def to_node(document: Document) -> NodeWithScore:
-    """Return the node of a document, wherever it comes from: a picture if its metadata say where one is."""
+    """Return the node of a document, wherever it comes from: an image if its metadata say where one is."""
     metadata = dict(document.metadata)
     score, path, url = (metadata.pop(key, None) for key in (SCORE, IMAGE_PATH, IMAGE_URL))
     named: dict[str, Any] = {"id_": document.id} if document.id else {}
@@ -45,15 +45,15 @@ def to_node(document: Document) -> NodeWithScore:
 
 
 def read_query(query: ComposedQuery, image: ImageSource | None = None) -> tuple[str, ImageSource | None]:
-    """Return text and picture of a query.
+    """Return text and image of a query.
 
     Raises:
-        QueryError: a mapping with other keys, or a picture given twice.
+        QueryError: a mapping with other keys, or an image given twice.
     """
     if not isinstance(query, Mapping):
         return query, image
     if query.keys() - {"text", "image"}:
         raise QueryError(f"a query of {', '.join(map(repr, query))}: give 'text', 'image', or both")
     if image is not None and query.get("image") is not None:
-        raise QueryError("a picture in the query and image= as well: give one of them")
+        raise QueryError("an image in the query and image= as well: give one of them")
     return query.get("text") or "", query.get("image") if image is None else image

@@ -1,4 +1,4 @@
-"""`VisualizedBGEEmbeddings`: texts and pictures to vectors, for anything in LangChain that takes embeddings."""
+"""`VisualizedBGEEmbeddings`: texts and images to vectors, for anything in LangChain that takes embeddings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mm_retriever.images import ImageSource
 
 
 class VisualizedBGEEmbeddings(Embeddings):
-    """Visualized BGE as LangChain's embeddings: texts, pictures and pairs of both in one space, vectors of length 1.
+    """Visualized BGE as LangChain's embeddings: texts, images and pairs of both in one space, vectors of length 1.
 
     Args:
         model: a published name, "tiny", a folder, or a loaded `ComposedEmbedding`, which has all the options.
@@ -40,17 +40,17 @@ class VisualizedBGEEmbeddings(Embeddings):
         return self.embed_model.get_query_embedding(text)
 
     def embed_image(self, uris: Sequence[ImageSource]) -> list[list[float]]:
-        """One vector for each picture: paths, bytes, PIL pictures, ...; name and form as LangChain's stores call it.
+        """One vector for each image: paths, bytes, PIL images, ...; name and form as LangChain's stores call it.
 
         Raises:
-            ImageLoadError: names the first picture that cannot or must not be read.
+            ImageLoadError: names the first image that cannot or must not be read.
         """
         if isinstance(uris, str | bytes | os.PathLike):
-            raise QueryError(f"embed_image({str(uris)[:60]!r}): give a list of pictures, [{str(uris)[:60]!r}]")
+            raise QueryError(f"embed_image({str(uris)[:60]!r}): give a list of images, [{str(uris)[:60]!r}]")
         return self.embed_model.get_image_embedding_batch(list(uris))
 
     def embed_composed(self, texts: Sequence[str], images: Sequence[ImageSource]) -> list[list[float]]:
-        """One vector for each pair of a text and a picture ("the same in red" and a shoe)."""
+        """One vector for each pair of a text and an image ("the same in red" and a shoe)."""
         return self.embed_model.get_composed_embedding_batch(texts, images)
 
     async def aembed_image(self, uris: Sequence[ImageSource]) -> list[list[float]]:

@@ -19,13 +19,13 @@ from mm_retriever.store import ImageStore
 
 
 class ComposedImageRetriever(BaseRetriever):
-    """Retrieves by text, by picture, or by both at once.
+    """Retrieves by text, by image, or by both at once.
 
         retriever.invoke("a red mug")
         retriever.invoke("phone case with this", image="leopard.jpg", k=3)
         retriever.invoke({"text": "phone case with this", "image": "leopard.jpg"})  # the form for chains
 
-    Documents come best first: `page_content` is the text that is stored with a picture, and the metadata have
+    Documents come best first: `page_content` is the text that is stored with an image, and the metadata have
     `image_path` (or `image_url`), `relevance_score` and all that is stored.
 
     Args:
@@ -35,7 +35,7 @@ class ComposedImageRetriever(BaseRetriever):
         filters: only what matches these; also an argument of `invoke`.
         min_score: only what scores at least this.
         mode: "hybrid" searches by the words too, in a store opened with `hybrid`.
-        exclude_query_image: leave out the query picture itself.
+        exclude_query_image: leave out the query image itself.
     """
 
     store: ImageStore
@@ -55,7 +55,7 @@ class ComposedImageRetriever(BaseRetriever):
         k: int | None = None,
         filters: MetadataFilters | None = None,
     ) -> list[Document]:
-        text, picture = read_query(query, image)
+        text, image = read_query(query, image)
         adapter = self.embeddings
         model = adapter.embed_model if isinstance(adapter, VisualizedBGEEmbeddings) else adapter
         retriever = ComposedRetriever(
@@ -67,7 +67,7 @@ class ComposedImageRetriever(BaseRetriever):
             mode=self.mode,
             exclude_query_image=self.exclude_query_image,
         )
-        return [to_document(found) for found in retriever.retrieve(model.get_query_bundle(text, picture))]
+        return [to_document(node) for node in retriever.retrieve(model.get_query_bundle(text, image))]
 
     async def _aget_relevant_documents(
         self, query: ComposedQuery, *, run_manager: Any, **kwargs: Any

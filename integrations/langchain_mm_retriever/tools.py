@@ -22,7 +22,7 @@ def image_search_tools(search: ImageSearch, conversation: Conversation | None = 
 
     Args:
         search: what is asked.
-        conversation: what the model may refer to, with `conversation.attach(name, picture)`; by default a new one.
+        conversation: what the model may refer to, with `conversation.attach(name, image)`; by default a new one.
     """
     spec = ImageSearchToolSpec(search, conversation)
     return [_tool(tool) for tool in spec.to_tool_list()]
@@ -51,7 +51,7 @@ def _tool(tool: FunctionTool) -> StructuredTool:
 
 def _what_is_wrong(error: Any) -> str:
     """What pydantic found, for a model: LangChain's own sentence names no argument."""
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:5])[:500]
+    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])[:500]
 
 
 def _block(block: ContentBlock) -> dict[str, Any]:

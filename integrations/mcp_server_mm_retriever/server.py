@@ -34,8 +34,8 @@ from mm_retriever.search_tools import (
     Conversation,
     FiltersArgument,
     ImageArgument,
+    ImageDescription,
     ImageSearch,
-    PictureDescription,
     Progress,
     QuestionArgument,
     ResultArgument,
@@ -48,10 +48,10 @@ from mm_retriever.search_tools import (
 from mm_retriever.store import ImageStore
 from mm_retriever.tools import ImageSearchToolSpec
 
-PICTURES = "picture://indexed/"
+ORIGINALS = "image://indexed/"
 INSTRUCTIONS = (
-    "Searches a collection of pictures by words, by a picture, or by both at once. Results are numbered and have ids; "
-    f"the original file of a result is the resource {PICTURES}ID."
+    "Searches a collection of images by words, by an image, or by both at once. Results are numbered and have ids; "
+    f"the original file of a result is the resource {ORIGINALS}ID."
 )
 MAX_SESSIONS = 256
 IDLE_SECONDS = 30 * 60  # after which the SDK ends a session
@@ -59,7 +59,7 @@ SEARCHES_AT_ONCE = 4
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer", SearchResult, PictureDescription)
+Answer = TypeVar("Answer", SearchResult, ImageDescription)
 
 
 class ImageSearchServer(MCPServer[Any]):
@@ -91,7 +91,7 @@ class ImageSearchServer(MCPServer[Any]):
             self.add_tool(
                 tool, name=described.__name__, description=described.__doc__, annotations=looks, structured_output=False
             )
-        self.resource(PICTURES + "{node_id}", name="picture", mime_type="image/*")(self._original_bytes)
+        self.resource(ORIGINALS + "{node_id}", name="image", mime_type="image/*")(self._original_bytes)
 
     async def _search_images(
         self,
@@ -127,10 +127,10 @@ class ImageSearchServer(MCPServer[Any]):
             raise ToolError(without_folders(str(error))) from error
 
     async def read_resource(self, uri: Any, context: Any = None) -> Iterable[ReadResourceContents] | Any:
-        """Return the original of an indexed picture with its own media type, which a template could not give it."""
-        if not str(uri).startswith(PICTURES):
+        """Return the original of an indexed image with its own media type, which a template could not give it."""
+        if not str(uri).startswith(ORIGINALS):
             return await super().read_resource(uri, context)
-        node_id = unquote(str(uri).removeprefix(PICTURES))
+        node_id = unquote(str(uri).removeprefix(ORIGINALS))
         try:
             original = await anyio.to_thread.run_sync(self._search.original, node_id, limiter=self._turns)
         except QueryError as error:
@@ -140,7 +140,7 @@ class ImageSearchServer(MCPServer[Any]):
         return [ReadResourceContents(content=original.data, mime_type=original.media_type)]
 
     def _original_bytes(self, node_id: str) -> bytes:
-        """The original file of an indexed picture, by the id of a result."""
+        """The original file of an indexed image, by the id of a result."""
         return self._search.original(node_id).data
 
 
@@ -159,16 +159,16 @@ def image_search(
         store: from `open_store`.
         embed_model: the model that the store was opened for.
         vision_model: a name of `load_reranker`; the model ranks the results and, if it can, describes images.
-        roots: folders that pictures may be read from, those of the store and those that a client names. None: those
+        roots: folders that images may be read from, those of the store and those that a client names. None: those
             of the store lie where its file says, which a server shared with others is not trusted with.
-        allow_urls: whether a client may name pictures by URL.
+        allow_urls: whether a client may name images by URL.
         device: of the vision model.
     """
     named = replace(ONLY_NAMED, roots=tuple(roots or ()), allow_urls=allow_urls)
     shared = not str(store.uri).endswith(".db")
     stored = ImagePolicy(roots=tuple(roots) if roots else () if shared else None)
     if shared and not roots:
-        logger.warning("pictures of a shared server are read only inside folders given as roots; there are none")
+        logger.warning("images of a shared server are read only inside folders given as roots; there are none")
     if vision_model is None:
         return ImageSearch(store, embed_model, image_policy=named, stored_policy=stored)
     from mm_retriever.rerank import load_reranker
@@ -228,22 +228,16 @@ def _progress(ctx: Context) -> Progress:
     return tell
 
 
-def _result(answer: SearchResult | PictureDescription) -> CallToolResult:
+def _result(answer: SearchResult | ImageDescription) -> CallToolResult:
     """An answer as MCP content: a line for each result, then its thumbnail, then where its original is."""
+    results = answer.results if isinstance(answer, SearchResult) else ()
     content: list[ContentBlock] = []
-    if isinstance(answer, PictureDescription):
-        content += [TextContent(text=answer.text), *_image(answer.thumbnail)]
-    else:
-        content.append(TextContent(text=answer.heading))
-        for picture in answer.pictures:
-            content += [TextContent(text=picture.line), *_image(picture.thumbnail)]
-            if picture.thumbnail is not None:
-                uri = PICTURES + quote(picture.id, safe="")
-                content.append(ResourceLink(uri=uri, name=f"original of result {picture.rank}"))
+    for part, result in zip(answer.parts, (None, *results), strict=True):
+        content.append(TextContent(text=part.text))
+        if part.thumbnail is None:
+            continue
+        content.append(ImageContent(data=base64.b64encode(part.thumbnail).decode(), mime_type="image/jpeg"))
+        if result is not None:
+            uri = ORIGINALS + quote(result.id, safe="")
+            content.append(ResourceLink(uri=uri, name=f"original of result {result.rank}"))
     return CallToolResult(content=content, structured_content=answer.to_dict())
-
-
-def _image(thumbnail: bytes | None) -> list[ContentBlock]:
-    if thumbnail is None:
-        return []
-    return [ImageContent(data=base64.b64encode(thumbnail).decode(), mime_type="image/jpeg")]

@@ -1,7 +1,7 @@
-"""The demonstration: what it searches, and where its pictures come from.
+"""The demonstration: what it searches, and where its images come from.
 
 Owns the four queries of ``mm-retriever demo``, the drawn catalogue's folder and the published archive of 900
-Amazon pictures (download when asked to, safe extraction). Knows nothing of the terminal: progress and questions
+Amazon images (download when asked to, safe extraction). Knows nothing of the terminal: progress and questions
 belong to the command line.
 """
 
@@ -38,10 +38,10 @@ class DemoQuery:
 
 
 def catalogue_queries(folder: Path) -> list[DemoQuery]:
-    """The published example and three more, with the query pictures drawn into `folder`.
+    """The published example and three more, with the query images drawn into `folder`.
 
     Args:
-        folder: where the query pictures are written; it must not be the folder that is indexed.
+        folder: where the query images are written; it must not be the folder that is indexed.
     """
     from mm_retriever.demo.catalogue import draw_product, draw_theme
 
@@ -51,28 +51,28 @@ def catalogue_queries(folder: Path) -> list[DemoQuery]:
     draw_product("umbrella", "polka dots", "red", seed=90_002, size=320).save(umbrella)
     draw_product("mug", "hearts", "pink", seed=90_003, size=320).save(mug)
     return [
-        DemoQuery(name="composed", title="Picture and text", text="phone case with this", image=leopard),
+        DemoQuery(name="composed", title="Image and text", text="phone case with this", image=leopard),
         DemoQuery(name="text", title="Text only", text="a green backpack with stars"),
-        DemoQuery(name="picture", title="Picture only", image=umbrella),
-        DemoQuery(name="edit", title="A picture, changed", text="the same in green", image=mug),
+        DemoQuery(name="image", title="Image only", image=umbrella),
+        DemoQuery(name="edit", title="An image, changed", text="the same in green", image=mug),
     ]
 
 
-def folder_queries(pictures: Path, *, text: str | None = None, image: Path | None = None) -> list[DemoQuery]:
-    """Searches for a folder of the user's own: the one that was asked for, or a picture of the folder alone.
+def folder_queries(folder: Path, *, text: str | None = None, image: Path | None = None) -> list[DemoQuery]:
+    """Searches for a folder of the user's own: the one that was asked for, or an image of the folder alone.
 
     Raises:
-        QueryError: when the folder holds no picture to ask with.
+        QueryError: when the folder holds no image to ask with.
     """
     if image is None:
-        image = next((path for path in sorted(pictures.rglob("*")) if path.is_file() and is_image_path(path)), None)
+        image = next((path for path in sorted(folder.rglob("*")) if path.is_file() and is_image_path(path)), None)
     if image is None:
-        raise QueryError(f"no picture found in {str(pictures)!r}: give a folder with JPEG, PNG or WebP files in it")
-    queries = [DemoQuery(name="picture", title="Picture only", image=image)]
+        raise QueryError(f"no image found in {str(folder)!r}: give a folder with JPEG, PNG or WebP files in it")
+    queries = [DemoQuery(name="image", title="Image only", image=image)]
     if text:
         queries.append(DemoQuery(name="text", title="Text only", text=text))
     queries.insert(
-        0, DemoQuery(name="composed", title="Picture and text", text=text or "the same in another colour", image=image)
+        0, DemoQuery(name="composed", title="Image and text", text=text or "the same in another colour", image=image)
     )
     return queries
 
@@ -109,9 +109,9 @@ def download_amazon(target: Path, *, progress: Callable[[int], object] = lambda 
 
 
 def extract_amazon(archive: Path, folder: Path) -> tuple[Path, Path]:
-    """The folder of pictures and the leopard picture of `archive`, extracted below `folder`.
+    """The folder of images and the leopard image of `archive`, extracted below `folder`.
 
-    Only regular picture files under ``images_folder/`` come out, under names checked part by part: no links, no
+    Only regular image files under ``images_folder/`` come out, under names checked part by part: no links, no
     devices, no absolute or climbing paths, bounded in number and size. Files that are already there and have the
     right length stay.
 
@@ -122,7 +122,7 @@ def extract_amazon(archive: Path, folder: Path) -> tuple[Path, Path]:
     images = folder / "images_folder" / "images"
     try:
         with tarfile.open(archive, "r:*") as tar:
-            _extract_pictures(tar, folder)
+            _extract_images(tar, folder)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise MMRetrieverError(f"cannot read the archive {str(archive)!r}: {error}") from error
     if not leopard.is_file() or not images.is_dir():
@@ -133,7 +133,7 @@ def extract_amazon(archive: Path, folder: Path) -> tuple[Path, Path]:
     return images, leopard
 
 
-def _extract_pictures(tar: tarfile.TarFile, folder: Path) -> None:
+def _extract_images(tar: tarfile.TarFile, folder: Path) -> None:
     total = 0
     for count, member in enumerate(_members(tar), start=1):
         total += member.size

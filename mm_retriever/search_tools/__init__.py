@@ -1,12 +1,12 @@
-"""Picture search for a model that talks: what it may ask for and name, and what it gets to see, whatever the host.
+"""Image search for a model that talks: what it may ask for and name, and what it gets to see, whatever the host.
 
 LlamaIndex's tools, LangChain's and MCP's are thin layers over `ImageSearch`, whose answers are plain dataclasses. The
-arguments come from a language model, which repeats what strangers wrote: paths are read only inside given folders, URLs
+arguments come from a language model, which repeats untrusted text: paths are read only inside given folders, URLs
 only where a policy allows it, filters go through the store's safe translation, and everything that goes out is bounded.
 Knows nothing of agents. In this order:
 
 - `arguments.py`: what a model says to what is meant; the descriptions that it reads.
-- `results.py`: answers, as text on single lines, pictures and JSON.
+- `results.py`: answers, as text on single lines, thumbnails and JSON.
 - `conversation.py`: what one conversation can refer to: its attachments and its earlier results.
 - `image_search.py`: `ImageSearch`, on the three above.
 """
@@ -24,13 +24,16 @@ from mm_retriever.search_tools.arguments import (
 from mm_retriever.search_tools.conversation import Conversation
 from mm_retriever.search_tools.image_search import ONLY_NAMED, ImageSearch, Progress
 from mm_retriever.search_tools.results import (
-    FoundPicture,
+    ImageDescription,
+    ImageResult,
     Original,
-    PictureDescription,
+    Part,
     SearchLimits,
     SearchResult,
     without_folders,
 )
+
+FoundPicture, PictureDescription = ImageResult, ImageDescription  # their earlier names
 
 __all__ = [
     "ONLY_NAMED",
@@ -39,8 +42,11 @@ __all__ = [
     "FiltersArgument",
     "FoundPicture",
     "ImageArgument",
+    "ImageDescription",
+    "ImageResult",
     "ImageSearch",
     "Original",
+    "Part",
     "PictureDescription",
     "Progress",
     "QuestionArgument",

@@ -21,25 +21,25 @@ from mm_retriever.store.conditions import condition
 
 TextArgument: TypeAlias = Annotated[
     str | None,
-    Field(description="What to look for; beside an image: what should be different, or what is wanted with it."),
+    Field(description="What to look for; with an image: what should be different, or what is wanted with it."),
 ]
 ImageArgument: TypeAlias = Annotated[
     str | None,
     Field(
-        description='The picture to start from: the name of an attachment, "result 3" of the last search, '
-        '"result 3 of search 1", the id of an indexed picture, a data: URI, or a path in an allowed folder.'
+        description='The image to start from: the name of an attachment, "result 3" of the last search, '
+        '"result 3 of search 1", the id of an indexed image, a data: URI, or a path in an allowed folder.'
     ),
 ]
 ResultArgument: TypeAlias = Annotated[
     str,
-    Field(description='Which picture: "result 3" of the last search, "result 3 of search 1", an id, an attachment.'),
+    Field(description='Which image: "result 3" of the last search, "result 3 of search 1", an id, an attachment.'),
 ]
 ChangeArgument: TypeAlias = Annotated[
     str | None,
     Field(description='What should be different, like "in red" or "as a mug"; nothing: simply more like it.'),
 ]
 QuestionArgument: TypeAlias = Annotated[
-    str | None, Field(description="What to find out about the picture; nothing: a general description.")
+    str | None, Field(description="What to find out about the image; nothing: a general description.")
 ]
 FiltersArgument: TypeAlias = Annotated[
     list[dict[str, Any]] | None,
@@ -133,7 +133,7 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
     if budget[0] < 0:
         raise FilterError(f"more than {_MAX_CONDITIONS} conditions in one filter")
     if isinstance(value, list | tuple):
-        return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in value])
+        return MetadataFilters(filters=[_read(item, budget, depth + 1) for item in value])
     if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) for key in value):
         raise FilterError(f"filters {shown(value)}: give a list of conditions, {_FORM}")
     if "filters" in value:
@@ -142,7 +142,7 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
         return _condition(value)
     if "operator" in value:
         raise FilterError(f"filters {shown(value)}: a condition has key, operator and value, {_FORM}")
-    return MetadataFilters(filters=[_condition({"key": key, "value": one}) for key, one in value.items()])
+    return MetadataFilters(filters=[_condition({"key": key, "value": item}) for key, item in value.items()])
 
 
 def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataFilters:
@@ -153,7 +153,7 @@ def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataF
         joined = FilterCondition(str(value.get("condition") or "and").lower())
     except ValueError:
         raise FilterError(f"condition {shown(value['condition'])}: give and, or, not") from None
-    return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in inside], condition=joined)
+    return MetadataFilters(filters=[_read(item, budget, depth + 1) for item in inside], condition=joined)
 
 
 def _condition(value: Mapping[str, Any]) -> MetadataFilter | MetadataFilters:

@@ -1,4 +1,4 @@
-"""What one conversation can refer to: the pictures attached to it, and the results of its searches.
+"""What one conversation can refer to: the images attached to it, and the results of its searches.
 
 Owns their names and how many are kept. One object per conversation, never shared between two: "result 3" means the
 third of the last search of this one. Knows nothing of stores and models.
@@ -24,7 +24,7 @@ _LATEST = frozenset({"attachment", "the attachment", "attached picture", "attach
 
 
 @dataclass(frozen=True)
-class AttachedPicture:
+class Attachment:
     """An image that the host attached: the bytes of its file, and the policy it was read under."""
 
     name: str
@@ -40,7 +40,7 @@ class Conversation:
 
     def __init__(self) -> None:
         self._turn = ForkLock()
-        self._attachments: OrderedDict[str, AttachedPicture] = OrderedDict()
+        self._attachments: OrderedDict[str, Attachment] = OrderedDict()
         self._searches: OrderedDict[int, tuple[str, ...]] = OrderedDict()  # ids: nodes would take megabytes
         self._count = 0
 
@@ -53,21 +53,21 @@ class Conversation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _turn=ForkLock())
 
-    def attach(self, name: str, picture: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
-        """Let the model refer to a picture by a name, and return the name. Another of that name is replaced.
+    def attach(self, name: str, image: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
+        """Let the model refer to an image by a name, and return the name. Another of that name is replaced.
 
-        The host calls this, so a path is read from anywhere unless `policy` says otherwise. The picture is read now:
+        The host calls this, so a path is read from anywhere unless `policy` says otherwise. The image is read now:
         the file may be gone afterwards.
 
         Raises:
             QueryError: a name that could be taken for something else ("result 3", a number, a URL) or is too long.
-            ImageLoadError: the picture cannot or must not be read.
+            ImageLoadError: the image cannot or must not be read.
         """
         name = _checked_name(name)
-        data = lossless_bytes(picture, policy=policy)
+        data = lossless_bytes(image, policy=policy)
         with opened_image(data, policy=policy):
             pass  # refused now, by its host, rather than later, by a tool
-        attached = AttachedPicture(name, data, policy)
+        attached = Attachment(name, data, policy)
         with self._turn:
             self._attachments.pop(name.casefold(), None)
             self._attachments[name.casefold()] = attached
@@ -81,12 +81,12 @@ class Conversation:
         with self._turn:
             return tuple(attached.name for attached in self._attachments.values())
 
-    def attachment(self, name: str) -> AttachedPicture | None:
+    def attachment(self, name: str) -> Attachment | None:
         """The attachment of that name, in capitals or not; None if there is none."""
         with self._turn:
             return self._attachments.get(name.strip().casefold())
 
-    def latest(self, text: str) -> AttachedPicture | None:
+    def latest(self, text: str) -> Attachment | None:
         """The attachment that came last, if the text says no more than "attachment"; else None."""
         with self._turn:
             if text.strip().casefold() not in _LATEST or not self._attachments:
@@ -118,19 +118,17 @@ class Conversation:
         with self._turn:
             if search is None:
                 search = next((number for number in reversed(self._searches) if self._searches[number]), None)
-            found = self._searches.get(search) if search is not None else None
-            known = list(self._searches)
-        if found is None and search is None:
-            raise QueryError(f"there is no result {rank}: nothing was found yet in this conversation; search first")
-        if found is None:
-            raise QueryError(
-                f"there is no search {search}; searches {known[0]} to {known[-1]} are known"
-                if known
-                else f"there is no search {search}: nothing was searched yet in this conversation"
-            )
-        if not 1 <= rank <= len(found):
-            raise QueryError(f"there is no result {rank}: search {search} found {len(found)}, numbered from 1")
-        return found[rank - 1]
+                if search is None:
+                    raise QueryError(
+                        f"there is no result {rank}: nothing was found yet in this conversation; search first"
+                    )
+            ids, known = self._searches.get(search), list(self._searches)
+        if ids is None:
+            which = f"searches {known[0]} to {known[-1]} are known" if known else "nothing was searched yet"
+            raise QueryError(f"there is no search {search} in this conversation: {which}")
+        if not 1 <= rank <= len(ids):
+            raise QueryError(f"there is no result {rank}: search {search} found {len(ids)}, numbered from 1")
+        return ids[rank - 1]
 
     def _is_full(self) -> bool:
         size = sum(len(attached.data) for attached in self._attachments.values())

@@ -1,7 +1,7 @@
 """What a search answers: dataclasses that say themselves as text for a model, and as JSON for a program.
 
-Owns what of a stored picture is shown and how long it may be. Text from the store (names, labels, sidecars, what a
-model read off a picture) is a stranger's: it comes out on one line, quoted as JSON where it could be taken for ours.
+Owns what of a stored image is shown and how long it may be. Text from the store (names, labels, sidecars, what a model
+read off an image) is untrusted: it comes out on one line, quoted as JSON where it could be taken for ours.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm_retriever.errors import one_line
 from mm_retriever.own_keys import BOOKKEEPING_KEYS, PREFIX
 
 NOT_SHOWN = frozenset({"file_path", *BOOKKEEPING_KEYS})
-"""Metadata that says something about the machine or the index, and nothing about the picture."""
-
+"""Metadata that says something about the machine or the index, and nothing about the image."""
 
 # an absolute path in quotes, which may hold spaces, and one without
 _QUOTED_PATH = re.compile(r"""(?P<quote>['"])(?:/|[A-Za-z]:[/\\])[^'"]*[/\\](?P<name>[^'"/\\]*)(?P=quote)""")
@@ -31,10 +30,10 @@ class SearchLimits:
     Args:
         top_k: results where no number is asked for.
         max_top_k: most results; who asks for more gets as many.
-        candidates: pictures that are retrieved for a reranker to choose from.
-        thumbnails: most pictures in one answer; 0: none, for models that take no pictures.
+        candidates: images that are retrieved for a reranker to choose from.
+        thumbnails: most images in one answer; 0: none, for models that take no images.
         thumbnail_side: longest side of a thumbnail in pixels.
-        described_side: longest side of the picture that a vision model describes.
+        described_side: longest side of the image that a vision model describes.
         query_text: most characters of a text, change or question.
         value_text: most characters of one metadata value.
         long_text: most characters of a node's text, a reason or a description.
@@ -62,16 +61,23 @@ class SearchLimits:
                 raise ValueError(f"SearchLimits({name}={value!r}): give a whole number of {least} or more")
 
 
+class Part(NamedTuple):
+    """A piece of an answer, as a host shows it: a line of words, and the thumbnail that belongs to it."""
+
+    text: str
+    thumbnail: bytes | None = None
+
+
 @dataclass(frozen=True)
-class FoundPicture:
+class ImageResult:
     """One result.
 
     Args:
         rank: 1 is the best; what "result 3" means.
-        id: of the indexed picture, in the store.
+        id: of the indexed image, in the store.
         score: higher is better: similarity from -1 to 1, or the reranker's score.
         label: what it is, in a word or two; "" if nobody said.
-        text: what is stored beside the picture, or the whole of a text node.
+        text: what is stored with the image, or the whole of a text node.
         reason: why a reranker put it here; "" if it did not say.
         metadata: what else is known, bounded.
         thumbnail: a small JPEG; None if there is none, and `note` says why.
@@ -91,33 +97,19 @@ class FoundPicture:
     @property
     def line(self) -> str:
         """The result on one line, for a model."""
-        parts = [f"result {self.rank}: {_quoted(self.label)}" if self.label else f"result {self.rank}"]
-        parts.append(f"id {_quoted(self.id)}")
-        if self.score is not None:
-            parts.append(f"score {self.score:.3f}")
-        if self.reason:
-            parts.append(f"reason {_quoted(self.reason)}")
-        if self.text:
-            parts.append(f"text {_quoted(self.text)}")
-        if self.metadata:
-            parts.append(json.dumps(dict(self.metadata), ensure_ascii=False, default=str))
-        if self.note:
-            parts.append(f"({self.note})")
-        return " | ".join(parts)
+        return _joined(
+            f"result {self.rank}: {_quoted(self.label)}" if self.label else f"result {self.rank}",
+            _named("id", self.id),
+            "" if self.score is None else f"score {self.score:.3f}",
+            _named("reason", self.reason),
+            _named("text", self.text),
+            _quoted(dict(self.metadata)) if self.metadata else "",
+            f"({self.note})" if self.note else "",
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON, without its picture; what is empty is left out."""
-        plain = {
-            "rank": self.rank,
-            "id": self.id,
-            "score": self.score,
-            "label": self.label,
-            "text": self.text,
-            "reason": self.reason,
-            "metadata": dict(self.metadata),
-            "note": self.note,
-        }
-        return _filled(plain)
+        """The result as JSON, without its thumbnail; what is empty is left out."""
+        return _filled(vars(self))
 
 
 @dataclass(frozen=True)
@@ -127,48 +119,58 @@ class SearchResult:
     Args:
         number: of the search in its conversation, from 1; 0: nobody remembers it.
         query: what was asked, in words.
-        pictures: best first.
+        results: best first.
         hint: what to do about it, where nothing was found.
         note: why there are fewer results or thumbnails than were asked for.
     """
 
     number: int
     query: str
-    pictures: tuple[FoundPicture, ...] = ()
+    results: tuple[ImageResult, ...] = ()
     hint: str = ""
     note: str = ""
 
     @property
+    def pictures(self) -> tuple[ImageResult, ...]:
+        """The earlier name of `results`."""
+        return self.results
+
+    @property
     def heading(self) -> str:
         """The line above the results."""
-        about = f"Search {self.number}" if self.number else "Search"
-        if not self.pictures:
-            return f"{about}: nothing found for {self.query}." + (f" {self.hint}" if self.hint else "")
-        count = len(self.pictures)
+        title = f"Search {self.number}" if self.number else "Search"
+        if not self.results:
+            return f"{title}: nothing found for {self.query}." + (f" {self.hint}" if self.hint else "")
+        count = len(self.results)
         names = '"result 1"' if count == 1 else f'"result 1" to "result {count}"'
-        how = f"as {names}, or by id" if self.number else "by id"
+        ways = f"as {names}, or by id" if self.number else "by id"
         note = f" ({self.note})" if self.note else ""
-        return f"{about}: {count} found for {self.query}{note}. Refer to them {how}."
+        return f"{title}: {count} found for {self.query}{note}. Refer to them {ways}."
+
+    @property
+    def parts(self) -> list[Part]:
+        """The heading, then each result with its thumbnail."""
+        return [Part(self.heading), *(Part(result.line, result.thumbnail) for result in self.results)]
 
     @property
     def text(self) -> str:
         """The whole answer in words, one line for each result."""
-        return "\n".join([self.heading, *(picture.line for picture in self.pictures)])
+        return "\n".join(part.text for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON, without pictures."""
+        """The answer as JSON, without thumbnails."""
+        results = [result.to_dict() for result in self.results]
         return {
             "search": self.number,
             "query": self.query,
-            "results": [picture.to_dict() for picture in self.pictures],
-            **({"hint": self.hint} if self.hint else {}),
-            **({"note": self.note} if self.note else {}),
+            "results": results,
+            **_filled({"hint": self.hint, "note": self.note}),
         }
 
 
 @dataclass(frozen=True)
-class PictureDescription:
-    """What is known about one picture.
+class ImageDescription:
+    """What is known about one image.
 
     Args:
         name: how it was called.
@@ -176,7 +178,7 @@ class PictureDescription:
         description: in a vision model's words; "" without a model.
         size: width and height in pixels; None if it could not be read.
         label: what it is, in a word or two; "" if nobody said.
-        stored_text: what is stored beside it.
+        stored_text: what is stored with it.
         metadata: what the store knows, bounded.
         thumbnail: a small JPEG; None if it could not be read, and `note` says why.
         note: why something is missing.
@@ -195,33 +197,29 @@ class PictureDescription:
     @property
     def text(self) -> str:
         """The answer in words."""
-        facts = [f"id {_quoted(self.id)}"] if self.id else []
-        facts += [f"{self.size[0]}x{self.size[1]} pixels"] if self.size else []
-        facts += [f"label {_quoted(self.label)}"] if self.label else []
-        facts += [f"text {_quoted(self.stored_text)}"] if self.stored_text else []
-        facts += [json.dumps(dict(self.metadata), ensure_ascii=False, default=str)] if self.metadata else []
-        facts += [f"({self.note})"] if self.note else []
-        about = f"{self.name}: " + " | ".join(facts)
-        return f"{about}\nDescription: {self.description}" if self.description else about
+        facts = _joined(
+            _named("id", self.id),
+            f"{self.size[0]}x{self.size[1]} pixels" if self.size else "",
+            _named("label", self.label),
+            _named("text", self.stored_text),
+            _quoted(dict(self.metadata)) if self.metadata else "",
+            f"({self.note})" if self.note else "",
+        )
+        return f"{self.name}: {facts}" + (f"\nDescription: {self.description}" if self.description else "")
+
+    @property
+    def parts(self) -> list[Part]:
+        """The answer and the thumbnail."""
+        return [Part(self.text, self.thumbnail)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON, without the picture; what is empty is left out."""
-        plain = {
-            "name": self.name,
-            "id": self.id,
-            "description": self.description,
-            "size": list(self.size) if self.size else None,
-            "label": self.label,
-            "text": self.stored_text,
-            "metadata": dict(self.metadata),
-            "note": self.note,
-        }
-        return _filled(plain)
+        """The answer as JSON, without the thumbnail; what is empty is left out."""
+        return _filled({"text" if name == "stored_text" else name: value for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Original:
-    """The file of an indexed picture, as it is."""
+    """The file of an indexed image, as it is."""
 
     id: str
     name: str
@@ -231,14 +229,12 @@ class Original:
 
 def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without: frozenset[str]) -> dict[str, Any]:
     """Return flat metadata without bookkeeping, at most so many keys and each value at most so long."""
-    shown: dict[str, Any] = {}
-    for key in shown_keys(metadata, without=without)[: limits.metadata]:
-        value = metadata[key]
-        if isinstance(value, list | tuple):
-            shown[one_line(key, 60)] = [_short(one, limits.value_text) for one in value[:10]]
-        else:
-            shown[one_line(key, 60)] = _short(value, limits.value_text)
-    return shown
+    return {
+        one_line(key, 60): [_short(item, limits.value_text) for item in value[:10]]
+        if isinstance(value := metadata[key], list | tuple)
+        else _short(value, limits.value_text)
+        for key in shown_keys(metadata, without=without)[: limits.metadata]
+    }
 
 
 def shown_keys(metadata: Mapping[str, Any], *, without: frozenset[str]) -> list[str]:
@@ -258,12 +254,22 @@ def without_folders(text: str) -> str:
 
 
 def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if value not in ("", None, {})}
+    """The facts that are not empty and are no bytes, in types that JSON has."""
+    kept = {name: value for name, value in facts.items() if name != "thumbnail" and value not in ("", None, {})}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 def _short(value: Any, most: int) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else one_line(value, most)
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _quoted(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _named(name: str, text: str) -> str:
+    return f"{name} {_quoted(text)}" if text else ""
+
+
+def _joined(*facts: str) -> str:
+    return " | ".join(filter(None, facts))

@@ -375,7 +375,7 @@ def test_the_whole_demo_puts_the_leopard_phone_case_among_the_nine(tmp_path):
     command = [sys.executable, "-m", "mm_retriever.cli", "demo", "--out", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=True)
     assert "phone case with this" in done.stdout
-    for name in ("composed.png", "text.png", "picture.png", "edit.png", "results.html"):
+    for name in ("composed.png", "text.png", "image.png", "edit.png", "results.html"):
         assert (tmp_path / "demo" / name).stat().st_size > 10_000
 
 

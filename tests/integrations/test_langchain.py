@@ -222,7 +222,7 @@ def test_embeddings_are_those_of_the_core(shop):
 
 def test_one_picture_in_place_of_a_list_is_refused(shop):
     """A path is a sequence of letters: that would be thirty unreadable pictures."""
-    with pytest.raises(QueryError, match=r"give a list of pictures, \['photo.jpg'\]"):
+    with pytest.raises(QueryError, match=r"give a list of images, \['photo.jpg'\]"):
         VisualizedBGEEmbeddings(shop.model).embed_image("photo.jpg")
     with pytest.raises(ImageLoadError):
         VisualizedBGEEmbeddings(shop.model).embed_image([shop.folder / "nowhere.png"])

@@ -113,7 +113,7 @@ async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: b
     assert first["id"] in described.content[0].text
 
     (template,) = (await client.list_resource_templates()).resource_templates
-    assert template.uri_template == "picture://indexed/{node_id}"
+    assert template.uri_template == "image://indexed/{node_id}"
     (original,) = (await client.read_resource(found.content[3].uri)).contents
     assert original.mime_type == "image/jpeg"
     assert Image.open(io.BytesIO(base64.b64decode(original.blob))).size == (160, 160)
@@ -122,16 +122,16 @@ async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: b
         ("search_images", {}, "nothing to search for"),
         ("search_images", {"text": 5}, "valid string"),
         ("search_images", {"text": "x", "filters": [{"key": "a;b", "value": 1}]}, "is not a key"),
-        ("search_images", {"image": "/etc/passwd"}, "no picture is known"),
+        ("search_images", {"image": "/etc/passwd"}, "no image is known"),
         ("search_images", {"image": "/etc/hostname.png"}, "cannot load"),
         ("search_images", {"image": "http://127.0.0.1/a.png"}, "URLs is off"),
         ("find_similar", {}, "result"),
-        ("describe_image", {"image": "nothing"}, "no picture is known"),
+        ("describe_image", {"image": "nothing"}, "no image is known"),
     ):
         refused = await client.call_tool(tool, arguments)
         assert refused.is_error
         assert message in refused.content[0].text
-    for unknown in ("picture://indexed/nobody", "picture://indexed/..%2F..%2Fetc%2Fpasswd", "file:///etc/passwd"):
+    for unknown in ("image://indexed/nobody", "image://indexed/..%2F..%2Fetc%2Fpasswd", "file:///etc/passwd"):
         with pytest.raises(MCPError):
             await client.read_resource(unknown)
 

@@ -1,6 +1,6 @@
-"""Light and shadow: shapes and patterns into pictures.
+"""Light and shadow: shapes and patterns into images.
 
-Every picture is linear in the colours that paint it: ``background * colour + texture * pattern + trim * colour +
+Every image is linear in the colours that paint it: ``background * colour + texture * pattern + trim * colour +
 fixed``. The four coefficients (six planes, since the fixed part has three channels) come from ``product_layers`` and
 ``theme_layers``; ``draw_product`` and ``draw_theme`` fill them in once, a training script keeps them and fills them in
 thousands of ways.
@@ -21,20 +21,20 @@ from mm_retriever.demo.catalogue.patterns import cloud, texture
 from mm_retriever.demo.catalogue.scenes import animal, ball, swatch
 from mm_retriever.demo.catalogue.shapes import HANDED, PRODUCTS, Chance, Outline, Part
 
-NATIVE_SIZE = 320  # pixels; smaller pictures are drawn at this size and reduced, so that every size shows the same
+NATIVE_SIZE = 320  # pixels; smaller images are drawn at this size and reduced, so that every size shows the same
 SUPERSAMPLING = 3  # outlines are filled at this multiple and averaged
-MAPS_PER_BLOCK = 8  # drawings of each pattern that the pictures of one block of seeds share
+MAPS_PER_BLOCK = 8  # drawings of each pattern that the images of one block of seeds share
 SEED_BLOCK = 10_000
-PALETTE_JITTER = 5.0  # deviation of each colour channel from picture to picture, of 255
+PALETTE_JITTER = 5.0  # deviation of each colour channel from image to image, of 255
 PRODUCT_ZOOM, PRODUCT_TURN = (0.9, 1.2), 8.0  # of the pattern; turn is a deviation in degrees
 THEME_ZOOM, THEME_TURN = (0.85, 1.4), 15.0
 
 
 def map_seed(seed: int, rng: np.random.Generator) -> int:
-    """Which drawing of its pattern a picture shows.
+    """Which drawing of its pattern an image shows.
 
     Seeds in one block of ``SEED_BLOCK`` share a few drawings, so that a catalogue is drawn quickly; seeds of different
-    blocks never share one, so that test pictures can be kept apart from training pictures.
+    blocks never share one, so that test images can be kept apart from training images.
     """
     return seed // SEED_BLOCK * MAPS_PER_BLOCK + int(rng.integers(MAPS_PER_BLOCK))
 
@@ -44,7 +44,7 @@ def map_seed(seed: int, rng: np.random.Generator) -> int:
 
 @lru_cache(maxsize=64)
 def _gaussian(size: int, sigma: float) -> FloatArray:
-    """Matrix that blurs the columns of a picture: two products blur it both ways, exactly and without scipy."""
+    """Matrix that blurs the columns of an image: two products blur it both ways, exactly and without scipy."""
     at = np.arange(size, dtype=np.float32)
     weights = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
     return np.asarray(weights / (sigma * math.sqrt(2 * math.pi)), np.float32)
@@ -56,7 +56,7 @@ def _blur(mask: FloatArray, sigma: float) -> FloatArray:
 
 
 class _Placement:
-    """Where a shape lies in the picture: scaled, turned, shifted, perhaps mirrored."""
+    """Where a shape lies in the image: scaled, turned, shifted, perhaps mirrored."""
 
     def __init__(
         self, scale: float = 1.0, turn: float = 0.0, shift: tuple[float, float] = (0.0, 0.0), mirrored: bool = False
@@ -137,7 +137,7 @@ def _grid(size: int) -> tuple[FloatArray, FloatArray]:
 
 
 def product_layers(kind: str, rng: np.random.Generator, size: int = NATIVE_SIZE) -> FloatArray:
-    """A product of this kind without its colours: coefficients (6, size, size) of a picture."""
+    """A product of this kind without its colours: coefficients (6, size, size) of an image."""
     if kind not in PRODUCTS:
         raise ValueError(f"no kind of product {kind!r}; known: {', '.join(PRODUCTS)}")
     parts = PRODUCTS[kind](Chance(rng))
@@ -152,7 +152,7 @@ def product_layers(kind: str, rng: np.random.Generator, size: int = NATIVE_SIZE)
 
 
 def theme_layers(pattern: str, rng: np.random.Generator, size: int = NATIVE_SIZE) -> FloatArray:
-    """A picture of a pattern without its colours: cloth up close, a ball, a swatch, or the animal that wears it."""
+    """An image of a pattern without its colours: cloth up close, a ball, a swatch, or the animal that wears it."""
     y, x = _grid(size)
     show = rng.random()
     if show < 0.4:
@@ -172,7 +172,7 @@ def theme_layers(pattern: str, rng: np.random.Generator, size: int = NATIVE_SIZE
 
 
 def background(rng: np.random.Generator) -> FloatArray:
-    """Colour of a product picture's background: often near white, else a pale tint."""
+    """Colour of a product image's background: often near white, else a pale tint."""
     if rng.random() < 0.6:
         return np.asarray(rng.uniform(214, 250) + rng.normal(0, 4, 3), np.float32)
     return (
@@ -193,12 +193,12 @@ def _paint(
     ground, figure, accent = colours[:, :, None, None]
     pattern_colours = ground + weights[0] * (figure - ground) + weights[1] * (accent - ground)
     trim = trim_of(colours[0])[:, None, None]
-    picture = layers[0] * behind[:, None, None] + layers[1] * pattern_colours + layers[2] * trim + layers[3:]
-    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    image = layers[0] * behind[:, None, None] + layers[1] * pattern_colours + layers[2] * trim + layers[3:]
+    return Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _sized(picture: Image.Image, size: int) -> Image.Image:
-    return picture if picture.width == size else picture.resize((size, size), Image.Resampling.LANCZOS)
+def _sized(image: Image.Image, size: int) -> Image.Image:
+    return image if image.width == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _checked(pattern: str, colour: str, seed: int, size: int) -> None:
@@ -210,7 +210,7 @@ def _checked(pattern: str, colour: str, seed: int, size: int) -> None:
 
 
 def draw_product(kind: str, pattern: str, colour: str, seed: int, size: int = NATIVE_SIZE) -> Image.Image:
-    """RGB picture of one product; the same arguments draw the same pixels.
+    """RGB image of one product; the same arguments draw the same pixels.
 
     Raises:
         ValueError: unknown kind, pattern or colour, a pattern that does not come in that colour, or a size or seed
@@ -226,7 +226,7 @@ def draw_product(kind: str, pattern: str, colour: str, seed: int, size: int = NA
 
 
 def draw_theme(pattern: str, colour: str, seed: int, size: int = NATIVE_SIZE) -> Image.Image:
-    """RGB picture of a pattern away from any product; the same arguments draw the same pixels.
+    """RGB image of a pattern away from any product; the same arguments draw the same pixels.
 
     Raises:
         ValueError: unknown pattern or colour, a pattern that does not come in that colour, or a size or seed out of

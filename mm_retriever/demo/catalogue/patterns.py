@@ -2,7 +2,7 @@
 
 A pattern is a pair of weight maps ``(figure, accent)``: a texel shows the ground colour where both are 0, the
 figure colour where the first is 1 and the accent colour where the second is 1. Colouring is therefore linear,
-which lets the training scripts paint thousands of pictures from a few maps. Knows nothing of colours or products.
+which lets the training scripts paint thousands of images from a few maps. Knows nothing of colours or products.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 
 from mm_retriever.demo.catalogue.colours import PATTERNS, FloatArray
 
-TEXELS_PER_PICTURE = 320  # a pattern map's scale: so many texels across one picture at zoom 1
-MAP_SIZE = 640  # texels; leaves room for a rotated window of a zoomed-out picture
+TEXELS_PER_IMAGE = 320  # a pattern map's scale: so many texels across one image at zoom 1
+MAP_SIZE = 640  # texels; leaves room for a rotated window of a zoomed-out image
 
 # ---------------------------------------------------------------------- building blocks
 
@@ -111,7 +111,7 @@ _SEED: Outline = [(0.5 * math.sin(t) * (1 - 0.5 * math.cos(t)), -math.cos(t)) fo
 
 
 def _weights(image: Image.Image) -> FloatArray:
-    """An 8-bit greyscale picture as weights from 0 to 1."""
+    """An 8-bit greyscale image as weights from 0 to 1."""
     return np.asarray(image, np.float32) / np.float32(255)
 
 
@@ -135,7 +135,7 @@ class _Stamps:
 
 
 # ---------------------------------------------------------------------- the patterns
-# Each takes a generator and a scale near 1, and returns (figure, accent). Lengths are texels: 320 make a picture,
+# Each takes a generator and a scale near 1, and returns (figure, accent). Lengths are texels: 320 make an image,
 # and a motif below about 15 texels would be lost when a small model looks at 128 pixels.
 
 Maps = tuple[FloatArray, FloatArray | None]
@@ -327,9 +327,9 @@ _DRAWN: dict[str, Callable[[np.random.Generator, float], Maps]] = {
 
 @lru_cache(maxsize=32)
 def pattern_map(pattern: str, map_seed: int) -> tuple[Image.Image, Image.Image]:
-    """Figure and accent weights of one drawing of a pattern, as 8-bit greyscale pictures of ``MAP_SIZE`` texels.
+    """Figure and accent weights of one drawing of a pattern, as 8-bit greyscale images of ``MAP_SIZE`` texels.
 
-    Cached: draw pictures in the order of their patterns and each map is drawn once.
+    Cached: draw images in the order of their patterns and each map is drawn once.
     """
     if pattern not in _DRAWN:
         raise ValueError(f"no pattern {pattern!r}; known: {', '.join(PATTERNS)}")
@@ -350,11 +350,11 @@ def texture(
         pattern: one of ``PATTERNS``.
         map_seed: which drawing of the pattern.
         rng: chooses where the window lies.
-        size: pixels; meant for ``TEXELS_PER_PICTURE`` and above (windows are not filtered down).
+        size: pixels; meant for ``TEXELS_PER_IMAGE`` and above (windows are not filtered down).
         zoom: above 1 enlarges the pattern.
         turn: degrees.
     """
-    window = TEXELS_PER_PICTURE / zoom
+    window = TEXELS_PER_IMAGE / zoom
     angle, step = math.radians(turn), window / size
     slack = max(0.0, (MAP_SIZE - window * (abs(math.cos(angle)) + abs(math.sin(angle)))) / 2)
     centre_x, centre_y = MAP_SIZE / 2 + rng.uniform(-slack, slack, 2)

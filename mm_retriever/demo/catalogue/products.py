@@ -1,4 +1,4 @@
-"""The catalogue: which products there are, which are held out of training, and the folder of pictures on disk."""
+"""The catalogue: which products there are, which are held out of training, and the folder of images on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HELD_OUT_STEPS = (10, 3, 14)  # three patterns a kind, shifting by five from ki
 HELD_OUT: frozenset[tuple[str, str]] = frozenset(
     (kind, PATTERNS[(5 * row + step) % len(PATTERNS)]) for row, kind in enumerate(KINDS) for step in _HELD_OUT_STEPS
 )
-"""(kind, pattern) pairs that the bundled models never saw in training, neither as pictures nor in texts. The leopard
+"""(kind, pattern) pairs that the bundled models never saw in training, neither as images nor in texts. The leopard
 phone case of the published example is one of them."""
 
 _COLOURS_FIRST = 4  # of each pair, before any pair gets more
@@ -33,7 +33,7 @@ _DEMO_THEMES = (
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a catalogue; ``seed`` draws its picture."""
+    """One product of a catalogue; ``seed`` draws its image."""
 
     kind: str
     pattern: str
@@ -47,7 +47,7 @@ class Product:
 
     @property
     def description(self) -> str:
-        """What the picture shows, in one English phrase."""
+        """What the image shows, in one English phrase."""
         return caption(self.looks)
 
     @property
@@ -57,12 +57,12 @@ class Product:
 
     @property
     def file_name(self) -> str:
-        """Relative path of its picture in a written catalogue, with forward slashes."""
+        """Relative path of its image in a written catalogue, with forward slashes."""
         folder, words = self.kind.replace(" ", "-"), f"{self.colour} {self.pattern} {self.kind}"
         return f"{folder}/{words.replace(' ', '-')}-{self.seed}.jpg"
 
     def draw(self, size: int = NATIVE_SIZE) -> Image.Image:
-        """Its picture."""
+        """Its image."""
         return draw_product(self.kind, self.pattern, self.colour, self.seed, size)
 
 
@@ -112,9 +112,9 @@ class WrittenCatalogue:
     """Where ``write_catalogue`` put things.
 
     Attributes:
-        products: folder of product pictures, one folder a kind: what an index reads.
-        themes: folder of theme pictures to ask with, ``leopard.jpg`` among them.
-        labels: JSON file with the truth about every product picture, keyed by its path relative to ``products``.
+        products: folder of product images, one folder a kind: what an index reads.
+        themes: folder of theme images to ask with, ``leopard.jpg`` among them.
+        labels: JSON file with the truth about every product image, keyed by its path relative to ``products``.
     """
 
     products: Path
@@ -131,9 +131,9 @@ def write_catalogue(
     quality: int = 90,
     show_progress: bool = False,
 ) -> WrittenCatalogue:
-    """Draws a catalogue into ``folder``: product pictures, theme pictures and a sidecar of truth labels.
+    """Draws a catalogue into ``folder``: product images, theme images and a sidecar of truth labels.
 
-    900 pictures take about 20 seconds on one core; files that are there are overwritten.
+    900 images take about 20 seconds on one core; files that are there are overwritten.
     """
     root = Path(folder)
     written = WrittenCatalogue(root / "products", root / "themes", root / "labels.json")
@@ -148,11 +148,11 @@ def write_catalogue(
     in_map_order = sorted(products, key=lambda product: PATTERNS.index(product.pattern))  # each map is drawn once
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:  # numpy and Pillow let go of the lock
         drawn = pool.map(save, in_map_order)
-        list(tqdm(drawn, total=count, desc="Drawing", unit="picture", disable=not show_progress))
+        list(tqdm(drawn, total=count, desc="Drawing", unit="image", disable=not show_progress))
     for number, (pattern, colour) in enumerate(_DEMO_THEMES):
         name = pattern if colour == NATURAL else f"{colour} {pattern}"
-        picture = draw_theme(pattern, colour, seed * SEED_BLOCK + number, size)
-        picture.save(written.themes / f"{name.replace(' ', '-')}.jpg", quality=quality)
+        image = draw_theme(pattern, colour, seed * SEED_BLOCK + number, size)
+        image.save(written.themes / f"{name.replace(' ', '-')}.jpg", quality=quality)
     labels = {product.file_name: _label(product) for product in products}
     written.labels.write_text(json.dumps(labels, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return written

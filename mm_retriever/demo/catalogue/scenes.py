@@ -1,4 +1,4 @@
-"""Outlines of what a theme picture shows: the animal that wears a pattern, a ball, a piece of cloth."""
+"""Outlines of what a theme image shows: the animal that wears a pattern, a ball, a piece of cloth."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Part:
     """Filled outlines, holes cut out of them and strokes, all of one material.
 
     Attributes:
-        bevel: how far the rounding of the edge reaches inwards, as a share of the picture.
+        bevel: how far the rounding of the edge reaches inwards, as a share of the image.
         relief: how strongly it catches the light; 0 is flat.
     """
 

@@ -69,16 +69,16 @@ def name(picture) -> str:
 def test_a_conversation_of_three_turns(search, talk):
     """The issue's own: "find phone cases like this photo", "the third one but red", "describe it"."""
     first = search.search("phone case with this", "photo.png", conversation=talk)
-    assert name(first.pictures[0]) == "natural leopard.jpg of phone case"
+    assert name(first.results[0]) == "natural leopard.jpg of phone case"
     second = search.find_similar("result 1", "in red", conversation=talk)
-    assert first.pictures[0].id not in {picture.id for picture in second.pictures}
-    assert name(second.pictures[0]) == "red leopard.jpg of phone case"
+    assert first.results[0].id not in {picture.id for picture in second.results}
+    assert name(second.results[0]) == "red leopard.jpg of phone case"
     third = search.describe("result 1", conversation=talk)
-    assert third.id == second.pictures[0].id
+    assert third.id == second.results[0].id
     assert third.size == (160, 160)
     assert (first.number, second.number) == (1, 2)
     again = search.describe("result 1 of search 1", conversation=talk)
-    assert again.id == first.pictures[0].id
+    assert again.id == first.results[0].id
 
 
 def test_results_are_numbered_and_say_themselves_on_one_line_each(search):
@@ -86,16 +86,16 @@ def test_results_are_numbered_and_say_themselves_on_one_line_each(search):
     heading, *lines = found.text.split("\n")
     assert "3 found" in heading
     assert [line.split(":")[0] for line in lines] == ["result 1", "result 2", "result 3"]
-    assert all(picture.id in line for picture, line in zip(found.pictures, lines, strict=True))
-    assert json.loads(json.dumps(found.to_dict()))["results"][0]["id"] == found.pictures[0].id
+    assert all(picture.id in line for picture, line in zip(found.results, lines, strict=True))
+    assert json.loads(json.dumps(found.to_dict()))["results"][0]["id"] == found.results[0].id
 
 
 def test_every_thumbnail_opens_and_is_small(store, embed_model):
     limits = SearchLimits(thumbnails=2, thumbnail_side=48)
     found = ImageSearch(store, embed_model, limits=limits).search("umbrella", top_k=4)
-    sizes = [Image.open(io.BytesIO(one.thumbnail)).size for one in found.pictures if one.thumbnail]
+    sizes = [Image.open(io.BytesIO(one.thumbnail)).size for one in found.results if one.thumbnail]
     assert sizes == [(48, 48), (48, 48)]
-    assert [one.thumbnail is None for one in found.pictures] == [False, False, True, True]
+    assert [one.thumbnail is None for one in found.results] == [False, False, True, True]
 
 
 def test_fewer_results_or_thumbnails_than_asked_for_are_said(store, embed_model):
@@ -105,11 +105,11 @@ def test_fewer_results_or_thumbnails_than_asked_for_are_said(store, embed_model)
     assert "5 found" in found.heading
     assert "(100 were asked for; one search gives at most 5; the first 2 have thumbnails)" in found.heading
     assert found.to_dict()["note"] == found.note
-    assert [bool(one.note) for one in found.pictures] == [False, False, True, True, True]
+    assert [bool(one.note) for one in found.results] == [False, False, True, True, True]
     only = [{"key": "label", "operator": "==", "value": "mug"}]
     assert search.search("mug", filters=only, top_k=5).note.startswith("5 were asked for; no more match")
     quiet = ImageSearch(store, embed_model, limits=SearchLimits(thumbnails=0)).search("umbrella", top_k=4)
-    assert (quiet.note, [one.note for one in quiet.pictures]) == ("", [""] * 4)
+    assert (quiet.note, [one.note for one in quiet.results]) == ("", [""] * 4)
 
 
 def test_copies_of_one_file_are_one_result_that_says_so(tmp_path, embed_model):
@@ -120,9 +120,9 @@ def test_copies_of_one_file_are_one_result_that_says_so(tmp_path, embed_model):
     with open_store(tmp_path / "copies.db", embed_model) as store:
         ingest_images(tmp_path / "pictures", store, embed_model, show_progress=False)
         found = ImageSearch(store, embed_model).search("leopard")
-        assert len(found.pictures) == 2
-        assert [one.metadata.get("copies_left_out") for one in found.pictures].count(11) == 1
-        assert len(ImageSearch(store, embed_model).search("leopard", unique=False).pictures) == 9
+        assert len(found.results) == 2
+        assert [one.metadata.get("copies_left_out") for one in found.results].count(11) == 1
+        assert len(ImageSearch(store, embed_model).search("leopard", unique=False).results) == 9
 
 
 # ---------------------------------------------------------------------------------------------- picture arguments
@@ -132,10 +132,10 @@ def test_a_picture_is_known_by_attachment_result_id_data_uri_and_allowed_path(st
     """The five ways that the argument's description gives."""
     search = ImageSearch(store, embed_model, image_policy=ImagePolicy(roots=(leopard.parent,)))
     found = search.search("phone case", conversation=talk)
-    node_id = found.pictures[0].id
+    node_id = found.results[0].id
     uri = "data:image/png;base64," + base64.b64encode(leopard.read_bytes()).decode()
     by_attachment, by_uri, by_path = (
-        [one.id for one in search.search(image=image, conversation=talk).pictures]
+        [one.id for one in search.search(image=image, conversation=talk).results]
         for image in ("PHOTO.png", uri, str(leopard))
     )
     assert by_attachment == by_uri == by_path
@@ -169,7 +169,7 @@ def test_a_path_outside_the_roots_is_refused_even_through_a_link(store, embed_mo
 
 
 def test_an_unknown_picture_is_answered_with_what_is_known(search, talk):
-    with pytest.raises(QueryError, match=r"no picture is known as 'phone\.png'.*attached are 'photo\.png'"):
+    with pytest.raises(QueryError, match=r"no image is known as 'phone\.png'.*attached are 'photo\.png'"):
         search.search(image="phone.png", conversation=talk)
     with pytest.raises(QueryError, match="nothing was found yet"):
         search.find_similar("result 3", conversation=talk)
@@ -207,7 +207,7 @@ def test_many_threads_may_search_in_many_conversations(search):
         for round_ in range(3):
             found = search.search(f"a {kind}", top_k=2, conversation=conversation)
             same = search.describe("result 2", conversation=conversation)
-            if found.number != round_ + 1 or same.id != found.pictures[1].id:
+            if found.number != round_ + 1 or same.id != found.results[1].id:
                 failures.append(kind)
 
     threads = [threading.Thread(target=talk, args=(kind,)) for kind in ("mug", "umbrella", "phone case", "mug")]
@@ -249,14 +249,14 @@ def test_a_composed_search_leaves_out_the_query_picture_and_its_copies(store, em
     talk = Conversation()
     talk.attach("mine.jpg", node.metadata["file_path"])
     search = ImageSearch(store, embed_model)
-    assert search.search(image="mine.jpg", conversation=talk).pictures[0].id == node.node_id
+    assert search.search(image="mine.jpg", conversation=talk).results[0].id == node.node_id
     for found in (
         search.search("in another pattern", "mine.jpg", conversation=talk),
         search.find_similar("mine.jpg", conversation=talk),
         search.find_similar(node.node_id),
     ):
-        assert node.node_id not in {picture.id for picture in found.pictures}
-        assert len(found.pictures) == 9
+        assert node.node_id not in {picture.id for picture in found.results}
+        assert len(found.results) == 9
 
 
 # ---------------------------------------------------------------------------------------------- filters and numbers
@@ -280,7 +280,7 @@ def test_a_composed_search_leaves_out_the_query_picture_and_its_copies(store, em
 )
 def test_filters_are_taken_in_every_form_that_can_mean_one_thing_only(search, filters):
     found = search.search("leopard", filters=filters)
-    assert [picture.label for picture in found.pictures] == ["mug"] * 4
+    assert [picture.label for picture in found.results] == ["mug"] * 4
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_model_cannot_break_out_of_its_filters(search, value, operator):
         with pytest.raises(FilterError, match=refusals[operator]):
             search.search("leopard", filters=[condition])
     else:
-        assert search.search("leopard", filters=[condition]).pictures == ()
+        assert search.search("leopard", filters=[condition]).results == ()
     for key in (value, "$meta", "_node_content", "embedding", f"label != '' or {value}"):
         with pytest.raises(FilterError, match="cannot filter"):
             search.search("leopard", filters=[{"key": key, "operator": "==", "value": "x"}])
@@ -372,7 +372,7 @@ def test_filters_too_deep_or_too_large_are_refused_in_words(search, value):
 
 def test_nothing_found_says_which_keys_there_are(search):
     found = search.search("mug", filters={"label": "mauve"})
-    assert found.pictures == ()
+    assert found.results == ()
     assert "label" in found.heading
     assert "file_name" in found.heading
 
@@ -395,7 +395,7 @@ def test_a_filter_that_no_picture_can_meet_is_refused(search, condition, message
 @pytest.mark.parametrize(("asked", "given"), [(None, 9), (2, 2), ("3", 3), (4.0, 4), (10**9, 12)])
 def test_the_number_of_results_is_bounded(search, asked, given):
     """The store holds twelve; the most by default is twenty."""
-    assert len(search.search("leopard", top_k=asked).pictures) == given
+    assert len(search.search("leopard", top_k=asked).results) == given
 
 
 @pytest.mark.parametrize("asked", [0, -1, "many", True, 2.5, [3]])
@@ -435,7 +435,7 @@ def test_words_from_the_store_cannot_pretend_to_be_results(tmp_path, embed_model
     assert len(lines) == 2
     assert len(lines[1]) < 5_000
     assert "\u202e" not in found.text
-    assert "cannot be read" in found.pictures[0].note
+    assert "cannot be read" in found.results[0].note
 
 
 @given(st.text())
@@ -451,11 +451,11 @@ def test_a_text_node_is_found_and_is_no_picture(tmp_path, embed_model):
         store.add([TextNode(text="a red mug", embedding=embed_model.get_text_embedding("a red mug"))])
         search, talk = ImageSearch(store, embed_model), Conversation()
         found = search.search("a red mug", conversation=talk)
-        assert found.pictures[0].text == "a red mug"
-        assert found.pictures[0].thumbnail is None
-        with pytest.raises(QueryError, match="is a text, not a picture"):
+        assert found.results[0].text == "a red mug"
+        assert found.results[0].thumbnail is None
+        with pytest.raises(QueryError, match="is a text, not an image"):
             search.find_similar("result 1", conversation=talk)
-        assert "a text, not a picture" in search.describe("result 1", conversation=talk).note
+        assert "a text, not an image" in search.describe("result 1", conversation=talk).note
 
 
 def test_a_picture_that_is_gone_is_said_to_be(tmp_path, embed_model):
@@ -466,7 +466,7 @@ def test_a_picture_that_is_gone_is_said_to_be(tmp_path, embed_model):
             path.unlink()
         search, talk = ImageSearch(store, embed_model), Conversation()
         found = search.search("mug", top_k=1, conversation=talk)
-        assert "no such file" in found.pictures[0].note
+        assert "no such file" in found.results[0].note
         assert "cannot be read" in search.describe("result 1", conversation=talk).note
         with pytest.raises(ImageLoadError):
             search.find_similar("result 1", conversation=talk)
@@ -495,10 +495,10 @@ def test_rerankers_see_the_query_picture_and_their_order_is_kept(store, embed_mo
     found = ImageSearch(store, embed_model, rerank=reranker).search(
         "phone case", "photo.png", top_k=2, conversation=talk
     )
-    assert [one.id for one in found.pictures] == [one.id for one in plain.pictures[::-1]][:2]
-    assert found.pictures[0].reason == "it was last"
-    assert 'reason "it was last"' in found.pictures[0].line
-    assert "rerank_rank" not in found.pictures[0].metadata
+    assert [one.id for one in found.results] == [one.id for one in plain.results[::-1]][:2]
+    assert found.results[0].reason == "it was last"
+    assert 'reason "it was last"' in found.results[0].line
+    assert "rerank_rank" not in found.results[0].metadata
     assert read_image_bytes(reranker.asked[0].image_path) == leopard.read_bytes()
     assert reranker.asked[0].query_str == "phone case"
 
@@ -551,9 +551,9 @@ def test_the_steps_of_a_request_are_told_in_order(search, talk):
 
 async def test_the_asynchronous_twins_give_the_same(search):
     found = await search.asearch("mug", top_k=2)
-    assert [one.id for one in found.pictures] == [one.id for one in search.search("mug", top_k=2).pictures]
-    similar = await search.afind_similar(found.pictures[0].id, top_k=1)
-    assert (await search.adescribe(similar.pictures[0].id)).id == similar.pictures[0].id
+    assert [one.id for one in found.results] == [one.id for one in search.search("mug", top_k=2).results]
+    similar = await search.afind_similar(found.results[0].id, top_k=1)
+    assert (await search.adescribe(similar.results[0].id)).id == similar.results[0].id
 
 
 # ---------------------------------------------------------------------------------------------- originals
@@ -576,7 +576,7 @@ def test_only_pictures_of_the_store_inside_the_roots_are_handed_out(store: Image
         with pytest.raises(ImageLoadError, match="has no digest"):
             search.original("passwd")
         for unknown in ("words", "nobody", "", "x" * 5_000, 'x"] or id != ""'):
-            with pytest.raises(QueryError, match="no picture of the id"):
+            with pytest.raises(QueryError, match="no image of the id"):
                 search.original(unknown)
     node = store.get_nodes(filters=read_filters({"label": "mug"}))[0]
     inside = ImageSearch(store, embed_model, stored_policy=ImagePolicy(roots=(tmp_path,)))
@@ -596,7 +596,7 @@ def test_a_file_that_is_not_the_indexed_one_any_more_is_not_handed_out(swapped, 
     with open_store(tmp_path / "a.db", embed_model) as store:
         ingest_images(indexed.parent, store, embed_model, show_progress=False)
         search = ImageSearch(store, embed_model)
-        (found,) = search.search("red").pictures
+        (found,) = search.search("red").results
         assert found.thumbnail is not None
         assert search.original(found.id).data == indexed.read_bytes()
         indexed.unlink()
@@ -608,7 +608,7 @@ def test_a_file_that_is_not_the_indexed_one_any_more_is_not_handed_out(swapped, 
             search.original(found.id)
         with pytest.raises(ImageLoadError, match="not the file that was indexed"):
             search.find_similar(found.id)
-        for answer in (search.search("red").pictures[0], search.describe(found.id)):
+        for answer in (search.search("red").results[0], search.describe(found.id)):
             assert answer.thumbnail is None
             assert "not the file that was indexed" in answer.note
 
@@ -619,7 +619,7 @@ def test_an_image_without_a_digest_is_shown_but_its_file_is_not_handed_out(embed
     with open_store(tmp_path / "a.db", embed_model) as store:
         store.add([ImageNode(id_="file", image_path=str(path), embedding=embed_model.get_text_embedding("x"))])
         search = ImageSearch(store, embed_model)
-        assert search.search("x").pictures[0].thumbnail
+        assert search.search("x").results[0].thumbnail
         with pytest.raises(ImageLoadError, match="has no digest of it"):
             search.original("file")
 
