@@ -44,7 +44,7 @@ from mm_retriever.ingest.sources import path_id
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.channel import deadline
-from mm_retriever.store.lite_files import Turn
+from mm_retriever.store.lite_server import FairLock
 from mm_retriever.vector_cache import VectorCache
 from tests.support.drawn_store import KINDS, draw_leopard, draw_pictures
 from tests.support.effort import EFFORT
@@ -666,7 +666,7 @@ def test_who_reads_while_milvus_lite_empties_its_memory_to_disk_misses_no_row(tm
 
 def test_who_comes_back_for_another_turn_at_once_waits_behind_who_waits_already():
     """A plain lock goes to the thread that has just let go of it: ingestion would not get on beside busy queries."""
-    turn, order = Turn(), []
+    turn, order = FairLock(), []
 
     def waiter() -> None:
         with turn:

@@ -96,14 +96,20 @@ def import_(
     """Have a Milvus server import what `embed` made, each image exactly once. Run it again to go on."""
     from mm_retriever.bulk import import_shards
     from mm_retriever.bulk.plan import read_plan
-    from mm_retriever.store import StoredIdentity, check_exists, open_store
+    from mm_retriever.store import ImageStore, check_exists
     from mm_retriever.store.words import analyzer_of
 
     check_exists(db)
     plan = read_plan(out)  # knows the model that it is for: nothing is loaded
-    model = StoredIdentity(plan.dimension, plan.model_id)
     analyzer = analyzer_of(plan.words)
-    with open_store(
-        db, model, collection=collection, token=token, hybrid=analyzer is not None, analyzer=analyzer
-    ) as store:
+    store = ImageStore(
+        db,
+        token,
+        collection=collection,
+        dimension=plan.dimension,
+        model_id=plan.model_id,
+        hybrid=analyzer is not None,
+        analyzer=analyzer,
+    )
+    with store:
         typer.echo(str(import_shards(out, store, remote_folder=remote_folder, timeout=timeout)))

@@ -1,8 +1,8 @@
 """A gRPC channel to a Milvus server on which every request ends by its deadline, whatever becomes of the server.
 
-Owns patience: a server that is away, or says that it is not ready, is asked again until the deadline of the moment.
-pymilvus by itself waits for a lost connection under one lock of the whole process, one thread after the other, each for
-its whole timeout; so it gets this channel and never learns of a lost connection. Knows nothing of collections.
+A server that is away, or says that it is not ready, is asked again until the deadline. pymilvus itself waits for a lost
+connection under one lock of the whole process, one thread after the other, each for its whole timeout; so it gets this
+channel and never learns of a lost connection. Knows nothing of collections.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _OPTIONS = {
     "grpc.keepalive_time_ms": 10_000,
     "grpc.keepalive_timeout_ms": 5_000,
     "grpc.keepalive_permit_without_calls": 1,
-    # gRPC would stay away from a server that was down for up to two minutes after it is back
+    # gRPC would wait up to two minutes before it connects again to a server that was down
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 1_000,
 }
 _OLD_PARTS = "node not match"
-"""What a restarted server says for half a minute of parts that its killed predecessor left registered."""
+"""What a restarted server answers for half a minute about parts that its killed predecessor left registered."""
 
 
 class Deadline:
@@ -54,24 +54,21 @@ _DEADLINE: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
 def deadline(seconds: float) -> Iterator[Deadline]:
     """Let every request inside end by a deadline; inside another one, by the sooner of the two."""
     outer = _DEADLINE.get()
-    token = _DEADLINE.set(Deadline(seconds) if outer is None or outer.left > seconds else outer)
+    current = Deadline(seconds) if outer is None or outer.left > seconds else outer
+    token = _DEADLINE.set(current)
     try:
-        current = _DEADLINE.get()
-        assert current is not None
         yield current
     finally:
         _DEADLINE.reset(token)
 
 
 def open_channel(uri: str, timeout: float) -> grpc.Channel | None:
-    """Return a connected channel; None for an endpoint whose servers pymilvus itself looks up (a global cluster).
+    """Return a connected channel; None for an endpoint whose servers pymilvus looks up itself (a global cluster).
 
-    Args:
-        uri: of a server.
-        timeout: seconds for connecting, and for a request for which no `deadline` is set.
+    The timeout is for connecting, and for a request for which no `deadline` is set.
 
     Raises:
-        grpc.FutureTimeoutError: nobody answered within the timeout.
+        grpc.FutureTimeoutError: no answer within the timeout.
     """
     config = ConnectionConfig.from_uri(uri)
     if config.is_global:
@@ -94,15 +91,15 @@ class _Patience(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
         self._timeout = timeout
 
     def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        """One request of pymilvus, sent until it is answered; every request of ours may be sent twice."""
+        """Send one request of pymilvus until it is answered; every request of ours may be sent twice."""
         with deadline(details.timeout or self._timeout) as until:
             pause = 0.05
             while True:
                 left = until.left
-                if left <= 0:  # no error that pymilvus would begin to connect anew for
+                if left <= 0:  # an error that does not make pymilvus connect anew
                     return continuation(details._replace(timeout=0, wait_for_ready=True), request)
                 call = continuation(details._replace(timeout=left), request)
-                reason = _passing_trouble(call)
+                reason = _reason_to_retry(call)
                 if not reason:
                     return call
                 until.reason = reason
@@ -110,7 +107,7 @@ class _Patience(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
                 pause = min(2 * pause, 1.0)
 
 
-def _passing_trouble(call: Any) -> str:
+def _reason_to_retry(call: Any) -> str:
     """Why it is worth asking again; "" if it is not."""
     code = call.code()
     if code is grpc.StatusCode.UNAVAILABLE:

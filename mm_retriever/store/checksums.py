@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mm_retriever.errors import StoreDamagedError, shown
-from mm_retriever.store.filters import (
+from mm_retriever.store.fields import (
     CHECKSUM_FIELD,
     CONTENT_FIELD,
     DOC_ID_FIELD,

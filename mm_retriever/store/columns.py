@@ -1,8 +1,8 @@
-"""Which metadata columns a collection has and what they hold, so that a filter which cannot be meant so is said.
+"""Which metadata columns a collection has and what they hold, to report filters that no row can meet.
 
-Milvus keeps metadata as dynamic columns and answers a filter on a column that does not exist with nothing, or with
-everything. `Columns` knows the columns from a sample of the rows and from what is written through it; what is not among
-those is asked for exactly before anything is said. Knows nothing of connections: it is given two ways to ask.
+Milvus keeps metadata as dynamic columns and answers a filter on a missing column with nothing, or with everything.
+`Columns` knows the columns from a sample of the rows and from what is written through it; before it reports a missing
+one, it asks for exactly that. Knows nothing of connections.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import shown
 from mm_retriever.own_keys import BOOKKEEPING_KEYS
-from mm_retriever.store.filters import (
+from mm_retriever.store.fields import (
     CONTENT_FIELD,
     OWN_TEXT_COLUMNS,
     RESERVED_KEYS,
-    filter_expression,
     key_problem,
-    read_number,
     takes_lists,
 )
+from mm_retriever.store.filters import filter_expression, read_number
 
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
 
 SAMPLE_ROWS = 1_000
 BOOKKEEPING = frozenset({"file_path", *BOOKKEEPING_KEYS})
-"""Columns that ingestion writes for itself: they are not named to people, and a filter on them is nobody's mistake."""
+"""Columns that ingestion writes for itself: they are not named to people, and filters on them are not reported."""
 
 LAST = "~"
-"""Comes after everything that goes on with a date (digits, "-", ":", "T", blanks), and so ends a day or a month."""
+"""Sorts after everything that may follow a date (digits, "-", ":", "T", blanks), and so ends a day or a month."""
 
 _NAMED = 24  # columns that a message names
 _ORDER = (FilterOperator.GT, FilterOperator.GTE, FilterOperator.LT, FilterOperator.LTE)
@@ -46,45 +45,49 @@ Fetch: TypeAlias = Callable[[str, int], Sequence[Mapping[str, Any]]]
 
 
 class Columns:
-    """The metadata columns of one collection; may be used by many threads.
-
-    Args:
-        fetch: asks for rows.
-    """
+    """The metadata columns of one collection; may be used by many threads."""
 
     def __init__(self, fetch: Fetch) -> None:
         self._fetch = fetch
         self._kinds: dict[str, set[Kind]] = {}
         self._sampled = False
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._checked: set[tuple[str, str, str]] = set()
 
     def written(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take note of rows as they are written."""
-        with self._turn:
+        with self._lock:
             for row in rows:
                 self._note({key: value for key, value in row.items() if key not in RESERVED_KEYS})
 
     def forget(self) -> None:
         """Take note that the rows are gone."""
-        with self._turn:
+        with self._lock:
             self._kinds, self._sampled = {}, False
 
     @property
     def names(self) -> list[str]:
         """The columns that are known, without ingestion's own, in order."""
         self._sample()
-        with self._turn:
+        with self._lock:
             return sorted(self._kinds.keys() - BOOKKEEPING)
 
     def problems(self, filters: MetadataFilters | None) -> list[str]:
-        """Return what the filters say that the columns do not bear out, one sentence each; none for an empty store."""
+        """Return the conditions that no row can meet, a sentence each; none for an empty store."""
         if filters is None or not filters.filters:
             return []
-        found: dict[str, None] = {}
-        for item, alternatives in _leaves(filters):
-            if (problem := self._problem(item, alternatives)) is not None:
-                found[problem] = None
-        return list(found)
+        problems = (self._problem(item, alternatives) for item, alternatives in _leaves(filters))
+        return list(dict.fromkeys(problem for problem in problems if problem is not None))
+
+    def new_problems(self, filters: MetadataFilters) -> list[str]:
+        """As `problems`; none for filters whose columns, operators and types of values were all checked before."""
+        conditions = {(item.key, str(item.operator), type(item.value).__name__) for item, _ in _leaves(filters)}
+        if conditions <= self._checked:
+            return []
+        problems = self.problems(filters)
+        if self.names:  # an empty store has nothing to check against
+            self._checked |= conditions
+        return problems
 
     # ------------------------------------------------------------------------------------------ one condition
 
@@ -96,7 +99,7 @@ class Columns:
             return self._unknown(key)
         if operator in _ORDER:
             return self._order_problem(key, operator, item.value)
-        wanted = _looked_into(item, alternatives)
+        wanted = _wanted(alternatives)
         if wanted and not any(self._has(key, kind) for kind in wanted):
             kinds = self._known(key)
             advice = "contains" if "lists" in kinds else "text_match" if "text" in kinds else "== or in"
@@ -108,7 +111,7 @@ class Columns:
         kinds: list[Kind] = ["text"] if isinstance(value, str) else []
         kinds += ["numbers"] if number is not None else []
         if isinstance(value, str) and number is not None and not self._has(key, "numbers"):
-            kinds = []  # "9" > "10" as texts: nobody means that
+            kinds = []  # "9" > "10" as texts is never meant
         if any(self._has(key, kind) for kind in kinds):
             return None
         given = f"the text {shown(str(value).removesuffix(LAST))}" if number is None else f"the number {shown(value)}"
@@ -118,14 +121,13 @@ class Columns:
         names = self.names
         if not names and not self._fetch("", 1):
             return None
-        said = f"no column {key!r}"
         if not names:
-            return f"{said}; there are none"
+            return f"no column {key!r}; there are none"
         near = [name for name in names if name.casefold() == key.casefold()]
         near = near or difflib.get_close_matches(key, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return f"{said}; there are: {', '.join(names[:_NAMED])}{rest}{hint}"
+        return f"no column {key!r}; there are: {', '.join(names[:_NAMED])}{rest}{hint}"
 
     def _described(self, key: str) -> str:
         kinds = sorted(self._known(key))
@@ -134,7 +136,7 @@ class Columns:
     # ------------------------------------------------------------------------------------------ what is known
 
     def _known(self, key: str) -> set[Kind]:
-        with self._turn:
+        with self._lock:
             return set(self._kinds.get(key, ()))
 
     def _has(self, key: str, kind: Kind | None) -> bool:
@@ -147,7 +149,7 @@ class Columns:
             return False
         if not self._fetch(_exists(key, kind), 1):
             return False
-        with self._turn:
+        with self._lock:
             self._kinds.setdefault(key, set()).update([kind] if kind else [])
         if kind is None:
             for each in ("numbers", "text", "lists"):
@@ -155,11 +157,11 @@ class Columns:
         return True
 
     def _sample(self) -> None:
-        with self._turn:
+        with self._lock:
             if self._sampled:
                 return
         rows = self._fetch("", SAMPLE_ROWS)
-        with self._turn:
+        with self._lock:
             self._sampled = True
             for row in rows:
                 self._note(_metadata(row))
@@ -207,28 +209,31 @@ def _exists(key: str, kind: Kind | None) -> str:
     return filter_expression(MetadataFilters(filters=[present, neither]))
 
 
-def _leaves(group: MetadataFilters, depth: int = 0) -> Iterator[tuple[MetadataFilter, list[MetadataFilter]]]:
-    """Each condition, with its alternatives on the same column in the same OR."""
+def _leaves(group: MetadataFilters, depth: int = 0) -> Iterator[tuple[MetadataFilter, Sequence[MetadataFilter]]]:
+    """Each condition, with those on the same column in the same OR."""
     leaves = [item for item in group.filters if isinstance(item, MetadataFilter)]
-    either = group.condition == FilterCondition.OR
+    alternatives: dict[str, list[MetadataFilter]] = {}
+    if group.condition == FilterCondition.OR:
+        for item in leaves:
+            alternatives.setdefault(item.key, []).append(item)
     for item in leaves:
-        yield item, [other for other in leaves if either and other is not item and other.key == item.key]
+        yield item, alternatives.get(item.key, [item])
     if depth < 32:
         for inner in group.filters:
             if isinstance(inner, MetadataFilters):
                 yield from _leaves(inner, depth + 1)
 
 
-def _looked_into(item: MetadataFilter, alternatives: Sequence[MetadataFilter]) -> set[Kind]:
-    """The kinds of values that the condition, or an alternative, may match; empty: there is nothing to say."""
+def _wanted(alternatives: Sequence[MetadataFilter]) -> set[Kind]:
+    """The kinds of values that any of the conditions may match; empty if they may match any kind."""
     kinds: set[Kind] = set()
-    for one in (item, *alternatives):
-        operator = FilterOperator(one.operator)
+    for item in alternatives:
+        operator = FilterOperator(item.operator)
         if operator in _LISTS:
             kinds.add("lists")
         elif operator is FilterOperator.TEXT_MATCH:
             kinds.add("text")
-        elif operator in _EQUALITY and one.value is not None:
+        elif operator in _EQUALITY and item.value is not None:
             kinds.update(("numbers", "text"))
         else:
             return set()

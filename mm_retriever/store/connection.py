@@ -21,7 +21,6 @@ from pymilvus.exceptions import MilvusException
 from mm_retriever.errors import StoreError, StoreUnavailableError, one_line
 from mm_retriever.store.channel import Deadline, deadline, open_channel
 from mm_retriever.store.lite_channel import LITE_FILES, LiteCallError, LiteChannel, LiteFile
-from mm_retriever.store.lite_files import lite_path
 from mm_retriever.store.lite_server import HANDLING
 
 _SERVER_URI = re.compile(r"(?:https?|tcp)://.+|unix:.+", re.IGNORECASE)
@@ -38,7 +37,7 @@ class Connection:
     """One connection to Milvus, dedicated to one store.
 
     Attributes:
-        client: what requests go through, inside `request`.
+        client: pymilvus' client; requests go through it inside `request`.
         lite_path: absolute path of the Milvus Lite file, None for a server.
         where: the place, for people: a path, or a URI without credentials.
         timeout: seconds for one request.
@@ -49,30 +48,27 @@ class Connection:
             raise StoreError(f"timeout {timeout!r}: give seconds above 0")
         place = str(uri)
         self.timeout = timeout
-        self.lite_path = None if _SERVER_URI.fullmatch(place) else lite_path(place)
+        self.lite_path = None if _SERVER_URI.fullmatch(place) else _lite_path(place)
         self.where = self.lite_path or _CREDENTIALS.sub(r"\1", place)
         self._open = True
         self._lite_file: LiteFile | None = None
+        options: dict[str, Any] = {"timeout": timeout, "dedicated": True}
         with self.request("connecting"), self.deadline():
-            self.client = self._lite_client(self.lite_path) if self.lite_path else self._server_client(place, token)
-
-    def _lite_client(self, path: str) -> MilvusClient:
-        self._lite_file = LITE_FILES.enter(path)
-        try:
-            channel = LiteChannel(self._lite_file, self.timeout)
-            return MilvusClient(_ANY_SOCKET, timeout=self.timeout, dedicated=True, channel=channel)
-        except BaseException:
-            LITE_FILES.leave(path)
-            raise
-
-    def _server_client(self, uri: str, token: str | None) -> MilvusClient:
-        channel = open_channel(uri, self.timeout)
-        try:
-            return MilvusClient(uri, token=token or "", timeout=self.timeout, dedicated=True, channel=channel)
-        except BaseException:
-            if channel is not None:
-                channel.close()
-            raise
+            if self.lite_path:
+                self._lite_file = LITE_FILES.enter(self.lite_path)
+                channel: Any = LiteChannel(self._lite_file, timeout)
+                options |= {"uri": _ANY_SOCKET}
+            else:
+                channel = open_channel(place, timeout)
+                options |= {"uri": place, "token": token or ""}
+            try:
+                self.client = MilvusClient(channel=channel, **options)
+            except BaseException:
+                if channel is not None:
+                    channel.close()
+                if self.lite_path:
+                    LITE_FILES.leave(self.lite_path)
+                raise
 
     def close(self) -> None:
         """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
@@ -81,6 +77,12 @@ class Connection:
             self.client.close()
             if self.lite_path:
                 LITE_FILES.leave(self.lite_path)
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def turn(self) -> AbstractContextManager[None]:
         """Let no other request come between those inside, where that is possible: in a Milvus Lite file.
@@ -94,14 +96,14 @@ class Connection:
         """Let all requests inside end within one timeout."""
         return deadline(self.timeout)
 
-    def ask(self, call: Callable[..., Any], **options: Any) -> Any:
+    def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Return the answer to one request; a server that is away is asked again until the timeout is over.
 
         Every request of ours may be sent twice: rows are written and removed by their id.
         """
         with self.deadline() as until:
             try:
-                return call(timeout=max(until.left, 0.1), **options)
+                return call(*arguments, timeout=max(until.left, 0.1), **options)
             except (MilvusException, grpc.RpcError) as error:
                 if until.left > 0:
                     raise
@@ -109,7 +111,7 @@ class Connection:
 
     @contextmanager
     def request(self, doing: str) -> Iterator[None]:
-        """Run requests to Milvus: whatever goes wrong becomes one error of ours, and nothing is printed.
+        """Run requests to Milvus: every failure becomes one error of ours, and nothing is printed.
 
         Raises:
             StoreLockedError: a process that does not share it has the Milvus Lite file open.
@@ -118,14 +120,13 @@ class Connection:
         """
         if not self._open:
             raise StoreError(f"the store at {self.where} is closed; open it again")
-        records: list[logging.LogRecord] = []
-        token = _CAPTURED.set(records)
+        token = _OURS.set(True)
         try:
             yield
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError, _TimeOverError) as error:
             raise self._explained(error, doing) from error
         finally:
-            _CAPTURED.reset(token)
+            _OURS.reset(token)
 
     def _explained(self, error: Exception, doing: str) -> StoreError:
         call = error if isinstance(error, LiteCallError) else error.__cause__  # pymilvus hides it while it connects
@@ -133,7 +134,8 @@ class Connection:
             if call.store_error is not None:
                 return call.store_error
             error = call
-        if _is_away(error):
+        code = error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)
+        if isinstance(error, _TimeOverError | grpc.FutureTimeoutError) or code in _AWAY:
             return StoreUnavailableError(
                 f"no answer from Milvus at {self.where} within {self.timeout:g} s while {doing}: {_short(error)}"
             )
@@ -141,7 +143,7 @@ class Connection:
 
 
 def check_exists(uri: str | Path) -> None:
-    """Refuse a Milvus Lite file that is not there, which connecting would make; a server says so itself.
+    """Refuse a missing Milvus Lite file, which connecting would make; of a server, only the server knows.
 
     Raises:
         StoreError: there is none; lists the files beside it.
@@ -153,19 +155,41 @@ def check_exists(uri: str | Path) -> None:
         path = Path(place).expanduser()
         if path.exists():
             return
-    except (OSError, RuntimeError) as error:  # a folder that may not be entered, no such user
-        raise StoreError(f"cannot open {place!r}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, RuntimeError) as error:
+        raise _cannot_open(place, error) from error
     beside: list[str] = []
     with suppress(OSError):
-        beside = sorted(one.name for one in path.parent.glob("*.db"))[:20]
+        beside = sorted(other.name for other in path.parent.glob("*.db"))[:20]
     others = f"there are {', '.join(map(repr, beside))} in its folder; or " if beside else ""
     raise StoreError(f"there is no store {place!r}; {others}make it with: mm-retriever index FOLDER --db {place}")
 
 
-def _is_away(error: BaseException) -> bool:
-    if isinstance(error, _TimeOverError | grpc.FutureTimeoutError):
-        return True
-    return (error.code() if isinstance(error, grpc.RpcError) else getattr(error, "code", None)) in _AWAY
+def _lite_path(place: str) -> str:
+    """The absolute path of a Milvus Lite file, which is a folder; the folder above it is made."""
+    if "\0" in place:
+        raise StoreError("a path holds no NUL byte")
+    if not place.endswith(".db"):
+        raise StoreError(
+            f"{place!r} is neither a server (http://, https://, tcp://, unix:) nor a Milvus Lite file: Milvus knows "
+            f"its files by a name that ends in '.db', in small letters; try {place.rstrip('/') + '.db'!r}"
+        )
+    try:
+        path = Path(place).expanduser().resolve()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:
+        raise _cannot_open(place, error) from error
+    if is_file:
+        raise StoreError(f"{path} is a file, as Milvus Lite 2 wrote it; Milvus Lite 3 keeps a folder: index anew")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder of {path}: {error.strerror or error}") from error
+    return str(path)
+
+
+def _cannot_open(place: str, error: Exception) -> StoreError:
+    """Of a folder that may not be entered, links in a circle, or an unknown user after `~`."""
+    return StoreError(f"cannot open {place!r}: {getattr(error, 'strerror', None) or error}")
 
 
 def _short(error: BaseException) -> str:
@@ -177,26 +201,19 @@ def _short(error: BaseException) -> str:
     return line if len(line) <= 400 else f"{line[:150]} ... {line[-250:]}"
 
 
-_CAPTURED: ContextVar[list[logging.LogRecord] | None] = ContextVar("captured", default=None)
+_OURS: ContextVar[bool] = ContextVar("ours", default=False)
 
 
-class _Capture(logging.Filter):
-    """Keeps what is logged about our own requests for our own error message, which says it once."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        records = _CAPTURED.get()
-        if records is not None:
-            records.append(record)
-        return records is None
+def _is_not_ours(_: logging.LogRecord) -> bool:
+    """Drop what is logged about our own requests: our error says it once."""
+    return not _OURS.get()
 
 
-class _WhileHandling(logging.Filter):
-    """Drops what Milvus Lite prints about a request that fails in this process: the answer says it too."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not HANDLING.now
+def _is_not_handled_here(_: logging.LogRecord) -> bool:
+    """Drop what Milvus Lite logs about a request that fails in this process: the answer says it too."""
+    return not HANDLING.now
 
 
 for _name in ("pymilvus.decorators", "pymilvus.client.connection_manager", "pymilvus.client.grpc_handler"):
-    logging.getLogger(_name).addFilter(_Capture())
-logging.getLogger("milvus_lite.adapter.grpc.servicer").addFilter(_WhileHandling())
+    logging.getLogger(_name).addFilter(_is_not_ours)
+logging.getLogger("milvus_lite.adapter.grpc.servicer").addFilter(_is_not_handled_here)

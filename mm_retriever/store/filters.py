@@ -29,36 +29,13 @@ from dataclasses import dataclass
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import FilterError, shown
-
-ID_FIELD = "id"
-DOC_ID_FIELD = "doc_id"
-TEXT_FIELD = "text"
-VECTOR_FIELD = "embedding"
-WORDS_FIELD = "_words"
-SPARSE_FIELD = "_sparse"
-CONTENT_FIELD = "_node_content"
-TYPE_FIELD = "_node_type"
-CHECKSUM_FIELD = "_row_checksum"
-
-OWN_TEXT_COLUMNS = {
-    ID_FIELD: ID_FIELD,
-    DOC_ID_FIELD: DOC_ID_FIELD,
-    "document_id": DOC_ID_FIELD,  # the names that other LlamaIndex stores give to the same thing
-    "ref_doc_id": DOC_ID_FIELD,
-    TEXT_FIELD: TEXT_FIELD,
-}
-RESERVED_KEYS = frozenset(
-    {
-        *OWN_TEXT_COLUMNS,
-        VECTOR_FIELD,
-        WORDS_FIELD,
-        SPARSE_FIELD,
-        CONTENT_FIELD,
-        TYPE_FIELD,
-        CHECKSUM_FIELD,
-        "_seq",
-        "_partition",
-    }
+from mm_retriever.store.fields import (
+    ID_FIELD,
+    MAX_INTEGER,
+    MAX_TEXT_BYTES,
+    OWN_TEXT_COLUMNS,
+    key_problem,
+    takes_lists,
 )
 
 MAX_DEPTH = 16
@@ -68,31 +45,17 @@ MAX_CONDITIONS = 4096
 MAX_FILTER_TEXT = 2**20
 """Characters of all the texts in one filter."""
 
-MAX_TEXT_BYTES = 65_535
-"""Of a text, of a node as JSON, and of all its metadata columns together: what a Milvus column holds."""
-
-MAX_INTEGER = 2**63 - 1
-
 _EXACT_INTEGER = 2**53
 
-_KEY = re.compile(r"\w[\w .-]{0,127}")
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
-_KEYWORDS = frozenset(("and", "or", "not", "in", "like", "is", "null", "exists", "iso", "interval", "true", "false"))
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _LONGEST_NUMBER = 400  # characters: more than any float needs
-_TRUTH = dict.fromkeys(("true", "True", "TRUE"), ("true", "True", "TRUE")) | dict.fromkeys(
-    ("false", "False", "FALSE"), ("false", "False", "FALSE")
-)
+_TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
+_TRUTH = dict.fromkeys(_TRUE, _TRUE) | dict.fromkeys(_FALSE, _FALSE)
 _NOWHERE = f'({ID_FIELD} < "")'  # true of no row: no text comes before the empty one
 
-_COMPARISONS = {
-    FilterOperator.GT: ">",
-    FilterOperator.GTE: ">=",
-    FilterOperator.LT: "<",
-    FilterOperator.LTE: "<=",
-}
+_COMPARISONS = {FilterOperator.GT: ">", FilterOperator.GTE: ">=", FilterOperator.LT: "<", FilterOperator.LTE: "<="}
 _COMPLEMENTS = {FilterOperator.NE: FilterOperator.EQ, FilterOperator.NIN: FilterOperator.IN}
 _LIST_OPERATORS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
 
@@ -100,11 +63,10 @@ _LIST_OPERATORS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.A
 def filter_expression(filters: MetadataFilters | None) -> str:
     """Return the Milvus expression that matches the same rows, "" for no filter at all.
 
-    Args:
-        filters: conditions on the metadata columns, and on `id`, `doc_id` (also `ref_doc_id`) and `text`.
+    Filters name metadata columns, and `id`, `doc_id` (also `ref_doc_id`) and `text`.
 
     Raises:
-        FilterError: a key or value that must not, or an operator that cannot, be expressed.
+        FilterError: a key, value or operator that cannot be expressed.
     """
     if filters is None:
         return ""
@@ -114,11 +76,11 @@ def filter_expression(filters: MetadataFilters | None) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a Milvus string literal that stands for exactly this text, whatever is in it."""
+    """Return a Milvus string literal that stands for exactly this text, whatever it contains."""
     if not isinstance(text, str):
         raise FilterError(f"text is needed, got {shown(text)}")
     try:
-        size = len(str.encode(text))  # str's own methods: a subclass has no say in what is written
+        size = len(str.encode(text))  # str's own methods: a subclass cannot change what is written
     except UnicodeEncodeError:
         raise FilterError(f"{text[:60]!r} holds half a surrogate pair, which is not Unicode text") from None
     if size > MAX_TEXT_BYTES:
@@ -147,17 +109,6 @@ def all_of(*expressions: str) -> str:
     return joined(parts, "and") if parts else ""
 
 
-def key_problem(key: object) -> str | None:
-    """Return why a metadata key cannot be a column that filters name, or None if it can."""
-    if not isinstance(key, str):
-        return f"a key must be text, not {type(key).__name__}"
-    if key in RESERVED_KEYS:
-        return f"{key!r} is a column of the store itself; choose another name"
-    if not _KEY.fullmatch(key):
-        return f"{key[:60]!r} is not a key: up to 128 letters, digits, '_', ' ', '.' and '-', the first no punctuation"
-    return None
-
-
 def read_number(text: str) -> int | float | None:
     """Return the number that a text reads as, None if it reads as none or as one that no column can hold."""
     if len(text) > _LONGEST_NUMBER or _NUMBER.fullmatch(text) is None:
@@ -167,11 +118,6 @@ def read_number(text: str) -> int | float | None:
         return whole if -MAX_INTEGER <= whole <= MAX_INTEGER else None
     number = float(text)
     return number if math.isfinite(number) else None
-
-
-def takes_lists(key: str) -> bool:
-    """Whether lists may be stored under the key: Milvus' list functions take plain ASCII identifiers only."""
-    return _IDENTIFIER.fullmatch(key) is not None and key.lower() not in _KEYWORDS
 
 
 # ---------------------------------------------------------------------------------------------- groups
@@ -216,7 +162,7 @@ def _condition(item: MetadataFilter, *, negated: bool, budget: _Budget) -> str:
 
 
 class _Budget:
-    """What one filter may still say: a model that writes filters must not keep the server busy for minutes."""
+    """What is left of the limits of one filter: a model that writes filters must not keep a server busy for minutes."""
 
     def __init__(self) -> None:
         self._conditions, self._characters = MAX_CONDITIONS, MAX_FILTER_TEXT
@@ -237,12 +183,9 @@ class _Column:
     expression: str
     own: bool  # a text column of the schema, present in every row
 
+    @property
     def has_text(self) -> str:
         return f'({self.expression} like "%")'  # true of every text, false of everything else
-
-    def require_metadata(self, operator: FilterOperator) -> None:
-        if self.own:
-            raise FilterError(f"{self.name!r} is a text column: {operator.value!r} does not apply to it")
 
 
 @dataclass(frozen=True)
@@ -263,27 +206,23 @@ class _Test:
         return joined([*self.guards, self.test], "and")
 
 
-@dataclass(frozen=True)
 class _Leaf:
     """One condition, which holds where one of its tests does."""
 
-    tests: tuple[_Test, ...]
-
     def __init__(self, *tests: _Test) -> None:
-        object.__setattr__(self, "tests", tests)
+        self._tests = tests
 
     @property
     def test(self) -> str:
-        return joined([one.test for one in self.tests], "or")
+        return joined([test.test for test in self._tests], "or")
 
     def negation(self) -> str:
-        certain = [one.certain() for one in self.tests]
-        return f"(not {certain[0]})" if len(certain) == 1 else f"(not {joined(certain, 'or')})"
+        return f"(not {joined([test.certain() for test in self._tests], 'or')})"
 
 
 def _column(key: str) -> _Column:
     if isinstance(key, str):
-        key = str.__str__(key)  # a subclass has no say in what is written
+        key = str.__str__(key)  # a subclass cannot change what is written
     if isinstance(key, str) and key in OWN_TEXT_COLUMNS:
         return _Column(key, OWN_TEXT_COLUMNS[key], own=True)
     if (problem := key_problem(key)) is not None:
@@ -300,7 +239,7 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Bud
     if operator in _COMPARISONS:
         return _order_leaf(column, operator, value, exists)
     if operator is FilterOperator.IN:
-        equals = [_Equal.of(column, operator, one) for one in _values(operator, value, budget)]
+        equals = [_Equal.of(column, operator, each) for each in _values(operator, value, budget)]
         return _Leaf(_Test(_equality(column, equals), exists))
     if operator is FilterOperator.TEXT_MATCH:
         return _Leaf(_Test(f"({column.expression} like {_substring(value)})", exists))
@@ -322,33 +261,33 @@ def _order_leaf(column: _Column, operator: FilterOperator, value: object, exists
 
     if column.own:
         if not isinstance(value, str):
-            raise _mismatched(column, value)
+            raise FilterError(f"{column.name!r} is a text column and cannot be compared with {shown(value)}")
         return _Leaf(against(quoted(value)))
-    tests = [against(quoted(value), column.has_text())] if isinstance(value, str) else []
+    tests = [against(quoted(value), column.has_text)] if isinstance(value, str) else []
     number = read_number(value) if isinstance(value, str) else _number(column, operator, value)
     if number is not None:
-        # no empty list is stored
-        no_list = (f"(array_length({column.name}) == 0)",) if takes_lists(column.name) else ()
-        tests.append(against(_literal(number), f"(not {column.has_text()})", *no_list))
+        no_list = (f"(array_length({column.name}) == 0)",) if takes_lists(column.name) else ()  # none is stored empty
+        tests.append(against(_literal(number), f"(not {column.has_text})", *no_list))
     return _Leaf(*tests)
 
 
 def _list_leaf(
     column: _Column, operator: FilterOperator, value: object, exists: tuple[str, ...], budget: _Budget
 ) -> _Leaf:
-    column.require_metadata(operator)
+    if column.own:
+        raise FilterError(f"{column.name!r} is a text column: {operator.value!r} does not apply to it")
     if not takes_lists(column.name):
         raise FilterError(f"{operator.value!r} needs a key of ASCII letters, digits and '_', got {column.name!r}")
     values = [value] if operator is FilterOperator.CONTAINS else _values(operator, value, budget)
     if not values and operator is FilterOperator.ALL:
         raise FilterError("'all' with an empty list asks for nothing: leave the filter out")
-    equals = [_Equal.of(column, operator, one) for one in values]
+    equals = [_Equal.of(column, operator, each) for each in values]
     if operator is FilterOperator.ALL:
-        test = joined([_membership(column, [one]) for one in equals], "and")
+        test = joined([_membership(column, [equal]) for equal in equals], "and")
     else:
         test = _membership(column, equals) if equals else _NOWHERE
     # Milvus Lite reads a text that looks like a JSON list as a list: a text is none
-    return _Leaf(_Test(joined([f"(not {column.has_text()})", test], "and"), exists))
+    return _Leaf(_Test(joined([f"(not {column.has_text})", test], "and"), exists))
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -384,17 +323,17 @@ class _Equal:
 
 def _equality(column: _Column, equals: Sequence[_Equal]) -> str:
     """Whether the column is one of these; a value that occurs twice is asked for once."""
-    numbers = dict.fromkeys(_literal(one.number) for one in equals if one.number is not None)
-    texts = dict.fromkeys(quoted(text) for one in equals for text in one.texts)
+    numbers = dict.fromkeys(_literal(equal.number) for equal in equals if equal.number is not None)
+    texts = dict.fromkeys(quoted(text) for equal in equals for text in equal.texts)
     tests = [f"({column.expression} == {literal})" for literal in (*numbers, *texts)]
     return joined(tests, "or") if tests else _NOWHERE
 
 
 def _membership(column: _Column, equals: Sequence[_Equal]) -> str:
     """Whether a list holds one of these, by type. Not json_contains: on Milvus Lite its argument takes no minus."""
-    numbers = [literal for one in equals for literal in one.literals()]
-    texts = [quoted(text) for one in equals for text in one.texts]
-    tests = [f"json_contains_any({column.name}, [{', '.join(some)}])" for some in (numbers, texts) if some]
+    numbers = [literal for equal in equals for literal in equal.literals()]
+    texts = [quoted(text) for equal in equals for text in equal.texts]
+    tests = [f"json_contains_any({column.name}, [{', '.join(values)}])" for values in (numbers, texts) if values]
     return joined(tests, "or")
 
 
@@ -435,15 +374,11 @@ def _number(column: _Column, operator: FilterOperator, value: object) -> int | f
     )
 
 
-def _mismatched(column: _Column, value: object) -> FilterError:
-    return FilterError(f"{column.name!r} is a text column and cannot be compared with {shown(value)}")
-
-
 def _values(operator: FilterOperator, value: object, budget: _Budget) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         raise FilterError(f"{operator.value!r} needs a list of values, got {shown(value)}")
-    for one in value:
-        budget.spend(one)
+    for item in value:
+        budget.spend(item)
     return value
 
 

@@ -1,8 +1,8 @@
 """How the stores of this process reach a Milvus Lite file: they serve it, or attach to the process that does.
 
-Owns who becomes the server, and what happens when the server ends: the first process that notices takes over, and
-every process sends its own request again (rows are written and removed by their id, so none is there twice). pymilvus
-gets this in place of a gRPC channel: no port, no proxy, no keepalive, and a forked child simply connects anew.
+Owns which process becomes the server, and what happens when the server ends: the first process that notices takes over,
+and every process sends its own request again (rows are written and removed by their id, so none is there twice).
+pymilvus gets this in place of a gRPC channel: no port, no proxy, no keepalive, and a forked child simply connects anew.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import grpc
 
 from mm_retriever.errors import StoreError, StoreLockedError
 from mm_retriever.store.channel import Deadline, deadline
-from mm_retriever.store.lite_server import CLOSING, OPENING, LiteServer, Record, reachable, read_record
+from mm_retriever.store.lite_record import CLOSING, OPENING, Record, read_record
+from mm_retriever.store.lite_server import LiteServer
 from mm_retriever.store.lite_wire import Wire
 
 _GRACE_SECONDS = 3.0
-"""How long a file may be locked by a process that cannot be reached, until that is an error."""
+"""How long an unreachable process may hold the lock of a file before that is an error."""
 
 _MOST_IDLE_WIRES = 16
 _DEFAULT_SECONDS = 30.0
@@ -42,6 +43,11 @@ class LiteCallError(grpc.RpcError):  # type: ignore[misc]
         super().__init__(details)
         self._code, self._details, self.store_error = code, details, store_error
 
+    @classmethod
+    def of(cls, error: StoreError, code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED) -> LiteCallError:
+        """Return the call error that carries an error of ours through pymilvus."""
+        return cls(code, str(error), error)
+
     def code(self) -> grpc.StatusCode:
         """Return what kind of failure it is."""
         return self._code
@@ -55,16 +61,22 @@ class LiteCallError(grpc.RpcError):  # type: ignore[misc]
         raise self
 
 
+class _HeldTurn(threading.local):
+    """The turn that the current thread keeps over several requests, and the connection that has it."""
+
+    wanted = False
+    wire: Wire | None = None
+
+
 class LiteFile:
     """A Milvus Lite file, shared by all stores of this process that have it open.
 
     Attributes:
-        path: of the file.
         electing: held while this process tries to open it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
         self._server: LiteServer | None = None
         self._record: Record | None = None
         self._reset()
@@ -86,14 +98,9 @@ class LiteFile:
             while True:
                 wire = self._wire(until)
                 header["until"] = time.time() + until.left
-                try:
-                    answer = self._exchange(wire, header, body, until)
-                except OSError as error:
-                    self._lost(wire, error, until)
+                answer = self._exchange(wire, header, body, until)
+                if answer is None:
                     continue
-                except BaseException:
-                    self._drop(wire)
-                    raise
                 if wire is not self._turn.wire:
                     self._give_back(wire)
                 return answer
@@ -111,7 +118,9 @@ class LiteFile:
             self._turn.wanted = False
             wire, self._turn.wire = self._turn.wire, None
             if wire is not None:
-                self._end_turn(wire)
+                with deadline(_DEFAULT_SECONDS) as until:
+                    if self._exchange(wire, {"do": "end turn"}, b"", until, last=True) is not None:
+                        self._give_back(wire)
 
     def _wire(self, until: Deadline) -> Wire:
         """A connection of the current thread's own, with the turn if that is wanted."""
@@ -121,41 +130,32 @@ class LiteFile:
             wire = self._idle.pop() if self._idle else self._connect(until)
             if not self._turn.wanted:
                 return wire
-            try:
-                self._exchange(wire, {"do": "take turn"}, b"", until)
-            except OSError as error:
-                self._lost(wire, error, until)
-            except BaseException:
-                self._drop(wire)
-                raise
-            else:
+            if self._exchange(wire, {"do": "take turn"}, b"", until) is not None:
                 self._turn.wire = wire
 
-    def _end_turn(self, wire: Wire) -> None:
-        with deadline(_DEFAULT_SECONDS) as until:
-            try:
-                self._exchange(wire, {"do": "end turn"}, b"", until)
-            except OSError:  # the turn ends with the connection
-                self._drop(wire)
-            except BaseException:
-                self._drop(wire)
-                raise
-            else:
-                self._give_back(wire)
+    def _exchange(
+        self, wire: Wire, header: dict[str, Any], body: bytes, until: Deadline, *, last: bool = False
+    ) -> tuple[dict[str, Any], bytes] | None:
+        """The answer on this connection; None if the connection was lost and there is time to ask on another.
 
-    @staticmethod
-    def _exchange(wire: Wire, header: dict[str, Any], body: bytes, until: Deadline) -> tuple[dict[str, Any], bytes]:
-        wire.send(header, body, seconds=until.left)
-        return wire.receive(until.left)
-
-    def _lost(self, wire: Wire, error: OSError, until: Deadline) -> None:
-        """Forget a connection without an answer; raises if it is too late to ask again."""
-        self._drop(wire)
-        if isinstance(error, TimeoutError):
-            raise self._silence(until) from error
-        until.reason = f"the process that had it open has ended ({error})"
-        if until.left <= 0:
-            raise LiteCallError(grpc.StatusCode.DEADLINE_EXCEEDED, until.reason) from error
+        The `last` exchange of a connection may get lost: a turn ends with its connection.
+        """
+        try:
+            wire.send(header, body, seconds=until.left)
+            return wire.receive(until.left)
+        except OSError as error:
+            self._drop(wire)
+            if last:
+                return None
+            if isinstance(error, TimeoutError):
+                raise self._silence(until) from error
+            until.reason = f"the process that had it open has ended ({error})"
+            if until.left <= 0:
+                raise LiteCallError(grpc.StatusCode.DEADLINE_EXCEEDED, until.reason) from error
+            return None
+        except BaseException:
+            self._drop(wire)
+            raise
 
     def _silence(self, until: Deadline) -> LiteCallError:
         pid = "" if self._record is None else f" {self._record.pid}"
@@ -174,18 +174,18 @@ class LiteFile:
         else:
             self._drop(wire)
 
-    # ------------------------------------------------------------------------------------------ who serves it
+    # ------------------------------------------------------------------------------------------ which process serves it
 
     def _connect(self, until: Deadline) -> Wire:
         """A new connection to the process that serves the file; it is this one if there is no other."""
         locked_since = time.monotonic()
         while True:
             server = self._server
-            record = None if server else read_record(self.path)
+            record = None if server else read_record(self._path)
             try:
                 if server is not None:
                     return Wire.dial(server.address, server.secret, until.left)
-                if record is not None and reachable(record):
+                if record is not None and record.is_reachable:
                     wire = Wire.dial(record.address, bytes.fromhex(record.secret), until.left)
                     self._record = record
                     return wire
@@ -201,7 +201,7 @@ class LiteFile:
                     until.reason = f"process {record.pid} is {record.state} it"
                     raise LiteCallError(grpc.StatusCode.DEADLINE_EXCEEDED, until.reason)
             elif time.monotonic() - locked_since > min(_GRACE_SECONDS, until.left):
-                raise self._locked(record)
+                raise LiteCallError.of(self._locked(record))
             time.sleep(0.02)
 
     def _serve(self) -> bool:
@@ -210,24 +210,23 @@ class LiteFile:
             if self._server is not None:
                 return True
             try:
-                self._server = LiteServer.start(self.path)
+                self._server = LiteServer.start(self._path)
             except StoreError as error:
-                raise LiteCallError(grpc.StatusCode.PERMISSION_DENIED, str(error), error) from error
+                raise LiteCallError.of(error) from error
             except OSError as error:
-                reason = StoreError(f"cannot open {self.path}: {error.strerror or error}")
-                raise LiteCallError(grpc.StatusCode.PERMISSION_DENIED, str(reason), reason) from error
+                reason = StoreError(f"cannot open {self._path}: {error.strerror or error}")
+                raise LiteCallError.of(reason) from error
             return self._server is not None
 
-    def _locked(self, record: Record | None) -> LiteCallError:
+    def _locked(self, record: Record | None) -> StoreLockedError:
         if record is None:
-            who = "another user, or by a program that does not share it (an earlier version of this one)"
+            holder = "another user, or by a program that does not share it (an earlier version of this one)"
         else:
-            who = f"process {record.pid} on {record.host}, which cannot be reached from here (another container?)"
-        error = StoreLockedError(
-            f"{self.path} is open in another process, and cannot be shared with it: it is held by {who}. "
+            holder = f"process {record.pid} on {record.host}, which cannot be reached from here (another container?)"
+        return StoreLockedError(
+            f"{self._path} is open in another process, and cannot be shared with it: it is held by {holder}. "
             "Close it there, or let both use a Milvus server"
         )
-        return LiteCallError(grpc.StatusCode.PERMISSION_DENIED, str(error), error)
 
     # ------------------------------------------------------------------------------------------ the end
 
@@ -248,13 +247,6 @@ class LiteFile:
         self._reset()
         if server is not None:
             server.forget()
-
-
-class _HeldTurn(threading.local):
-    """The turn that the current thread keeps over several requests, and the connection that has it."""
-
-    wanted = False
-    wire: Wire | None = None
 
 
 class LiteFiles:
@@ -330,7 +322,19 @@ class LiteChannel:
         _registered_method: bool = False,
     ) -> _Call:
         """Return what sends one kind of request."""
-        return _Call(self._file, method, request_serializer, response_deserializer, self._timeout)
+
+        def call(request: Any, timeout: float | None = None, metadata: Any = None) -> Any:
+            header = {"method": method, "metadata": [[str(key), str(value)] for key, value in metadata or ()]}
+            with deadline(timeout or self._timeout):
+                answer, body = self._file.ask(header, request_serializer(request))
+            if "refused" in answer:
+                raise LiteCallError.of(StoreError(str(answer["refused"])), grpc.StatusCode.INVALID_ARGUMENT)
+            code = grpc.StatusCode[answer.get("code", "UNKNOWN")]
+            if code is not grpc.StatusCode.OK:
+                raise LiteCallError(code, str(answer.get("details", "")))
+            return response_deserializer(body)
+
+        return _Call(call)
 
     def unary_stream(self, *_: Any, **__: Any) -> None:
         """Milvus Lite has no requests of this kind."""
@@ -344,28 +348,11 @@ class LiteChannel:
 class _Call:
     """One kind of request, as gRPC's stubs call it."""
 
-    def __init__(
-        self,
-        file: LiteFile,
-        method: str,
-        serialize: Callable[[Any], bytes],
-        deserialize: Callable[[bytes], Any],
-        timeout: float,
-    ) -> None:
-        self._file, self._method, self._timeout = file, method, timeout
-        self._serialize, self._deserialize = serialize, deserialize
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
     def __call__(self, request: Any, timeout: float | None = None, metadata: Any = None, **_: Any) -> Any:
-        header = {"method": self._method, "metadata": [[str(key), str(value)] for key, value in metadata or ()]}
-        with deadline(timeout or self._timeout):
-            answer, body = self._file.ask(header, self._serialize(request))
-        if "refused" in answer:
-            error = StoreError(str(answer["refused"]))
-            raise LiteCallError(grpc.StatusCode.INVALID_ARGUMENT, str(error), error)
-        code = grpc.StatusCode[answer.get("code", "UNKNOWN")]
-        if code is not grpc.StatusCode.OK:
-            raise LiteCallError(code, str(answer.get("details", "")))
-        return self._deserialize(body)
+        return self._call(request, timeout, metadata)
 
     def with_call(self, request: Any, **options: Any) -> tuple[Any, _Answer]:
         answer = _Answer(self(request, **options))
@@ -386,14 +373,3 @@ class _Answer:
 
     def result(self, timeout: float | None = None) -> Any:
         return self._result
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.OK
-
-    def details(self) -> str:
-        return ""
-
-    def initial_metadata(self) -> tuple[()]:
-        return ()
-
-    trailing_metadata = initial_metadata

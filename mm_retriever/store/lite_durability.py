@@ -1,16 +1,12 @@
-"""What Milvus Lite leaves out for a power cut and for bit rot: syncing, checksums of its files, copies of two of them.
+"""What Milvus Lite lacks against power cuts and bit rot: syncing, checksums of its files, copies of two of them.
 
-Milvus Lite syncs its manifest and not the data that the manifest names, then removes the log that still had the rows.
-Here are the steps that are added:
+Milvus Lite syncs its manifest but not the data that the manifest names, then removes the log that still had the rows.
+So `guard` has it sync each data file before the manifest names it, and `sync_logs` syncs its logs. For each file that
+Milvus Lite will read again, the folder `mm_retriever` of its collection has a record of checksums; `lite_repair.py`
+compares the files with their records before Milvus Lite opens them.
 
-- In the process that serves a file, `guard` has Milvus Lite sync each data file, and the folders above it, before the
-  manifest names it, and keeps a copy of each manifest.
-- In any process, `sync_logs` returns when all that the logs hold is on the disk.
-- For each file that Milvus Lite will read again there is a record of its checksums, in the folder `mm_retriever` of its
-  collection. The repair (`lite_repair.py`) holds the files against the records before Milvus Lite opens them.
-
-A record is a text file of lines "start end crc32 check": the bytes from start to end have this checksum, and the line
-itself has the last one. A line that does not agree with its own check says nothing. A log grows, so its record does.
+A record is a text file of lines "start end crc32 check": the checksum of the bytes from start to end, then a checksum
+of the line itself. A line that fails its own check is ignored. A log grows, and its record grows with it.
 """
 
 from __future__ import annotations
@@ -26,53 +22,35 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from mm_retriever.errors import StoreError
-from mm_retriever.files import flush
+from mm_retriever.files import flush, sync
 from mm_retriever.forks import ForkLock
 
 RECORDS = "mm_retriever"
-"""The folder of ours in the folder of a collection."""
+"""Our folder in the folder of a collection."""
 
-_COPIED = ("manifest.json", "schema.json")
-_PIECE = 2**20
-
+COPIED = ("manifest.json", "schema.json")
+_CHUNK = 2**20
 _guarded: set[str] = set()
 _installing = ForkLock()
-_synced: dict[str, tuple[int, ...]] = {}  # log: its state when it was last synced from this process
+_synced: dict[str, tuple[int, ...]] = {}  # log: its state when this process last synced it
 
 
 # ------------------------------------------------------------------------------------------------ syncing
 
 
-def sync(place: Path) -> None:
-    """Return when a file, or what a folder lists, is on the disk; a folder that cannot be synced is passed over."""
-    is_folder = place.is_dir()
-    try:
-        descriptor = os.open(place, os.O_RDONLY)
-    except PermissionError:
-        if is_folder:  # above the store, where others rule
-            return
-        raise
-    try:
-        flush(descriptor)
-    except OSError:
-        if not is_folder:
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def sync_folders(lowest: Path, highest: Path) -> None:
-    """Sync what the folders list, from the lowest up to the highest."""
+    """Sync the lists of names of the lowest folder, the highest and all between them."""
     for folder in (lowest, *lowest.parents):
-        sync(folder)
+        with suppress(OSError):  # some file systems sync no folders
+            sync(folder)
         if folder == highest:
             return
 
 
 def sync_new_collection(place: Path, name: str) -> None:
-    """Return when a collection that was made or emptied just now, and all folders above it, are on the disk."""
+    """Return when a new or emptied collection, and all folders above it, are on the disk."""
     folder = place / "collections" / name
-    for file in ("schema.json", "manifest.json"):
+    for file in COPIED:
         with suppress(FileNotFoundError):
             sync(folder / file)
     sync_folders(folder, place)
@@ -80,42 +58,46 @@ def sync_new_collection(place: Path, name: str) -> None:
     for above in place.parents:  # may have been made for this file
         if above.stat().st_dev != device:
             return
-        sync(above)
+        with suppress(OSError):  # another user's folder
+            sync(above)
 
 
 def sync_logs(place: Path, name: str) -> None:
     """Return when every row and removal that Milvus Lite has acknowledged for a collection is on the disk.
 
-    What is no longer in a log is in a data file, and that was synced before the log was removed. Any process of the
-    user may call it, whichever serves the file.
+    What a log no longer has is in a data file, which was synced before the log was removed. Any process of the user may
+    call this, whichever serves the file.
 
     Raises:
-        OSError: the disk failed or is full; what was written last may not survive a power cut.
+        OSError: the disk failed or is full; the last rows may not survive a power cut.
     """
     folder = place / "collections" / name
-    try:
-        logs = sorted(folder.glob("wal/wal_*_*.arrow"))
-    except FileNotFoundError:
-        return
-    for log in logs:
+    for log in sorted(folder.glob("wal/wal_*_*.arrow")):
         try:
-            descriptor = os.open(log, os.O_RDONLY | os.O_NOFOLLOW)
+            with opened(log) as descriptor:
+                _sync_log(folder, log, descriptor)
         except FileNotFoundError:  # its rows went into a data file meanwhile
             _synced.pop(str(log), None)
-            continue
-        try:
-            stat = os.fstat(descriptor)
-            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)  # inodes are used again
-            known = _synced.get(str(log))
-            if known == state:
-                continue
-            flush(descriptor)
-            if known is None or known[0] != state[0]:
-                sync_folders(log.parent, folder)
-            _record_growth(folder, log, descriptor, stat.st_size)
-            _synced[str(log)] = state
-        finally:
-            os.close(descriptor)
+
+
+def _sync_log(folder: Path, log: Path, descriptor: int) -> None:
+    stat = os.fstat(descriptor)
+    state = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)  # inodes are used again
+    known = _synced.get(str(log))
+    if known == state:
+        return
+    flush(descriptor)
+    if known is None or known[0] != state[0]:
+        sync_folders(log.parent, folder)
+    # The record serves to find bit rot and need not survive a power cut itself.
+    record = record_path(folder, log)
+    start = max((span[1] for span in _read_record(record)), default=0)
+    if start < stat.st_size:
+        record.parent.mkdir(exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with os.fdopen(os.open(record, flags, 0o666), "ab", buffering=0) as file:
+            file.write(_line(start, stat.st_size, _checksum(descriptor, start, stat.st_size)))
+    _synced[str(log)] = state
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -127,10 +109,11 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         flush(file.fileno())
     draft.replace(path)
-    sync(path.parent)
+    with suppress(OSError):
+        sync(path.parent)
 
 
-# ------------------------------------------------------------------------------------------------ records
+# ------------------------------------------------------------------------------------------------ records and copies
 
 
 def record_path(folder: Path, file: Path) -> Path:
@@ -153,13 +136,19 @@ def record_file(folder: Path, file: Path) -> None:
     write_whole(record_path(folder, file), line)
 
 
+def remove_file(folder: Path, file: Path) -> None:
+    """Remove a file of a collection, and its record."""
+    file.unlink()
+    record_path(folder, file).unlink(missing_ok=True)
+
+
 def is_recorded(folder: Path, file: Path) -> bool:
-    """Whether there is a record that says something of the file."""
+    """Whether a file has a record with at least one valid line."""
     return bool(_read_record(record_path(folder, file)))
 
 
 def damage(folder: Path, file: Path) -> str | None:
-    """Return what of a file is not as it was recorded, None if all is (also where there is no record).
+    """Return how a file differs from its record; None if it does not, or has no record.
 
     Raises:
         OSError: the file cannot be read.
@@ -188,24 +177,9 @@ def opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _record_growth(folder: Path, log: Path, descriptor: int, size: int) -> None:
-    """Record what a log has got since its last line; the record is for finding rot and need not survive a power cut."""
-    record = record_path(folder, log)
-    start = max((span[1] for span in _read_record(record)), default=0)
-    if start >= size:
-        return
-    record.parent.mkdir(exist_ok=True)
-    line = _line(start, size, _checksum(descriptor, start, size))
-    append = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        os.write(append, line)
-    finally:
-        os.close(append)
-
-
 def _line(start: int, end: int, checksum: int) -> bytes:
-    said = f"{start} {end} {checksum:08x}"
-    return f"{said} {zlib.crc32(said.encode()):08x}\n".encode()
+    span = f"{start} {end} {checksum:08x}"
+    return f"{span} {zlib.crc32(span.encode()):08x}\n".encode()
 
 
 def _read_record(record: Path) -> list[tuple[int, int, int]]:
@@ -228,80 +202,103 @@ def _read_record(record: Path) -> list[tuple[int, int, int]]:
 def _checksum(descriptor: int, start: int, end: int) -> int:
     checksum = 0
     while start < end:
-        piece = os.pread(descriptor, min(_PIECE, end - start), start)
-        if not piece:
+        data = os.pread(descriptor, min(_CHUNK, end - start), start)
+        if not data:
             return -1
-        checksum = zlib.crc32(piece, checksum)
-        start += len(piece)
+        checksum = zlib.crc32(data, checksum)
+        start += len(data)
     return checksum
 
 
-# ------------------------------------------------------------------------------------------------ copies
-
-
-def copy_path(folder: Path, name: str) -> Path:
-    """Return where the copy of a collection's manifest or schema is kept."""
+def _copy_path(folder: Path, name: str) -> Path:
     return folder / RECORDS / f"{name}.copy"
 
 
 def keep_copy(folder: Path, name: str) -> None:
-    """Keep a copy of a collection's manifest or schema, with its checksum, in step with it."""
+    """Keep a copy of a collection's manifest or schema, with its checksum."""
     content = (folder / name).read_bytes()
     if read_copy(folder, name) != content:
         (folder / RECORDS).mkdir(exist_ok=True)
-        write_whole(copy_path(folder, name), f"{zlib.crc32(content):08x}\n".encode() + content)
+        write_whole(_copy_path(folder, name), f"{zlib.crc32(content):08x}\n".encode() + content)
 
 
 def read_copy(folder: Path, name: str) -> bytes | None:
     """Return the last good content of the file; None where there is no copy, or it is damaged itself."""
     try:
-        checksum, _, content = copy_path(folder, name).read_bytes().partition(b"\n")
+        checksum, _, content = _copy_path(folder, name).read_bytes().partition(b"\n")
     except FileNotFoundError:
         return None
     return content if checksum == f"{zlib.crc32(content):08x}".encode() else None
 
 
-# ------------------------------------------------------------------------------------------------ steps added
+def damaged_files(place: Path) -> dict[str, str]:
+    """Return how each file of a Milvus Lite file differs from its record or copy, by its path."""
+    damaged: dict[str, str] = {}
+    for folder in sorted((place / "collections").iterdir()) if (place / "collections").is_dir() else ():
+        for record, file in sorted(recorded_files(folder)):
+            try:
+                reason = damage(folder, file)
+            except FileNotFoundError:  # merged into another, or emptied: Milvus Lite removes what it no longer needs
+                continue
+            except OSError as error:
+                reason = f"it cannot be read: {error.strerror or error}"
+            if reason is not None and record.exists() and file.exists():
+                damaged[str(file)] = reason
+        for name in COPIED:
+            copy = read_copy(folder, name)
+            if copy is not None and not _agrees(folder / name, copy):
+                damaged[str(folder / name)] = "it is not what was written"
+    return damaged
+
+
+def _agrees(file: Path, copy: bytes) -> bool:
+    try:
+        content = file.read_bytes()
+        if content == copy:
+            return True
+        version, copied = (json.loads(text)["version"] for text in (content, copy))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return file.name == "manifest.json" and isinstance(version, int) and version > copied
+
+
+# ------------------------------------------------------------------------------------------------ inside Milvus Lite
 
 
 def guard(place: Path) -> None:
     """Have Milvus Lite, in this process, sync and record what it writes below this folder.
 
-    This replaces private functions of milvus_lite (3.2.2): it offers no other way to get between a data file and the
-    manifest that names it. Where they are missing, a power cut could lose stored rows, so the file is not opened.
+    This replaces functions of milvus_lite 3.2: it offers no public way to act between writing a data file and naming it
+    in the manifest. Without these steps a power cut could lose stored rows, so the file is not opened.
 
     Raises:
-        StoreError: the milvus_lite that is installed is built differently.
+        StoreError: the installed milvus_lite is built differently.
     """
     with _installing:
-        _install()
+        try:
+            from milvus_lite.engine import compaction, flush
+            from milvus_lite.storage.manifest import Manifest
+            from milvus_lite.storage.segment import Segment
+
+            steps: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+                (flush, "write_data_file", _syncing),
+                (flush, "write_delta_file", _syncing),
+                (compaction, "write_data_file", _syncing),
+                (Manifest, "save", _copying),
+                (Segment, "build_or_load_index", _recording),
+            )
+            originals = [(owner, name, step, getattr(owner, name)) for owner, name, step in steps]
+        except (ImportError, AttributeError) as error:
+            raise StoreError(
+                f"this package cannot protect stored rows from power cuts with the installed milvus-lite ({error}); "
+                "install milvus-lite 3.2"
+            ) from error
+        for owner, name, step, original in originals:
+            if not hasattr(original, "of_mm_retriever"):
+                replacement: Any = functools.wraps(original)(step(original))
+                replacement.of_mm_retriever = True
+                setattr(owner, name, replacement)
         _guarded.add(str(place))
-
-
-def _install() -> None:
-    try:
-        from milvus_lite.engine import compaction, flush
-        from milvus_lite.storage.manifest import Manifest
-        from milvus_lite.storage.segment import Segment
-
-        steps: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
-            (flush, "write_data_file", _syncing),
-            (flush, "write_delta_file", _syncing),
-            (compaction, "write_data_file", _syncing),
-            (Manifest, "save", _copying),
-            (Segment, "build_or_load_index", _recording),
-        )
-        found = [(owner, name, step, getattr(owner, name)) for owner, name, step in steps]
-    except (ImportError, AttributeError) as error:
-        raise StoreError(
-            f"the installed milvus-lite is not one that this package knows to keep safe in a power cut ({error}); "
-            "install milvus-lite 3.2"
-        ) from error
-    for owner, name, step, original in found:
-        if not hasattr(original, "of_mm_retriever"):
-            added: Any = functools.wraps(original)(step(original))
-            added.of_mm_retriever = True
-            setattr(owner, name, added)
 
 
 def _is_guarded(path: Path) -> bool:
@@ -309,14 +306,13 @@ def _is_guarded(path: Path) -> bool:
 
 
 def _syncing(write: Callable[..., str]) -> Callable[..., str]:
-    """A data or delta file is on the disk, and recorded, before the manifest can name it."""
+    """Data and delta files are on the disk, and recorded, before the manifest can name them."""
 
     def written(table: Any, partition_dir: str, *arguments: Any, **options: Any) -> str:
         name = write(table, partition_dir, *arguments, **options)
-        partition = Path(partition_dir)
-        if _is_guarded(partition):
-            folder = partition.parent.parent
-            file = partition / name
+        file = Path(partition_dir, name)
+        if _is_guarded(file):
+            folder = Path(partition_dir).parent.parent
             sync(file)
             sync_folders(file.parent, folder)
             record_file(folder, file)
@@ -326,20 +322,20 @@ def _syncing(write: Callable[..., str]) -> Callable[..., str]:
 
 
 def _copying(save: Callable[..., None]) -> Callable[..., None]:
-    """There is a copy of the manifest, and of the schema."""
+    """Manifest and schema have copies."""
 
     def saved(manifest: Any) -> None:
         save(manifest)
         folder = Path(manifest.data_dir)
         if _is_guarded(folder):
-            for name in _COPIED:
+            for name in COPIED:
                 keep_copy(folder, name)
 
     return saved
 
 
 def _recording(build_or_load: Callable[..., None]) -> Callable[..., None]:
-    """An index file is recorded; one without a record is built anew at the next opening."""
+    """Index files are recorded; one without a record is built anew at the next opening."""
 
     def built(segment: Any, spec: Any, index_dir: str) -> None:
         build_or_load(segment, spec, index_dir)
@@ -350,39 +346,3 @@ def _recording(build_or_load: Callable[..., None]) -> Callable[..., None]:
                 record_file(folder, file)
 
     return built
-
-
-# ------------------------------------------------------------------------------------------------ looking
-
-
-def damaged_files(place: Path) -> dict[str, str]:
-    """Return what is wrong with each file of a Milvus Lite file that is not as it was recorded, by its path."""
-    found: dict[str, str] = {}
-    for folder in sorted((place / "collections").iterdir()) if (place / "collections").is_dir() else ():
-        for record, file in sorted(recorded_files(folder)):
-            try:
-                reason = damage(folder, file)
-            except (
-                FileNotFoundError
-            ):  # merged into another, or emptied: Milvus Lite keeps no log or file that it needs not
-                continue
-            except OSError as error:
-                reason = f"it cannot be read: {error.strerror or error}"
-            if reason is not None and record.exists() and file.exists():
-                found[str(file)] = reason
-        for name in _COPIED:
-            copy = read_copy(folder, name)
-            if copy is not None and not _agrees(folder / name, copy):
-                found[str(folder / name)] = "it is not what was written"
-    return found
-
-
-def _agrees(file: Path, copy: bytes) -> bool:
-    try:
-        content = file.read_bytes()
-        if content == copy:
-            return True
-        version, copied = (json.loads(one)["version"] for one in (content, copy))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return file.name == "manifest.json" and isinstance(version, int) and version > copied

@@ -1,6 +1,6 @@
 """Frames on a socket between the process that serves a Milvus Lite file and the processes that use it.
 
-Owns how two processes of one user prove to each other that they read the same secret, and how a request and its answer
+Owns how two processes of one user prove to each other that they know the same secret, and how a request and its answer
 are written. Knows nothing of Milvus.
 """
 
@@ -20,6 +20,7 @@ Address: TypeAlias = str | tuple[str, int]
 _SIZES = struct.Struct("!IQ")  # of the header, of the body
 _MOST_HEADER = 1 << 20
 _MOST_BODY = 1 << 30
+_MOST_GREETING = 1024
 _NONCE_BYTES = 32
 
 
@@ -28,19 +29,18 @@ class WireError(OSError):
 
 
 class Wire:
-    """One connected socket; after a timeout or an error it is of no further use."""
+    """One connected socket; after a timeout or an error it is of no further use.
+
+    `dial` and `admit` are the two sides of one handshake. Both raise WireError where the other side does not know the
+    secret, and TimeoutError where it does not answer in time.
+    """
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
 
     @classmethod
     def dial(cls, address: Address, secret: bytes, seconds: float) -> Wire:
-        """Return a connection on which both sides have proved that they know the secret.
-
-        Raises:
-            WireError: nobody listens there, or somebody who does not know the secret.
-            TimeoutError: no answer.
-        """
+        """Return a connection on which both sides have proved that they know the secret."""
         end = time.monotonic() + seconds
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         wire = cls(socket.socket(family, socket.SOCK_STREAM))
@@ -50,20 +50,14 @@ class Wire:
             theirs = _nonce(wire.receive(end - time.monotonic(), most=0)[0])
             ours = secrets.token_hex(_NONCE_BYTES)
             wire.send({"nonce": ours, "proof": _proof(secret, "client", theirs, ours)}, seconds=seconds)
-            header, _ = wire.receive(end - time.monotonic(), most=0)
-            _check(header, _proof(secret, "server", theirs, ours))
+            _check(wire.receive(end - time.monotonic(), most=0)[0], _proof(secret, "server", theirs, ours))
         except BaseException:
             wire.close()
             raise
         return wire
 
     def admit(self, secret: bytes, seconds: float) -> None:
-        """Let the other side prove that it knows the secret, then prove the same to it.
-
-        Raises:
-            WireError: it does not know it.
-            TimeoutError: no answer.
-        """
+        """Let the other side prove that it knows the secret, then prove the same to it."""
         ours = secrets.token_hex(_NONCE_BYTES)
         self.send({"nonce": ours}, seconds=seconds)
         header, _ = self.receive(seconds, most=0)
@@ -83,7 +77,7 @@ class Wire:
         """Read one frame; a body of more than `most` bytes is refused before it is read."""
         end = None if seconds is None else time.monotonic() + seconds
         head, size = _SIZES.unpack(self._read(_SIZES.size, end))
-        if head > (_MOST_HEADER if most else 1024) or size > most:
+        if head > (_MOST_HEADER if most else _MOST_GREETING) or size > most:
             raise WireError(f"a frame of {head} + {size} bytes")
         try:
             header = json.loads(self._read(head, end))

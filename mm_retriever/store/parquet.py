@@ -19,9 +19,9 @@ from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import MissingExtraError, StoreError
 from mm_retriever.files import sync
-from mm_retriever.store.collection import collection_schema
-from mm_retriever.store.filters import ID_FIELD, VECTOR_FIELD
+from mm_retriever.store.fields import ID_FIELD, VECTOR_FIELD
 from mm_retriever.store.rows import node_to_row
+from mm_retriever.store.schema import collection_schema
 from mm_retriever.store.words import SparseEmbedding, new_word_index
 
 DYNAMIC_FIELD = "$meta"

@@ -7,15 +7,15 @@ columns), an image by its path or URL and never by its bytes. Knows nothing of c
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from llama_index.core.schema import (
     BaseNode,
     ImageNode,
-    MediaResource,
     Node,
     NodeRelationship,
     RelatedNodeInfo,
@@ -27,7 +27,7 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from mm_retriever.errors import NodeError, one_line
 from mm_retriever.images import is_image_path
 from mm_retriever.store.checksums import damaged_rows, node_is_damaged, row_checksum
-from mm_retriever.store.filters import (
+from mm_retriever.store.fields import (
     CHECKSUM_FIELD,
     CONTENT_FIELD,
     DOC_ID_FIELD,
@@ -41,6 +41,8 @@ from mm_retriever.store.filters import (
     takes_lists,
 )
 from mm_retriever.store.values import plain_metadata, plain_value
+
+logger = logging.getLogger(__name__)
 
 NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
 """What a node is rebuilt from, and its checksum: fetching the vectors too would double the time of a query."""
@@ -99,11 +101,13 @@ def _as_json(node: BaseNode) -> str:
 def _plain_relationships(node: BaseNode) -> dict[NodeRelationship, RelatedNodeType]:
     """The nodes around it; a text splitter copies the metadata of the document into them."""
 
-    def plain(one: RelatedNodeInfo) -> RelatedNodeInfo:
-        return one.model_copy(update={"metadata": plain_metadata(one.metadata)})
+    def plain(info: RelatedNodeInfo) -> RelatedNodeInfo:
+        return info.model_copy(update={"metadata": plain_metadata(info.metadata)})
 
-    around = node.relationships.items()
-    return {kind: [plain(one) for one in info] if isinstance(info, list) else plain(info) for kind, info in around}
+    return {
+        kind: list(map(plain, info)) if isinstance(info, list) else plain(info)
+        for kind, info in node.relationships.items()
+    }
 
 
 def row_to_node(row: dict[str, Any]) -> BaseNode:
@@ -163,10 +167,10 @@ def _plain_class(node: BaseNode, metadata: dict[str, Any], drop_bytes: bool) -> 
     image = node.image_resource
     if image is None:
         return _text_fields(node, metadata, _path_of_bytes(node))
-    path, url = _place(image)
+    path, url = image.path.as_posix() if image.path else None, str(image.url) if image.url else None
     made = ImageNode(
         **_fields(node, metadata),
-        text=_text(node),
+        text=node.get_content(),
         image=image.data.decode("latin-1") if image.data else None,
         image_path=path,
         image_url=url,
@@ -179,27 +183,15 @@ def _text_fields(node: TextNode | Node, metadata: dict[str, Any], image_path: st
     """A text node, or an image node without the text where that is the bytes of the image."""
     if image_path:
         id_ = node.ref_doc_id or node.node_id  # all pieces that a text splitter has made of one image are that image
-        kept = {key: one for key, one in node.relationships.items() if key is NodeRelationship.SOURCE}
+        kept = {key: info for key, info in node.relationships.items() if key is NodeRelationship.SOURCE}
         return ImageNode(**_fields(node, metadata) | {"id_": id_, "relationships": kept}, image_path=image_path)
-    return TextNode(**_fields(node, metadata), text=_text(node))
-
-
-def _text(node: TextNode | Node) -> str:
-    return node.get_content()
+    return TextNode(**_fields(node, metadata), text=node.get_content())
 
 
 def _fields(node: TextNode | Node, metadata: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id_": node.node_id,
-        "embedding": node.embedding,
-        "metadata": metadata,
-        "excluded_embed_metadata_keys": node.excluded_embed_metadata_keys,
-        "excluded_llm_metadata_keys": node.excluded_llm_metadata_keys,
-        "metadata_template": node.metadata_template,
-        "metadata_separator": node.metadata_separator,
-        "text_template": node.text_template,
-        "relationships": node.relationships,
-    }
+    names = ("embedding", "excluded_embed_metadata_keys", "excluded_llm_metadata_keys", "metadata_template")
+    kept = {name: getattr(node, name) for name in (*names, "metadata_separator", "text_template", "relationships")}
+    return {"id_": node.node_id, "metadata": metadata, **kept}
 
 
 def _path_of_bytes(node: TextNode | Node) -> str | None:
@@ -259,6 +251,19 @@ def unfiltered_keys(metadata: Mapping[str, Any]) -> list[str]:
     return [key for key, value in metadata.items() if not _is_missing(value) and not _fits(key, value)]
 
 
+def log_unfiltered(nodes: Iterable[BaseNode], logged: set[str]) -> None:
+    """Log the keys that filters cannot name, once each: those that were logged before are in `logged`."""
+    keys = {key for node in nodes for key in unfiltered_keys(node.metadata)} - logged
+    if keys:
+        logged |= keys
+        some = ", ".join(map(repr, sorted(keys)[:9]))
+        logger.warning(
+            "metadata that filters cannot name or compare stay in the nodes only: %s (reserved or unusual keys, "
+            "nested values, lists of anything but text and numbers)",
+            some if len(keys) <= 9 else f"{some} and {len(keys) - 9} more",
+        )
+
+
 def _is_missing(value: object) -> bool:
     return value is None or value == []
 
@@ -279,12 +284,8 @@ def _is_flat(value: object) -> bool:
 
 def _column_value(value: Any) -> Any:
     if isinstance(value, list):
-        return [_column_value(one) for one in value]
+        return [_column_value(item) for item in value]
     return int(value) if isinstance(value, bool) else value
-
-
-def _place(picture: MediaResource) -> tuple[str | None, str | None]:
-    return (picture.path.as_posix() if picture.path else None, str(picture.url) if picture.url else None)
 
 
 def _without_bytes(node: ImageNode, path: str | None, url: str | None, *, drop_bytes: bool) -> ImageNode:

@@ -1,7 +1,7 @@
-"""The words of a row beside its vector, for hybrid search: what is indexed, by what, and how it is asked.
+"""The full-text index of a collection, for hybrid search.
 
-Owns the columns of the word index and the rule which words a node has. Two kinds of index: BM25, which Milvus computes
-from a text column, and learned sparse vectors, which a model computes here. Knows nothing of connections.
+Owns its columns, the rule which words a node has, and how a query asks it. There are two kinds: BM25, which Milvus
+computes from a text column, and learned sparse vectors, which a model computes here. Knows nothing of connections.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from typing import Any, Protocol, TypeAlias
 from llama_index.core.schema import BaseNode
 from pymilvus import CollectionSchema, DataType, Function, FunctionType
 
-from mm_retriever.errors import StoreError
-from mm_retriever.store.filters import MAX_TEXT_BYTES, SPARSE_FIELD, WORDS_FIELD
+from mm_retriever.errors import QueryError, StoreError
+from mm_retriever.store.fields import (
+    MAX_TEXT_BYTES,
+    SPARSE_FIELD,
+    WORDS_FIELD,
+)
 from mm_retriever.store.identity import same_model
 from mm_retriever.store.segments import asked_words, indexed_words, needs_segments
 
@@ -25,19 +29,19 @@ SparseVector: TypeAlias = dict[int, float]
 """Weights of terms, by the number of the term."""
 
 MIXED, STANDARD = ANALYZERS = ("mixed", "standard")
-"""How BM25 finds words: "mixed" in any language, also without spaces between words; "standard" as Milvus does by
-itself, which serves languages with spaces, and is what collections of earlier versions have."""
+"""How BM25 finds words: "mixed" in any language, also without spaces between words; "standard" is Milvus' own, which
+serves languages with spaces, and is what collections of earlier versions have."""
 
 STOP_WORDS = (
     *("a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "if", "in", "into", "is", "it", "no", "not"),
     *("of", "on", "or", "such", "that", "the", "their", "then", "there", "these", "they", "this", "to", "was"),
     *("will", "with"),
 )
-"""Left out of BM25: "phone case with this" asks for phone cases. Source: Apache Lucene's English list."""
+"""Left out of BM25, so that "phone case with this" asks for phone cases. Source: Apache Lucene's English list."""
 
 _ANALYZER = {"tokenizer": "standard", "filter": ["lowercase", {"type": "stop", "stop_words": list(STOP_WORDS)}]}
 _NO_WORDS: SparseVector = {2**32 - 2: 1.0}  # Milvus stores no empty vector; no query has this term
-_WITHOUT_WORDS = frozenset(("file_path",))  # the names of its folders say nothing of one picture
+_WITHOUT_WORDS = frozenset(("file_path",))  # the names of its folders do not describe an image
 
 
 class SparseEmbedding(Protocol):
@@ -55,6 +59,19 @@ class SparseEmbedding(Protocol):
     def encode_queries(self, texts: Sequence[str]) -> list[SparseVector]:
         """Return the weights of the terms of each query."""
         ...
+
+
+class UnopenedModel:
+    """Stands for the sparse model of a collection that is opened without its models."""
+
+    def __init__(self, model_id: str) -> None:
+        self.model_id = model_id
+
+    def encode_documents(self, texts: Sequence[str]) -> list[SparseVector]:
+        """Refuse to encode."""
+        raise QueryError(f"this store was opened without its sparse model {self.model_id!r}: open_store(..., hybrid=)")
+
+    encode_queries = encode_documents
 
 
 @dataclass(frozen=True)
@@ -138,7 +155,8 @@ def node_words(node: BaseNode) -> str:
     excluded = _WITHOUT_WORDS.union(getattr(node, "excluded_embed_metadata_keys", ()))
     for key, value in node.metadata.items():
         if key not in excluded:
-            parts += [one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, str)]
+            values = value if isinstance(value, list | tuple) else [value]
+            parts += [text for text in values if isinstance(text, str)]
     return _cut("\n".join(filter(None, parts)))
 
 
@@ -150,23 +168,22 @@ def _cut(text: str) -> str:
     return text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
-def new_word_index(hybrid: bool | SparseEmbedding, analyzer: str | None = None) -> WordIndex | None:
+def new_word_index(hybrid: bool | SparseEmbedding | None, analyzer: str | None = None) -> WordIndex | None:
     """Return the word index of a new collection; None without one.
 
     Args:
         hybrid: True for BM25, or a sparse model.
         analyzer: of BM25, one of `ANALYZERS`; None is "mixed".
     """
-    check_analyzer(analyzer)
+    _check_analyzer(analyzer)
     if analyzer is not None and hybrid is not True:
         raise StoreError(f"analyzer {analyzer!r} is how BM25 finds words: it goes with hybrid=True in a new collection")
-    if isinstance(hybrid, bool):
+    if isinstance(hybrid, bool | None):
         return WordIndex(analyzer=analyzer or MIXED) if hybrid else None
     return WordIndex(text_field="", model=hybrid)
 
 
-def check_analyzer(analyzer: str | None) -> None:
-    """Refuse an analyzer that there is not."""
+def _check_analyzer(analyzer: str | None) -> None:
     if analyzer is not None and analyzer not in ANALYZERS:
         raise StoreError(f"analyzer {analyzer!r} is not one of {', '.join(ANALYZERS)}")
 
@@ -188,25 +205,27 @@ def words_name(hybrid: bool | SparseEmbedding) -> str | None:
 
 def word_index_of(
     description: Mapping[str, Any],
-    hybrid: bool | SparseEmbedding,
+    hybrid: bool | SparseEmbedding | None,
     stored_model: str | None,
     *,
-    analyzer: str | None = None,
-    stored_analyzer: str | None = None,
+    analyzer: str | None,
+    stored_analyzer: str | None,
 ) -> WordIndex | str | None:
     """Return the word index of an existing collection; a text says why it is not the one that was asked for.
 
     Args:
         description: of the collection, from Milvus.
-        hybrid: what was asked for; False takes what is there.
+        hybrid: what was asked for; False takes a BM25 index that is there, None also one of a model that is not.
         stored_model: name of the sparse model that the collection was made with.
         analyzer: what was asked for; None takes what is there.
         stored_analyzer: what the collection was made with; earlier versions made all of them with "standard".
     """
-    check_analyzer(analyzer)
-    if stored_model is not None and analyzer is not None:
-        return f"holds sparse vectors of the model {stored_model!r}, which has no analyzer; {analyzer!r} is asked for"
+    _check_analyzer(analyzer)
     if stored_model is not None:
+        if analyzer is not None:
+            return f"holds sparse vectors of the model {stored_model!r}, without an analyzer; {analyzer!r} is asked for"
+        if hybrid is None:
+            return WordIndex(text_field="", model=UnopenedModel(stored_model))
         if isinstance(hybrid, bool):
             return f"holds sparse vectors of the model {stored_model!r}: give that model as hybrid="
         if not same_model(stored_model, hybrid.model_id):
@@ -214,12 +233,12 @@ def word_index_of(
         return WordIndex(text_field="", model=hybrid)
     for function in description.get("functions") or ():
         if function["type"] == FunctionType.BM25:
-            if not isinstance(hybrid, bool):
+            if not isinstance(hybrid, bool | None):
                 return f"indexes words by BM25, hybrid= is the model {hybrid.model_id!r}"
-            found = stored_analyzer or STANDARD
-            if analyzer not in (None, found):
-                return f"finds words by the analyzer {found!r}, {analyzer!r} is asked for"
-            return WordIndex(function["output_field_names"][0], function["input_field_names"][0], analyzer=found)
+            stored = stored_analyzer or STANDARD
+            if analyzer not in (None, stored):
+                return f"finds words by the analyzer {stored!r}, {analyzer!r} is asked for"
+            return WordIndex(function["output_field_names"][0], function["input_field_names"][0], analyzer=stored)
     if analyzer is not None:
         return f"has no index of words, and an analyzer is asked for: {analyzer!r}"
-    return None if hybrid is False else "has no index of words, hybrid= asks for one"
+    return "has no index of words, hybrid= asks for one" if hybrid else None

@@ -13,7 +13,7 @@ from pymilvus import MilvusClient
 
 from mm_retriever.errors import StoreError, StoreMismatchError
 from mm_retriever.store import ImageStore, open_store
-from mm_retriever.store.collection import collection_schema
+from mm_retriever.store.schema import collection_schema
 from mm_retriever.store.segments import asked_words, indexed_words, needs_segments
 from mm_retriever.store.words import WordIndex
 

@@ -1,0 +1,121 @@
+"""What a store holds, and whether it still is what was stored: rows against their checksums, files against records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_retriever.errors import StoreDamagedError, StoreMismatchError, shown
+from mm_retriever.store.checksums import damaged_rows, has_checksum, row_is_damaged
+from mm_retriever.store.collection import Collection
+from mm_retriever.store.connection import Connection, check_exists
+from mm_retriever.store.fields import ID_FIELD
+from mm_retriever.store.lite_durability import damaged_files
+from mm_retriever.store.schema import stored_model
+
+_PAGE_ROWS = 1_000
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of reading one collection.
+
+    Attributes:
+        rows: how many were read.
+        without_checksum: those of them that an earlier version stored without a checksum.
+        damaged: the ids of rows that are not what was stored.
+        damaged_files: what is wrong with a file of a Milvus Lite store, by its path.
+    """
+
+    rows: int = 0
+    without_checksum: int = 0
+    damaged: tuple[str, ...] = ()
+    damaged_files: dict[str, str] = field(default_factory=dict)
+
+    def raise_damage(self) -> None:
+        """Do nothing if nothing is damaged.
+
+        Raises:
+            StoreDamagedError: names files and ids.
+        """
+        if self.damaged_files:
+            path, reason = next(iter(self.damaged_files.items()))
+            more = f", and {len(self.damaged_files) - 1} more files" if len(self.damaged_files) > 1 else ""
+            raise StoreDamagedError(f"{path} is damaged: {reason}{more}; restore the store from a backup")
+        if self.damaged:
+            raise damaged_rows(self.damaged)
+
+    def __str__(self) -> str:
+        checked = self.rows - self.without_checksum
+        parts = [f"{self.rows} rows read, {checked} checked, {len(self.damaged)} damaged"]
+        if self.without_checksum:
+            parts.append(f"{self.without_checksum} stored before there were checksums")
+        parts += [f"id {shown(id_)} is damaged" for id_ in self.damaged]
+        parts += [f"{path}: {reason}" for path, reason in self.damaged_files.items()]
+        return "; ".join(parts)
+
+
+def verify_collection(collection: Collection) -> Verification:
+    """Read every row of an open collection, and every file of a Milvus Lite store."""
+    rows, unknown, damaged = 0, 0, []
+    for page in collection.scan(["*"], "", page_rows=_PAGE_ROWS):
+        rows += len(page)
+        unknown += sum(not has_checksum(row) for row in page)
+        damaged += [str(row[ID_FIELD]) for row in page if row_is_damaged(row)]
+    place = collection.connection.lite_path
+    return Verification(rows, unknown, tuple(damaged), {} if place is None else damaged_files(Path(place)))
+
+
+def verify_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, Verification | str]:
+    """Return the verification of each collection of a store, or why it cannot be verified.
+
+    Raises:
+        StoreDamagedError: a Milvus Lite file that cannot be opened for its damage.
+        StoreError: there is no such file, it is locked, or the server does not answer.
+    """
+    with _collections(uri, token, timeout) as (connection, names):
+        return {name: _verified(Collection(connection, name)) for name in names}
+
+
+def _verified(collection: Collection) -> Verification | str:
+    try:
+        collection.open(None)
+    except StoreMismatchError:
+        return "made by another program"
+    return verify_collection(collection)
+
+
+def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:
+    """Return the number of ``rows``, ``dimension``, ``model`` and ``model_note`` of each collection.
+
+    Nothing is loaded or changed.
+
+    Raises:
+        StoreError: there is no such Milvus Lite file, it is locked, or the server does not answer.
+    """
+    with _collections(uri, token, timeout) as (connection, names), connection.request("describing the collections"):
+        return {name: _described(connection, name) for name in names}
+
+
+def _described(connection: Connection, name: str) -> dict[str, Any]:
+    description = connection.ask(connection.client.describe_collection, name)
+    dimensions = [column["params"]["dim"] for column in description["fields"] if "dim" in column.get("params", {})]
+    model, note = stored_model(description)
+    return {
+        "rows": connection.ask(connection.client.get_collection_stats, name)["row_count"],
+        "dimension": dimensions[0] if dimensions else None,
+        "model": model or "not said",
+        **({"model_note": note} if note else {}),
+    }
+
+
+@contextmanager
+def _collections(uri: str | Path, token: str | None, timeout: float) -> Iterator[tuple[Connection, list[str]]]:
+    check_exists(uri)
+    with Connection(uri, token=token, timeout=timeout) as connection:
+        with connection.request("listing the collections"):
+            names = sorted(connection.ask(connection.client.list_collections))
+        yield connection, names
