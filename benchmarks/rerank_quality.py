@@ -34,13 +34,12 @@ from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
 from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
-from mm_retriever.rerank.order import Fusion, fuse
+from mm_retriever.rerank.order import fuse
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
 from phrases import MODES, Mode, Wording, reason
 
 TOP_K = 9
-FUSION: Fusion = "zscore"  # the reranker's default
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 CAPTIONED_SEEDS = (0, 2, 3)  # catalogues whose held-out products are described; 1 watched the training
 
@@ -58,9 +57,9 @@ class Judged:
     wanted_right: bool
     reason_right: bool | None  # None: another product was first, so there is no one right reason
 
-    def rank(self, fusion: Fusion, weight: float) -> int:
+    def rank(self, weight: float) -> int:
         """1-based rank of the right product after reranking; one behind the last if it was not retrieved."""
-        values = fuse(self.model, self.retrieval, weight, fusion)
+        values = fuse(self.model, self.retrieval, weight)
         order = sorted(range(len(values)), key=lambda place: -values[place])
         return next((rank for rank, place in enumerate(order, start=1) if self.right[place]), len(order) + 1)
 
@@ -203,8 +202,8 @@ def gain(name: str, judged: Sequence[Judged], weight: float) -> Gain:
     wanted = [one.wanted_row for one in judged]
     ranks = {
         "retrieval": np.array([one.retrieved_rank for one in judged]),
-        "model": np.array([one.rank(FUSION, 0.0) for one in judged]),
-        "fused": np.array([one.rank(FUSION, weight) for one in judged]),
+        "model": np.array([one.rank(0.0) for one in judged]),
+        "fused": np.array([one.rank(weight) for one in judged]),
     }
     figures = {key: recall(name, rank, wanted) for key, rank in ranks.items()}
     rows = {product: index for index, product in enumerate(sorted(set(wanted)))}
@@ -233,7 +232,7 @@ def best_weight(judged: Sequence[Judged]) -> float:
     """The weight of the retrieval score with the highest Recall@1, then the highest mean reciprocal rank."""
 
     def worth(weight: float) -> tuple[float, float]:
-        ranks = np.array([one.rank(FUSION, weight) for one in judged])
+        ranks = np.array([one.rank(weight) for one in judged])
         return float((ranks == 1).mean()), float((1 / ranks).mean())
 
     return max(WEIGHTS, key=worth)

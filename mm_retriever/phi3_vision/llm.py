@@ -38,12 +38,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.types import BaseOutputParser, PydanticProgramMode
 from PIL import Image
 from pydantic import Field, PrivateAttr
+from transformers import SuppressTokensLogitsProcessor
 
 from mm_retriever.errors import PromptError
 from mm_retriever.forks import ForkLock
 from mm_retriever.images import ImagePolicy, ImageSource, load_image
 from mm_retriever.phi3_vision.config import DEFAULT_MODEL
-from mm_retriever.phi3_vision.decoding import Sampler, Suppress, TextStream
+from mm_retriever.phi3_vision.decoding import Sampler, TextStream
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
@@ -318,7 +319,9 @@ class Phi3VisionLLM(Rebuilt, LLM):
             prefix,
             stop_ids=stops,
             max_new_tokens=max_new_tokens,
-            filters=[Suppress(self._processor.special_ids - stops)],
+            processors=[
+                SuppressTokensLogitsProcessor(sorted(self._processor.special_ids - stops), prefix.logits.device)
+            ],
             choose=sampler,
         )
         return self._write(stream, len(prompt.ids), started)
@@ -347,17 +350,17 @@ class Phi3VisionLLM(Rebuilt, LLM):
     def _write(self, stream: TextStream[Prefix], prompt_tokens: int, started: float) -> Generator[_Written, None, None]:
         text = ""
         for _ in stream:
-            said = self._processor.decode(stream.written)
+            said = self._processor.decode(stream.rows[0])
             if said.endswith("\N{REPLACEMENT CHARACTER}"):
                 continue  # half a character; the rest is in the next tokens
             if said != text:
                 yield _Written(said, said[len(text) :], {})
                 text = said
-        said = self._processor.decode(stream.written)
+        said = self._processor.decode(stream.rows[0])
         details = {
             "prompt_tokens": prompt_tokens,
-            "completion_tokens": len(stream.written),
-            "total_tokens": prompt_tokens + len(stream.written),
+            "completion_tokens": len(stream.rows[0]),
+            "total_tokens": prompt_tokens + len(stream.rows[0]),
             "finish_reason": stream.finish_reason,
             "seconds": round(time.perf_counter() - started, 3),
         }

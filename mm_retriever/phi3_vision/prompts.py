@@ -7,7 +7,7 @@ A conversation about one query, of which every line is computed once and shared 
 
     user       [query picture] ASK_COMPOSED                (or ASK_TEXT, or ASK_PICTURE)
     assistant  ANSWER_PICTURE caption ANSWER_WANTED wanted description
-    user       [candidates] RANK_SHEET | RANK_PICTURES     then the ranking, under constraint
+    user       [sheet of candidates] RANK_SHEET            then the ranking, under constraint
     user       [the first one] ASK_REASON                  then the reason
 
 A conversation about one candidate, for its likelihood:
@@ -35,9 +35,5 @@ RANK_SHEET = (
     "\nThis sheet shows {count} candidates, each with its number in red, and the query picture in a blue frame if "
     "there is one. Rank all of them by how well they fit what is wanted, the best first. "
     "Answer with their numbers only."
-)
-RANK_PICTURES = (
-    "\nThese are {count} candidates, each with its number before it. Rank all of them by how well they fit what is "
-    "wanted, the best first. Answer with their numbers only."
 )
 ANSWER_RANKING = "Ranking:"

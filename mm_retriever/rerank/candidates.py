@@ -52,7 +52,7 @@ _READERS = min(4, os.cpu_count() or 1)  # threads that decode images; the decode
 
 @dataclass(frozen=True)
 class Candidate:
-    """A retrieved node as a model sees it: a picture, or else a text, or else missing, with a note that says why."""
+    """A retrieved node as a model sees it: an image, or else a text, or else missing, with a note that says why."""
 
     node: NodeWithScore
     image: Image.Image | None = None
@@ -64,8 +64,8 @@ class Candidate:
         """Whether there is nothing to show."""
         return self.image is None and not self.text
 
-    def picture(self) -> Image.Image | None:
-        """What stands for the candidate on a sheet of pictures: text is written on a card."""
+    def tile(self) -> Image.Image | None:
+        """What stands for the candidate on a sheet of images: text is written on a card."""
         return self.image if self.image is not None or self.missing else text_card(self.text)
 
 
@@ -77,11 +77,11 @@ class Ranking:
         order: positions of all candidates as retrieved, best first.
         scores: of every position; higher is better.
         model_scores: what the model alone gave each position, where it did.
-        caption: what the model sees in the query picture.
+        caption: what the model sees in the query image.
         wanted: what it takes the query to want.
         reasons: by position.
         notes: by position: why one is last or was not judged.
-        repairs: what had to be mended in the model's answer; empty if nothing.
+        repairs: what had to be repaired in the model's answer; empty if nothing.
     """
 
     order: Sequence[int]
@@ -141,7 +141,7 @@ def ranked_nodes(candidates: Sequence[Candidate], ranking: Ranking, top_n: int) 
 
 
 def text_card(text: str, side: int = _CARD) -> Image.Image:
-    """A text as a picture, for sheets that show pictures."""
+    """A text as an image, for sheets that show images."""
     card = Image.new("RGB", (side, side), "white")
     size = side // 15
     lines = textwrap.wrap(" ".join(text.split()), width=round(side / size * 1.7), max_lines=11, placeholder=" ...")
@@ -176,7 +176,7 @@ def _small(source: ImageSource, policy: ImagePolicy) -> Image.Image:
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
-    """The picture, no larger than a model sees it."""
+    """The image, no larger than a model sees it."""
     if max(image.size) <= LONGEST_SIDE:
         return image.copy()
     scale = LONGEST_SIDE / max(image.size)

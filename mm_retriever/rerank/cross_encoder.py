@@ -61,7 +61,7 @@ class CrossEncoder:
         self._model: Any = FlagReranker(
             str(folder), use_fp16=False, devices=device or default_device(), max_length=max_length
         )
-        self._turn = ForkLock()
+        self._lock = ForkLock()
 
     def score(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> list[float | None]:
         """The logit of each text.
@@ -79,7 +79,7 @@ class CrossEncoder:
                 'Phi3VisionRerank or VisionLLMRerank, or on_error="keep_order"'
             )
         pairs = [(query.text, candidate.node.node.get_content()) for candidate in candidates]
-        with self._turn:
+        with self._lock:
             values = self._model.compute_score(pairs, batch_size=len(pairs) + 1)  # or it draws a progress bar
         meter.passes += 1
         return [float(value) for value in (values if isinstance(values, list) else [values])]

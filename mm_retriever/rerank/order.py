@@ -1,15 +1,12 @@
-"""Orders and scores: windows over long lists, rank fusion, fusion with the retrieval score. Plain Python, no models."""
+"""Orders and scores: windows over long lists, scores of ranks, fusion with the retrieval score. No models."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from statistics import fmean, pstdev
-from typing import Literal
 
-Fusion = Literal["zscore", "minmax", "sum"]
-RANK_CONSTANT = 60  # of reciprocal rank fusion, as in Cormack et al., SIGIR 2009
+RANK_CONSTANT = 60  # of reciprocal ranks, as in Cormack et al., SIGIR 2009
 _LIMIT = 1e30
 
 
@@ -28,47 +25,28 @@ def windows(count: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
         end -= stride
 
 
-def shuffled(count: int, passes: int, seed: int) -> Iterator[list[int]]:
-    """`passes` orders of ``range(count)``: as it is, then shuffled, the same for the same seed."""
-    for number in range(passes):
-        order = list(range(count))
-        if number:
-            random.Random(f"{seed} {number}").shuffle(order)  # noqa: S311 - no secret
-        yield order
+def rank_scores(order: Sequence[int]) -> dict[int, float]:
+    """A score for each position in an order: the log of its reciprocal rank, 1 / (60 + rank)."""
+    return {position: -math.log(RANK_CONSTANT + rank) for rank, position in enumerate(order, start=1)}
 
 
-def reciprocal_ranks(orders: Sequence[Sequence[int]], count: int) -> list[float]:
-    """Scores of ``range(count)`` by reciprocal rank fusion: the mean of 1 / (60 + rank) over the orders."""
-    scores = [0.0] * count
-    for order in orders:
-        for rank, position in enumerate(order, start=1):
-            scores[position] += 1 / (RANK_CONSTANT + rank) / len(orders)
-    return scores
-
-
-def fuse(model: Sequence[float], retrieval: Sequence[float | None], weight: float, fusion: Fusion) -> list[float]:
-    """Model score + `weight` times retrieval score, each normalised over the list as `fusion` says.
+def fuse(model: Sequence[float], retrieval: Sequence[float | None], weight: float) -> list[float]:
+    """Model score + `weight` times retrieval score, each with mean 0 and deviation 1 over the list.
 
     Args:
-        model: Any numbers; see `finite`.
+        model: any numbers; see `finite`.
         retrieval: None or not finite: as little as the least.
         weight: 0 leaves the retrieval score out.
-        fusion: "zscore": mean 0, deviation 1; "minmax": from 0 to 1; "sum": as they are.
     """
     known = [score for score in retrieval if score is not None and math.isfinite(score)]
     least = min(known, default=0.0)
     prior = [finite(score if score is not None and math.isfinite(score) else least) for score in retrieval]
-    own = _normalised([finite(value) for value in model], fusion)
-    return [a + weight * b for a, b in zip(own, _normalised(prior, fusion), strict=True)]
+    own = _normalised([finite(value) for value in model])
+    return [a + weight * b for a, b in zip(own, _normalised(prior), strict=True)]
 
 
-def _normalised(values: Sequence[float], fusion: Fusion) -> list[float]:
-    if fusion == "sum" or not values:
-        return list(values)
-    if fusion == "zscore":
-        centre, scale = fmean(values), pstdev(values)
-    else:
-        centre, scale = min(values), max(values) - min(values)
+def _normalised(values: Sequence[float]) -> list[float]:
+    centre, scale = (fmean(values), pstdev(values)) if values else (0.0, 0.0)
     return [(value - centre) / scale if scale > 0 else 0.0 for value in values]
 
 

@@ -30,7 +30,7 @@ from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, Re
 from mm_retriever.images import ImagePolicy, ImageSource, is_place, load_image, source_name
 from mm_retriever.rebuild import Rebuilt, field_arguments
 from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
-from mm_retriever.rerank.order import Fusion, best_first, finite, fuse, shares
+from mm_retriever.rerank.order import best_first, finite, fuse, shares
 from mm_retriever.rerank.scorer import Meter, Query, Scorer, Usage
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ class Reranking:
     Args:
         nodes: the best `top_n`, new nodes with facts in their metadata.
         order: positions of all nodes that were given, best first; always a permutation.
-        caption: what the model sees in the query picture.
+        caption: what the model sees in the query image.
         wanted: what it takes the query to want.
-        repairs: what had to be mended in its answer.
+        repairs: what had to be repaired in its answer.
         usage: what it cost.
         error: why the order is that of retrieval, with ``on_error="keep_order"``.
     """
@@ -64,6 +64,14 @@ class Reranking:
     repairs: str = ""
     usage: Usage = field(default_factory=Usage)
     error: str = ""
+
+
+REMOVED = {
+    "fusion": ("zscore", 'scores are fused as "zscore" did it: fusion_weight says how much the retrieval counts'),
+    "passes": (1, "nothing showed that shuffled passes rank better: raise window to judge more candidates together"),
+    "seed": (0, "it shuffled the passes, which are gone as well"),
+}
+"""Options of earlier versions: the value that changes nothing, and what to do instead of another."""
 
 
 class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
@@ -85,9 +93,8 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     on_error: Literal["raise", "keep_order"] = "raise"
     """"keep_order" keeps the order of retrieval where ranking fails, with a note and a warning in the log."""
     fusion_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Final value = the model's + weight * retrieval score, normalised as `fusion` says; None: the model's alone."""
-    fusion: Fusion = "zscore"
-    """"zscore" or "minmax" of both within the list, or "sum" of both as they are."""
+    """Final value = the model's + weight * retrieval score, both with mean 0 and deviation 1 over the list; None: the
+    model's alone."""
     time_budget_s: float | None = Field(default=None, gt=0)
     """What is not judged by then keeps the order of retrieval, after what was."""
     image_policy: ImagePolicy = Field(default_factory=ImagePolicy, exclude=True)
@@ -97,6 +104,9 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     _last_usage: Usage | None = PrivateAttr(default=None)
 
     def __init__(self, **options: Any) -> None:
+        for name, (same, instead) in REMOVED.items():
+            if options.pop(name, same) != same:
+                raise QueryError(f"{type(self).__name__} has no {name!r} any more; {instead}")
         try:
             super().__init__(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as error:
@@ -139,8 +149,8 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             query_image: the query image in any form that `load_image` takes; it goes before the bundle's.
 
         Raises:
-            QueryError: neither a text nor a picture.
-            ImageLoadError: the query picture cannot or must not be read.
+            QueryError: neither a text nor an image.
+            ImageLoadError: the query image cannot or must not be read.
             RerankError: no ranking could be obtained; with ``on_error="keep_order"`` the order stays as it is.
         """
         bundle = QueryBundle(query) if isinstance(query, str) else query or QueryBundle("")
@@ -248,7 +258,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             return Ranking(best_first(values, missing), retrieved, known, notes=notes)
         if self.fusion_weight is not None:
             own = [value for i in judged if (value := values[i]) is not None]
-            fused = fuse(own, [candidates[i].node.score for i in judged], self.fusion_weight, self.fusion)
+            fused = fuse(own, [candidates[i].node.score for i in judged], self.fusion_weight)
             for i, value in zip(judged, fused, strict=True):
                 values[i] = value
         if calibrated and self.fusion_weight is None:
@@ -276,7 +286,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
         """The reranker that `to_dict` described, with its model loaded again; see `Rebuilt.from_dict`."""
-        made = super().from_dict(data, **kwargs)
+        made = super().from_dict(data, **{name: data[name] for name in REMOVED if name in data} | kwargs)
         made._prompts |= {name: PromptTemplate(text) for name, text in data.get("prompts", {}).items()}
         return made
 

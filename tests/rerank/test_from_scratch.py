@@ -24,10 +24,9 @@ from mm_retriever.phi3_vision.prompts import (
     ASK_FITS,
     ASK_REASON,
     DESCRIBE,
-    RANK_PICTURES,
     RANK_SHEET,
 )
-from mm_retriever.rerank.phi3_vision.conversation import PictureMemory
+from mm_retriever.rerank.phi3_vision.dialogue import FeatureMemory
 from tests.support.phi3_vision_small import small_processor
 from tests.support.rerank_small import MODES, STEPS, composed, draw_folder, make_plain, pictures, plain_model
 
@@ -49,7 +48,7 @@ class FromScratch:
         self.asked = Turn("user", [self.slot(self.query), ask])
         start = self.encode([self.asked], answer=ANSWER_PICTURE)
         self.caption_ids = self.greedy(start, [self.query])
-        self.opened = start + self.caption_ids + small_ids_behind(ANSWER_WANTED)
+        self.opened = start + self.caption_ids + small_ids_after(ANSWER_WANTED)
         self.wanted_ids = self.greedy(self.opened, [self.query])
         self.understood = self.opened + self.wanted_ids
         self.wanted = self.processor.decode(self.wanted_ids)
@@ -100,7 +99,7 @@ class FromScratch:
         return self.understood + self.encode([Turn("user", parts)], first=False, answer=answer)
 
 
-def small_ids_behind(text: str) -> list[int]:
+def small_ids_after(text: str) -> list[int]:
     return small_processor().encode_literal("x" + text)[len(small_processor().encode_literal("x")) :]
 
 
@@ -117,10 +116,10 @@ def test_reusing_what_is_computed_changes_nothing(folder: Path, scratch: FromScr
     assert result.wanted == " ".join(scratch.wanted.split())
     query = scratch.features([scratch.query])
     expected: list[float] = []
-    if mode in ("sheet", "pictures"):
-        ids, features = list_prompt(scratch, mode)
+    if mode == "sheet":
+        ids, features = sheet_prompt(scratch)
         logits = scratch.logits(ids, [*query, *features])[-1]
-        labels = [small_ids_behind(f" {number},") for number in range(1, 5)]
+        labels = [small_ids_after(f" {number},") for number in range(1, 5)]
         fork = next(i for i in range(9) if len({tuple(label[: i + 1]) for label in labels}) > 1)
         if fork:
             logits = scratch.logits(ids + labels[0][:fork], [*query, *features])[-1]
@@ -148,16 +147,10 @@ def test_reusing_what_is_computed_changes_nothing(folder: Path, scratch: FromScr
         assert found[f"p{i}"]["rerank_reason"] == " ".join(scratch.processor.decode(reason).split())
 
 
-def list_prompt(scratch: FromScratch, mode: str) -> tuple[list[int], list[Tensor]]:
-    if mode == "sheet":
-        sheet = contact_sheet(scratch.images, scratch.query)
-        ask = RANK_SHEET.format(count=4)
-        slot = Slot(small_processor(4).image_tokens(*sheet.size))
-        return scratch.continued([slot, ask], ANSWER_RANKING), scratch.features([sheet], 4)
-    parts: list[str | Slot] = []
-    for number, image in enumerate(scratch.images, start=1):
-        parts += [f"\n{number}: " if parts else f"{number}: ", scratch.slot(image)]
-    return scratch.continued([*parts, RANK_PICTURES.format(count=4)], ANSWER_RANKING), scratch.features(scratch.images)
+def sheet_prompt(scratch: FromScratch) -> tuple[list[int], list[Tensor]]:
+    sheet = contact_sheet(scratch.images, scratch.query)
+    slot = Slot(small_processor(4).image_tokens(*sheet.size))
+    return scratch.continued([slot, RANK_SHEET.format(count=4)], ANSWER_RANKING), scratch.features([sheet], 4)
 
 
 def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
@@ -170,7 +163,7 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     reason = scratch.greedy(scratch.continued(why), [scratch.query], scratch.features([scratch.images[order[0]]]))
     reranker = make_plain(mode="sheet")
     usage = reranker.rerank(nodes, bundle).usage
-    ranked = len(list_prompt(scratch, "sheet")[0]) - len(scratch.understood)
+    ranked = len(sheet_prompt(scratch)[0]) - len(scratch.understood)
     # one token more: the space that all numbers start with in this tokenizer
     assert usage.prefilled == asked + ranked + 1 + len(scratch.continued(why)) - len(scratch.understood)
     assert usage.generated == caption + wanted + len(reason)
@@ -206,9 +199,9 @@ def test_a_generated_list_counts_what_the_model_chose(folder: Path) -> None:
     assert generated.prefilled == single.prefilled + 2 * 2  # a comma and a space, twice
 
 
-def test_the_memory_of_pictures_has_a_limit_and_forgets_the_oldest() -> None:
-    """Truth: our choice: bytes, not pictures."""
-    memory = PictureMemory(3 * 40)
+def test_the_memory_of_features_has_a_limit_and_forgets_the_oldest() -> None:
+    """Truth: our choice: bytes, not images."""
+    memory = FeatureMemory(3 * 40)
     batch = torch.arange(40.0).view(4, 10)
     for i, feature in enumerate(batch):
         memory.put((str(i), 1), feature)

@@ -186,16 +186,14 @@ def noisy() -> tuple[Phi3Vision, Phi3VisionProcessor]:
     kinds=st.lists(st.sampled_from("ppptmb"), min_size=1, max_size=13),
     mode=st.sampled_from(MODES),
     ranking=st.sampled_from(["single_pass", "generated"]),
-    passes=st.integers(1, 2),
     window=st.integers(2, 6),
     weight=st.sampled_from([None, 0.0, 0.3, 1e9]),
-    fusion=st.sampled_from(["zscore", "minmax", "sum"]),
     scores=st.lists(st.one_of(st.none(), st.floats()), min_size=13, max_size=13),
 )
 @pytest.mark.slow
 def test_whatever_logits_a_model_emits_the_result_is_a_permutation(
     folder: Path, noisy: tuple[Phi3Vision, Phi3VisionProcessor], tried: Counter[str], seed: int, kinds: list[str],
-    mode: str, ranking: str, passes: int, window: int, weight: float | None, fusion: str, scores: list[float | None],
+    mode: str, ranking: str, window: int, weight: float | None, scores: list[float | None],
 ) -> None:  # fmt: skip
     """Truth: the issue; noise, nan and infinities in the logits, and any retrieval scores."""
     tried["model answers"] += 1
@@ -210,8 +208,8 @@ def test_whatever_logits_a_model_emits_the_result_is_a_permutation(
         }[kind]
         nodes.append(NodeWithScore(node=node, score=scores[i]))
     reranker = Phi3VisionRerank(
-        noisy, mode=mode, ranking=ranking, passes=passes, window=window, stride=1 + seed % 5, top_n=99,
-        max_new_tokens=2, sheet_crops=1, fusion_weight=weight, fusion=fusion,
+        noisy, mode=mode, ranking=ranking, window=window, stride=1 + seed % 5, top_n=99,
+        max_new_tokens=2, sheet_crops=1, fusion_weight=weight,
     )  # fmt: skip
     result = reranker.rerank(nodes, QUERY, query_image=folder / "query.png")
     assert sorted(result.order) == list(range(len(nodes)))
@@ -234,40 +232,22 @@ def test_fusion_weighs_the_model_against_the_retrieval(folder: Path) -> None:
     alone = make(reasons="none").rerank(nodes, bundle)
     model = {node.node.node_id: node.node.metadata["rerank_model_score"] for node in alone.nodes}
     mine, theirs = [model[node.node.node_id] for node in nodes], [float(node.score or 0) for node in nodes]
-    for fusion, weight in (("sum", 700.0), ("zscore", 0.7), ("minmax", 0.7)):
-        result = make(reasons="none", fusion=fusion, fusion_weight=weight).rerank(nodes, bundle)
+    result = make(reasons="none", fusion_weight=0.7).rerank(nodes, bundle)
 
-        def scaled(values: list[float], fusion: str = fusion) -> np.ndarray:
-            x = np.array(values)
-            return {"sum": x, "zscore": (x - x.mean()) / x.std(), "minmax": (x - x.min()) / (x.max() - x.min())}[fusion]
+    def scaled(values: list[float]) -> np.ndarray:
+        return (np.array(values) - np.mean(values)) / np.std(values)
 
-        expected = scaled(mine) + weight * scaled(theirs)
-        assert list(result.order) == np.argsort(-expected).tolist()
-        share = np.exp(expected - expected.max())
-        assert [node.score for node in result.nodes] == pytest.approx(np.sort(share / share.sum())[::-1].tolist())
+    expected = scaled(mine) + 0.7 * scaled(theirs)
+    assert list(result.order) == np.argsort(-expected).tolist()
+    share = np.exp(expected - expected.max())
+    assert [node.score for node in result.nodes] == pytest.approx(np.sort(share / share.sum())[::-1].tolist())
     trusting = make(reasons="none", fusion_weight=1e6).rerank(nodes, bundle)
     assert list(trusting.order) == np.argsort(-np.array(theirs)).tolist()
 
 
-def test_several_passes_are_the_same_every_time_and_join_their_ranks(folder: Path) -> None:
-    """Truth: our choice; the seed alone decides the shuffles, and a seed's orders differ."""
-    nodes, bundle = pictures(folder, 7), composed(folder)
-    options = {"mode": "pictures", "ranking": "generated", "reasons": "none", "passes": 3, "window": 4}
-    first, again = (make(**options).rerank(nodes, bundle) for _ in range(2))
-    assert first.order == again.order
-    assert len({make(**options, seed=seed).rerank(nodes, bundle).order for seed in range(4)}) > 1
-    model = facts(first.nodes, "rerank_model_score")
-    assert model == sorted(model, reverse=True)
-    assert max(model) <= np.log(1 / 61)
-
-
-def test_a_window_shrinks_to_what_fits_and_says_so_when_nothing_does(folder: Path) -> None:
+def test_a_query_that_does_not_fit_into_the_model_says_what_to_do(folder: Path) -> None:
     """Truth: our choice; the model's positions are the limit."""
     model = Phi3Vision(small_config(max_position_embeddings=520)).eval()
-    reranker = Phi3VisionRerank((model, small_processor()), mode="pictures", reasons="none", max_new_tokens=2, top_n=99)
-    result = reranker.rerank(pictures(folder, 9), composed(folder))
-    assert sorted(result.order) == list(range(9))
-    assert result.usage.passes > 4  # more than one window
     long = QueryBundle("mug " * 300)
     for mode in MODES:
         reranker = Phi3VisionRerank((model, small_processor()), mode=mode, max_new_tokens=2)
@@ -299,12 +279,33 @@ def test_what_there_is_no_time_for_keeps_the_order_of_retrieval(folder: Path, mo
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_n": 0}, {"mode": "guess"}, {"window": 1}, {"fusion_weight": -1}, {"passes": 0}]
+    ("options", "message"),
+    [
+        ({"top_n": 0}, "top_n=0: input should be greater than or equal to 1"),
+        ({"mode": "pictures"}, "mode='pictures': input should be 'likelihood', 'sheet' or 'pointwise'"),
+        ({"window": 1}, "window=1: "),
+        ({"fusion_weight": -1}, "fusion_weight=-1: "),
+        ({"passes": 2}, "has no 'passes' any more; .* raise window"),
+        ({"fusion": "minmax"}, "has no 'fusion' any more; .* fusion_weight"),
+    ],
 )
-def test_options_are_checked(options: dict[str, Any]) -> None:
-    """Truth: our choice."""
-    with pytest.raises(ValueError, match=next(iter(options))):
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    """Our choice: one line with what was given and what is taken; None is the default."""
+    with pytest.raises(QueryError, match=message) as caught:
         make(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_description_of_an_earlier_version_makes_the_same_reranker() -> None:
+    """It says passes=1 and fusion="zscore", which is what there is now; another value is refused."""
+    described = Phi3VisionRerank("tiny", device="cpu", window=5).to_dict() | {
+        "passes": 1,
+        "seed": 0,
+        "fusion": "zscore",
+    }
+    assert Phi3VisionRerank.from_dict(described).window == 5
+    with pytest.raises(QueryError, match="'fusion' any more"):
+        Phi3VisionRerank.from_dict(described | {"fusion": "sum"})
 
 
 # ---------------------------------------------------------------------- LlamaIndex

@@ -408,9 +408,6 @@ def test_fifty_candidates_go_in_overlapping_windows(server: ScriptedServer, fold
     assert result.usage.passes == 8
     assert [i % 10 for i in result.order[45:]] == [8] * 5
     assert facts(result.nodes[45:], "rerank_note") == ["cannot load 'gone.png': no such file or directory"] * 5
-    passes = server.reranker(passes=2, seed=3).rerank(nodes[:5], QUERY)
-    assert sorted(passes.order) == list(range(5))
-    assert passes.usage.passes == 2
 
 
 def test_none_missing_and_one(server: ScriptedServer, folder: Path) -> None:
@@ -486,7 +483,7 @@ def shared(running: ScriptedServer, window: int, reasons: str) -> VisionLLMReran
     if (window, reasons) not in MADE:
         first = next(iter(MADE.values()), None)
         options = {"window": window, "reasons": reasons, "stride": 1, "top_n": 99, "on_error": "keep_order"}
-        MADE[window, reasons] = VisionLLMRerank(first._llm, **options) if first else running.reranker(**options)
+        MADE[window, reasons] = VisionLLMRerank(first.llm, **options) if first else running.reranker(**options)
     return MADE[window, reasons]
 
 
@@ -591,35 +588,22 @@ def test_an_answer_that_is_no_ranking_is_named(server: ScriptedServer, folder: P
     with pytest.raises(RerankError, match=says):
         server.reranker().rerank(candidates(folder), QUERY)
     assert len(server.requests) == 1
-    for passes in (1, 3):
-        kept = server.reranker(on_error="keep_order", passes=passes).rerank(candidates(folder), QUERY)
-        assert kept.order == (0, 1, 2)
-        assert re.search(says, kept.error)
-        assert [node.score for node in kept.nodes] == [0.9, 0.89, 0.88]
-        assert all(note.startswith("not reranked: ") for note in facts(kept.nodes, "rerank_note"))
+    kept = server.reranker(on_error="keep_order").rerank(candidates(folder), QUERY)
+    assert kept.order == (0, 1, 2)
+    assert re.search(says, kept.error)
+    assert [node.score for node in kept.nodes] == [0.9, 0.89, 0.88]
+    assert all(note.startswith("not reranked: ") for note in facts(kept.nodes, "rerank_note"))
 
 
 @pytest.mark.parametrize("text", ["All 3 images are nice.", '{"wanted": "a mug"}', "", "[640, 480]"])
-def test_without_proof_the_order_of_retrieval_stays_over_any_number_of_passes(
-    server: ScriptedServer, folder: Path, text: str
-) -> None:
-    """Truth: the order given; shuffled passes used to shuffle it."""
+def test_without_proof_the_order_of_retrieval_stays(server: ScriptedServer, folder: Path, text: str) -> None:
+    """Truth: the order given."""
     server.reply = lambda _: completion(text)
-    for passes in (1, 4):
-        result = server.reranker(passes=passes, window=3, stride=1).rerank(candidates(folder, "pptpp"), QUERY)
-        assert result.order == (0, 1, 2, 3, 4)
-        assert result.repairs
-        assert facts(result.nodes, "rerank_note") == ["the model gave no ranking; the order is that of retrieval"] * 5
-        assert facts(result.nodes, "rerank_model_score") == [None] * 5
-
-
-def test_passes_without_a_ranking_do_not_count(server: ScriptedServer, folder: Path) -> None:
-    """Truth: the one pass in which the model answered; what it does not name stays in the order of retrieval."""
-    replies = [ranking(3, 1), *[completion("nice")] * 2]
-    server.reply = lambda _: replies.pop(0)
-    result = server.reranker(passes=3).rerank(candidates(folder, "pppp"), QUERY)
-    assert result.order == (2, 0, 1, 3)
-    assert result.repairs == "appended 2, 4 | no ranking in the answer; appended all in the order of retrieval"
+    result = server.reranker(window=3, stride=1).rerank(candidates(folder, "pptpp"), QUERY)
+    assert result.order == (0, 1, 2, 3, 4)
+    assert result.repairs
+    assert facts(result.nodes, "rerank_note") == ["the model gave no ranking; the order is that of retrieval"] * 5
+    assert facts(result.nodes, "rerank_model_score") == [None] * 5
 
 
 def test_one_refused_window_keeps_its_order_and_the_others_are_ranked(server: ScriptedServer, folder: Path) -> None:
@@ -823,7 +807,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["pictures", "sheet"])
+@pytest.mark.parametrize("mode", ["images", "sheet"])
 def test_transformers_own_server_ranks_pictures(served: tuple[str, str], folder: Path, mode: str) -> None:
     """Truth: the real server, reading our pictures and texts with a real model, which rambles: a permutation."""
     url, model = served
@@ -834,7 +818,7 @@ def test_transformers_own_server_ranks_pictures(served: tuple[str, str], folder:
     assert result.order[-1] == 3
     assert result.usage.generated > 0
     more = reranker.rerank(candidates(folder, "pptmp") if mode == "sheet" else candidates(folder, "ppppp"), QUERY)
-    if mode == "pictures":  # every picture has its tokens in the prompt
+    if mode == "images":  # every picture has its tokens in the prompt
         assert result.usage.prefilled > 500
         assert more.usage.prefilled != result.usage.prefilled
 

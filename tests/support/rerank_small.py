@@ -15,7 +15,7 @@ from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.rerank import Phi3VisionRerank
 from tests.support.phi3_vision_small import seeded, small_config, small_model, small_processor
 
-MODES = ("likelihood", "sheet", "pictures", "pointwise")
+MODES = ("likelihood", "sheet", "pointwise")
 QUERY = "phone case with this"
 STEPS = 5
 

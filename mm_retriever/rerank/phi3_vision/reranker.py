@@ -1,6 +1,6 @@
 """`Phi3VisionRerank`: candidates ranked by Phi-3 Vision on this machine.
 
-Owns the options, the loaded model and the memory of captions; `RerankSession` has the conversation.
+Owns the options, the loaded model and the memory of captions; `RerankSession` has the dialogue.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rebuild import field_arguments, loaded_model_error, portable_name
 from mm_retriever.rerank.candidates import Candidate, Ranking
-from mm_retriever.rerank.phi3_vision.conversation import SharedModel
-from mm_retriever.rerank.phi3_vision.session import Options, RerankSession
+from mm_retriever.rerank.phi3_vision.dialogue import SharedModel
+from mm_retriever.rerank.phi3_vision.session import RerankSession
 from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.rerank.scorer import Meter, Query
 
@@ -41,7 +41,6 @@ PROMPTS = {
     "ask_fits": prompts.ASK_FITS,
     "ask_reason": prompts.ASK_REASON,
     "rank_sheet": prompts.RANK_SHEET,
-    "rank_pictures": prompts.RANK_PICTURES,
     "answer_ranking": prompts.ANSWER_RANKING,
 }
 
@@ -57,7 +56,6 @@ class Phi3VisionRerank(Reranker):
 
     - "likelihood": each candidate scores log P(wanted description | candidate). Works with small models.
     - "sheet": one look at a numbered sheet of the candidates, as published. The cheapest.
-    - "pictures": one look at the candidates as separate images.
     - "pointwise": one look at each candidate, and the odds that it fits.
 
     A node's new score is the softmax over all candidates of the model's value (fused with the retrieval score, if
@@ -72,22 +70,17 @@ class Phi3VisionRerank(Reranker):
 
     default_prompts = PROMPTS
 
-    mode: Literal["likelihood", "sheet", "pictures", "pointwise"] = "likelihood"
+    mode: Literal["likelihood", "sheet", "pointwise"] = "likelihood"
     ranking: Literal["single_pass", "generated"] = "single_pass"
-    """Of "sheet" and "pictures": "single_pass" reads the order off one step, "generated" lets the model write it."""
+    """Of "sheet": "single_pass" reads the order off one step, "generated" lets the model write it, as published."""
     caption: bool = True
     """Whether the model first says what the query image shows; remembered by content."""
     reasons: Literal["first", "all", "none"] = "first"
     """For which of the kept ones the model says why they fit; left out when the time budget is spent."""
     window: int = Field(default=9, ge=2, le=99)
-    """Candidates in one look of "sheet" and "pictures"; fewer where they do not fit into the model. Longer lists are
-    ranked from their end to their beginning by overlapping windows."""
+    """Candidates on one sheet. Longer lists are ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
     """By how much windows differ; at most window - 1."""
-    passes: int = Field(default=1, ge=1)
-    """Of "sheet" and "pictures": over so many shuffled orders, joined by reciprocal rank fusion."""
-    seed: int = 0
-    """Of the shuffled orders."""
     num_crops: int = Field(default=1, ge=1)
     """Most crops of the query image and of separate candidates; more see more and cost more."""
     sheet_crops: int = Field(default=4, ge=1)
@@ -107,7 +100,7 @@ class Phi3VisionRerank(Reranker):
     _llm: Phi3VisionLLM = PrivateAttr()
     _shared: SharedModel = PrivateAttr()
     _captions: OrderedDict[str, tuple[int, ...]] = PrivateAttr(default_factory=OrderedDict)
-    _turn: ForkLock = PrivateAttr(default_factory=ForkLock)
+    _lock: ForkLock = PrivateAttr(default_factory=ForkLock)
 
     def __init__(self, model: Model = DEFAULT_MODEL, **options: Any) -> None:
         super().__init__(**options | {"model_name": _name(model)})
@@ -153,22 +146,10 @@ class Phi3VisionRerank(Reranker):
 
     def _unshare(self) -> None:
         super()._unshare()
-        self._turn, self._captions = ForkLock(), OrderedDict()
+        self._lock, self._captions = ForkLock(), OrderedDict()
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
-        options = Options(
-            mode=self.mode,
-            ranking=self.ranking,
-            caption=self.caption,
-            window=self.window,
-            stride=self.stride,
-            passes=self.passes,
-            seed=self.seed,
-            num_crops=self.num_crops,
-            sheet_crops=self.sheet_crops,
-            max_new_tokens=self.max_new_tokens,
-        )
-        session = RerankSession(self._shared, self._say, options, meter, query, candidates)
+        session = RerankSession(self._shared, self, self._say, meter, query, candidates)
         self._understand(session, meter)
         ranking = self._settle(candidates, session.judge())
         told = {"first": 1, "all": self.top_n, "none": 0}[self.reasons]
@@ -176,24 +157,24 @@ class Phi3VisionRerank(Reranker):
         return replace(ranking, caption=session.caption, wanted=session.wanted, reasons=reasons)
 
     def _understand(self, session: RerankSession, meter: Meter) -> None:
-        """Have the query understood, with the caption of its picture from memory where it is there."""
+        """Have the query understood, with the caption of its image from memory where it is there."""
         image = session.query.image
         if image is None or not self.caption:
             session.understand()
             return
         digest = pixel_digest(image)
-        with self._turn:
+        with self._lock:
             known = self._captions.get(digest)
         caption = session.understand(known)
         if known is None and not meter.out_of_time():
-            with self._turn:
+            with self._lock:
                 self._captions[digest] = tuple(caption)
                 while len(self._captions) > CAPTIONS_KEPT:
                     self._captions.popitem(last=False)
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
         super()._update_prompts(prompts)
-        with self._turn:
+        with self._lock:
             self._captions.clear()
 
 

@@ -1,0 +1,159 @@
+"""What went wrong between here and a server of vision models: which errors pass, and what to do about the others.
+
+Reads the errors of any client: OpenAI's, httpx', requests', botocore's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from mm_retriever.errors import one_line
+
+LONGEST_WAIT = 60.0  # seconds that a server may ask for
+_TRANSIENT_WORDS = re.compile(
+    r"overload|busy|try again|time.?out|rate.?limit|too many|unavailable|capacity|internal|temporar", re.IGNORECASE
+)
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
+_MISTAKES = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError, RecursionError)
+
+
+class ServerError(Exception):
+    """A server's answer that is none: an error with status 200, or no choices."""
+
+    def __init__(self, text: str, *, status: int | None, transient: bool) -> None:
+        super().__init__(text)
+        self.status_code = status
+        self.transient = transient
+
+
+def refuse_errors(response: Any) -> None:
+    """Raise for an answer with status 200 that holds an error or no choices: the client fails on it without a word."""
+    if response.status_code != 200 or "json" not in response.headers.get("content-type", "json"):
+        return
+    response.read()
+    try:
+        body = response.json()
+    except ValueError:
+        return
+    if not isinstance(body, dict):
+        return
+    if error := body.get("error"):
+        facts = error if isinstance(error, dict) else {"message": error}
+        text = one_line(facts.get("message") or error, 300)
+        code = facts.get("code") or facts.get("status")
+        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
+        words = f"{text} {facts.get('type')} {code}"
+        passing = _TRANSIENT_WORDS.search(words) is not None if status is None else _passing(status)
+        raise ServerError(f"the server answered with an error: {text}", status=status, transient=passing)
+    if not body.get("choices"):
+        raise ServerError("the server answered without any choices", status=None, transient=True)
+
+
+def status_of(error: BaseException) -> int | None:
+    """HTTP status in an error of any client: OpenAI's, httpx', requests', botocore's."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {})
+        status = response.get("HTTPStatusCode") if isinstance(response, dict) else None
+    else:
+        status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def cause_of(error: Exception) -> Exception:
+    """What a server said, under the error that the client made of it."""
+    inner: BaseException | None = error
+    for _ in range(8):
+        if isinstance(inner, ServerError):
+            return inner
+        inner = None if inner is None else inner.__cause__ or inner.__context__
+    return error
+
+
+def _passing(status: int) -> bool:
+    return status in _TRANSIENT_STATUS or status >= 500
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether asking again may help."""
+    if isinstance(error, ServerError):
+        return error.transient
+    if _refused_answer(error) is not None:
+        return False
+    status = status_of(error)
+    if status is not None:
+        return _passing(status)
+    return not isinstance(error, _MISTAKES) or isinstance(error, json.JSONDecodeError | UnicodeError)
+
+
+def is_schema_refusal(error: BaseException) -> bool:
+    """Whether it may be the schema that was refused: a client error that is no other, a client that cannot."""
+    status = status_of(error)
+    if isinstance(error, ServerError) and status is None:
+        return re.search(r"schema|response_format|guided|unsupported", str(error), re.IGNORECASE) is not None
+    return status in (400, 405, 415, 422, 501) if status is not None else isinstance(error, _MISTAKES)
+
+
+def retry_after(error: BaseException) -> float:
+    """Seconds for which a server asks in its Retry-After header; 0 if it does not."""
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    value = headers.get("retry-after") if isinstance(headers, Mapping) else None
+    if not value:
+        return 0.0
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+
+
+def explained(error: BaseException) -> str:
+    """What happened, in plain words before those of the client."""
+    status = status_of(error)
+    meaning = {
+        400: "it refused the request",
+        401: "it refused the API key",
+        403: "it refused the API key or the model to it",
+        404: "it has no such model or no such address",
+        413: "the request is too large for it",
+        429: "it limits requests",
+    }.get(status or 0, "the server failed" if status is not None and status >= 500 else "")
+    return f"{meaning}, status {status}: {short(error)}" if meaning else short(error)
+
+
+def advice(error: BaseException) -> str:
+    """What to do about it."""
+    status = status_of(error)
+    rest = 'on_error="keep_order" goes on without it'
+    if (wait := retry_after(error)) > LONGEST_WAIT:
+        return f"it asks for {wait:.0f} s of patience; ask again then, {rest}"
+    if status in (401, 403):
+        return f"give the api_key that the server expects; {rest}"
+    if status == 404:
+        return f"check the name of the model, and that base_url ends as the server wants it, usually in /v1; {rest}"
+    return f"is the server up, and does the model take images? {rest}"
+
+
+def _refused_answer(error: BaseException | None) -> BaseException | None:
+    """The reason why an answer was not read to its end, wherever the client's own error carries it."""
+    for _ in range(9):  # an error may be its own cause
+        if error is None or type(error).__name__ == "AnswerTooLargeError":  # whose module needs httpx
+            return error
+        error = error.__cause__
+    return None
+
+
+def short(error: BaseException) -> str:
+    """The kind of an error and its words, on one line."""
+    error = _refused_answer(error) or error
+    text = one_line(error, 300)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,229 @@
+"""One request to a vision LLM: sent in bounded time, asked again where that helps, its answer checked.
+
+Owns the client for servers that speak OpenAI's protocol. Knows nothing of candidates.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse
+from llama_index.core.llms import LLM
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
+
+from mm_retriever.errors import MissingExtraError, RerankError, one_line
+from mm_retriever.rerank.llm_errors import (
+    LONGEST_WAIT,
+    advice,
+    cause_of,
+    explained,
+    is_schema_refusal,
+    is_transient,
+    refuse_errors,
+    retry_after,
+    short,
+    status_of,
+)
+from mm_retriever.rerank.scorer import Meter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CUT_OFF = frozenset({"length", "max_tokens", "max_output_tokens"})
+_FILTERED = frozenset({"content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii"})
+
+
+class UnrankedError(RerankError):
+    """An answer that is no ranking: a refusal, a filter, or one that was cut off."""
+
+
+class Requests:
+    """Requests of one reranking to an LLM.
+
+    Args:
+        llm: the model.
+        name: of the model, for messages.
+        meter: counts requests and tokens, and watches the time.
+        timeout_s: for one request, from sending to the last byte.
+        attempts: most requests for one answer.
+        retry_wait_s: before the second attempt; doubles with each, up to a minute.
+    """
+
+    def __init__(
+        self, llm: LLM, name: str, meter: Meter, *, timeout_s: float, attempts: int, retry_wait_s: float
+    ) -> None:
+        self._llm, self._name, self._meter = llm, name, meter
+        self._timeout_s, self._attempts, self._retry_wait_s = timeout_s, attempts, retry_wait_s
+        self.schema_refused = False
+
+    def ask(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse:
+        """The answer; without the options, which hold a JSON schema, if the server refuses them."""
+        try:
+            response = self._retried(messages, options)
+        except Exception as error:
+            if not options or not is_schema_refusal(error):
+                raise
+            logger.info("%s takes no JSON schema (%s); going on without", self._name, short(error))
+            response = self._retried(messages, {})
+            self.schema_refused = True  # it was the schema, not the rest, that it did not like
+        prompt, answer = _token_counts(response)
+        self._meter.prefilled += prompt
+        self._meter.generated += answer
+        return response
+
+    def _retried(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse:
+        """The answer to one request, asked again where that may help."""
+        meter, server_failed = self._meter, False
+        backoff = wait_exponential(multiplier=self._retry_wait_s, max=60) + wait_random(0, self._retry_wait_s / 2)
+
+        def again(error: BaseException) -> bool:
+            wait, left = retry_after(error), meter.left()
+            patient = wait <= LONGEST_WAIT and (left is None or wait < left)
+            return is_transient(error) and patient and not meter.out_of_time()
+
+        def pause(state: RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            return max(float(backoff(state)), 0.0 if error is None else retry_after(error))
+
+        def once() -> ChatResponse:
+            nonlocal server_failed
+            # a server that fails on the schema alone is asked without it the next time
+            fields = {} if server_failed else options
+            meter.passes += 1
+            left = meter.left()
+            limit = self._timeout_s if left is None else min(self._timeout_s, left)
+            try:
+                return _within(lambda: self._llm.chat(messages, **fields), limit)
+            except Exception as error:
+                cause = cause_of(error)
+                server_failed = server_failed or status_of(cause) in (500, 501)
+                if cause is not error:
+                    raise cause from error
+                raise
+
+        retrying = Retrying(
+            stop=stop_after_attempt(self._attempts), wait=pause, retry=retry_if_exception(again), reraise=True
+        )
+        try:
+            return retrying(once)
+        except Exception as error:
+            if options and is_schema_refusal(error):
+                raise
+            requests = "1 request" if meter.passes == 1 else f"{meter.passes} requests"
+            raise RerankError(
+                f"{self._name!r} gave no answer in {requests} (last: {explained(error)}); {advice(error)}"
+            ) from error
+
+
+def check_ending(response: ChatResponse, refusal: str, name: str, window: int, max_tokens: int) -> None:
+    """Raise for an answer that ended before it was a ranking.
+
+    Args:
+        response: of the model.
+        refusal: the sentence of its text in which it refuses, "" if there is none.
+        name: of the model.
+        window: candidates in one request, and
+        max_tokens: of an answer: what to change where it was cut off.
+
+    Raises:
+        UnrankedError: the model refused, a content filter stopped it, or the answer was cut off.
+    """
+    ended, said = _ending(response)
+    if said or (refusal and ended not in _CUT_OFF):
+        raise UnrankedError(f"{name!r} refused to rank: {one_line(said or refusal, 300)}")
+    if ended in _FILTERED:
+        text = one_line(response.message.content or "", 300)
+        words = f": {text}" if text else ""
+        raise UnrankedError(f"{name!r} gave no ranking: a content filter stopped it ({ended}){words}")
+    if ended in _CUT_OFF:
+        raise UnrankedError(
+            f"{name!r} was cut off before its answer ended ({ended}): raise max_tokens, now {max_tokens} with a "
+            f"base_url, or rank fewer candidates at a time (window={window})"
+        )
+
+
+def openai_like(
+    base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int
+) -> tuple[LLM, Any]:
+    """LlamaIndex's client for servers that speak OpenAI's protocol, and its connections. Retrying is ours."""
+    try:
+        from llama_index.llms.openai_like import OpenAILike
+
+        from mm_retriever.rerank.bounded_http import bounded_client
+    except ImportError as error:
+        raise MissingExtraError(
+            'a base_url needs llama-index-llms-openai-like; install it with: pip install "mm-retriever[remote]"'
+        ) from error
+    connections = bounded_client(timeout_s)
+    connections.event_hooks["response"].append(refuse_errors)
+    llm: LLM = OpenAILike(
+        model=model,
+        api_base=base_url,
+        api_key=api_key or "none",
+        is_chat_model=True,
+        temperature=0.0,
+        max_tokens=max_tokens,
+        timeout=timeout_s,
+        max_retries=0,
+        http_client=connections,  # type: ignore[call-arg]
+    )
+    return llm, connections
+
+
+def _within(work: Callable[[], T], seconds: float) -> T:
+    """What the work returns, or a TimeoutError; then its thread is abandoned, and dies with the process."""
+    results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            results.put((True, context.run(work)))
+        except BaseException as error:
+            results.put((False, error))
+
+    threading.Thread(target=run, name="vision-llm-rerank", daemon=True).start()
+    try:
+        done, result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:.3g} s") from None
+    if not done:
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def _ending(response: ChatResponse) -> tuple[str, str]:
+    """Why the answer ended, lower-cased, and in which words the model refused; "" where the client does not say."""
+    raw = response.raw
+    choice = _first(_field(raw, "choices")) or _first(_field(raw, "candidates"))
+    message = _field(choice, "message")
+    refusal = _field(message, "refusal") or response.message.additional_kwargs.get("refusal")
+    for holder, name in ((choice, "finish_reason"), (raw, "stop_reason"), (raw, "finish_reason"), (raw, "done_reason")):
+        reason = _field(holder, name)
+        if reason:
+            ended = str(getattr(reason, "name", reason)).lower()
+            return ended, refusal if isinstance(refusal, str) else ""
+    return "", refusal if isinstance(refusal, str) else ""
+
+
+def _field(holder: Any, name: str) -> Any:
+    return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+
+def _first(items: Any) -> Any:
+    return items[0] if isinstance(items, list | tuple) and items else None
+
+
+def _token_counts(response: ChatResponse) -> tuple[int, int]:
+    """Tokens of prompt and answer, where the client says."""
+    usage = getattr(response.raw, "usage", None) or response.additional_kwargs
+    counts = []
+    for name in ("prompt_tokens", "completion_tokens"):
+        count = usage.get(name) if isinstance(usage, dict) else getattr(usage, name, None)
+        counts.append(count if isinstance(count, int) else 0)
+    return counts[0], counts[1]
