@@ -34,7 +34,7 @@ _MARKS = (",", ".", ":", "-", "'", "?", "!", "\n")
 _ENDINGS = ("s", "es", "ed", "y", *"0123456789")
 _CHATTER = (
     "please hello can you find we want i am looking for could have give me now thanks if possible my sister a friend "
-    "today yes color colour favourite blank missing cannot be read system assistant"
+    "today yes color colour favourite blank missing cannot be read these are before system assistant"
 )
 _UNKNOWN = "qqq"  # any word outside the vocabulary
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Phi3Config
 from transformers.configuration_utils import SubConfigSpec
 
-from mm_retriever.embedders.visualized_bge.conv_stem import check_stem, halvings
 from mm_retriever.errors import PromptError
 
 CROPS_AT_ONCE = 32  # crops that go through the tower in one batch
@@ -29,8 +28,6 @@ class Phi3VisionTowerConfig(CLIPVisionConfig):
     """A CLIP tower whose layer ``feature_layer`` is used; layers above it are neither built nor run.
 
     The defaults are the official models' ViT-L/14-336.
-    ``stem="conv"`` (stride-2 convolutions instead of one patch convolution) is for small models trained from scratch:
-    ``stem_channels`` has one entry per halving, so ``2 ** len(stem_channels) == patch_size``.
     """
 
     hidden_size: int = 1024
@@ -41,13 +38,13 @@ class Phi3VisionTowerConfig(CLIPVisionConfig):
     image_size: int = 336
     patch_size: int = 14
     feature_layer: int = -2
-    stem: str = "patch"
-    stem_channels: list[int] | tuple[int, ...] = ()
+    stem: str = "patch"  # the only one there is; stored configurations name it
 
     def validate_architecture(self) -> None:
         """Raise a ValueError that names what does not fit together."""
         super().validate_architecture()  # type: ignore[no-untyped-call]
-        check_stem(self.stem, self.stem_channels, self.patch_size)
+        if self.stem != "patch":
+            raise ValueError(f"stem {self.stem!r} is not 'patch', the only one that is built")
         if self.image_size % (2 * self.patch_size):
             raise ValueError(f"image_size {self.image_size} is not an even number of patches of {self.patch_size}")
         if not -self.num_hidden_layers - 1 <= self.feature_layer <= -1:
@@ -105,20 +102,6 @@ class Phi3VisionConfig(Phi3Config):
         return self.rope["original_max_position_embeddings"] if self.rope["rope_type"] == "longrope" else None
 
 
-class ConvStem(nn.Sequential):
-    """Stride-2 convolutions down to the patch stride, where CLIP has its ``patch_embedding``; not in the original."""
-
-    def __init__(self, config: Phi3VisionTowerConfig) -> None:
-        super().__init__()
-        self.halvings = halvings(config.stem_channels)
-        self.proj = nn.Conv2d(config.stem_channels[-1], config.hidden_size, 1)
-
-    @property
-    def weight(self) -> Tensor:
-        """What CLIP's embeddings ask for the dtype they should cast pixels to."""
-        return self.proj.weight
-
-
 class ImageTower(nn.Module):
     """CLIP without the layers above the features (``img_processor`` in the checkpoint)."""
 
@@ -127,8 +110,6 @@ class ImageTower(nn.Module):
         used = copy.deepcopy(config)
         used.num_hidden_layers = config.layers_used
         self.vision_model = CLIPVisionModel(used)
-        if config.stem == "conv":
-            self.vision_model.embeddings.patch_embedding = ConvStem(config)  # type: ignore[assignment]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, S, S) -> (N, patches, C): ``hidden_states[feature_layer]`` without CLS."""

@@ -19,9 +19,9 @@ from typing import Any
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 from PIL import Image, ImageDraw, ImageFont
 
-from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image
+from mm_retriever.node_images import node_images
 
 RETRIEVAL_SCORE = "retrieval_score"
 RETRIEVAL_RANK = "retrieval_rank"

@@ -359,13 +359,12 @@ def test_a_picture_of_one_crop_goes_through_the_tower_once() -> None:
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
-def test_a_small_model_may_have_a_conv_stem_one_view_and_ordinary_rope(feature_layer: int) -> None:
+def test_a_small_model_may_have_one_view_and_ordinary_rope(feature_layer: int) -> None:
     """Truth: our choice, for the bundled model: (side / 2) * (side / 2 + 1) tokens a picture."""
     config = small_config(
         rope_scaling=None, rope_theta=10_000.0, embd_layer={"use_hd_transform": False}, hidden_size=40,
         vision_config={"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 2,
-                       "image_size": 48, "patch_size": 8, "stem": "conv", "stem_channels": [6, 10, 14],
-                       "feature_layer": feature_layer},
+                       "image_size": 48, "patch_size": 8, "stem": "patch", "feature_layer": feature_layer},
     )  # fmt: skip
     model, processor = seeded(config), processor_for(config, small_tokenizer(), num_crops=4)
     assert len(model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers) == 4 + feature_layer
@@ -386,7 +385,7 @@ def test_a_small_model_may_have_a_conv_stem_one_view_and_ordinary_rope(feature_l
     ("vision", "message"),
     [
         ({"stem": "linear"}, "'linear'"),
-        ({"stem": "conv", "stem_channels": [8, 8]}, "patch_size 14"),
+        ({"stem": "conv", "stem_channels": [8, 8]}, "stem 'conv' is not 'patch'"),
         ({"image_size": 30, "patch_size": 10}, "image_size 30"),
         ({"feature_layer": 0}, "feature_layer 0"),
         ({"num_hidden_layers": 2, "feature_layer": -4}, "feature_layer -4"),
