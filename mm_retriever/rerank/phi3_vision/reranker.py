@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from llama_index.core.prompts.mixin import PromptDictType
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import PrivateAttr
 
 from mm_retriever.forks import ForkLock
 from mm_retriever.images import pixel_digest
@@ -23,12 +23,11 @@ from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rebuild import field_arguments, loaded_model_error, portable_name
 from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.phi3_vision.dialogue import SharedModel
+from mm_retriever.rerank.phi3_vision.options import Options
 from mm_retriever.rerank.phi3_vision.session import RerankSession
-from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.rerank.scorer import Meter, Query
 
 CAPTIONS_KEPT = 256
-IMAGE_MEMORY = 256 * 2**20  # bytes
 
 PROMPTS = {
     "ask_composed": prompts.ASK_COMPOSED,
@@ -45,11 +44,10 @@ PROMPTS = {
 }
 
 
-Name = Annotated[str | None, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
 Model: TypeAlias = str | os.PathLike[str] | Phi3VisionLLM | tuple[Phi3Vision, Phi3VisionProcessor]
 
 
-class Phi3VisionRerank(Reranker):
+class Phi3VisionRerank(Options):
     """Ranks candidates with Phi-3 Vision, every one exactly once, and says why the first one fits.
 
     The model first says what the query image shows and what is wanted. Then, by `mode`:
@@ -65,36 +63,10 @@ class Phi3VisionRerank(Reranker):
     Args:
         model: hub id, local folder, "tiny" (the small model that comes with the package), a `Phi3VisionLLM` to share
             its model, or a loaded model and its processor.
-        options: the fields below, and those of `Reranker`.
+        options: the fields of `Options`, and those of `Reranker`.
     """
 
     default_prompts = PROMPTS
-
-    mode: Literal["likelihood", "sheet", "pointwise"] = "likelihood"
-    ranking: Literal["single_pass", "generated"] = "single_pass"
-    """Of "sheet": "single_pass" reads the order off one step, "generated" lets the model write it, as published."""
-    caption: bool = True
-    """Whether the model first says what the query image shows; remembered by content."""
-    reasons: Literal["first", "all", "none"] = "first"
-    """For which of the kept ones the model says why they fit; left out when the time budget is spent."""
-    window: int = Field(default=9, ge=2, le=99)
-    """Candidates on one sheet. Longer lists are ranked from their end to their beginning by overlapping windows."""
-    stride: int = Field(default=4, ge=1)
-    """By how much windows differ; at most window - 1."""
-    num_crops: int = Field(default=1, ge=1)
-    """Most crops of the query image and of separate candidates; more see more and cost more."""
-    sheet_crops: int = Field(default=4, ge=1)
-    """Most crops of a sheet."""
-    max_new_tokens: int = Field(default=60, ge=1)
-    """Of each sentence."""
-    revision: str | None = None
-    """Of a hub repository."""
-    device: Name = None
-    """"cpu", "cuda", ...; by default the fastest there is."""
-    dtype: Name = None
-    """"float32", "bfloat16", ...; by default what the weights are stored in."""
-    image_memory: int = Field(default=IMAGE_MEMORY, ge=0)
-    """Bytes of features of images that are kept for the next query."""
 
     _source: str | os.PathLike[str] | Phi3VisionLLM | None = PrivateAttr(default=None)
     _llm: Phi3VisionLLM = PrivateAttr()

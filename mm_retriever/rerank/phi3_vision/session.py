@@ -7,7 +7,6 @@ Whatever logits the model emits, each way to judge gives every candidate it saw 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +18,8 @@ from mm_retriever.phi3_vision.processor import Slot, Turn
 from mm_retriever.rerank.candidates import Candidate
 from mm_retriever.rerank.order import best_first, rank_scores, windows
 from mm_retriever.rerank.phi3_vision.dialogue import Counted, Dialogue, SharedModel
+from mm_retriever.rerank.phi3_vision.options import Options
 from mm_retriever.rerank.scorer import Meter, Query
-
-if TYPE_CHECKING:
-    from mm_retriever.rerank.phi3_vision.reranker import Phi3VisionRerank
 
 YES = ("yes", "Yes", "YES")
 NO = ("no", "No", "NO")
@@ -43,7 +40,7 @@ class RerankSession:
     def __init__(
         self,
         shared: SharedModel,
-        options: Phi3VisionRerank,
+        options: Options,
         say: Callable[..., str],
         meter: Meter,
         query: Query,
