@@ -4,22 +4,18 @@
 - `header.py`, `heif.py`: the bytes before a decoder sees them.
 - `memory.py`: how much all threads decode at once.
 - `profile.py`, `pixels.py`: every kind of pixel as 8-bit RGB.
-- `loading.py`: `load_image`, which takes these steps.
+- `loading.py`: `load_image`, which takes these steps; images as bytes, digests and thumbnails.
 - `sheet.py`: numbered grids of images.
 """
 
+from mm_retriever.images.header import sniff_format
 from mm_retriever.images.loading import (
-    DEFAULT_POLICY,
     IMAGE_SUFFIXES,
-    ImageDataURI,
-    ImagePolicy,
-    ImageSource,
     encode_thumbnail,
     file_size,
     first_readable,
     image_thumbnail,
     is_image_path,
-    is_place,
     load_image,
     lossless_bytes,
     media_type,
@@ -27,29 +23,15 @@ from mm_retriever.images.loading import (
     pixel_digest,
     portable_image,
     read_image_bytes,
-    source_name,
     thumbnail_data_uri,
 )
+from mm_retriever.images.source import DEFAULT_POLICY, ImageDataURI, ImagePolicy, ImageSource, is_place, source_name
 
+# fmt: off
 __all__ = [
-    "DEFAULT_POLICY",
-    "IMAGE_SUFFIXES",
-    "ImageDataURI",
-    "ImagePolicy",
-    "ImageSource",
-    "encode_thumbnail",
-    "file_size",
-    "first_readable",
-    "image_thumbnail",
-    "is_image_path",
-    "is_place",
-    "load_image",
-    "lossless_bytes",
-    "media_type",
-    "opened_image",
-    "pixel_digest",
-    "portable_image",
-    "read_image_bytes",
-    "source_name",
+    "DEFAULT_POLICY", "IMAGE_SUFFIXES", "ImageDataURI", "ImagePolicy", "ImageSource", "encode_thumbnail", "file_size",
+    "first_readable", "image_thumbnail", "is_image_path", "is_place", "load_image", "lossless_bytes", "media_type",
+    "opened_image", "pixel_digest", "portable_image", "read_image_bytes", "sniff_format", "source_name",
     "thumbnail_data_uri",
 ]
+# fmt: on

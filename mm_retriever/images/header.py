@@ -1,8 +1,8 @@
-"""What the bytes of a picture file say before any decoder sees them: format, size, number of frames.
+"""What the bytes of an image file say before any decoder sees them: format, size, number of frames.
 
-Pure bytes in, numbers out; knows nothing of Pillow, files or the network. Only the formats named here are ever handed
-to a decoder. The checks are here because the decoder itself would allocate, loop or warn before it could be asked: a
-file of 60 MB made of empty blocks keeps Pillow busy for minutes, and fills gigabytes, without ever coming to a pixel.
+Pure bytes in, numbers out; knows nothing of Pillow, files or the network. Only the formats named here ever reach a
+decoder. The decoder itself would allocate, loop or warn before it could be asked: a file of 60 MB of empty blocks keeps
+Pillow busy for minutes, and fills gigabytes, without a single pixel.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mm_retriever.errors import ImageLoadError
@@ -18,14 +19,15 @@ from mm_retriever.images.heif import heif_size
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIC")
 
 # Limits that no honest file comes near. Blocks: so many, plus one for every so many bytes of the file.
-MAX_JPEG_SCANS = 100  # 10 to 20 in a progressive file; each is a pass over the whole picture
-MAX_JPEG_EXIF = 100  # 1, and 1 in each picture behind it; each is copied again for every one that follows
+MAX_JPEG_SCANS = 100  # 10 to 20 in a progressive file; each is a pass over the whole image
+MAX_JPEG_EXIF = 100  # 1, and 1 in each further image; each is copied again for every one that follows
 MAX_PNG_TEXTS = 1_000  # a few, or none; each may unpack to a megabyte
+MAX_PNG_TEXT = 2**18  # bytes
+MAX_PNG_PROFILE = 2**22  # bytes
 MAX_TIFF_TAGS = 1_000
 MAX_TIFF_VALUES = 200_000  # strips, mostly: one a row and channel; a 16-bit palette has 196,608
-# A tile may be larger than the picture, but is allocated whole: 146 bytes could ask for 2 GB.
-MAX_FREE_TILE = 2_048 * 2_048
-MAX_FREE_TILES = 16 * MAX_FREE_TILE  # all of them, which are unpacked whole, also where they stand out of the picture
+MAX_FREE_TILE = 2_048 * 2_048  # pixels. A tile may be larger than the image, but is allocated whole
+MAX_FREE_TILES = 16 * MAX_FREE_TILE  # all of them, which are unpacked whole, also where they stand out of the image
 MAX_SLOW_BYTES = 4 * 2**20  # for what Pillow decodes in Python, at 3 to 6 MB/s: run-length BMP, PPM of odd depth
 _FREE_BLOCKS = 2_000
 _BYTES_A_BLOCK = {"JPEG": 1_024, "PNG": 512, "GIF": 128}
@@ -33,15 +35,15 @@ _BYTES_A_BLOCK = {"JPEG": 1_024, "PNG": 512, "GIF": 128}
 _PPM_HEADER = re.compile(rb"P[456](?:\s|#[^\r\n]*[\r\n])+\d{1,10}(?:\s|#[^\r\n]*[\r\n])+\d{1,10}\s")
 _PPM_WHITE = re.compile(rb"(?:\s|#[^\r\n]*[\r\n])*(\d{1,10})\s")
 _FILL = re.compile(rb"\xff*")
-_JPEG_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})  # no length behind them; decoders pass over a zero too
+_JPEG_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xDA)})  # no length follows; decoders pass over a zero too
 # What both decoders, Pillow's and libjpeg's, pass over by its length. They look into all others for markers.
-_JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDB, 0xF0), 0xFE}) - {0xC8}
+_JPEG_SEGMENTS = frozenset({*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}) - {0xC8}
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_SCAN = 0xDA
 _PNG_TEXTS = (b"iCCP", b"iTXt", b"zTXt")
 _PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
 _PNG_NEEDED = (b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"eXIf")
 _PNG_FRAMES = (b"acTL", b"fcTL", b"fdAT")
-MAX_PNG_TEXT = 2**18
-MAX_PNG_PROFILE = 2**22
 JPEG_END = b"\xff\xd9"
 _CODED_DATA = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)
 _FRAME = struct.Struct(">HHB")
@@ -62,13 +64,13 @@ _TIFF = _TiffLayout(first=4, count="H", entry="HHL4s", offset="L")
 _BIG_TIFF = _TiffLayout(first=8, count="Q", entry="HHQ8s", offset="Q")
 _TIFF_BYTES = frozenset({1, 2, 6, 7})
 _TIFF_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q"}
-_TIFF_SIZES = (0x100, 0x101, 0x142, 0x143)  # width and height of the picture and of a tile
+_TIFF_SIZES = (0x100, 0x101, 0x142, 0x143)  # width and height of the image and of a tile
 _TIFF_LISTS = frozenset({0x111, 0x117, 0x140, 0x144, 0x145})  # strips, colours, tiles: lists, also when stored as bytes
 _TIFF_NESTED = frozenset({0x8769, 0x8825, 0xA005})  # EXIF, GPS, interoperability
 
 
 @dataclass(frozen=True)
-class PictureHeader:
+class ImageHeader:
     """The format's name and, where the bytes say so cheaply, the size in pixels and the number of frames.
 
     ``reducible``: a JPEG of one scan, which can be decoded at half its size without ever being in memory whole.
@@ -114,7 +116,7 @@ def _heif_kind(data: bytes) -> str | None:
 
 
 def describe_bytes(data: bytes) -> str:
-    """Return what bytes that are no supported picture look like, for an error message."""
+    """Return what bytes in no supported format look like, for an error message."""
     start = data[:256].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "it looks like an HTML page"
@@ -125,15 +127,15 @@ def describe_bytes(data: bytes) -> str:
     return f"it starts with {data[:8]!r}"
 
 
-def read_header(data: bytes, *, max_frames: int) -> PictureHeader | None:
-    """Return what can be known without a decoder, or None when the bytes are no supported picture.
+def read_header(data: bytes, *, max_frames: int) -> ImageHeader | None:
+    """Return what can be known without a decoder, or None for any other format.
 
     Args:
         data: the whole file.
         max_frames: counting stops one above this, so that a file of a million empty frames costs nothing.
 
     Raises:
-        ImageLoadError: the structure is broken, or asks for more work than any honest picture does.
+        ImageLoadError: the structure is broken, or asks for more work than any honest file does.
     """
     kind = sniff_format(data)
     if kind == "JPEG":
@@ -145,65 +147,60 @@ def read_header(data: bytes, *, max_frames: int) -> PictureHeader | None:
     if kind == "TIFF":
         return _tiff_header(data, max_frames)
     if kind == "WEBP":
-        return PictureHeader(kind, _webp_size(data))
+        return ImageHeader(kind, _webp_size(data))
     if kind == "HEIC":
-        return PictureHeader(kind, heif_size(data))
+        return ImageHeader(kind, heif_size(data))
     if kind == "BMP":
         _check_bmp(data)
     if kind == "PPM":
         _check_ppm(data)
-    return PictureHeader(kind) if kind else None
+    return ImageHeader(kind) if kind else None
 
 
 def _most_blocks(kind: str, data: bytes) -> int:
     return _FREE_BLOCKS + len(data) // _BYTES_A_BLOCK[kind]
 
 
-def _jpeg_header(data: bytes) -> PictureHeader:
-    """Walk the segments up to the first scan, as decoders do. Source: ITU-T T.81, annex B.
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield marker, start and end of each segment, as decoders find them. Source: ITU-T T.81, annex B.
 
     Whatever a decoder would read where this walk does not look could be of any size, so a doubt is a refusal.
     """
-    if (parts := data.count(b"Exif\0\0")) > MAX_JPEG_EXIF:
-        raise ImageLoadError(f"{parts} parts of EXIF, more than the {MAX_JPEG_EXIF} that any honest file has")
-    at, size, components, several_scans = 2, None, 0, False
+    at = 2
     for _ in range(_most_blocks("JPEG", data)):
         if at + 4 > len(data) or data[at] != 0xFF:
-            raise ImageLoadError("truncated or broken before the first scan")
+            return
         marker = data[at + 1]
         if marker == 0xFF:  # fill bytes: any number of them
             at = _FILL.match(data, at).end() - 1  # type: ignore[union-attr]
         elif marker in _JPEG_ALONE:
             at += 2
-        elif marker == 0xDA:
-            several_scans |= data[at + 4] != components if at + 4 < len(data) else False
-            if several_scans and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-                raise ImageLoadError(f"{scans} scans, more than the {MAX_JPEG_SCANS} that any honest file has")
-            return PictureHeader("JPEG", size, reducible=not several_scans)
-        elif marker not in _JPEG_SEGMENTS:
-            raise ImageLoadError(f"a segment of kind {marker:#x}, which no decoder knows")
+        elif marker in _JPEG_SEGMENTS:
+            end = at + 2 + (data[at + 2] << 8 | data[at + 3] or 2)
+            yield marker, at, end
+            at = end
+            if marker == _JPEG_SCAN:  # coded data end at a marker that is no restart and no stuffed zero
+                following = _CODED_DATA.search(data, at)
+                at = following.start() if following else len(data)
         else:
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= len(data):  # the frame
-                height, width, components = _FRAME.unpack_from(data, at + 5)
-                size, several_scans = (width, height), marker > 0xC1
-            at += 2 + (data[at + 2] << 8 | data[at + 3] or 2)
+            raise ImageLoadError(f"a segment of kind {marker:#x}, which no decoder knows")
     raise ImageLoadError("more segments than any honest JPEG has")
 
 
-def _png_header(data: bytes) -> PictureHeader:
-    """Size from the header, and every chunk counted. Source: W3C PNG, section 5."""
-    if len(data) < 33 or data[12:16] != b"IHDR":
-        raise ImageLoadError("truncated or broken header")
-    at, texts = 8, 0
-    for _ in range(_most_blocks("PNG", data)):
-        if at + 8 > len(data) or data.startswith(b"IEND", at + 4):
-            width, height = struct.unpack_from(">LL", data, 16)
-            return PictureHeader("PNG", (width, height))
-        texts += data.startswith(_PNG_TEXTS, at + 4)
-        if texts > MAX_PNG_TEXTS:
-            raise ImageLoadError(f"more than {MAX_PNG_TEXTS} compressed texts and profiles")
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    raise ImageLoadError("more chunks than any honest PNG has")
+def _jpeg_header(data: bytes) -> ImageHeader:
+    if (parts := data.count(b"Exif\0\0")) > MAX_JPEG_EXIF:
+        raise ImageLoadError(f"{parts} parts of EXIF, more than the {MAX_JPEG_EXIF} that any honest file has")
+    size, components, several_scans = None, 0, False
+    for marker, at, _ in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES and at + 10 <= len(data):
+            height, width, components = _FRAME.unpack_from(data, at + 5)
+            size, several_scans = (width, height), marker > 0xC1
+        elif marker == _JPEG_SCAN:
+            several_scans |= at + 4 < len(data) and data[at + 4] != components
+            if several_scans and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+                raise ImageLoadError(f"{scans} scans, more than the {MAX_JPEG_SCANS} that any honest file has")
+            return ImageHeader("JPEG", size, reducible=not several_scans)
+    raise ImageLoadError("truncated or broken before the first scan")
 
 
 def ends_in_last_scan(data: bytes) -> bool:
@@ -212,22 +209,14 @@ def ends_in_last_scan(data: bytes) -> bool:
     Of one that is coded in one scan, any part can be missing. A progressive one must have begun the scan that brings
     the last bit of the last coefficient, without which colours or details are not there at all.
     """
-    at, components, progressive = 2, 0, False
+    components, progressive = 0, False
     bits: dict[tuple[int, int], int] = {}
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= len(data):
+    for marker, at, after in _jpeg_segments(data):
+        if marker in _JPEG_FRAMES and at + 10 <= len(data):
             components, progressive = data[at + 9], marker == 0xC2
-        if marker == 0xFF:
-            at += 1
+        if marker != _JPEG_SCAN:
             continue
-        if marker in _JPEG_ALONE:
-            at += 2
-            continue
-        if marker != 0xDA:
-            at += 2 + max(2, length)
-            continue
-        count, header = data[at + 4] if at + 4 < len(data) else 0, data[at + 5 : at + 2 + length]
+        count, header = data[at + 4] if at + 4 < len(data) else 0, data[at + 5 : after]
         if not progressive:
             return count == components
         if len(header) < 2 * count + 3:
@@ -235,14 +224,30 @@ def ends_in_last_scan(data: bytes) -> bool:
         start, end, low = header[2 * count], header[2 * count + 1], header[2 * count + 2] & 15
         for component in header[0 : 2 * count : 2]:
             bits |= {(component, coefficient): low for coefficient in range(start, min(end, 63) + 1)}
-        at = _next_marker(data, at + 2 + length)
     return len(bits) == 64 * components and not any(bits.values())
 
 
-def _next_marker(data: bytes, at: int) -> int:
-    """Where coded data ends: at a marker that is no restart and no stuffed zero."""
-    found = _CODED_DATA.search(data, at)
-    return found.start() if found else len(data)
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start and end of each chunk. Source: W3C PNG, section 5."""
+    at = 8
+    for _ in range(_most_blocks("PNG", data)):
+        kind = data[at + 4 : at + 8]
+        if len(kind) < 4:
+            return
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        yield kind, at, end
+        if kind == b"IEND":
+            return
+        at = end
+    raise ImageLoadError("more chunks than any honest PNG has")
+
+
+def _png_header(data: bytes) -> ImageHeader:
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise ImageLoadError("truncated or broken header")
+    if sum(kind in _PNG_TEXTS for kind, _, _ in _png_chunks(data)) > MAX_PNG_TEXTS:
+        raise ImageLoadError(f"more than {MAX_PNG_TEXTS} compressed texts and profiles")
+    return ImageHeader("PNG", struct.unpack_from(">LL", data, 16))
 
 
 def clean_png(data: bytes) -> tuple[bytes, bytes | None]:
@@ -251,23 +256,17 @@ def clean_png(data: bytes) -> tuple[bytes, bytes | None]:
     A comment that is too large or broken, or a profile whose chunk is, makes decoders refuse the image; browsers pass
     over them. What stays: image data, transparency, gamma, orientation, the frames of an animation.
     """
-    at, kept, profile, begun = 8, [data[:8]], None, 8
-    while at + 12 <= len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        kind = data[at + 4 : at + 8]
+    kept, begun, profile = [], 0, None
+    for kind, at, end in _png_chunks(data):
         if end > len(data):
             break
         if kind == b"iCCP" and profile is None:
             profile = _inflated(data[at + 8 : end - 4].partition(b"\0")[2][1:], MAX_PNG_PROFILE)
-        if not (kind[0] & 32) or kind in _PNG_FRAMES or _is_needed(kind, data, at, end):
-            pass
-        else:
+        is_critical = not kind[0] & 32
+        if not (is_critical or kind in _PNG_FRAMES or _is_needed(kind, data, at, end)):
             kept.append(data[begun:at])
             begun = end
-        at = end
-        if kind == b"IEND":
-            break
-    return (data if begun == 8 else b"".join([*kept, data[begun:]])), profile
+    return b"".join([*kept, data[begun:]]) if kept else data, profile
 
 
 def _is_needed(kind: bytes, data: bytes, at: int, end: int) -> bool:
@@ -286,13 +285,13 @@ def _is_needed(kind: bytes, data: bytes, at: int, end: int) -> bool:
 
 
 def _inflated(packed: bytes, most: int) -> bytes | None:
-    """Unpacked bytes, or None where they are broken or more than so many."""
+    """Unpacked bytes, or None where they are broken or more than `most`."""
     unpacking = zlib.decompressobj()
     try:
         unpacked = unpacking.decompress(packed, most)
     except zlib.error:
         return None
-    return None if unpacking.unconsumed_tail or not unpacking.eof else unpacked
+    return unpacked if unpacking.eof and not unpacking.unconsumed_tail else None
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
@@ -309,7 +308,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     raise ImageLoadError("truncated or broken header")
 
 
-def _gif_header(data: bytes, max_frames: int) -> PictureHeader:
+def _gif_header(data: bytes, max_frames: int) -> ImageHeader:
     """Size of the screen grown to hold every frame, and the number of frames. Source: GIF89a, section 17 on."""
     if len(data) < 13:
         raise ImageLoadError("truncated (no GIF screen)")
@@ -336,10 +335,10 @@ def _gif_header(data: bytes, max_frames: int) -> PictureHeader:
         at += 1
     if blocks > most_blocks:
         raise ImageLoadError("more blocks than any honest GIF has")
-    return PictureHeader("GIF", (width, height), frames)
+    return ImageHeader("GIF", (width, height), frames)
 
 
-def _tiff_header(data: bytes, max_frames: int) -> PictureHeader:
+def _tiff_header(data: bytes, max_frames: int) -> ImageHeader:
     """Number of image directories; the first one, which is decoded, must be modest. Source: TIFF 6.0, section 2."""
     layout = _BIG_TIFF if data[2:4] in (b"+\0", b"\0+") else _TIFF
     order = "<" if data[:2] == b"II" else ">"
@@ -356,11 +355,11 @@ def _tiff_header(data: bytes, max_frames: int) -> PictureHeader:
             (at,) = struct.unpack_from(order + layout.offset, data, at + skipped)
     except (struct.error, OverflowError):  # the chain runs out of the file: what came before it counts
         pass
-    return PictureHeader("TIFF", None, frames)
+    return ImageHeader("TIFF", None, frames)
 
 
 def _check_tiff_directory(data: bytes, at: int, order: str, layout: _TiffLayout, *, nested: bool = False) -> None:
-    """Refuse what makes the decoder allocate or loop: too many tags or values, or tiles larger than the picture."""
+    """Refuse what makes the decoder allocate or loop: too many tags or values, or tiles larger than the image."""
     (entries,) = struct.unpack_from(order + layout.count, data, at)
     if entries > MAX_TIFF_TAGS:
         raise ImageLoadError(f"{entries} tags in a directory, more than the {MAX_TIFF_TAGS} that any honest TIFF has")
@@ -384,7 +383,7 @@ def _check_tiff_directory(data: bytes, at: int, order: str, layout: _TiffLayout,
     tiles = -(-width // tile_width) * -(-height // tile_height)
     for pixels, free in ((tile_width * tile_height, MAX_FREE_TILE), (tiles * tile_width * tile_height, MAX_FREE_TILES)):
         if pixels > max(free, 2 * width * height):
-            raise ImageLoadError(f"tiles of {tile_width}x{tile_height} in a picture of {width}x{height} pixels")
+            raise ImageLoadError(f"tiles of {tile_width}x{tile_height} in a image of {width}x{height} pixels")
 
 
 def _check_bmp(data: bytes) -> None:

@@ -1,8 +1,7 @@
-"""Images in: path, URL, data URI, base64, bytes, file, upload, PIL image or array to a safe, upright RGB image.
+"""Any source to a safe, upright RGB image; and images as bytes, digests and thumbnails.
 
-The public face of four files: `image_source` decides what may be read, `image_url` fetches, `image_format` looks at
-the bytes before a decoder does, and this one turns every kind of pixel into 8-bit RGB. Knows nothing of models or
-stores. Colour profiles are not applied and no metadata survives: what a picture shows is its pixels.
+`source.py` decides what may be read, `url.py` fetches, `header.py` looks at the bytes before a decoder does, and
+`pixels.py` turns every kind of pixel into 8-bit RGB. Knows nothing of models or stores.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -24,7 +23,7 @@ from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.images.header import (
     FORMATS,
     JPEG_END,
-    PictureHeader,
+    ImageHeader,
     clean_png,
     describe_bytes,
     ends_in_last_scan,
@@ -50,29 +49,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-__all__ = [
-    "DEFAULT_POLICY",
-    "IMAGE_SUFFIXES",
-    "ImageDataURI",
-    "ImagePolicy",
-    "ImageSource",
-    "encode_thumbnail",
-    "file_size",
-    "first_readable",
-    "image_thumbnail",
-    "is_image_path",
-    "is_place",
-    "load_image",
-    "lossless_bytes",
-    "media_type",
-    "opened_image",
-    "pixel_digest",
-    "portable_image",
-    "read_image_bytes",
-    "source_name",
-    "thumbnail_data_uri",
-]
-
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib",
@@ -97,32 +73,26 @@ _MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
 
 
 def is_image_path(path: str | os.PathLike[str]) -> bool:
-    """Whether the suffix is that of a picture format which `load_image` reads (the file itself is not touched)."""
+    """Whether the suffix is that of a format which `load_image` reads; the file is not touched."""
     suffix = os.path.splitext(os.fspath(path))[1].lower()  # noqa: PTH122 - ten times Path's speed
     return suffix in IMAGE_SUFFIXES or _registered_reader(Image.EXTENSION.get(suffix, "")) is not None
 
 
 def load_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY, keep_mode: bool = False) -> Image.Image:
-    """Return an upright 8-bit RGB picture without metadata; the first frame of an animation.
+    """Return an upright 8-bit RGB image without metadata; the first frame of an animation.
 
-    A PIL picture that needs no change is returned as it is, not copied.
+    A PIL image that needs no change is returned as it is, not copied.
 
     Args:
         source: see `ImageSource`. A file object is read from its beginning and stays open.
         policy: limits, folders, network.
-        keep_mode: leave greyscale (L) and CMYK pictures as they are, for preprocessing that resizes before converting.
+        keep_mode: leave greyscale (L) and CMYK as they are, for preprocessing that resizes before converting.
 
     Raises:
-        ImageLoadError: the picture cannot or must not be read; the message names the source and the reason.
+        ImageLoadError: the image cannot or must not be read; the message names the source and the reason.
     """
-    with _errors_name(source):
-        if isinstance(source, Image.Image):
-            _check_size(source.size, policy)
-            source.load()
-            return normalised(source, rawmode="", keep_mode=keep_mode)
-        if is_pixel_array(source):
-            return normalised(_from_array(source, policy), rawmode="", keep_mode=keep_mode)
-        return _decode(read_source(source, policy), policy, keep_mode, source_name(source))
+    with _errors_name(source), _opened(source, policy, keep_mode) as image:
+        return image
 
 
 @contextmanager
@@ -131,21 +101,30 @@ def opened_image(
 ) -> Iterator[Image.Image]:
     """Give the image of `load_image` for as long as the block runs; its memory is counted, and given back at the end.
 
-    For whoever makes something small of many images, or in many threads.
+    For whoever makes something small of many images, or in many threads. A caller's own image stays open.
     """
-    if isinstance(source, Image.Image) or is_pixel_array(source):
-        yield load_image(source, policy=policy, keep_mode=keep_mode)
-        return
-    with _errors_name(source):
-        data = read_source(source, policy)
-        wanted = _expected_memory(data)
-    with DECODING.hold(wanted):
+    with ExitStack() as memory:
         with _errors_name(source):
-            image = _decode(data, policy, keep_mode, source_name(source))
+            image = memory.enter_context(_opened(source, policy, keep_mode))
         try:
             yield image
         finally:
-            image.close()
+            if not isinstance(source, Image.Image):
+                image.close()
+
+
+@contextmanager
+def _opened(source: ImageSource, policy: ImagePolicy, keep_mode: bool) -> Iterator[Image.Image]:
+    """The image, and its share of the memory budget until the block ends."""
+    if isinstance(source, Image.Image):
+        _check_size(source.size, policy)
+        source.load()
+        yield normalised(source, rawmode="", keep_mode=keep_mode)
+    elif is_pixel_array(source):
+        yield normalised(_from_array(source, policy), rawmode="", keep_mode=keep_mode)
+    else:
+        with _decoded(read_source(source, policy), policy, keep_mode, source_name(source)) as image:
+            yield image
 
 
 def file_size(data: bytes, image: Image.Image) -> tuple[int, int]:
@@ -228,7 +207,7 @@ def first_readable(sources: Iterable[ImageSource], read: Callable[[ImageSource],
 
 
 def pixel_digest(image: Image.Image) -> str:
-    """Return the SHA-256 (hex) of mode, size and pixels: equal pictures, equal digests, whatever file they came in."""
+    """Return the SHA-256 (hex) of mode, size and pixels: equal images, equal digests, whatever file they came in."""
     if image.mode in ("P", "PA"):  # palette numbers alone say nothing
         image = image.convert("RGBA")
     digest = hashlib.sha256(f"{image.mode} {image.width} {image.height}\0".encode())
@@ -237,7 +216,7 @@ def pixel_digest(image: Image.Image) -> str:
 
 
 def encode_thumbnail(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> bytes:
-    """Return a JPEG of the picture, shrunk (never enlarged) until no side is longer than `max_side`."""
+    """Return a JPEG of an image, shrunk (never enlarged) until no side is longer than `max_side`."""
     small = image if image.mode == "RGB" else normalised(image, rawmode="", keep_mode=False)
     if max(small.size) > max_side:
         scale = max_side / max(small.size)
@@ -263,9 +242,6 @@ def image_thumbnail(
 def thumbnail_data_uri(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> str:
     """Return `encode_thumbnail` as a `data:image/jpeg;base64,...` URI, for HTML pages and chat messages."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_thumbnail(image, max_side, quality=quality)).decode()
-
-
-# ---------------------------------------------------------------------------------------------- source to bytes
 
 
 @contextmanager
@@ -294,9 +270,6 @@ def _reason(error: Exception) -> str:
     return f"damaged ({text or type(error).__name__})"
 
 
-# ---------------------------------------------------------------------------------------------- bytes to pixels
-
-
 def _from_array(source: PixelArray, policy: ImagePolicy) -> Image.Image:
     import numpy as np  # whoever gives an array has loaded it
 
@@ -314,49 +287,56 @@ def _from_array(source: PixelArray, policy: ImagePolicy) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels if pixels.dtype == np.uint8 else pixels * np.uint8(255)))
 
 
-def _decode(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str) -> Image.Image:
+@contextmanager
+def _decoded(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str) -> Iterator[Image.Image]:
     if not data:
         raise ImageLoadError("zero bytes")
     header = read_header(data, max_frames=policy.max_frames)
     reader = _reader(header.format) if header else _registered_reader_of(data)
-    if header is None and reader is not None:
-        header = PictureHeader(reader.format or "")
-    if header is None or reader is None:
-        raise ImageLoadError(f"not a picture in a supported format ({', '.join(FORMATS)}): {describe_bytes(data)}")
+    if reader is None:
+        raise ImageLoadError(f"not an image in a supported format ({', '.join(FORMATS)}): {describe_bytes(data)}")
+    header = header or ImageHeader(reader.format or "")
     reduced = header.reducible and _is_large(header, policy)
     if header.size and not reduced:
         _check_size(header.size, policy, header.format)
     profile = None
     if header.format == "PNG":
         data, profile = clean_png(data)
-    with DECODING.hold(_memory(header.format, header.size or (0, 0))):
-        # The reader itself, not Image.open: that would try every format, and warn about large images before we can look
-        with reader(io.BytesIO(data), "") as image, DECODING.hold(_memory(header.format, image.size)):
-            if reduced:
-                image.draft(None, (image.width // 2, image.height // 2))
-            _check_size(image.size, policy)
-            frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
-            if frames > policy.max_frames:
-                raise ImageLoadError(f"more than {policy.max_frames} frames (ImagePolicy.max_frames)")
-            if profile:
-                image.info["icc_profile"] = profile
-            rawmode = _rawmode(image)
-            try:
-                image.load()
-            except OSError as error:
-                if header.format != "JPEG" or "truncated" not in str(error) or not ends_in_last_scan(data):
-                    raise
-            else:
-                return normalised(image, rawmode=rawmode, keep_mode=keep_mode)
-        with reader(io.BytesIO(data + JPEG_END), "") as image:
-            if reduced:
-                image.draft(None, (image.width // 2, image.height // 2))
-            image.load()
-            missing = missing_share(image)
-            if missing > MOST_MISSING:
-                raise ImageLoadError(f"truncated (the last {missing:.0%} of the image are missing)")
-            logger.warning("%s ends early; %.1f%% of the image are missing, shown in grey", name, 100 * missing)
-            return normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+    with ExitStack() as memory:
+        memory.enter_context(DECODING.hold(_memory(header.format, header.size or (0, 0))))
+        for ending in (b"", JPEG_END):
+            # the reader itself: Image.open would try every format, and warn of large images before we can look
+            with reader(io.BytesIO(data + ending), "") as image:
+                memory.enter_context(DECODING.hold(_memory(header.format, image.size)))
+                if reduced:
+                    image.draft(None, (image.width // 2, image.height // 2))
+                _check_size(image.size, policy)
+                frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
+                if frames > policy.max_frames:
+                    raise ImageLoadError(f"more than {policy.max_frames} frames (ImagePolicy.max_frames)")
+                if profile:
+                    image.info["icc_profile"] = profile
+                rawmode = _rawmode(image)
+                try:
+                    image.load()
+                except OSError as error:
+                    is_cut = header.format == "JPEG" and "truncated" in str(error)
+                    if ending or not is_cut or not ends_in_last_scan(data):
+                        raise
+                    continue
+                if ending:
+                    _accept_missing(image, name)
+                pixels = normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+            break
+        yield pixels
+
+
+def _accept_missing(image: Image.Image, name: str) -> None:
+    """Pass a JPEG whose last blocks are missing, if they are few."""
+    missing = missing_share(image)
+    if missing > MOST_MISSING:
+        raise ImageLoadError(f"truncated (the last {missing:.0%} of the image are missing)")
+    logger.warning("%s ends early; %.1f%% of the image are missing, shown in grey", name, 100 * missing)
 
 
 def _memory(format_name: str, size: tuple[int, int]) -> int:
@@ -364,19 +344,7 @@ def _memory(format_name: str, size: tuple[int, int]) -> int:
     return size[0] * size[1] * _BYTES_A_PIXEL.get(format_name, 12)
 
 
-def _expected_memory(data: bytes) -> int:
-    """The same of a file; 0 where it cannot be told, which is where decoding will fail."""
-    header = read_header(data, max_frames=1) if data else None
-    if header is None or header.size:
-        return _memory(header.format, header.size or (0, 0)) if header else 0
-    try:
-        with _reader(header.format)(io.BytesIO(data), "") as image:
-            return _memory(header.format, image.size)
-    except Exception:  # on broken files decoders raise what they like; loading says what is wrong
-        return 0
-
-
-def _is_large(header: PictureHeader, policy: ImagePolicy) -> bool:
+def _is_large(header: ImageHeader, policy: ImagePolicy) -> bool:
     """Whether only half of each side is within the limits: what a JPEG can be decoded to without its whole."""
     if header.size is None:
         return False
@@ -387,23 +355,20 @@ def _is_large(header: PictureHeader, policy: ImagePolicy) -> bool:
 
 @cache
 def _reader(format_name: str) -> type[ImageFile.ImageFile]:
+    reader: type[ImageFile.ImageFile]
     if format_name == "HEIC":
-        return _heic_reader()
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise ImageLoadError('HEIC needs the extra "heic": pip install "mm-retriever[heic]"') from error
+        reader = pillow_heif.HeifImageFile
+        return reader
     if format_name == "AVIF" and not features.check("avif"):
         if other := _registered_reader("AVIF"):
             return other
         raise ImageLoadError("AVIF, which this Pillow was built without: pip install --upgrade Pillow") from _NO_READER
     module, name = _READERS[format_name].split(".")
-    reader: type[ImageFile.ImageFile] = getattr(importlib.import_module(f"PIL.{module}"), name)
-    return reader
-
-
-def _heic_reader() -> type[ImageFile.ImageFile]:
-    try:
-        from pillow_heif import HeifImageFile
-    except ImportError as error:
-        raise ImageLoadError('HEIC needs the extra "heic": pip install "mm-retriever[heic]"') from error
-    reader: type[ImageFile.ImageFile] = HeifImageFile
+    reader = getattr(importlib.import_module(f"PIL.{module}"), name)
     return reader
 
 
@@ -445,7 +410,7 @@ def _check_size(size: tuple[int, int], policy: ImagePolicy, format_name: str = "
 
 
 def _rawmode(image: ImageFile.ImageFile) -> str:
-    """How samples lie in the file ("I;12", "L;4", "RGB;16B"), which the mode of the picture does not always say."""
+    """How samples lie in the file ("I;12", "L;4", "RGB;16B"), which the mode of the image does not always say."""
     arguments = image.tile[0][3] if image.tile else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return first if isinstance(first, str) else ""

@@ -37,7 +37,7 @@ _ZERO_IS_ONE = [1] + [0] * 255
 _LOW_RANGE = 0x1FFF  # an eighth of 16 bits
 _NARROW = (64, 0xFFF)  # levels: fewer are noise on a plain surface, more are contrast enough
 _WHITE = (255, 255, 255)
-_DARK = (14, 14, 14)  # what browsers put behind an image that is opened alone
+_DARK = (14, 14, 14)  # the paper of browsers for an image that is opened alone
 _NEARLY_WHITE = 245
 _VISIBLE = 128  # alpha
 
@@ -145,7 +145,7 @@ def _grey_table(black: int, white: int) -> list[int]:
 
 def _float_to_grey(image: Image.Image) -> Image.Image:
     """0..1 and 0..255 keep their meaning; any other range has no agreed white and is stretched from black to white."""
-    import numpy as np  # only pictures of floats need it
+    import numpy as np  # only images of floats need it
 
     samples = np.asarray(image)
     rows = max(1, _STRIP // image.width)  # strip by strip: as doubles, all of it would take a gigabyte
@@ -228,5 +228,5 @@ def _strip(
 
 def _over(colours: Image.Image, alpha: Image.Image, paper: tuple[int, int, int]) -> Image.Image:
     sheet = Image.new("RGB", colours.size, paper)
-    sheet.paste(colours.convert("RGB") if colours.mode == "RGBA" else colours, mask=alpha)
+    sheet.paste(colours.convert("RGB"), mask=alpha)
     return sheet

@@ -1,7 +1,7 @@
 """Sources in, bytes out: what may be read, from where, and how much of it.
 
-Owns `ImagePolicy` and every path by which the bytes of a picture enter the package: files (inside given folders), data
-URIs, base64, open files and, through `image_url`, the network. Knows nothing of pixels.
+Owns `ImagePolicy` and every way by which the bytes of an image enter the package: files (inside given folders), data
+URIs, base64, open files and, through `url.py`, the network. Knows nothing of pixels.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ImagePolicy:
 
     Args:
         max_pixels: width times height, judged from the header before anything is decoded.
-        max_bytes: size of the encoded picture (a file, a download, decoded base64).
+        max_bytes: size of the encoded image (a file, a download, decoded base64).
         max_frames: frames of an animation; only the first is ever decoded.
         roots: folders that files must lie in, symbolic links followed; None: anywhere. A relative path is looked for
             from the working directory, then from each root.
@@ -108,10 +108,9 @@ class ImageDataURI(str):
 
     def __new__(cls, uri: str, name: str = "", url: str = "") -> ImageDataURI:
         """Return the string with its attributes."""
-        made = super().__new__(cls, uri)
-        made.name = name or _shortened(uri)
-        made.url = url
-        return made
+        whole = super().__new__(cls, uri)
+        whole.name, whole.url = name or _shortened(uri), url
+        return whole
 
     def __repr__(self) -> str:
         """Return the name: the URI may have millions of characters."""
@@ -123,7 +122,7 @@ def source_name(source: ImageSource) -> str:
     if isinstance(source, ImageDataURI):
         return source.name
     if isinstance(source, Image.Image):
-        return f"<{source.mode} picture of {source.width}x{source.height}>"
+        return f"<{source.mode} image of {source.width}x{source.height}>"
     if is_pixel_array(source):
         return f"<array of shape {'x'.join(map(str, source.shape))}>"
     if isinstance(source, bytes | bytearray | memoryview):
@@ -164,7 +163,7 @@ def is_url(source: object) -> TypeGuard[str]:
 
 
 def read_source(source: ImageSource, policy: ImagePolicy) -> bytes:
-    """Bytes of the encoded picture, at most `policy.max_bytes` of them."""
+    """Return the bytes of the encoded image, at most `policy.max_bytes` of them."""
     if isinstance(source, bytes | bytearray | memoryview):
         return _read_bytes(source, policy)
     if isinstance(source, str):
@@ -198,8 +197,8 @@ def _read_open_file(source: Any, policy: ImagePolicy) -> bytes:
 
 
 def _read_bytes(source: bytes | bytearray | memoryview, policy: ImagePolicy) -> bytes:
-    """The bytes of a file, or base64 of them (which is how LlamaIndex's image blocks hold a picture)."""
-    if (source.nbytes if isinstance(source, memoryview) else len(source)) > policy.max_bytes // 3 * 4 + 4:
+    """The bytes of a file, or base64 of them (as LlamaIndex's image blocks hold an image)."""
+    if memoryview(source).nbytes > policy.max_bytes // 3 * 4 + 4:
         raise _too_large(policy)
     data = bytes(source)
     if sniff_format(data) is None and _looks_like_base64(data[:64].decode("latin-1")):
@@ -234,7 +233,7 @@ def _read_stream(read: Callable[[int], Any], max_bytes: int, expected: int = _RE
 
 
 def _read_text(text: str, policy: ImagePolicy) -> bytes:
-    """A string is a data URI, a URL, base64 of a picture, or a path: in that order, without looking at any disk."""
+    """A string is a data URI, a URL, base64 of an image, or a path: in that order, without looking at any disk."""
     if match := _DATA_URI.match(text):
         return _read_data_uri(text, match, policy)
     scheme = _SCHEME.match(text)
@@ -255,14 +254,14 @@ def _read_text(text: str, policy: ImagePolicy) -> bytes:
     if _looks_like_base64(text):
         return _decode_base64(text, policy)
     if len(text) > _LONGEST_PATH:
-        raise ImageLoadError("neither a path nor base64 of a supported picture")
+        raise ImageLoadError("neither a path nor base64 of a supported image")
     return _read_file(text, policy)
 
 
 def _read_data_uri(text: str, match: re.Match[str], policy: ImagePolicy) -> bytes:
     media_type = match["type"].strip().lower()
     if media_type and not media_type.startswith("image/") and media_type != "application/octet-stream":
-        raise ImageLoadError(f"the data URI declares {media_type[:60]!r}, not a picture")
+        raise ImageLoadError(f"the data URI declares {media_type[:60]!r}, not an image")
     body = text[match.end() :]
     if "base64" in (option.strip().lower() for option in match["options"].split(";")):
         return _decode_base64(unquote_to_bytes(body).decode("latin-1") if "%" in body else body, policy)
@@ -272,7 +271,7 @@ def _read_data_uri(text: str, match: re.Match[str], policy: ImagePolicy) -> byte
 
 
 def _looks_like_base64(text: str) -> bool:
-    """Whether the text can only be base64: long, no dot, and its first bytes are those of a picture."""
+    """Whether the text can only be base64: long, no dot, and its first bytes are those of an image."""
     head = "".join(text[:64].split())
     if len(text) < _SHORTEST_BASE64 or not _BASE64.fullmatch(head):
         return False
@@ -319,7 +318,7 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY
 
 def _check_regular(status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
-        raise ImageLoadError("a folder, not a picture")
+        raise ImageLoadError("a folder, not an image")
     if not stat.S_ISREG(status.st_mode):
         raise ImageLoadError("a device, pipe or socket, not a file")
 

@@ -389,7 +389,7 @@ def test_pictures_are_embedded_into_files_and_a_second_run_has_nothing_to_do(cap
     code, said, _ = run(capfd, "embed", out, tmp_path / "photos", "--model", "tiny", "--rows-per-file", 4)
     assert code == 0
     assert "9 rows in 3 shards, 3 of them new, 1 skipped" in said
-    assert "not a picture in a supported format" in said
+    assert "not an image in a supported format" in said
     assert "\x1b" not in said
     code, said, _ = run(capfd, "embed", out, "--model", "tiny", "--json")
     report = json.loads(said)

@@ -19,7 +19,7 @@ from PIL import Image, features
 
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, load_image
-from mm_retriever.images.header import FORMATS, MAX_JPEG_SCANS, PictureHeader, read_header, sniff_format
+from mm_retriever.images.header import FORMATS, MAX_JPEG_SCANS, ImageHeader, read_header, sniff_format
 from tests.support.effort import EFFORT
 from tests.support.memory import peak_growth
 
@@ -404,28 +404,28 @@ def test_an_orientation_of_ten_million_numbers_is_not_read() -> None:
 # ---------------------------------------------------------------------------------------------- headers
 
 
-def headers() -> Iterator[tuple[str, PictureHeader]]:
+def headers() -> Iterator[tuple[str, ImageHeader]]:
     for name in ("jpeg", "jpeg progressive", "jpeg grey", "png", "apng", "webp", "webp lossless", "webp animated"):
         kind = name.split()[0].upper().replace("APNG", "PNG")
-        yield name, PictureHeader(kind, (29, 17), reducible=name in ("jpeg", "jpeg grey"))
-    yield "gif", PictureHeader("GIF", (29, 17), 1)
-    yield "gif animated", PictureHeader("GIF", (29, 17), 3)
-    yield "tiff raw", PictureHeader("TIFF", None, 1)
-    yield "tiff frames", PictureHeader("TIFF", None, 3)
-    yield "tiff big", PictureHeader("TIFF", None, 1)
-    yield "bmp", PictureHeader("BMP")
+        yield name, ImageHeader(kind, (29, 17), reducible=name in ("jpeg", "jpeg grey"))
+    yield "gif", ImageHeader("GIF", (29, 17), 1)
+    yield "gif animated", ImageHeader("GIF", (29, 17), 3)
+    yield "tiff raw", ImageHeader("TIFF", None, 1)
+    yield "tiff frames", ImageHeader("TIFF", None, 3)
+    yield "tiff big", ImageHeader("TIFF", None, 1)
+    yield "bmp", ImageHeader("BMP")
 
 
 @pytest.mark.parametrize(("name", "expected"), list(headers()))
-def test_headers_are_read_without_a_decoder(name: str, expected: PictureHeader) -> None:
+def test_headers_are_read_without_a_decoder(name: str, expected: ImageHeader) -> None:
     """Truth: what was written."""
     assert read_header(CORPUS[name], max_frames=9) == expected
 
 
 def test_counting_frames_stops_above_the_limit() -> None:
     """Truth: two allowed, three there."""
-    assert read_header(CORPUS["gif animated"], max_frames=1) == PictureHeader("GIF", (29, 17), 2)
-    assert read_header(CORPUS["tiff frames"], max_frames=1) == PictureHeader("TIFF", None, 2)
+    assert read_header(CORPUS["gif animated"], max_frames=1) == ImageHeader("GIF", (29, 17), 2)
+    assert read_header(CORPUS["tiff frames"], max_frames=1) == ImageHeader("TIFF", None, 2)
 
 
 def test_tiles_of_an_honest_size_are_read() -> None:
@@ -445,7 +445,7 @@ def test_tiles_of_an_honest_size_are_read() -> None:
 def test_a_tiff_whose_directories_form_a_ring_ends() -> None:
     """Truth: two directories pointing at each other."""
     ring = b"II*\0" + struct.pack("<L", 8) + struct.pack("<HL", 0, 14) + struct.pack("<HL", 0, 8)
-    assert read_header(ring, max_frames=1000) == PictureHeader("TIFF", None, 2)
+    assert read_header(ring, max_frames=1000) == ImageHeader("TIFF", None, 2)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_a_format_that_another_package_registers_with_pillow_is_read_under_the_s
     monkeypatch.setattr(Image, "OPEN", {**Image.OPEN})
     monkeypatch.setattr(Image, "EXTENSION", {**Image.EXTENSION})
     data = b"DOTS\x04\x03" + bytes(12)
-    with pytest.raises(ImageLoadError, match="not a picture in a supported format"):
+    with pytest.raises(ImageLoadError, match="not an image in a supported format"):
         load_image(data)
     Image.register_open("DOTS", DotsReader, lambda start: start.startswith(b"DOTS"))
     Image.register_extension("DOTS", ".dots")
@@ -160,5 +160,5 @@ def test_a_format_that_another_package_registers_with_pillow_is_read_under_the_s
         load_image(data, policy=ImagePolicy(max_pixels=11))
     Image.init()
     assert not is_image_path("a.tga")
-    with pytest.raises(ImageLoadError, match="not a picture in a supported format"):
+    with pytest.raises(ImageLoadError, match="not an image in a supported format"):
         load_image(b"\x0a\x05\x01\x08" + bytes(200))  # PCX

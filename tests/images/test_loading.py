@@ -434,13 +434,13 @@ def test_a_refusal_names_the_file_and_the_reason(tmp_path: Path) -> None:
     for name, data, reason in [
         ("empty.jpg", b"", "zero bytes"),
         ("half.jpg", good[: len(good) // 2], "truncated"),
-        ("text.jpg", b"no picture at all", "not a picture in a supported format"),
+        ("text.jpg", b"no picture at all", "not an image in a supported format"),
         ("page.jpg", b"  <!DOCTYPE html><html></html>", "HTML"),
         ("drawing.jpg", b'<?xml version="1.0"?><svg/>', "SVG"),
         ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "no meta box"),
         ("paper.jpg", b"%PDF-1.4", "PDF"),
-        ("print.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9", "not a picture in a supported format"),
-        ("layers.psd", b"8BPS\0\1" + bytes(40), "not a picture in a supported format"),
+        ("print.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9", "not an image in a supported format"),
+        ("layers.psd", b"8BPS\0\1" + bytes(40), "not an image in a supported format"),
     ]:
         path = tmp_path / name
         path.write_bytes(data)

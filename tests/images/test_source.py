@@ -200,7 +200,7 @@ def test_names_hide_what_is_secret_or_long() -> None:
         == "'data:image/png;base64,AAAAAAAAAAAAAAAAAA'... (1021 characters)"
     )
     assert source_name(PNG) == f"<{len(PNG)} bytes>"
-    assert source_name(Image.new("L", (3, 4))) == "<L picture of 3x4>"
+    assert source_name(Image.new("L", (3, 4))) == "<L image of 3x4>"
     assert source_name(Path("a\nb.png")) == r"'a\nb.png'"
     assert source_name(io.BytesIO()) == "<BytesIO>"
 

@@ -191,7 +191,7 @@ def hostile(root: Path) -> dict[str, str]:
     return {
         "truncated.png": "truncated",
         "empty.jpg": "zero bytes",
-        "text.jpg": "not a picture",
+        "text.jpg": "not an image",
         "large.png": "2000x1000 pixels, more than the limit",
         "pipe.jpg": "not a file",
         "heavy.png": "more than the limit",
@@ -358,7 +358,7 @@ def test_llamaindex_documents_and_nodes_of_every_kind(folder, store, model):
     report = ingest(documents, store, model)
     assert counts(report) == {"indexed": 5, "skipped": 2}
     assert "neither text nor an image" in report.skipped[0].reason
-    assert "not a picture in a supported format" in report.skipped[1].reason
+    assert "not an image in a supported format" in report.skipped[1].reason
     stored = nodes(store)
     assert stored["green.JPEG"].metadata["album"] == "garden"
     assert stored["green.JPEG"].get_content() == "a caption"
