@@ -166,7 +166,7 @@ def test_several_searches_share_a_page(tmp_path: Path, photos: list[Path]) -> No
     ]
     page = page_of(write_html(tmp_path / "page.html", (report for report in reports)))
     assert [tag for tag, _ in page.tags].count("section") == 3
-    assert "Search by picture" in page.text
+    assert "Search by image" in page.text
     assert "Nothing found." in page.text
 
 
@@ -188,8 +188,8 @@ def test_a_picture_that_cannot_be_read_is_said_to_be_missing(tmp_path: Path, pho
     found = (Hit(1, "a", path=str(tmp_path / "gone.png")), Hit(2, "b", path=str(photos[0])))
     report = SearchReport("x", None, found)
     page = page_of(write_html(tmp_path / "page.html", report, image_policy=ImagePolicy(roots=(tmp_path,))))
-    assert page.text.count("picture missing") == 2
-    titles = [attributes["title"] for _, attributes in page.tags if attributes.get("class") == "picture gone"]
+    assert page.text.count("image missing") == 2
+    titles = [attributes["title"] for _, attributes in page.tags if attributes.get("class") == "image gone"]
     assert "no such file" in str(titles[0])
     assert "outside the folders" in str(titles[1])
 
