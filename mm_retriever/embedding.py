@@ -5,25 +5,23 @@ Every public call ends in one place, `_vectors`: look into the cache, compute wh
 
 from __future__ import annotations
 
-import asyncio
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from llama_index.core.base.embeddings.base import Embedding
-from llama_index.core.bridge.pydantic import BaseModel, Field, PrivateAttr, field_serializer
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
-from llama_index.core.schema import BaseNode, MetadataMode, QueryBundle
+from llama_index.core.schema import BaseNode, QueryBundle
 from llama_index.core.utils import get_tqdm_iterable
 from numpy.typing import NDArray
 from PIL import Image
@@ -36,13 +34,11 @@ from mm_retriever.images import (
     DEFAULT_POLICY,
     ImagePolicy,
     ImageSource,
-    first_readable,
-    opened_image,
     portable_image,
-    source_name,
 )
-from mm_retriever.node_images import node_image, node_images
-from mm_retriever.rebuild import portable_name
+from mm_retriever.rebuild import Rebuilt, field_arguments, portable_name
+from mm_retriever.request import Request, node_image, node_images
+from mm_retriever.threads import in_thread
 from mm_retriever.vector_cache import MAX_BYTES, VectorCache
 
 if TYPE_CHECKING:
@@ -51,37 +47,13 @@ if TYPE_CHECKING:
     from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
 
 _READERS = min(8, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
-_UNSTABLE = ("model_id", "pictures")  # what `to_dict` adds to the fields
 
 __all__ = ["DEFAULT_MODEL", "ComposedEmbedding", "Request", "VisualizedBGEEmbedding", "node_image", "node_images"]
 
 dispatcher = get_dispatcher(__name__)
 
 
-@dataclass(frozen=True)
-class Request:
-    """What someone wants a vector of: a text, an image, or both.
-
-    Args:
-        text: the text.
-        image: the image.
-        elsewhere: further places of the same image, for where the first cannot be read.
-        policy: which images may be read; None: the policy of the model.
-    """
-
-    text: str | None = None
-    image: ImageSource | None = None
-    elsewhere: tuple[ImageSource, ...] = ()
-    policy: ImagePolicy | None = None
-
-    @property
-    def label(self) -> str:
-        """For events: the text, and the image's name."""
-        named = [] if self.image is None else [source_name(self.image)]
-        return " + ".join(named + ([] if self.text is None else [self.text]))
-
-
-class ComposedEmbedding(MultiModalEmbedding):
+class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     """Texts, images, and image-text pairs to vectors of length 1 in one space, by any model of the registry.
 
     One object may serve many threads and event loops. The model is loaded here, not at the first call.
@@ -214,14 +186,7 @@ class ComposedEmbedding(MultiModalEmbedding):
         return vectors
 
     def _content(self, request: Request) -> Content:
-        if request.image is None:
-            return Content(request.text or "")
-
-        def prepared(source: ImageSource) -> NDArray[np.uint8]:
-            with opened_image(source, policy=request.policy or self.image_policy, keep_mode=True) as image:
-                return self.prepare_image(image)
-
-        return Content(request.text or "", first_readable((request.image, *request.elsewhere), prepared))
+        return request.content(self.prepare_image, self.image_policy)
 
     # --------------------------------------------------------------------------------------- batches and events
 
@@ -289,14 +254,10 @@ class ComposedEmbedding(MultiModalEmbedding):
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return self._embeddings([Request(text) for text in texts])
 
-    async def _aget_text_embedding(self, text: str) -> Embedding:
-        return await asyncio.to_thread(self._get_text_embedding, text)
+    _aget_text_embedding = in_thread(_get_text_embedding)
+    _aget_query_embedding = in_thread(_get_query_embedding)
 
-    async def _aget_query_embedding(self, query: str) -> Embedding:
-        return await asyncio.to_thread(self._get_query_embedding, query)
-
-    async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return await asyncio.to_thread(self._get_text_embeddings, texts)
+    _aget_text_embeddings = in_thread(_get_text_embeddings)
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
         """Vectors of texts, in the order given."""
@@ -305,19 +266,14 @@ class ComposedEmbedding(MultiModalEmbedding):
         requests = [Request(text) for text in texts]
         return self._batch(requests, show_progress=show_progress, name="Embedding texts")
 
-    async def aget_text_embedding_batch(
-        self, texts: list[str], show_progress: bool = False, **kwargs: Any
-    ) -> list[Embedding]:
-        """As :meth:`get_text_embedding_batch`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_text_embedding_batch, texts, show_progress, **kwargs)
+    aget_text_embedding_batch = in_thread(get_text_embedding_batch)
 
     # ------------------------------------------------------------------------------------------------------ images
 
     def _get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
         return self._embeddings([Request(image=img_file_path)])[0]
 
-    async def _aget_image_embedding(self, img_file_path: ImageSource) -> Embedding:
-        return await asyncio.to_thread(self._get_image_embedding, img_file_path)
+    _aget_image_embedding = in_thread(_get_image_embedding)
 
     def get_image_embedding(self, img_file_path: ImageSource, *, query: bool = False) -> Embedding:
         """Vector of an image: a path, bytes, a file object, a PIL image, ... (see :func:`load_image`).
@@ -331,9 +287,7 @@ class ComposedEmbedding(MultiModalEmbedding):
         """
         return self._single(Request(image=img_file_path), query=query)
 
-    async def aget_image_embedding(self, img_file_path: ImageSource, *, query: bool = False) -> Embedding:
-        """As :meth:`get_image_embedding`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_image_embedding, img_file_path, query=query)
+    aget_image_embedding = in_thread(get_image_embedding)
 
     def get_image_embedding_batch(
         self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
@@ -346,11 +300,7 @@ class ComposedEmbedding(MultiModalEmbedding):
         requests = [Request(image=image) for image in img_file_paths]
         return self._batch(requests, show_progress=show_progress, name="Embedding images")
 
-    async def aget_image_embedding_batch(
-        self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
-    ) -> list[Embedding]:
-        """As :meth:`get_image_embedding_batch`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_image_embedding_batch, img_file_paths, show_progress)
+    aget_image_embedding_batch = in_thread(get_image_embedding_batch)
 
     def prepare_image(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3): all that the model sees of an image, to be made in a reading thread and kept in little memory."""
@@ -376,9 +326,7 @@ class ComposedEmbedding(MultiModalEmbedding):
         """
         return self._single(Request(text, image), query=query)
 
-    async def aget_composed_embedding(self, text: str, image: ImageSource, *, query: bool = True) -> Embedding:
-        """As :meth:`get_composed_embedding`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_composed_embedding, text, image, query=query)
+    aget_composed_embedding = in_thread(get_composed_embedding)
 
     def get_composed_embedding_batch(
         self,
@@ -399,16 +347,7 @@ class ComposedEmbedding(MultiModalEmbedding):
         requests = [Request(text, image) for text, image in zip(texts, images, strict=True)]
         return self._batch(requests, show_progress=show_progress, name="Embedding pairs", query=query)
 
-    async def aget_composed_embedding_batch(
-        self,
-        texts: Sequence[str],
-        images: Sequence[ImageSource],
-        show_progress: bool = False,
-        *,
-        query: bool = True,
-    ) -> list[Embedding]:
-        """As :meth:`get_composed_embedding_batch`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_composed_embedding_batch, texts, images, show_progress, query=query)
+    aget_composed_embedding_batch = in_thread(get_composed_embedding_batch)
 
     def get_query_bundle(
         self,
@@ -441,15 +380,7 @@ class ComposedEmbedding(MultiModalEmbedding):
         embedding = self._single(Request(words or None, carried, policy=policy), query=True)
         return QueryBundle(query_str=words, image_path=carried, embedding=embedding)
 
-    async def aget_query_bundle(
-        self,
-        text: str | None = None,
-        image: ImageSource | None = None,
-        *,
-        image_policy: ImagePolicy | None = None,
-    ) -> QueryBundle:
-        """As :meth:`get_query_bundle`; the event loop stays free."""
-        return await asyncio.to_thread(self.get_query_bundle, text, image, image_policy=image_policy)
+    aget_query_bundle = in_thread(get_query_bundle)
 
     # ------------------------------------------------------------------------------- as a pipeline's transformation
 
@@ -466,22 +397,16 @@ class ComposedEmbedding(MultiModalEmbedding):
         Raises:
             ImageLoadError: names the first image that cannot or must not be read.
         """
-        requests = [self._node_request(node) for node in nodes]
+        requests = [Request.of_node(node, compose=self.compose_nodes) for node in nodes]
         return self._batch(requests, show_progress=show_progress, name="Embedding nodes")
 
-    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """As calling it; the event loop stays free."""
-        return await asyncio.to_thread(self.__call__, nodes, **kwargs)
-
-    def _node_request(self, node: BaseNode) -> Request:
-        images = node_images(node)
-        if not images:
-            return Request(node.get_content(metadata_mode=MetadataMode.EMBED))
-        composed = self.compose_nodes and node.get_content(metadata_mode=MetadataMode.NONE).strip()
-        text = node.get_content(metadata_mode=MetadataMode.EMBED) if composed else None
-        return Request(text, images[0], elsewhere=images[1:])
+    acall = in_thread(__call__)
 
     # ------------------------------------------------------------------------------------------ dicts and pickles
+
+    def _made_of(self) -> dict[str, Any]:
+        made_of = field_arguments(self) | {"model_name": self._given or portable_name(self.model_name)}
+        return made_of | {"cache_dir": None if self.cache_dir is None else portable_name(self.cache_dir)}
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The fields, the model's identity, and a number that is never the same twice.
@@ -491,37 +416,6 @@ class ComposedEmbedding(MultiModalEmbedding):
         pixels instead.
         """
         return {**super().to_dict(**kwargs), "model_id": self.model_id, "pictures": uuid.uuid4().hex}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """The object that :meth:`to_dict` described, loaded again."""
-        return super().from_dict({key: value for key, value in data.items() if key not in _UNSTABLE}, **kwargs)
-
-    @field_serializer("image_policy")
-    def _plain_policy(self, policy: ImagePolicy) -> dict[str, Any]:
-        plain = {field.name: getattr(policy, field.name) for field in fields(policy)}
-        return plain | {"roots": None if policy.roots is None else [str(root) for root in policy.roots]}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For other processes: the fields; they load the model themselves, unless it was given as an object."""
-        kept = type(self).model_fields.keys() - {"callback_manager", "rate_limiter"}  # they hold locks
-        state = {name: getattr(self, name) for name in kept}
-        state["model_name"] = self._given or portable_name(self.model_name)
-        if self.cache_dir is not None:
-            state["cache_dir"] = portable_name(self.cache_dir)
-        return {"__dict__": state}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In the other process: LlamaIndex's own would go on with half a model where loading fails."""
-        self.__init__(**state["__dict__"])  # type: ignore[misc]
-
-    def __copy__(self) -> Self:
-        """The same model under options of its own."""
-        return BaseModel.__copy__(self)
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """As a copy: a model is large, holds locks, and is never changed."""
-        return self.__copy__()
 
 
 class VisualizedBGEEmbedding(ComposedEmbedding):

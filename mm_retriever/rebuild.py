@@ -150,6 +150,8 @@ def _made(cls: type[Rebuilt], arguments: dict[str, Any], changes: dict[str, Any]
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, str | int | float | bool | ImagePolicy)
 
 

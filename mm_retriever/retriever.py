@@ -38,8 +38,8 @@ from mm_retriever.images import (
     read_image_bytes,
 )
 from mm_retriever.images.header import sniff_format
-from mm_retriever.node_images import node_images
 from mm_retriever.own_keys import own_value
+from mm_retriever.request import node_images
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from llama_index.core.schema import NodeWithScore
 import mm_retriever
 from mm_retriever import errors
 from mm_retriever.bulk import ImportReport, ShardReport
-from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.embedding import ComposedEmbedding, VisualizedBGEEmbedding
 from mm_retriever.engine import image_query_engine
 from mm_retriever.errors import CopyError, ImageLoadError, MMRetrieverError, QueryError, StoreError
 from mm_retriever.images import ImagePolicy
@@ -46,6 +46,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     search = ImageSearch(store, model)
     return {
         "VisualizedBGEEmbedding": model,
+        "ComposedEmbedding": ComposedEmbedding("tiny", device="cpu", compose_nodes=True),
         "ImageStore": store,
         "Phi3VisionLLM": llm,
         "Phi3VisionRerank": Phi3VisionRerank("tiny", device="cpu", top_n=2, mode="likelihood", reasons="none"),
@@ -68,7 +69,7 @@ def found(nodes: list[NodeWithScore]) -> list[tuple[str, float]]:
 
 def behaviour(name: str, thing: Any, parts: dict[str, Any]) -> Any:
     """What a caller gets from it."""
-    if name == "VisualizedBGEEmbedding":
+    if name in ("VisualizedBGEEmbedding", "ComposedEmbedding"):
         return thing.model_id, thing.get_text_embedding("a mug")
     if name == "ImageStore":
         return thing.count(), thing.model_id, thing.uri, thing.index_type
@@ -94,7 +95,8 @@ def behaviour(name: str, thing: Any, parts: dict[str, Any]) -> Any:
 
 
 NAMES = [
-    *("VisualizedBGEEmbedding", "ImageStore", "Phi3VisionLLM", "Phi3VisionRerank", "Phi3VisionRerank of an LLM"),
+    *("VisualizedBGEEmbedding", "ComposedEmbedding", "ImageStore", "Phi3VisionLLM", "Phi3VisionRerank"),
+    "Phi3VisionRerank of an LLM",
     *("VisionLLMRerank", "ComposedRetriever", "image_query_engine", "ImageSearch", "ImageSearchToolSpec"),
     *("Conversation", "ImagePolicy", "IngestReport"),
 ]

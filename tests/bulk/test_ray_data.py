@@ -285,8 +285,12 @@ class Elsewhere(ColourEmbedding):
 class Missing(ColourEmbedding):
     """A model that is not on the machine that unpickles it."""
 
-    def __setstate__(self, state):
-        raise ModelNotFoundError("'weights' leads to no files")
+    def __reduce__(self):
+        return missing, ()
+
+
+def missing():
+    raise ModelNotFoundError("'weights' leads to no files")
 
 
 @pytest.mark.parametrize(
@@ -332,7 +336,7 @@ class Placed(ColourEmbedding):
 
 
 class Locked(ColourEmbedding):
-    def __getstate__(self):
+    def __reduce__(self):
         raise TypeError("cannot pickle a lock")
 
 
