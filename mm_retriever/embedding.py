@@ -254,10 +254,10 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
         return self._embeddings([Request(text) for text in texts])
 
-    _aget_text_embedding = in_thread(_get_text_embedding)
-    _aget_query_embedding = in_thread(_get_query_embedding)
+    _aget_text_embedding = in_thread(_get_text_embedding)  # type: ignore[arg-type]
+    _aget_query_embedding = in_thread(_get_query_embedding)  # type: ignore[arg-type]
 
-    _aget_text_embeddings = in_thread(_get_text_embeddings)
+    _aget_text_embeddings = in_thread(_get_text_embeddings)  # type: ignore[arg-type]
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
         """Vectors of texts, in the order given."""
@@ -273,7 +273,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     def _get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
         return self._embeddings([Request(image=img_file_path)])[0]
 
-    _aget_image_embedding = in_thread(_get_image_embedding)
+    _aget_image_embedding = in_thread(_get_image_embedding)  # type: ignore[arg-type]
 
     def get_image_embedding(self, img_file_path: ImageSource, *, query: bool = False) -> Embedding:
         """Vector of an image: a path, bytes, a file object, a PIL image, ... (see :func:`load_image`).
@@ -287,7 +287,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         """
         return self._single(Request(image=img_file_path), query=query)
 
-    aget_image_embedding = in_thread(get_image_embedding)
+    aget_image_embedding = in_thread(get_image_embedding)  # type: ignore[arg-type]
 
     def get_image_embedding_batch(
         self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
@@ -300,7 +300,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         requests = [Request(image=image) for image in img_file_paths]
         return self._batch(requests, show_progress=show_progress, name="Embedding images")
 
-    aget_image_embedding_batch = in_thread(get_image_embedding_batch)
+    aget_image_embedding_batch = in_thread(get_image_embedding_batch)  # type: ignore[arg-type]
 
     def prepare_image(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3): all that the model sees of an image, to be made in a reading thread and kept in little memory."""
@@ -400,7 +400,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         requests = [Request.of_node(node, compose=self.compose_nodes) for node in nodes]
         return self._batch(requests, show_progress=show_progress, name="Embedding nodes")
 
-    acall = in_thread(__call__)
+    acall = in_thread(__call__)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------------------------------ dicts and pickles
 

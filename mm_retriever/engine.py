@@ -27,8 +27,8 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, QueryError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, first_readable, image_thumbnail
-from mm_retriever.node_images import node_images
 from mm_retriever.rebuild import check_whole
+from mm_retriever.request import node_images
 from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore

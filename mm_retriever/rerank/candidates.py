@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image
-from mm_retriever.node_images import node_images
+from mm_retriever.request import node_images
 
 RETRIEVAL_SCORE = "retrieval_score"
 RETRIEVAL_RANK = "retrieval_rank"

@@ -38,9 +38,9 @@ from mm_retriever.images import (
     source_name,
 )
 from mm_retriever.images.header import sniff_format
-from mm_retriever.node_images import node_images
 from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
+from mm_retriever.request import node_images
 from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.retriever import ComposedRetriever

@@ -14,7 +14,7 @@ import numpy as np
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, TextNode
 
 from mm_retriever.errors import ImageLoadError, NodeError
-from mm_retriever.node_images import node_image
+from mm_retriever.request import node_image
 from mm_retriever.store.rows import storable_node
 
 logger = logging.getLogger(__name__)
