@@ -118,7 +118,7 @@ def _get(
     context = tls or ssl.create_default_context() if target.scheme == "https" else None
     with (
         httpcore.ConnectionPool(ssl_context=context, network_backend=network) as pool,
-        pool.stream("GET", url, headers=_HEADERS) as response,
+        pool.stream("GET", url, headers=list(_HEADERS.items())) as response,
     ):
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
         if response.status in _REDIRECTS:

@@ -112,7 +112,7 @@ def remove_images(
     if not paths and not ids and filters is None:
         raise IngestError("nothing is named to be removed: give paths, ids or filters; clear() removes everything")
     wanted: set[str] = set()
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(place) for place in paths]:
         below = {row["id"] for row in _rows_of(path, store)}
         if not below:
             raise IngestError(f"the store holds nothing of {path!r}, so nothing was removed")

@@ -320,7 +320,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
             stop_ids=stops,
             max_new_tokens=max_new_tokens,
             processors=[
-                SuppressTokensLogitsProcessor(sorted(self._processor.special_ids - stops), prefix.logits.device)
+                SuppressTokensLogitsProcessor(sorted(self._processor.special_ids - stops), str(prefix.logits.device))
             ],
             choose=sampler,
         )

@@ -5,12 +5,10 @@ Owns how LlamaIndex's nodes and filters become rows and expressions of a `Collec
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import logging
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
@@ -30,6 +28,7 @@ from mm_retriever.store.rows import NODE_FIELDS, log_unfiltered, node_to_row, ro
 from mm_retriever.store.schema import check_options, milvus_fields
 from mm_retriever.store.values import plain_metadata
 from mm_retriever.store.words import SparseEmbedding
+from mm_retriever.threads import in_thread
 
 if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
 
 logger = logging.getLogger(__name__)
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def open_store(
@@ -113,16 +110,6 @@ def open_stored(
     """
     options: dict[str, Any] = {"metric": None, "hybrid": None, "create": False}
     return ImageStore(uri, collection=collection, token=token, timeout=timeout, **options)
-
-
-def _in_thread(method: Callable[P, R]) -> Callable[P, Coroutine[Any, Any, R]]:
-    """The asynchronous twin of a method."""
-
-    @functools.wraps(method)
-    async def twin(*arguments: P.args, **options: P.kwargs) -> R:
-        return await asyncio.to_thread(method, *arguments, **options)
-
-    return twin
 
 
 class ImageStore(MilvusVectorStore):
@@ -450,12 +437,12 @@ class ImageStore(MilvusVectorStore):
 
     # ------------------------------------------------------------------------------------------ asynchronous twins
 
-    async_add = _in_thread(add)
-    adelete = _in_thread(delete)
-    adelete_nodes = _in_thread(delete_nodes)
-    aclear = _in_thread(clear)
-    aquery = _in_thread(query)
-    aget_nodes = _in_thread(get_nodes)
+    async_add = in_thread(add)  # type: ignore[arg-type]
+    adelete = in_thread(delete)  # type: ignore[arg-type]
+    adelete_nodes = in_thread(delete_nodes)  # type: ignore[arg-type]
+    aclear = in_thread(clear)  # type: ignore[arg-type]
+    aquery = in_thread(query)  # type: ignore[arg-type]
+    aget_nodes = in_thread(get_nodes)  # type: ignore[arg-type]
 
 
 def _opened_again(kind: type[ImageStore], opening: dict[str, Any], embed_model: Any) -> ImageStore:

@@ -297,7 +297,7 @@ def _check_data_files(folder: Path, manifest: _Manifest, logs: Logs) -> None:
 
 def _fault(folder: Path, path: Path) -> str | None:
     """What is wrong with a data file; an intact one without a record gets one."""
-    from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    from pyarrow import ArrowException, parquet
 
     if not path.exists():
         return "it is missing"

@@ -157,7 +157,7 @@ def _copy_with_account(rough: Path, draft: Path, account: Mapping[str, Any]) -> 
 
 def _parquet() -> Any:
     try:
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow.parquet
     except ImportError as error:
         raise _missing(error) from error
     return pyarrow.parquet

@@ -246,7 +246,7 @@ class Dialogue:
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             processors=[
-                SuppressTokensLogitsProcessor(control, device=prefix.logits.device),
+                SuppressTokensLogitsProcessor(control, device=str(prefix.logits.device)),
                 NoRepeatNGramLogitsProcessor(NO_REPEAT),
             ],
             should_stop=self.meter.out_of_time,
