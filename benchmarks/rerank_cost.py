@@ -122,7 +122,7 @@ class Bench:
     def features(self, flow: Flow, name: str, images: list[Image.Image], num_crops: int) -> list[Tensor]:
         """Token embeddings of pictures: crops, then tower."""
         with flow.stage(f"{name}: crops"):
-            pictures = make_processor(self.config, num_crops).pictures(images)
+            pictures = make_processor(self.config, num_crops).image_inputs(images)
         with flow.stage(f"{name}: tower, {len(pictures.pixel_values)} crops"), torch.inference_mode():
             return self.model.image_features(pictures.pixel_values, pictures.image_sizes)
 

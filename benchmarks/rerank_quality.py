@@ -151,7 +151,7 @@ def described(model: Phi3Vision, processor: Phi3VisionProcessor, products: Seque
     ordered = sorted(products, key=lambda product: PATTERNS.index(product.pattern))
     for start in range(0, len(ordered), 64):
         some = ordered[start : start + 64]
-        pictures = processor.pictures([product.draw() for product in some])
+        pictures = processor.image_inputs([product.draw() for product in some])
         ids = processor.encode_turns([Turn("user", [DESCRIBE, Slot(pictures.token_counts[0])])])
         features = model.image_features(pictures.pixel_values, pictures.image_sizes)
         prefix = model.prefill(torch.tensor([ids] * len(some)), features)

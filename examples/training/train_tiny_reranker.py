@@ -265,7 +265,7 @@ def describe(model: Phi3Vision, processor: Phi3VisionProcessor, images: Sequence
     """Canonical descriptions of pictures, greedily, 64 at a time."""
     texts = []
     for start in range(0, len(images), 64):
-        pictures = processor.pictures(images[start : start + 64])
+        pictures = processor.image_inputs(images[start : start + 64])
         turn = Turn("user", [prompts.DESCRIBE, Slot(pictures.token_counts[0])])
         ids = torch.tensor([processor.encode_turns([turn])] * len(pictures))
         prefix = model.prefill(ids, model.image_features(pictures.pixel_values, pictures.image_sizes))

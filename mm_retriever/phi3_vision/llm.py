@@ -1,8 +1,8 @@
-"""`Phi3VisionLLM`: Phi-3 Vision as a LlamaIndex LLM that takes pictures.
+"""`Phi3VisionLLM`: Phi-3 Vision as a LlamaIndex LLM that takes images.
 
-Owns how chat messages become a prompt, token limits, and streaming, synchronous and asynchronous. Pictures in messages
+Owns how chat messages become a prompt, token limits, and streaming, synchronous and asynchronous. Images in messages
 are read by our own `load_image` under an `ImagePolicy`; `resolve_image`, which would download any URL, is never called.
-(LlamaIndex's own multimodal query engine reads the pictures of nodes itself before it asks an LLM.)
+(LlamaIndex's own multimodal query engine reads the images of nodes itself before it asks an LLM.)
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Prompt:
-    """Ids of a whole conversation and the pictures for its slots."""
+    """Ids of a whole conversation and the images for its slots."""
 
     ids: list[int]
     images: list[Image.Image]
@@ -73,7 +73,7 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Written:
-    """What has been said so far: all text, the newest piece, and figures for the response."""
+    """What is written so far: all text, the newest piece, and figures for the response."""
 
     text: str
     delta: str
@@ -93,13 +93,13 @@ class Phi3VisionLLM(Rebuilt, LLM):
         revision: Of the hub repository.
         device: "cpu", "cuda", "mps", ...; by default the fastest there is.
         dtype: "float32", "bfloat16", ...; by default what the weights are stored in.
-        num_crops: Most crops per picture; fewer cost less and see less. By default the checkpoint's.
+        num_crops: Most crops per image; fewer cost less and see less. By default the checkpoint's.
         max_new_tokens: Most tokens of an answer; ``max_new_tokens=...`` in a call overrides it.
         temperature: 0: always the most likely word.
         top_p: Keeps the most likely words that make up this much probability.
         seed: For temperatures above 0.
         context_window: Prompt and answer together; by default all the model has.
-        image_policy: Which pictures may be read, and how large.
+        image_policy: Which images may be read, and how large.
         system_prompt: Put before every prompt by LlamaIndex's ``predict``.
         callback_manager: LlamaIndex's.
         output_parser: LlamaIndex's.
@@ -185,7 +185,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
 
     @property
     def processor(self) -> Phi3VisionProcessor:
-        """Pictures to crops, turns to ids."""
+        """Images to crops, turns to ids."""
         return self._processor
 
     @property
@@ -216,7 +216,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
 
         Raises:
             PromptError: Too long, or a block that cannot be shown.
-            ImageLoadError: A picture that cannot or must not be read.
+            ImageLoadError: An image that cannot or must not be read.
         """
         return _chat_response(_last(self._answer(self._chat_prompt(messages), kwargs)))
 
@@ -267,7 +267,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
         images: list[Image.Image] = []
         turns = [Turn(_ROLES[message.role], self._parts(message, images)) for message in messages]
         if not any(turn.parts for turn in turns):
-            raise PromptError("nothing to answer: no message has text or a picture")
+            raise PromptError("nothing to answer: no message has text or an image")
         return _Prompt(self._processor.encode_turns(turns), images)
 
     def _text_prompt(self, prompt: str, formatted: bool) -> _Prompt:
@@ -277,7 +277,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
         return _Prompt(self._processor.encode_turns([Turn("user", [prompt])]), [])
 
     def _parts(self, message: ChatMessage, images: list[Image.Image]) -> list[str | Slot]:
-        """Texts and slots of one message, a line each; its pictures are put into `images`."""
+        """Texts and slots of one message, a line each; its images are put into `images`."""
         parts: list[str | Slot] = []
         for block in message.blocks:
             part: str | Slot
@@ -296,12 +296,12 @@ class Phi3VisionLLM(Rebuilt, LLM):
     def _check_length(self, prompt: _Prompt, max_new_tokens: int) -> None:
         if len(prompt.ids) + max_new_tokens <= self.context_window:
             return
-        pictures = sum(i < 0 for i in prompt.ids)
+        slots = sum(i < 0 for i in prompt.ids)
         advice = f"ask for fewer than max_new_tokens={max_new_tokens}, shorten the text"
         if prompt.images:
-            advice += f", give fewer pictures, or load the model with num_crops below {self._processor.num_crops}"
+            advice += f", give fewer images, or load the model with num_crops below {self._processor.num_crops}"
         raise PromptError(
-            f"the prompt has {len(prompt.ids)} tokens ({pictures} of {len(prompt.images)} pictures) and the answer may "
+            f"the prompt has {len(prompt.ids)} tokens ({slots} of {len(prompt.images)} images) and the answer may "
             f"have {max_new_tokens}, together more than the {self.context_window} that fit: {advice}"
         )
 
@@ -327,9 +327,9 @@ class Phi3VisionLLM(Rebuilt, LLM):
         return self._write(stream, len(prompt.ids), started)
 
     def _prefill(self, prompt: _Prompt, max_new_tokens: int) -> Prefix:
-        pictures = self._processor.pictures(prompt.images)
+        inputs = self._processor.image_inputs(prompt.images)
         with self._lock, torch.inference_mode():
-            features = self._model.image_features(pictures.pixel_values, pictures.image_sizes) if prompt.images else []
+            features = self._model.image_features(inputs.pixel_values, inputs.image_sizes) if prompt.images else []
             return self._model.prefill(prompt.ids, features, total_length=len(prompt.ids) + max_new_tokens)
 
     def _options(self, options: dict[str, Any]) -> tuple[int, Sampler]:
@@ -350,13 +350,13 @@ class Phi3VisionLLM(Rebuilt, LLM):
     def _write(self, stream: TextStream[Prefix], prompt_tokens: int, started: float) -> Generator[_Written, None, None]:
         text = ""
         for _ in stream:
-            said = self._processor.decode(stream.rows[0])
-            if said.endswith("\N{REPLACEMENT CHARACTER}"):
+            decoded = self._processor.decode(stream.rows[0])
+            if decoded.endswith("\N{REPLACEMENT CHARACTER}"):
                 continue  # half a character; the rest is in the next tokens
-            if said != text:
-                yield _Written(said, said[len(text) :], {})
-                text = said
-        said = self._processor.decode(stream.rows[0])
+            if decoded != text:
+                yield _Written(decoded, decoded[len(text) :], {})
+                text = decoded
+        decoded = self._processor.decode(stream.rows[0])
         details = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": len(stream.rows[0]),
@@ -364,7 +364,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
             "finish_reason": stream.finish_reason,
             "seconds": round(time.perf_counter() - started, 3),
         }
-        yield _Written(said, said[len(text) :], details)
+        yield _Written(decoded, decoded[len(text) :], details)
 
 
 class _Locked:

@@ -36,7 +36,7 @@ def load_phi3_vision(
         revision: Of the hub repository.
         device: By default the fastest there is: CUDA, else MPS, else the CPU.
         dtype: By default what the weights are stored in; float32 where that is float16 and the device a CPU.
-        num_crops: Most crops per picture; by default what ``preprocessor_config.json`` says (16 or 4).
+        num_crops: Most crops per image; by default what ``preprocessor_config.json`` says (16 or 4).
 
     Raises:
         ModelNotFoundError: The name leads nowhere.

@@ -1,6 +1,6 @@
-"""Phi-3 Vision: pictures and words in, logits of the next word out. Knows nothing of prompts' meaning or LlamaIndex.
+"""Phi-3 Vision: images and words in, logits of the next word out. Knows nothing of prompts' meaning or LlamaIndex.
 
-transformers' own CLIP tower and Phi-3 decoder, and the original's glue between them: crops laid out as one picture,
+transformers' own CLIP tower and Phi-3 decoder, and the original's glue between them: crops laid out as one image,
 separators, projector. Module attributes keep the checkpoint's names, so that ``Phi3Vision.from_pretrained`` reads
 microsoft/Phi-3-vision-128k-instruct and Phi-3.5-vision-instruct as they are, without ``trust_remote_code``, and
 ``generate``, ``device_map``, quantisation and adapters work as for any model.
@@ -80,7 +80,7 @@ class Phi3VisionRotaryEmbedding(Phi3RotaryEmbedding):
 
 
 class Phi3VisionModel(Phi3Model):
-    """The decoder with the picture embeddings beside its word embeddings, as the checkpoint has them."""
+    """The decoder with the image embeddings beside its word embeddings, as the checkpoint has them."""
 
     config_class = Phi3VisionConfig
 
@@ -109,7 +109,7 @@ class Prefix:
 
 
 class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
-    """Phi-3 Vision with a language head. ``input_ids`` below zero are slots of pictures: -1 of the first, and so on."""
+    """Phi-3 Vision with a language head. ``input_ids`` below zero are slots of images: -1 of the first, and so on."""
 
     config_class = Phi3VisionConfig
     config: Phi3VisionConfig
@@ -138,15 +138,15 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
                 if separator is not None:
                     initialization.normal_(separator, std=self.config.initializer_range)
 
-    # ------------------------------------------------------------------ pictures and words to embeddings
+    # ------------------------------------------------------------------ images and words to embeddings
 
     def image_features(self, pixel_values: Tensor, image_sizes: Tensor) -> list[Tensor]:
-        """Token embeddings of pictures, (tokens, D) each; compute once, use in as many prompts as wanted.
+        """Token embeddings of images, (tokens, D) each; compute once, use in as many prompts as wanted.
 
         Args:
-            pixel_values: (crops of all pictures, 3, S, S) from the processor, or the original's padded
-                (pictures, crops, 3, S, S), whose padding crops are skipped.
-            image_sizes: (pictures, 2), height and width in pixels after padding.
+            pixel_values: (crops of all images, 3, S, S) from the processor, or the original's padded
+                (images, crops, 3, S, S), whose padding crops are skipped.
+            image_sizes: (images, 2), height and width in pixels after padding.
         """
         embeddings = self.model.vision_embed_tokens
         if pixel_values.dim() == 5:
@@ -157,14 +157,14 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         return features
 
     def embed(self, input_ids: Tensor | Sequence[int], features: Sequence[Tensor] = ()) -> Tensor:
-        """(B, T) ids, or (T,) for a batch of one -> (B, T, D), pictures in their slots.
+        """(B, T) ids, or (T,) for a batch of one -> (B, T, D), images in their slots.
 
         Args:
-            input_ids: Slots of a row's k-th picture are ``-k``.
+            input_ids: Slots of a row's k-th image are ``-k``.
             features: From :meth:`image_features`, in reading order over all rows.
 
         Raises:
-            PromptError: Slots and pictures do not match in number, order or size.
+            PromptError: Slots and images do not match in number, order or size.
         """
         words = self.model.embed_tokens
         ids = torch.as_tensor(input_ids, device=input_device(words.weight))
@@ -174,20 +174,20 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         if not len(features) and not bool(slots.any()):
             return embedded
         self._check_slots(ids, features)
-        pictures = torch.cat(list(features)).to(embedded.device, embedded.dtype)
-        return embedded.masked_scatter(slots[..., None], pictures)
+        images = torch.cat(list(features)).to(embedded.device, embedded.dtype)
+        return embedded.masked_scatter(slots[..., None], images)
 
     def _check_slots(self, ids: Tensor, features: Sequence[Tensor]) -> None:
         found: list[int] = []
         for row in ids:
             numbers, counts = torch.unique_consecutive(-row[row < 0], return_counts=True)
             if numbers.tolist() != list(range(1, len(numbers) + 1)):
-                raise PromptError(f"pictures {numbers.tolist()} in a prompt; expected 1, 2, ... once each, in order")
+                raise PromptError(f"images {numbers.tolist()} in a prompt; expected 1, 2, ... once each, in order")
             found += counts.tolist()
         if found != [len(feature) for feature in features]:
             raise PromptError(
-                f"the prompt has slots for pictures of {found} tokens, the pictures given have "
-                f"{[len(feature) for feature in features]}; use the processor's token_counts for these pictures"
+                f"the prompt has slots for images of {found} tokens, the images given have "
+                f"{[len(feature) for feature in features]}; use the processor's token_counts for these images"
             )
 
     # ------------------------------------------------------------------ forward and generate
@@ -210,14 +210,14 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         """Logits of every position, as from any causal model.
 
         Args:
-            input_ids: (B, T); -k is a slot of the row's k-th picture.
+            input_ids: (B, T); -k is a slot of the row's k-th image.
             pixel_values: See :meth:`image_features`.
             image_sizes: See :meth:`image_features`.
             attention_mask: (B, T) with the past, or (B, 1, T, S).
             position_ids: (B, T).
             past_key_values: Made by earlier calls; grows in place.
             inputs_embeds: (B, T, D) instead of ids.
-            labels: (B, T), -100 where no loss is wanted, at picture slots among others.
+            labels: (B, T), -100 where no loss is wanted, at image slots among others.
             use_cache: Whether to return a cache; the config's choice by default.
             logits_to_keep: Only the last so many, or these positions; 0 for all.
             long_rope: Which rotary factors the sequence gets, chosen once, when its cache is empty: True if it will
@@ -281,7 +281,7 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and right across ``config.short_context``.
 
-        Rotary factors are chosen once, by the prompt and ``max_new_tokens`` together. Picture slots come back as the
+        Rotary factors are chosen once, by the prompt and ``max_new_tokens`` together. Image slots come back as the
         padding id.
         """
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -309,8 +309,8 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         """The computed beginning of a prompt.
 
         Args:
-            input_ids: (B, T) or (T,), picture slots below zero.
-            features: Of its pictures, from :meth:`image_features`.
+            input_ids: (B, T) or (T,), image slots below zero.
+            features: Of its images, from :meth:`image_features`.
             total_length: Most tokens that the beginning and any continuation will have together; decides the rotary
                 factors. By default nothing beyond ``config.short_context``, unless the beginning is longer.
         """

@@ -1,4 +1,4 @@
-"""What Phi-3 Vision reads: pictures as crops, conversations as token ids with slots for the pictures.
+"""What Phi-3 Vision reads: images as crops, conversations as token ids with slots for the images.
 
 Pixels are bit-exact with the original and need no torchvision. The prompt side reads ``tokenizer.json`` itself:
 rebuilding this tokenizer from its parts, as transformers' ``AutoTokenizer`` does, drops a token after ``<|user|>``.
@@ -42,12 +42,12 @@ _IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures ready for the tower.
+class ImageInputs:
+    """Images ready for the tower.
 
-    ``pixel_values`` (crops of all pictures, 3, S, S): per picture the global view first, then its crops row by row;
-    no padding crops. ``image_sizes`` (pictures, 2): height and width in pixels after padding, as in the original.
-    ``token_counts``: how many slots each picture takes in a prompt.
+    ``pixel_values`` (crops of all images, 3, S, S): per image the global view first, then its crops row by row;
+    no padding crops. ``image_sizes`` (images, 2): height and width in pixels after padding, as in the original.
+    ``token_counts``: how many slots each image takes in a prompt.
     """
 
     pixel_values: Tensor
@@ -60,14 +60,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one picture in a conversation: ``tokens`` slots."""
+    """The place of one image in a conversation: ``tokens`` slots."""
 
     tokens: int
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says: texts and picture slots in reading order. ``role``: "system", "user" or "assistant".
+    """What one side says: texts and image slots in reading order. ``role``: "system", "user" or "assistant".
 
     Texts are taken literally: ``<|end|>`` or ``<|image_1|>`` inside one is plain characters, so what a document or a
     caller says cannot end the turn or speak for the other side.
@@ -92,7 +92,7 @@ Piece: TypeAlias = str | Slot | Control
 
 
 def crop_grid(width: int, height: int, num_crops: int, side: int = 336) -> tuple[int, int]:
-    """(rows, columns) of crops for a picture: the largest that ``num_crops`` allows at about its own shape."""
+    """(rows, columns) of crops for an image: the largest that ``num_crops`` allows at about its own shape."""
     ratio = max(width, height) / min(width, height)
     scale = 1
     while (scale + 1) * math.ceil((scale + 1) / ratio) <= num_crops:
@@ -103,15 +103,15 @@ def crop_grid(width: int, height: int, num_crops: int, side: int = 336) -> tuple
 
 
 class Phi3VisionProcessor:
-    """Pictures to pixels, prompts to ids, ids to text.
+    """Images to pixels, prompts to ids, ids to text.
 
     Args:
         tokenizer: A ``tokenizer.json``, or one already read.
-        num_crops: Most crops of one picture beside its global view: 16 in Phi-3, 4 in Phi-3.5. A picture takes up to
+        num_crops: Most crops of one image beside its global view: 16 in Phi-3, 4 in Phi-3.5. An image takes up to
             ``(num_crops + 1) * 144 + 1 + ...`` tokens.
         image_size: Side of a crop in pixels.
         tokens_per_side: Tokens along one side of a crop after the 2 x 2 merge.
-        use_hd_transform: False: one view per picture and no crops (the bundled tiny model).
+        use_hd_transform: False: one view per image and no crops (the bundled tiny model).
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Phi3VisionProcessor:
         use_hd_transform: bool = True,
     ) -> None:
         if num_crops < 1:
-            raise PromptError(f"num_crops={num_crops!r} leaves no picture; give 1 or more (4 and 16 are usual)")
+            raise PromptError(f"num_crops={num_crops!r} leaves no image; give 1 or more (4 and 16 are usual)")
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else read_tokenizer(tokenizer)
         self.num_crops = num_crops
         self.image_size = image_size
@@ -168,20 +168,20 @@ class Phi3VisionProcessor:
         (target / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return [str(target / name) for name in ("tokenizer.json", "preprocessor_config.json")]
 
-    # ------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------ images
 
-    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
-        """Crops of RGB pictures (other modes are converted; transparency is dropped, as in the original)."""
+    def image_inputs(self, images: Sequence[Image.Image]) -> ImageInputs:
+        """Crops of RGB images (other modes are converted; transparency is dropped, as in the original)."""
         views = [self._views(image) for image in images]
         side = self.image_size
-        return Pictures(
+        return ImageInputs(
             pixel_values=torch.cat([pixels for pixels, _ in views]) if views else torch.empty(0, 3, side, side),
             image_sizes=torch.tensor([[rows * side, cols * side] for _, (rows, cols) in views]).reshape(-1, 2),
             token_counts=tuple(self._grid_tokens(*grid) for _, grid in views),
         )
 
     def image_tokens(self, width: int, height: int) -> int:
-        """Slots that a picture of this size takes in a prompt."""
+        """Slots that an image of this size takes in a prompt."""
         return self._grid_tokens(*self._grid(width, height))
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
@@ -211,7 +211,7 @@ class Phi3VisionProcessor:
     # ------------------------------------------------------------------ prompts
 
     def encode(self, prompt: str, token_counts: Sequence[int] = ()) -> list[int]:
-        """Ids of a prompt in the original's notation; slots of the picture ``<|image_k|>`` are ``-k``.
+        """Ids of a prompt in the original's notation; slots of the image ``<|image_k|>`` are ``-k``.
 
         Control tokens in `prompt` are control tokens: for text you did not write, use :meth:`encode_turns`.
 
@@ -223,7 +223,7 @@ class Phi3VisionProcessor:
         tags = [int(number) for number in pieces[1::2]]
         if tags != list(range(1, len(token_counts) + 1)):
             given = ", ".join(f"<|image_{tag}|>" for tag in tags) or "no image tags"
-            wanted = ", ".join(f"<|image_{k}|>" for k in range(1, len(token_counts) + 1)) or "none, as no picture came"
+            wanted = ", ".join(f"<|image_{k}|>" for k in range(1, len(token_counts) + 1)) or "none, as no image came"
             raise PromptError(f"the prompt has {given}; expected {wanted}, once each and in this order")
         ids: list[int] = self.tokenizer.encode(pieces[0]).ids
         for tag, text in zip(tags, pieces[2::2], strict=True):
@@ -231,12 +231,12 @@ class Phi3VisionProcessor:
         return ids
 
     def encode_turns(self, turns: Iterable[Turn], *, answer: bool | str = True, first: bool = True) -> list[int]:
-        """Ids of a conversation; the slots of its k-th picture are ``-k``.
+        """Ids of a conversation; the slots of its k-th image are ``-k``.
 
         Args:
             turns: In order.
             answer: True opens the assistant's turn at the end; a text is put into its mouth.
-            first: False: the ids continue a conversation in which the assistant was speaking; pictures count from 1
+            first: False: the ids continue a conversation in which the assistant was speaking; images count from 1
                 again, as each piece of a conversation is embedded on its own.
         """
         pieces: list[Piece] = [] if first else [Control("<|end|>"), "\n"]
@@ -252,10 +252,10 @@ class Phi3VisionProcessor:
         """Ids of any run of texts, slots and control tokens; ``first``: with the BOS a prompt starts with.
 
         Each run of text is tokenised on its own, as the tokenizer itself would between control tokens. So a prompt may
-        be cut before or behind a slot or control token, and its parts encoded apart.
+        be cut before or after a slot or control token, and its parts encoded apart.
         """
         ids: list[int] = [*self.bos_ids] if first else []
-        text, swallow, picture = "", False, 0
+        text, swallow, image = "", False, 0
 
         def flush() -> None:
             nonlocal text
@@ -270,9 +270,9 @@ class Phi3VisionProcessor:
                 text = text.rstrip()
             flush()
             if isinstance(piece, Slot):
-                picture += 1
-                # parity: a BOS stands behind every picture
-                ids += [-picture] * piece.tokens + self.bos_ids
+                image += 1
+                # parity: a BOS stands after every image
+                ids += [-image] * piece.tokens + self.bos_ids
             else:
                 ids.append(self.token_id(piece.content))
             swallow = isinstance(piece, Control) and self._added[piece.content].rstrip
@@ -302,16 +302,16 @@ class Phi3VisionProcessor:
 
     def __call__(self, prompt: str, images: Sequence[Image.Image] = ()) -> dict[str, Tensor]:
         """Everything ``Phi3Vision.generate`` wants, batch of one, for a prompt in the original's notation."""
-        pictures = self.pictures(images)
-        ids = torch.tensor([self.encode(prompt, pictures.token_counts)])
+        given = self.image_inputs(images)
+        ids = torch.tensor([self.encode(prompt, given.token_counts)])
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if len(pictures):
-            inputs |= {"pixel_values": pictures.pixel_values, "image_sizes": pictures.image_sizes}
+        if len(given):
+            inputs |= {"pixel_values": given.pixel_values, "image_sizes": given.image_sizes}
         return inputs
 
 
 def _resize_and_pad(image: Image.Image, grid: tuple[int, int], side: int) -> Image.Image:
-    """The picture at the width of its grid, centred on white up to the grid's height (on its side if upright)."""
+    """The image at the width of its grid, centred on white up to the grid's height (on its side if upright)."""
     upright = image.width < image.height
     if upright:
         image = image.transpose(Image.Transpose.TRANSPOSE)

@@ -1,18 +1,18 @@
-"""What the reranker says to the model: the words around pictures, the same for published and bundled weights.
+"""What the reranker says to the model: the words around images, the same for published and bundled weights.
 
-The bundled model was trained on exactly these sentences. Pictures and control tokens are not in them: they are put in
+The bundled model was trained on exactly these sentences. Images and control tokens are not in them: they are put in
 by position, so that nothing a user or a document says can speak for the model. Knows nothing of models.
 
 A conversation about one query, of which every line is computed once and shared by what follows:
 
-    user       [query picture] ASK_COMPOSED                (or ASK_TEXT, or ASK_PICTURE)
+    user       [query image] ASK_COMPOSED                (or ASK_TEXT, or ASK_PICTURE)
     assistant  ANSWER_PICTURE caption ANSWER_WANTED wanted description
     user       [sheet of candidates] RANK_SHEET            then the ranking, under constraint
     user       [the first one] ASK_REASON                  then the reason
 
 A conversation about one candidate, for its likelihood:
 
-    user       DESCRIBE [candidate picture]
+    user       DESCRIBE [candidate image]
     assistant  the wanted description, scored and not generated
 """
 

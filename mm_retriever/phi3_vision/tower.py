@@ -1,6 +1,6 @@
 """Phi-3 Vision's shape and its eyes: configuration, CLIP tower, and the layout of crops as rows of token embeddings.
 
-transformers' own CLIP tower with the original's glue: crops joined to one large picture, separators, projector. Module
+transformers' own CLIP tower with the original's glue: crops joined to one large image, separators, projector. Module
 attributes keep the checkpoint's names. Knows nothing of words.
 
 Source: ``image_embedding_phi3_v.py`` of microsoft/Phi-3-vision-128k-instruct (MIT; technical report arXiv:2404.14219),
@@ -87,7 +87,7 @@ class Phi3VisionConfig(Phi3Config):
 
     @property
     def use_hd_transform(self) -> bool:
-        """Whether pictures are cut into crops; False: one view per picture (the bundled tiny model)."""
+        """Whether images are cut into crops; False: one view per image (the bundled tiny model)."""
         return bool((self.embd_layer or {}).get("use_hd_transform", True))
 
     @property
@@ -118,7 +118,7 @@ class ImageTower(nn.Module):
 
 
 class Phi3VisionEmbeddings(nn.Module):
-    """Crops of pictures to rows of token embeddings (``vision_embed_tokens`` in the checkpoint)."""
+    """Crops of images to rows of token embeddings (``vision_embed_tokens`` in the checkpoint)."""
 
     def __init__(self, config: Phi3VisionConfig) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Phi3VisionEmbeddings(nn.Module):
         self.img_projection = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> list[Tensor]:
-        """(crops of all pictures, 3, S, S), (pictures, 2) -> per picture (tokens, D), as laid out by the original."""
+        """(crops of all images, 3, S, S), (images, 2) -> per image (tokens, D), as laid out by the original."""
         side = self.image_size
         grids = [(int(height) // side, int(width) // side) for height, width in image_sizes.tolist()]
         counts = [1 + rows * cols if self.use_hd_transform else 1 for rows, cols in grids]
@@ -141,7 +141,7 @@ class Phi3VisionEmbeddings(nn.Module):
             raise PromptError(
                 f"{len(pixel_values)} crops for image_sizes {image_sizes.tolist()}, expected {sum(counts)}"
             )
-        # a picture of one crop is its own global view: looked at once, where the original looks twice
+        # an image of one crop is its own global view: looked at once, where the original looks twice
         seen = [
             views[:1] if len(views) == 2 and torch.equal(views[0], views[1]) else views
             for views in pixel_values.split(counts)
@@ -156,21 +156,21 @@ class Phi3VisionEmbeddings(nn.Module):
         return list(projected.split([len(row) for row in rows]))
 
     def _merge(self, patches: Tensor) -> Tensor:
-        """Each 2 x 2 neighbourhood becomes one token, its patches one behind the other, row by row."""
+        """Each 2 x 2 neighbourhood becomes one token, its patches one after the other, row by row."""
         half = self.grid // 2
         neighbours = patches.view(-1, half, 2, half, 2, patches.shape[-1])
         return neighbours.permute(0, 1, 3, 2, 4, 5).reshape(-1, half, half, 4 * patches.shape[-1])
 
     def _lay_out(self, views: Tensor, rows: int, cols: int) -> Tensor:
-        """Crops joined to one large picture, the separator, then the global view: (tokens, 4C)."""
+        """Crops joined to one large image, the separator, then the global view: (tokens, 4C)."""
         overview = self._end_rows(views[0])
         if not self.use_hd_transform:
             return overview
         half = self.grid // 2
         crops = views[1:].unflatten(0, (rows, cols)).transpose(1, 2)  # (rows, g/2, cols, g/2, 4C)
-        picture = self._end_rows(crops.reshape(rows * half, cols * half, -1))
-        return torch.cat([picture, self.glb_GN[0], overview])
+        image = self._end_rows(crops.reshape(rows * half, cols * half, -1))
+        return torch.cat([image, self.glb_GN[0], overview])
 
-    def _end_rows(self, picture: Tensor) -> Tensor:
-        """(h, w, 4C) -> (h * (w + 1), 4C): ``sub_GN`` behind every row."""
-        return torch.cat([picture, self.sub_GN[0].expand(len(picture), 1, -1)], dim=1).flatten(0, 1)
+    def _end_rows(self, image: Tensor) -> Tensor:
+        """(h, w, 4C) -> (h * (w + 1), 4C): ``sub_GN`` after every row."""
+        return torch.cat([image, self.sub_GN[0].expand(len(image), 1, -1)], dim=1).flatten(0, 1)

@@ -134,9 +134,9 @@ def check_ending(response: ChatResponse, refusal: str, name: str, window: int, m
     Raises:
         UnrankedError: the model refused, a content filter stopped it, or the answer was cut off.
     """
-    ended, said = _ending(response)
-    if said or (refusal and ended not in _CUT_OFF):
-        raise UnrankedError(f"{name!r} refused to rank: {one_line(said or refusal, 300)}")
+    ended, refused = _ending(response)
+    if refused or (refusal and ended not in _CUT_OFF):
+        raise UnrankedError(f"{name!r} refused to rank: {one_line(refused or refusal, 300)}")
     if ended in _FILTERED:
         text = one_line(response.message.content or "", 300)
         words = f": {text}" if text else ""

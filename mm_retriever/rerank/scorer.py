@@ -32,15 +32,15 @@ class Usage:
         prefilled: tokens of prompts that were computed.
         generated: tokens that the model chose.
         passes: runs of the model or calls of the server.
-        pictures: images that went through the vision tower.
-        pictures_kept: images whose features were still in memory.
+        images: images that went through the vision tower.
+        images_kept: images whose features were still in memory.
     """
 
     prefilled: int = 0
     generated: int = 0
     passes: int = 0
-    pictures: int = 0
-    pictures_kept: int = 0
+    images: int = 0
+    images_kept: int = 0
     seconds: float = 0.0
 
 
@@ -48,7 +48,7 @@ class Meter:
     """Counts what one reranking costs, and knows when its time is up."""
 
     def __init__(self, budget_s: float | None) -> None:
-        self.prefilled = self.generated = self.passes = self.pictures = self.pictures_kept = 0
+        self.prefilled = self.generated = self.passes = self.images = self.images_kept = 0
         self._started = time.monotonic()
         self._budget = budget_s
 
@@ -63,7 +63,7 @@ class Meter:
     def usage(self) -> Usage:
         """The figures so far."""
         seconds = time.monotonic() - self._started
-        return Usage(self.prefilled, self.generated, self.passes, self.pictures, self.pictures_kept, seconds)
+        return Usage(self.prefilled, self.generated, self.passes, self.images, self.images_kept, seconds)
 
 
 class Scorer(Protocol):

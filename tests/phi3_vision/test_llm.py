@@ -62,7 +62,7 @@ def ask(*blocks: Any, role: MessageRole = MessageRole.USER) -> list[ChatMessage]
 def greedy(ids: list[int], images: Sequence[Image.Image], steps: int) -> str:
     """What transformers' own generate says to these ids."""
     processor = small_processor()
-    found = processor.pictures(images)
+    found = processor.image_inputs(images)
     inputs = {"pixel_values": found.pixel_values, "image_sizes": found.image_sizes} if images else {}
     written = small_model().generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=steps, do_sample=False,
@@ -158,9 +158,7 @@ def test_too_long_a_prompt_says_how_long_and_what_to_do(pictures: list[Path]) ->
     """Truth: our choice; nothing is computed before the check."""
     llm = make_llm(context_window=150)
     assert llm.metadata.context_window == 150
-    with pytest.raises(
-        PromptError, match=r"tokens \(\d+ of 2 pictures\).*150 that fit.*fewer pictures.*num_crops below 4"
-    ):
+    with pytest.raises(PromptError, match=r"tokens \(\d+ of 2 images\).*150 that fit.*fewer images.*num_crops below 4"):
         llm.chat(ask(ImageBlock(path=pictures[0]), ImageBlock(path=pictures[1])))
     with pytest.raises(PromptError, match="max_new_tokens=149"):
         llm.complete(QUESTION, max_new_tokens=149)

@@ -62,7 +62,7 @@ class FromScratch:
     def features(self, images: Sequence[Image.Image], num_crops: int = 1) -> list[Tensor]:
         processor = copy.copy(self.processor)
         processor.num_crops = num_crops
-        found = processor.pictures(images)
+        found = processor.image_inputs(images)
         with torch.inference_mode():
             return self.model.image_features(found.pixel_values, found.image_sizes)
 
@@ -167,11 +167,11 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     # one token more: the space that all numbers start with in this tokenizer
     assert usage.prefilled == asked + ranked + 1 + len(scratch.continued(why)) - len(scratch.understood)
     assert usage.generated == caption + wanted + len(reason)
-    assert (usage.pictures, usage.pictures_kept) == (3, 0)  # query, sheet, the first one
+    assert (usage.images, usage.images_kept) == (3, 0)  # query, sheet, the first one
     assert reranker.last_usage == usage
     again = reranker.rerank(nodes, QueryBundle("in red", image_path=bundle.image_path)).usage
-    assert again.pictures_kept >= 2  # query and sheet
-    assert again.pictures + again.pictures_kept == 3
+    assert again.images_kept >= 2  # query and sheet
+    assert again.images + again.images_kept == 3
     assert again.generated == usage.generated - caption  # it is remembered by the picture's content
 
     likelihood = make_plain(mode="likelihood", reasons="none")
@@ -182,12 +182,12 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     ]
     head = rows[0].index(-1)
     assert usage.prefilled == asked + head + sum(len(row) - head for row in rows)
-    assert (usage.generated, usage.pictures) == (caption + wanted, 5)
+    assert (usage.generated, usage.images) == (caption + wanted, 5)
     # the head of a description is the same for every query
     assert likelihood.rerank(nodes, bundle).usage.prefilled == usage.prefilled - head + caption
     assert likelihood.last_usage is not None
-    assert likelihood.last_usage.pictures == 0
-    assert likelihood.last_usage.pictures_kept == 5
+    assert likelihood.last_usage.images == 0
+    assert likelihood.last_usage.images_kept == 5
 
 
 def test_a_generated_list_counts_what_the_model_chose(folder: Path) -> None:

@@ -104,7 +104,7 @@ def test_fifty_candidates(folder: Path, mode: str) -> None:
     assert result.order[-1] == 49
     assert len(result.nodes) == 5
     # the query's and twelve different pictures, or twelve sheets
-    assert result.usage.pictures + (result.usage.pictures_kept if mode == "sheet" else 0) == 1 + 12
+    assert result.usage.images + (result.usage.images_kept if mode == "sheet" else 0) == 1 + 12
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -92,14 +92,14 @@ class SharedModel:
         """Token embeddings of images, (tokens, D) each; those still in memory are not computed again."""
         keys = [(pixel_digest(image), num_crops) for image in images]
         features = {key: kept for key in set(keys) if (kept := self._memory.get(key)) is not None}
-        meter.pictures_kept += len(features)
+        meter.images_kept += len(features)
         todo = list({key: image for key, image in zip(keys, images, strict=True) if key not in features}.items())
         for start in range(0, len(todo), IMAGES_AT_ONCE):
             batch = todo[start : start + IMAGES_AT_ONCE]
-            inputs = self.with_crops(num_crops).pictures([image for _, image in batch])
+            inputs = self.with_crops(num_crops).image_inputs([image for _, image in batch])
             with self.lock:
                 computed = self.model.image_features(inputs.pixel_values, inputs.image_sizes)
-            meter.pictures += len(batch)
+            meter.images += len(batch)
             for (key, _), feature in zip(batch, computed, strict=True):
                 features[key] = feature
                 self._memory.put(key, feature)
