@@ -12,13 +12,15 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from mm_retriever.errors import CopyError, reason_of
+from mm_retriever.errors import CopyError, one_line, reason_of, shown
 from mm_retriever.images import ImagePolicy
 
+Name = Annotated[str | None, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
+"""A device or dtype: torch's own is kept by its name, which JSON and other processes take."""
 _LEFT_OUT = "not_described"
 _NOT_CARRIED = frozenset(("callback_manager", "rate_limiter"))
 """Fields that belong to a process: they hold locks and open handlers."""
@@ -133,6 +135,19 @@ def _pickling_problem(value: Any) -> str:
     except Exception as error:  # whatever a part of it raises
         return reason_of(error, 200)
     return ""
+
+
+def wrong_options(cls: type, error: ValidationError) -> str:
+    """Return what is wrong with the options of a component, on one line."""
+    problems = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(inspect.signature(cls).parameters))
+            problems.append(f"{cls.__name__} has no option {name!r}; there are {known}")
+        else:
+            problems.append(f"{name}={shown(problem['input'])}: {one_line(problem['msg'], 300).lower()}")
+    return "; ".join(problems)
 
 
 def loaded_model_error(what: str) -> CopyError:

@@ -74,7 +74,7 @@ def behaviour(name: str, thing: Any, parts: dict[str, Any]) -> Any:
     if name == "ImageStore":
         return thing.count(), thing.model_id, thing.uri, thing.index_type
     if name == "Phi3VisionLLM":
-        return str(thing.complete("a mug")), thing.metadata, thing._image_policy
+        return str(thing.complete("a mug")), thing.metadata, thing.image_policy
     if name.startswith("Phi3VisionRerank"):
         nodes = parts["ComposedRetriever"].retrieve("a mug")
         return found(thing.postprocess_nodes(nodes, query_str="a mug")), thing.image_policy, thing.mode
@@ -105,8 +105,8 @@ NAMES = [
 def test_every_public_class_is_in_this_file():
     """A class that is added is tried here, or named with the reason why not."""
     elsewhere = {
-        "BGEM3SparseEmbedding": "tests/rerank/test_flag_embedding.py: needs weights",
-        "TextRerank": "tests/rerank/test_flag_embedding.py: needs weights",
+        "BGEM3SparseEmbedding": "tests/embedders/test_bge_m3.py: needs weights",
+        "TextRerank": "tests/rerank/test_cross_encoder.py: needs weights",
         "ImportReport": "below",
         "ShardReport": "below",
         "MMRetrieverError": "below",

@@ -32,12 +32,10 @@ from llama_index.core.base.llms.types import (
     MessageRole,
     TextBlock,
 )
-from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import LLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.types import BaseOutputParser, PydanticProgramMode
 from PIL import Image
-from pydantic import Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 from transformers import SuppressTokensLogitsProcessor
 
 from mm_retriever.errors import PromptError
@@ -48,7 +46,7 @@ from mm_retriever.phi3_vision.decoding import Sampler, TextStream
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
-from mm_retriever.rebuild import Rebuilt, field_arguments, loaded_model_error, portable_name
+from mm_retriever.rebuild import Name, Rebuilt, field_arguments, loaded_model_error, portable_name, wrong_options
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -60,6 +58,7 @@ _ROLES = {
     MessageRole.CHATBOT: "assistant",
     MessageRole.MODEL: "assistant",
 }
+_CHANGED = ("messages_to_prompt", "completion_to_prompt", "query_wrapper_prompt")  # no arguments of an equal object
 T = TypeVar("T")
 
 
@@ -87,37 +86,43 @@ class Phi3VisionLLM(Rebuilt, LLM):
     holds the name and the options, and loads the model again; a copy shares it.
 
     Args:
-        model_name: Hub id, local folder, or "tiny", the small model that comes with the package.
-        model: A loaded model, e.g. quantised or with an adapter, instead of a name; needs `processor`.
-        processor: Of that model.
-        revision: Of the hub repository.
-        device: "cpu", "cuda", "mps", ...; by default the fastest there is.
-        dtype: "float32", "bfloat16", ...; by default what the weights are stored in.
-        num_crops: Most crops per image; fewer cost less and see less. By default the checkpoint's.
-        max_new_tokens: Most tokens of an answer; ``max_new_tokens=...`` in a call overrides it.
-        temperature: 0: always the most likely word.
-        top_p: Keeps the most likely words that make up this much probability.
-        seed: For temperatures above 0.
-        context_window: Prompt and answer together; by default all the model has.
-        image_policy: Which images may be read, and how large.
-        system_prompt: Put before every prompt by LlamaIndex's ``predict``.
-        callback_manager: LlamaIndex's.
-        output_parser: LlamaIndex's.
-        pydantic_program_mode: LlamaIndex's.
+        model_name: hub id, local folder, or "tiny", the small model that comes with the package.
+        model: a loaded model, e.g. quantised or with an adapter, instead of a name; needs `processor`.
+        processor: of that model.
+        options: the fields below, and those of LlamaIndex's LLMs; None stands for the default.
+
+    Raises:
+        PromptError: an option that does not exist, or a value that it does not take.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     model_name: str = DEFAULT_MODEL
     max_new_tokens: int = Field(default=512, ge=1)
+    """Most tokens of an answer; ``max_new_tokens=...`` in a call overrides it."""
     temperature: float = Field(default=0.0, ge=0)
+    """0: always the most likely word."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Keeps the most likely words that make up this much probability."""
     seed: int | None = None
+    """For temperatures above 0."""
     context_window: int = Field(default=0, ge=0)
+    """Prompt and answer together; by default all the model has."""
+    revision: str | None = None
+    """Of the hub repository."""
+    device: Name = None
+    """"cpu", "cuda", "mps", ...; by default the fastest there is."""
+    dtype: Name = None
+    """"float32", "bfloat16", ...; by default what the weights are stored in."""
+    num_crops: int | None = None
+    """Most crops per image; fewer cost less and see less. By default the checkpoint's."""
+    image_policy: ImagePolicy = Field(default_factory=ImagePolicy, exclude=True)
+    """Which images may be read, and how large."""
 
     _model: Phi3Vision = PrivateAttr()
     _processor: Phi3VisionProcessor = PrivateAttr()
-    _image_policy: ImagePolicy = PrivateAttr()
+    _named: bool = PrivateAttr(default=True)
     _lock: ForkLock = PrivateAttr(default_factory=partial(ForkLock, threading.RLock))
-    _loading: dict[str, Any] | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -125,43 +130,24 @@ class Phi3VisionLLM(Rebuilt, LLM):
         *,
         model: Phi3Vision | None = None,
         processor: Phi3VisionProcessor | None = None,
-        revision: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        num_crops: int | None = None,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        context_window: int | None = None,
-        image_policy: ImagePolicy | None = None,
-        system_prompt: str | None = None,
-        callback_manager: CallbackManager | None = None,
-        output_parser: BaseOutputParser | None = None,
-        pydantic_program_mode: PydanticProgramMode = PydanticProgramMode.DEFAULT,
+        **options: Any,
     ) -> None:
         if (model is None) != (processor is None):
             raise PromptError("give model and processor together, or neither and a model_name")
-        loading: dict[str, Any] | None = None
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            super().__init__(model_name=model_name, **given)
+        except ValidationError as error:
+            raise PromptError(wrong_options(type(self), error)) from None
         if model is None or processor is None:
-            loading = {"revision": revision, "device": device, "dtype": dtype, "num_crops": num_crops}
-            model, processor = load_phi3_vision(model_name, **loading)
-        most = int(model.config.max_position_embeddings)
-        super().__init__(  # type: ignore[call-arg]
-            model_name=model_name,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            context_window=min(context_window or most, most),
-            system_prompt=system_prompt,
-            callback_manager=callback_manager or CallbackManager([]),
-            output_parser=output_parser,
-            pydantic_program_mode=pydantic_program_mode,
-        )
+            model, processor = load_phi3_vision(
+                model_name, revision=self.revision, device=self.device, dtype=self.dtype, num_crops=self.num_crops
+            )
+        else:
+            self._named = False
         self._model, self._processor = model, processor
-        self._loading = loading
-        self._image_policy = image_policy or ImagePolicy()
+        most = int(model.config.max_position_embeddings)
+        self.context_window = min(self.context_window or most, most)
 
     @classmethod
     def class_name(cls) -> str:
@@ -194,15 +180,13 @@ class Phi3VisionLLM(Rebuilt, LLM):
         return self._lock
 
     def _made_of(self) -> dict[str, Any]:
-        if self._loading is None:
+        if not self._named:
             raise loaded_model_error("Phi3VisionLLM")
-        loading = {name: value if value is None else _option(value) for name, value in self._loading.items()}
-        model_name = portable_name(self.model_name)
-        return field_arguments(self) | loading | {"model_name": model_name, "image_policy": self._image_policy}
+        given = {name: value for name, value in field_arguments(self).items() if name not in _CHANGED}
+        return given | {"model_name": portable_name(self.model_name)}
 
     def _changed_since(self) -> dict[str, Any]:
-        names = ("messages_to_prompt", "completion_to_prompt", "query_wrapper_prompt")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _CHANGED}
 
     def _change(self, changes: Mapping[str, Any]) -> None:
         for name, value in changes.items():
@@ -284,7 +268,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
             if isinstance(block, TextBlock):
                 part = block.text
             elif isinstance(block, ImageBlock):
-                images.append(load_image(_image_source(block), policy=self._image_policy))
+                images.append(load_image(_image_source(block), policy=self.image_policy))
                 part = Slot(self._processor.image_tokens(*images[-1].size))
             elif isinstance(block, CachePoint):
                 continue
@@ -389,11 +373,6 @@ def _image_source(block: ImageBlock) -> ImageSource:
     if block.url is not None:
         return str(block.url)
     raise PromptError("an image block without image, path or url; give one of them")
-
-
-def _option(value: Any) -> Any:
-    """A number, or a device or dtype by its name."""
-    return value if isinstance(value, int) else str(value).removeprefix("torch.")
 
 
 def _as_ids(config: Any) -> Collection[int]:

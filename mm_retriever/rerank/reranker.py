@@ -7,7 +7,6 @@ Knows nothing of models.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -26,9 +25,9 @@ from llama_index_instrumentation import get_dispatcher
 from PIL import Image
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line, shown
+from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, is_place, load_image, source_name
-from mm_retriever.rebuild import Rebuilt, field_arguments
+from mm_retriever.rebuild import Rebuilt, field_arguments, wrong_options
 from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
 from mm_retriever.rerank.order import best_first, finite, fuse, shares
 from mm_retriever.rerank.scorer import Meter, Query, Scorer, Usage
@@ -110,7 +109,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         try:
             super().__init__(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as error:
-            raise QueryError(_wrong_options(type(self), error)) from None
+            raise QueryError(wrong_options(type(self), error)) from None
         self._prompts = {name: PromptTemplate(text) for name, text in self.default_prompts.items()}
 
     @classmethod
@@ -352,15 +351,3 @@ def _place_or_name(source: ImageSource) -> str:
 def _explained(error: Exception) -> str:
     text = one_line(error, 500)
     return text if isinstance(error, MMRetrieverError) else f"{type(error).__name__}: {text}" if text else repr(error)
-
-
-def _wrong_options(cls: type[Reranker], error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        name = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            known = ", ".join(sorted(inspect.signature(cls).parameters))
-            problems.append(f"{cls.__name__} has no option {name!r}; there are {known}")
-        else:
-            problems.append(f"{name}={shown(problem['input'])}: {one_line(problem['msg'], 300).lower()}")
-    return "; ".join(problems)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from mm_retriever.rebuild import Name
 from mm_retriever.rerank.reranker import Reranker
-
-Name = Annotated[str | None, BeforeValidator(lambda value: str(value).removeprefix("torch."))]
 
 
 class Options(Reranker):

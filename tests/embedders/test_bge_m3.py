@@ -1,4 +1,4 @@
-"""FlagEmbedding's learned sparse vectors and text reranker, on small random checkpoints of the real architectures.
+"""BGE-M3's learned sparse vectors, by FlagEmbedding, on a small random checkpoint of the real architecture.
 
 The published weights cannot be had here: what is tested is that the right numbers of the real code arrive in the right
 places, not how good they are.
@@ -14,47 +14,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from llama_index.core import QueryBundle
-from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
-    PreTrainedTokenizerFast,
     XLMRobertaConfig,
-    XLMRobertaForSequenceClassification,
     XLMRobertaModel,
 )
 
 from mm_retriever import ComposedRetriever, ingest_images, open_store
 from mm_retriever.embedders.bge_m3 import BGEM3SparseEmbedding
-from mm_retriever.errors import CheckpointError, ModelNotFoundError, QueryError, RerankError, StoreMismatchError
+from mm_retriever.errors import CheckpointError, ModelNotFoundError, StoreMismatchError
 from tests.support.colour_embedding import ColourEmbedding, paint
+from tests.support.flag_small import SIZES, word_tokenizer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("FlagEmbedding") is None, reason='needs pip install "mm-retriever[hybrid]"'
 )
-
-WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "xk", "2041", "2042", "-", "spare", "lid", "orders", "shop", "red"]
-SIZES = {
-    "vocab_size": len(WORDS), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
-    "intermediate_size": 40, "max_position_embeddings": 70, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    names = {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", **names
-    )
 
 
 def sparse_checkpoint(folder: Path, seed: int) -> Path:
@@ -203,63 +181,3 @@ def test_a_collection_of_learned_weights_is_for_that_model_only(tmp_path, sparse
     open_store(tmp_path / "b.db", colours, hybrid=True).close()
     with pytest.raises(StoreMismatchError, match="indexes words by BM25, hybrid= is the model"):
         open_store(tmp_path / "b.db", colours, hybrid=sparse)
-
-
-# ------------------------------------------------------------------------------------------ the text reranker
-
-
-@pytest.fixture(scope="module")
-def reranker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("reranker")
-    torch.manual_seed(5)
-    model = XLMRobertaForSequenceClassification(XLMRobertaConfig(**SIZES, num_labels=1, initializer_range=0.5))
-    model.save_pretrained(path)
-    word_tokenizer().save_pretrained(path)
-    return path
-
-
-TEXTS = ["spare lid XK-2041", "orders", "red shop", "XK-2042 lid lid"]
-
-
-def text_nodes() -> list[NodeWithScore]:
-    return [NodeWithScore(node=TextNode(id_=str(row), text=text), score=0.5) for row, text in enumerate(TEXTS)]
-
-
-def test_texts_are_ranked_by_the_cross_encoders_logits(reranker_folder):
-    """Truth: the same checkpoint by transformers alone, pair by pair."""
-    from mm_retriever.rerank import TextRerank
-
-    nodes = text_nodes()
-    found = TextRerank(reranker_folder, top_n=3, device="cpu").postprocess_nodes(nodes, query_str="red lid")
-    model = XLMRobertaForSequenceClassification.from_pretrained(reranker_folder).eval()
-    tokenizer = word_tokenizer()
-    with torch.inference_mode():
-        logits = [float(model(**tokenizer("red lid", text, return_tensors="pt")).logits) for text in TEXTS]
-    best = np.argsort(logits)[::-1][:3]
-    assert np.ptp(logits) > 0.01
-    assert [one.node.node_id for one in found] == [str(row) for row in best]
-    assert [one.node.metadata["rerank_model_score"] for one in found] == pytest.approx(
-        [logits[row] for row in best], abs=1e-4
-    )
-    shares = np.exp(logits) / np.exp(logits).sum()
-    assert [one.score for one in found] == pytest.approx([shares[row] for row in best], abs=1e-4)
-    assert nodes == text_nodes()
-
-
-def test_pictures_and_wordless_questions_are_refused_or_left_as_they_are(reranker_folder, tmp_path):
-    from mm_retriever.rerank import TextRerank
-    from mm_retriever.rerank.cross_encoder import IMAGE_NOT_SEEN
-
-    picture: Any = NodeWithScore(node=ImageNode(image_path=str(paint(tmp_path / "red.png", "red"))), score=0.9)
-    reranker = TextRerank(reranker_folder, device="cpu")
-    with pytest.raises(RerankError, match="1 of 5 candidates are images"):
-        reranker.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
-    with pytest.raises(QueryError):
-        reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle(""))
-    image = picture.node.image_path
-    composed = reranker.postprocess_nodes(text_nodes(), query_bundle=QueryBundle("red lid", image_path=image))
-    assert {one.node.metadata["rerank_note"] for one in composed} == {IMAGE_NOT_SEEN}
-    patient = TextRerank(reranker_folder, device="cpu", on_error="keep_order", top_n=2)
-    kept = patient.postprocess_nodes([picture, *text_nodes()], query_str="red lid")
-    assert [one.node.node_id for one in kept] == [picture.node.node_id, "0"]
-    assert "are images" in kept[0].node.metadata["rerank_note"]

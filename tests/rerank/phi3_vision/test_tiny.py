@@ -21,7 +21,7 @@ from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rerank import Phi3VisionRerank
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "mm_retriever" / "phi3_vision" / "tiny"
 
 
