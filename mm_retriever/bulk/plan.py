@@ -41,40 +41,22 @@ _FACTS = "plan.json"
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What the shards below a folder hold, done or not.
-
-    Args:
-        out: the folder.
-        id: of this plan; in every shard of it.
-        model_id: of the model that embeds all of them.
-        dimension: numbers in one vector.
-        words: what indexes the words beside the vectors: "BM25 mixed" or "BM25" (by the analyzer "standard"), the
-            name of a sparse model, or None.
-        rows_per_shard: images in each shard but the last.
-        source: the folder that the images are in, or a digest of the list that named them.
-        sidecar: a digest of the sidecar; None if there was none.
-        images: how many there are in all.
-        shards: how many shards they make.
-        skipped: what the source named and is no path or URL of an image.
-        ignored: what the folder holds beside images, by type.
-        notes: what is to be said about the sidecar.
-        unused_rows: rows of the sidecar that match no image.
-    """
+    """What the shards below a folder hold, done or not."""
 
     out: Path
-    id: str
+    id: str  # in every shard of it
     model_id: str
     dimension: int
-    words: str | None
+    words: str | None  # full-text index: "BM25 mixed", "BM25" (analyzer "standard") or the name of a sparse model
     rows_per_shard: int
-    source: str
-    sidecar: str | None
+    source: str  # the folder that the images are in, or a digest of the list that named them
+    sidecar: str | None  # a digest
     images: int
     shards: int
-    skipped: tuple[SkippedImage, ...]
-    ignored: tuple[IgnoredFiles, ...] = ()
-    notes: tuple[str, ...] = ()
-    unused_rows: int = 0
+    skipped: tuple[SkippedImage, ...]  # what the source named and is no path or URL of an image
+    ignored: tuple[IgnoredFiles, ...] = ()  # what the folder holds beside images
+    notes: tuple[str, ...] = ()  # about the sidecar
+    unused_rows: int = 0  # of the sidecar
 
     def shard(self, number: int) -> Path:
         """Return where the file of a shard is, once it is done."""

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,27 +35,16 @@ from mm_retriever.store.words import words_name
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What the shards in a folder hold, after one call of `embed_to_shards`.
-
-    Args:
-        shards: how many there are.
-        written: those that this call made; the others were done before.
-        rows: images in all of them.
-        skipped: images in none of them, with reasons.
-        seconds: wall clock of the call.
-        ignored: what the folder holds beside images, by type, with reasons.
-        unused_rows: rows of the sidecar that match no image.
-        notes: everything else that should be known, a line each.
-    """
+    """What the shards in a folder hold, after one call of `embed_to_shards`."""
 
     shards: int
-    written: int
-    rows: int
-    skipped: tuple[SkippedImage, ...]
-    seconds: float
-    ignored: tuple[IgnoredFiles, ...] = ()
-    unused_rows: int = 0
-    notes: tuple[str, ...] = ()
+    written: int  # by this call; the others were done before
+    rows: int  # images in all shards
+    skipped: tuple[SkippedImage, ...]  # images in none of them
+    seconds: float  # of the whole call
+    ignored: tuple[IgnoredFiles, ...] = ()  # what the folder holds beside images
+    unused_rows: int = 0  # rows of the sidecar that match no image
+    notes: tuple[str, ...] = ()  # everything else that should be known, a line each
 
     def __str__(self) -> str:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
@@ -141,33 +130,23 @@ def _one_after_another(writer: ShardWriter, unfinished: Sequence[int], progress:
     return sum(writer.write(number, progress) for number in unfinished)
 
 
+@dataclass
 class ShardWriter:
-    """Makes the shards of one plan, one at a time, with one model; options as in `embed_to_shards`.
+    """Makes the shards of one plan, one at a time, with one model; goes to other processes if the model does."""
 
-    Goes to other processes if the model does. Its `call` is a name that its copies there share, and that each shard
-    bears which one of them made.
-    """
+    plan: ShardPlan
+    embed_model: ComposedEmbedding
+    _: KW_ONLY
+    hybrid: bool | SparseEmbedding
+    batch_size: int
+    image_policy: ImagePolicy
+    exif: bool = True
+    call: str = field(default_factory=lambda: uuid.uuid4().hex)  # copies share it, and shards bear whose they are
 
-    def __init__(
-        self,
-        plan: ShardPlan,
-        embed_model: ComposedEmbedding,
-        *,
-        hybrid: bool | SparseEmbedding,
-        batch_size: int,
-        image_policy: ImagePolicy,
-        exif: bool = True,
-    ) -> None:
-        if batch_size < 1:
-            raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
-        self.plan = plan
-        self.call = uuid.uuid4().hex
-        self._embed_model = embed_model
-        self._vectors = Vectors(embed_model)
-        self._hybrid = hybrid
-        self._batch_size = batch_size
-        self._policy = image_policy
-        self._exif = exif
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise IngestError(f"batch_size {self.batch_size!r}: give 1 or more")
+        self._vectors = Vectors(self.embed_model)
 
     def write(self, number: int, progress: Progress = lambda images: None) -> bool:
         """Make a shard, and return whether this writer did, or a copy of it; another one may have, meanwhile."""
@@ -175,16 +154,16 @@ class ShardWriter:
         if path.exists():
             return read_account(path)[1].get("call") == self.call
         self._check_models()
-        rows = ParquetRows(self.plan.dimension, self._hybrid)
+        rows = ParquetRows(self.plan.dimension, self.hybrid)
         skipped: list[tuple[str, str]] = []
         batch: list[tuple[Task, ReadImage]] = []
-        with closing(read_ahead(self._tasks(number, skipped), self._read, ahead=2 * self._batch_size)) as images:
+        with closing(read_ahead(self._tasks(number, skipped), self._read, ahead=2 * self.batch_size)) as images:
             for task, image in images:
                 if image.error:
                     skipped.append((task.item.name, image.error))
                     continue
                 batch.append((task, image))
-                if len(batch) == self._batch_size:
+                if len(batch) == self.batch_size:
                     self._embed(batch, rows, skipped)
                     progress(len(batch))
                     batch.clear()
@@ -198,7 +177,7 @@ class ShardWriter:
     def _check_models(self) -> None:
         """In another process, and on another machine, the models were loaded again: from the same files?"""
         planned = (self.plan.model_id, self.plan.words)
-        loaded = (self._embed_model.model_id, words_name(self._hybrid))
+        loaded = (self.embed_model.model_id, words_name(self.hybrid))
         if not same_model(planned[0], loaded[0]) or not same_model(planned[1] or "", loaded[1] or ""):
             raise IngestError(f"the shards are planned for the models {planned}, and {loaded} were loaded here")
 
@@ -213,7 +192,7 @@ class ShardWriter:
             yield Task(item, {"sidecar": layer} if layer else {}, stamp, stored=None)
 
     def _read(self, task: Task) -> ReadImage:
-        return read_image(task.item.source, "", self._embed_model.prepare_image, self._policy, self._exif)
+        return read_image(task.item.source, "", self.embed_model.prepare_image, self.image_policy, self.exif)
 
     def _embed(
         self, batch: Sequence[tuple[Task, ReadImage]], rows: ParquetRows, skipped: list[tuple[str, str]]

@@ -54,19 +54,12 @@ Ignore: TypeAlias = Callable[[str, str, str], None]
 
 @dataclass(frozen=True)
 class IgnoredFiles:
-    """The files of one type that a folder holds and that were left out.
+    """The files of one type that a folder holds and that were left out."""
 
-    Args:
-        kind: the suffix in small letters, or what they are instead.
-        count: of all of them.
-        reason: why they were left out, and what to do.
-        paths: the first thousand.
-    """
-
-    kind: str
+    kind: str  # the suffix in small letters, or what they are instead
     count: int
-    reason: str
-    paths: tuple[str, ...] = ()
+    reason: str  # and what to do
+    paths: tuple[str, ...] = ()  # the first thousand
 
 
 class IgnoredCounts:

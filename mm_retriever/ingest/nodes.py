@@ -68,26 +68,16 @@ Layers: TypeAlias = Mapping[Kind, Layer]
 
 @dataclass(frozen=True)
 class Task:
-    """An item that is new, or may have changed.
-
-    Attributes:
-        given: what this run says about it.
-        stamp: see `current_stamp`.
-        stored: the bookkeeping columns of its row; None if there is no row.
-        kept: what the row has and this run says nothing about; see `keeping`.
-        size: width and height that are stored.
-        drop: kinds of metadata that the row loses if this run says nothing about them.
-        moved_from: id of the row that this one takes the place of; "" where nothing moved.
-    """
+    """An item that is new, or may have changed."""
 
     item: Item
-    given: Layers
+    given: Layers  # what this run says about it
     stamp: Mapping[str, Any]
-    stored: Mapping[str, Any] | None
-    kept: Layers = field(default_factory=dict)
-    size: tuple[int, int] = (0, 0)
-    drop: tuple[Kind, ...] = ()
-    moved_from: str = ""
+    stored: Mapping[str, Any] | None  # the bookkeeping columns of its row, if there is one
+    kept: Layers = field(default_factory=dict)  # what the row has and this run says nothing about
+    size: tuple[int, int] = (0, 0)  # width and height that are stored
+    drop: tuple[Kind, ...] = ()  # what the row loses if this run says nothing about it
+    moved_from: str = ""  # id of the row that this one takes the place of
 
     @property
     def same(self) -> bool:

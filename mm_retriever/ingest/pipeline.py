@@ -201,9 +201,7 @@ class _Run:
     counts: Counter[str] = field(default_factory=Counter)
     skipped: list[SkippedImage] = field(default_factory=list)
     ignored: IgnoredCounts = field(default_factory=IgnoredCounts)
-    lost: Counter[str] = field(default_factory=Counter)  # columns that images had and no longer have
-    left_out: Counter[str] = field(default_factory=Counter)  # keys that were given and cannot be stored
-    unnamed: int = 0  # images with columns that the sidecar does not name
+    remarks: Counter[str] = field(default_factory=Counter)  # what happened to so many images
     under_way: set[str] = field(default_factory=set)  # ids that are being read or embedded
     spoiled: set[str] = field(default_factory=set)  # ids of files that exist and are images no longer
     replaced_rows: set[str] = field(default_factory=set)  # ids of rows whose place another row takes
@@ -237,16 +235,8 @@ class _Run:
             seconds=time.perf_counter() - start,
             ignored=self.ignored.report(),
             unused_rows=len(self.sidecar.unused),
-            notes=(*self.sidecar.notes, *self._notes()),
+            notes=(*self.sidecar.notes, *sorted(f"{count} {remark}" for remark, count in self.remarks.items())),
         )
-
-    def _notes(self) -> Iterator[str]:
-        for key, count in self.lost.items():
-            yield f"{count} images no longer have the column {key!r}: what this run says about them has none"
-        for key, count in self.left_out.items():
-            yield f"metadata {key!r} is left out of {count} nodes: too long, or a name that ingestion uses itself"
-        if self.unnamed:
-            yield f"{self.unnamed} images that the sidecar does not name keep the columns that they have"
 
     # ------------------------------------------------------------------------------------------ what is to be done
 
@@ -262,7 +252,10 @@ class _Run:
             nodes = {node.node_id: node for node in self._retried(self.store.get_nodes, known)} if known else {}
             for changed in tasks:
                 task = changed.keeping(nodes.get(changed.item.id))
-                self.lost.update(lost_columns(task))
+                for key in lost_columns(task):
+                    self.remarks[
+                        f"images no longer have the column {key!r}: what this run says about them has none"
+                    ] += 1
                 self.under_way.add(task.item.id)
                 yield task
 
@@ -275,8 +268,10 @@ class _Run:
             return None
         row = self.sidecar.row(item.sidecar_names, item.path)
         given, left_out = given_layers(item, row)
-        self.left_out.update(left_out)
-        self.unnamed += row is None and not self.dropped and self.sidecar.has_rows and has_columns(stored)
+        for key in left_out:
+            self.remarks[f"nodes lose the metadata {key!r}: too long, or a name that ingestion uses itself"] += 1
+        if row is None and not self.dropped and self.sidecar.has_rows and has_columns(stored):
+            self.remarks["images that the sidecar does not name keep the columns that they have"] += 1
         task = Task(item, given, stamp, stored, drop=self.dropped)
         if task.same and task.same_metadata and not (self.verify and item.is_image):
             self._done("unchanged")

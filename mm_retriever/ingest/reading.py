@@ -26,26 +26,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReadImage:
-    """The outcome of reading one image file.
+    """The outcome of reading one image file."""
 
-    Attributes:
-        digest: SHA-256 of the file.
-        size: width and height, upright.
-        prepared: the pixels as the model takes them; None if the digest is the known one.
-        error: why there are no pixels; "" if there are.
-        exif: columns from the EXIF block, where they are asked for.
-        spoiled: whether a decoder saw all the bytes and found that they are no image; False for whatever a second try,
-            more memory or another decoder might change.
-        length: bytes that were read.
-    """
-
-    digest: str = ""
-    size: tuple[int, int] = (0, 0)
-    prepared: Any = None
-    error: str = ""
-    exif: dict[str, Any] = field(default_factory=dict)
-    spoiled: bool = False
-    length: int = -1
+    digest: str = ""  # SHA-256 of the file
+    size: tuple[int, int] = (0, 0)  # width and height, upright
+    prepared: Any = None  # the pixels as the model takes them; None if the digest is the known one
+    error: str = ""  # why there are no pixels
+    exif: dict[str, Any] = field(default_factory=dict)  # columns from the EXIF block, where they are asked for
+    spoiled: bool = False  # the bytes are no image, whatever a second try, more memory or another decoder might change
+    length: int = -1  # bytes that were read
 
 
 def read_image(

@@ -10,7 +10,7 @@ import datetime
 import time
 import zlib
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -59,7 +59,7 @@ def files_below(file_system: Any, path: str, ignore: Ignore) -> Iterator[str]:
 
 
 def file_of_node(node: BaseNode, path: str) -> RemoteFile | None:
-    """Return the file that a node names in the file system that a reader has read it from; None if none has it.
+    """Return the file that a node names in the file system that a reader has read it from; None if it is a local one.
 
     A reader does not note the file system. Those that are open in this process are asked for a file of that path and,
     where the reader noted it, that size.
@@ -68,6 +68,11 @@ def file_of_node(node: BaseNode, path: str) -> RemoteFile | None:
         NodeError: several have it.
     """
     size = node.metadata.get("file_size")
+    try:
+        if size in (None, Path(path).stat().st_size):
+            return None
+    except (OSError, ValueError):
+        pass
     holders = [file_system for file_system in _open_file_systems() if _has(file_system, path, size)]
     if len(holders) > 1:
         names = ", ".join(sorted(str(file_system.unstrip_protocol(path)) for file_system in holders))

@@ -29,19 +29,12 @@ _KEPT_LISTED = 100
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What one call of `prune_images` did.
+    """What one call of `prune_images` did."""
 
-    Args:
-        rows: images that were stored of the folder.
-        removed: rows of files that are gone.
-        kept: rows of files that cannot be read now, so that nobody knows whether they are gone.
-        kept_paths: the first hundred of those.
-    """
-
-    rows: int
+    rows: int  # images that were stored of the folder
     removed: int
-    kept: int
-    kept_paths: tuple[str, ...] = ()
+    kept: int  # because their files cannot be looked at now, so that nobody knows whether they are gone
+    kept_paths: tuple[str, ...] = ()  # the first hundred
 
     def __str__(self) -> str:
         kept = f", {self.kept} kept because their files cannot be looked at now" if self.kept else ""

@@ -23,37 +23,21 @@ class SkippedImage:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What one call of `ingest_images` did.
+    """What one call of `ingest_images` did."""
 
-    Args:
-        indexed: new in the store.
-        replaced: changed since they were stored, embedded again.
-        updated: the same images with other metadata; stored again, not embedded again.
-        unchanged: stored already.
-        removed: rows whose file is gone or spoiled, removed (`prune=True` only).
-        skipped: not stored, with reasons.
-        seconds: wall clock of the whole call.
-        ignored: what the folder holds beside images, by type, with reasons.
-        unused_rows: rows of the sidecar that match no image.
-        notes: everything else that should be known, a line each.
-        moved: rows whose file is gone and was found again under another name or URL; they keep vector and metadata.
-        reused: new or changed ones that needed no model, because the store had a vector of the same file contents.
-        kept: rows that pruning left alone because their files cannot be looked at now.
-    """
-
-    indexed: int
-    replaced: int
-    updated: int
+    indexed: int  # new in the store
+    replaced: int  # changed since they were stored, embedded again
+    updated: int  # the same images with other metadata; stored again, not embedded again
     unchanged: int
-    removed: int
+    removed: int  # rows whose file is gone or spoiled (`prune=True` only)
     skipped: tuple[SkippedImage, ...]
-    seconds: float
-    ignored: tuple[IgnoredFiles, ...] = ()
-    unused_rows: int = 0
-    notes: tuple[str, ...] = ()
-    moved: int = 0
-    reused: int = 0
-    kept: int = 0
+    seconds: float  # of the whole call
+    ignored: tuple[IgnoredFiles, ...] = ()  # what the folder holds beside images
+    unused_rows: int = 0  # rows of the sidecar that match no image
+    notes: tuple[str, ...] = ()  # everything else that should be known, a line each
+    moved: int = 0  # rows whose file is gone and was found under another name or URL; they keep vector and metadata
+    reused: int = 0  # new or changed ones of whose contents the store had a vector
+    kept: int = 0  # rows that pruning left alone because their files cannot be looked at now
 
     @property
     def embedded(self) -> int:

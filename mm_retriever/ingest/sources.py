@@ -34,33 +34,18 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to be stored.
+    """One thing to be stored: an image, or a text."""
 
-    Attributes:
-        id: of its row; the same in every run.
-        name: path, URL or node id, for people.
-        path: of the image file, absolute.
-        url: of an image that is in no local file; without signatures and secrets.
-        fetch_url: the whole URL, where `url` lacks something.
-        data: bytes of an image that is in no local file, or what reads them.
-        stamp: equal as long as the thing is, where it is in no local file.
-        text: of the caller's node; the thing itself where there is no image.
-        sidecar_names: what a sidecar may call it.
-        label: the folders it lies in.
-        metadata: of the caller's node.
-        relationships: of the caller's node; a document is its own source, so that its id deletes it.
-    """
-
-    id: str
-    name: str
-    path: str | None = None
-    url: str | None = None
-    fetch_url: str | None = None
-    data: bytes | RemoteFile | None = None
-    stamp: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
+    id: str  # of its row; the same in every run
+    name: str  # path, URL or node id, for people
+    path: str | None = None  # of the image file, absolute
+    url: str | None = None  # of an image that is in no local file; without signatures and secrets
+    fetch_url: str | None = None  # the whole URL, where `url` lacks something
+    data: bytes | RemoteFile | None = None  # of an image that is in no local file
+    stamp: dict[str, Any] = field(default_factory=dict)  # equal as long as the thing is, where it is in no local file
+    text: str = ""  # of the caller's node; the thing itself where there is no image
     sidecar_names: tuple[str, ...] = ()
-    label: str = ""
+    label: str = ""  # the folders it lies in
     metadata: dict[str, Any] = field(default_factory=dict)
     relationships: dict[NodeRelationship, RelatedNodeType] = field(default_factory=dict)
 
@@ -106,7 +91,6 @@ def items(
         search_open: whether a node's file that is not on this machine is looked for in the fsspec file systems that
             are open in this process, where `SimpleDirectoryReader(..., fs=...)` has read it.
     """
-    files = _Files(file_system, search_open)
     root = source_folder(source) if file_system is None else None
     entries: Iterable[object]
     if root is not None:
@@ -119,7 +103,7 @@ def items(
         entries = [source]
     for entry in entries:
         try:
-            yield _item(entry, files, root)
+            yield _item(entry, root, file_system, search_open)
         except (NodeError, ImageLoadError) as error:
             skip(_name(entry), str(error))
         except OSError as error:  # of a remote file system
@@ -189,30 +173,9 @@ def _needs_file_system(scheme: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Where paths lead: into a given fsspec file system, or else to this machine, and then perhaps into an open one."""
-
-    given: Any | None
-    search_open: bool
-
-    def find(self, node: ImageNode, path: str) -> RemoteFile | None:
-        """The file of a node, if it is not on this machine."""
-        if self.given is not None:
-            return RemoteFile(self.given, path)
-        return file_of_node(node, path) if self.search_open and not self._is_here(node, path) else None
-
-    def _is_here(self, node: ImageNode, path: str) -> bool:
-        try:
-            size = Path(path).stat().st_size
-        except (OSError, ValueError):
-            return False
-        return node.metadata.get("file_size") in (None, size)
-
-
-def _item(entry: object, files: _Files, root: str | None) -> Item:
+def _item(entry: object, root: str | None, file_system: Any | None, search_open: bool) -> Item:
     if isinstance(entry, BaseNode):
-        return _node_item(entry, files)
+        return _node_item(entry, file_system, search_open)
     if not isinstance(entry, str | os.PathLike):
         raise IngestError(
             f"a source holds paths, URLs and LlamaIndex nodes, not {type(entry).__name__}: "
@@ -221,8 +184,8 @@ def _item(entry: object, files: _Files, root: str | None) -> Item:
     place = os.fspath(entry)
     if isinstance(entry, str) and is_url(entry):
         return _url_item(entry)
-    if files.given is not None:
-        return _remote_item(RemoteFile(files.given, place))
+    if file_system is not None:
+        return _remote_item(RemoteFile(file_system, place))
     if isinstance(entry, str) and (scheme := _scheme(entry)):
         raise NodeError(_needs_file_system(scheme))
     return _path_item(place, root)
@@ -267,14 +230,14 @@ def _bytes_item(data: bytes, name: str) -> Item:
     return Item(id=id_, name=id_, data=data, stamp={"digest": digest})
 
 
-def _node_item(node: BaseNode, files: _Files) -> Item:
+def _node_item(node: BaseNode, file_system: Any | None, search_open: bool) -> Item:
     """An image by its file, URL or bytes, anything else by its text.
 
     An id that someone chose is kept. The random one that LlamaIndex gives is replaced, or every run would store the
     same document anew.
     """
     plain = storable_node(node, drop_bytes=True)
-    place = _node_place(node, plain, files)
+    place = _node_place(node, plain, file_system, search_open)
     id_ = place.id if _is_random(node.node_id) else node.node_id
     if not place.place:
         place = replace(place, name=id_)
@@ -287,15 +250,17 @@ def _node_item(node: BaseNode, files: _Files) -> Item:
     return replace(place, id=id_, text=plain.get_content(), metadata=metadata, relationships=relationships)
 
 
-def _node_place(node: BaseNode, plain: BaseNode, files: _Files) -> Item:
+def _node_place(node: BaseNode, plain: BaseNode, file_system: Any | None, search_open: bool) -> Item:
     """The item of a node without what the caller says about it."""
     text, given_path = plain.get_content(), str(node.metadata.get("file_path") or "")
     carried = next((image for image in node_images(node) if str(image)[:5].lower() == "data:"), None)
     path, url = (plain.image_path, plain.image_url) if isinstance(plain, ImageNode) else (None, None)
     if isinstance(plain, ImageNode) and path and (carried is None or Path(path).exists()):
-        if files.given is None and (scheme := _scheme(path)) and not is_url(path):
+        if file_system is not None:
+            return _remote_item(RemoteFile(file_system, path))
+        if (scheme := _scheme(path)) and not is_url(path):
             raise NodeError(_needs_file_system(scheme))
-        file = files.find(plain, path)
+        file = file_of_node(plain, path) if search_open else None
         return _remote_item(file) if file is not None else _path_item(path)
     if carried is not None:  # before the URL: what is here need not be fetched
         return replace(_bytes_item(read_image_bytes(carried), given_path), url=url)
