@@ -23,9 +23,9 @@ from mm_retriever.bulk.shards import ShardWriter
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import IngestError, MissingExtraError, ModelNotFoundError
 from mm_retriever.images import DEFAULT_POLICY
-from tests.bulk.test_shards import check_whole, rows_of, skips
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ROOT, ends, python
+from tests.support.shards import SMALL, check_whole, rows_of, skips
 
 pytestmark = pytest.mark.slow  # Ray starts in some seconds, and so does each worker
 
@@ -79,8 +79,7 @@ def folder(tmp_path) -> Path:
 
 
 def on_ray(source: Any, out: Path, model: Any = None, **options: Any) -> ShardReport:
-    options = {"rows_per_shard": 5, "batch_size": 2, "show_progress": False, **options}
-    return embed_to_shards_on_ray(source, out, model or ColourEmbedding(), **options)
+    return embed_to_shards_on_ray(source, out, model or ColourEmbedding(), **{**SMALL, **options})
 
 
 class Broken(ColourEmbedding):
@@ -91,7 +90,7 @@ class Broken(ColourEmbedding):
 def planned(folder: Path, out: Path) -> None:
     """A plan, and nothing else."""
     with pytest.raises(RuntimeError):
-        embed_to_shards(folder, out, Broken(), rows_per_shard=5, batch_size=2, show_progress=False)
+        embed_to_shards(folder, out, Broken(), **SMALL)
     assert read_plan(out).shards == 5
 
 
@@ -199,7 +198,7 @@ def test_what_was_broken_off_is_gone_on_with_by_either_function(folder, tmp_path
             return super().embed_images(images)
 
     with pytest.raises(KeyboardInterrupt):
-        embed_to_shards(folder, out, Stopped(), rows_per_shard=5, batch_size=2, show_progress=False)
+        embed_to_shards(folder, out, Stopped(), **SMALL)
     done |= {path: path.stat().st_ino for path in (out / "shards").iterdir()}
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     report = on_ray(None, out)
@@ -211,7 +210,7 @@ def test_what_was_broken_off_is_gone_on_with_by_either_function(folder, tmp_path
 # ------------------------------------------------------------------------------------------ deaths
 
 
-def test_a_worker_that_is_killed_is_replaced_and_each_picture_is_there_once(
+def test_a_worker_that_is_killed_is_replaced_and_each_image_is_there_once(
     folder, tmp_path, tried, monkeypatch, cluster
 ):
     """By SIGKILL, as the kernel does it to who takes too much memory; in the middle of two shards."""
@@ -248,7 +247,7 @@ def test_a_shard_counts_for_the_call_that_made_it(folder, tmp_path):
 
 
 class Deadly(ColourEmbedding):
-    """Ends its process at a picture, as a decoder does that crashes."""
+    """Ends its process at an image, as a decoder does that crashes."""
 
     def prepare_image(self, image):
         if image.size == (7, 7):
@@ -257,14 +256,14 @@ class Deadly(ColourEmbedding):
 
 
 def test_a_shard_that_kills_whoever_begins_it_ends_the_call(folder, tmp_path, monkeypatch, cluster):
-    """Or else Ray would go on for ever. What was done before stays; without the picture the call goes on."""
+    """Or else Ray would go on for ever. What was done before stays; without the image the call goes on."""
     monkeypatch.setenv("RAY_ADDRESS", cluster)
-    out, picture = tmp_path / "out", folder / "cars" / "01.png"
-    paint(picture, "red", (7, 7))
+    out, image = tmp_path / "out", folder / "cars" / "01.png"
+    paint(image, "red", (7, 7))
     with pytest.raises(IngestError, match=r"^3 workers died, one after the other, at the images of plan/000002.jsonl"):
         on_ray(folder, out, Deadly(), workers=1)
     assert '01.png"' in (out / "plan" / "000002.jsonl").read_text()
-    picture.unlink()
+    image.unlink()
     assert on_ray(folder, out, Deadly()).rows == 22
     check_whole(folder, out)
 

@@ -29,14 +29,14 @@ SIDECAR = {"ü😀 漢.png": {"price": 9.5, "tags": ["a", 'b"'], "n": 2**60 + 1,
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """35 pictures and two that are none, in shards of 13, 13 and 9 rows."""
+    """35 images and two that are none, in shards of 13, 13 and 9 rows."""
     root = tmp_path / "photos"
     for number in range(30):
         paint(root / ("cars" if number % 2 else "") / f"{number:02d}.png", list(COLOURS)[number % 8], (number + 8, 20))
     for number, name in enumerate(HOSTILE):
         paint(root / name, list(COLOURS)[number % 8])
     (root / "cut.png").write_bytes((root / "00.png").read_bytes()[:40])
-    (root / "text.jpg").write_text("no picture")
+    (root / "text.jpg").write_text("no image")
     return root
 
 

@@ -1,4 +1,4 @@
-"""Pictures into shards: planned once, each in one file, whole or not at all, with the rows of ingestion."""
+"""Images into shards: planned once, each in one file, whole or not at all, with the rows of ingestion."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 from llama_index.core.schema import ImageNode
 
-from mm_retriever.bulk import ShardReport, embed_to_shards, import_shards
+from mm_retriever.bulk import import_shards
 from mm_retriever.bulk.plan import ShardPlan, make_plan, read_plan
 from mm_retriever.bulk.shards import ShardWriter
 from mm_retriever.errors import IngestError, MissingExtraError, StoreError, StoreMismatchError
@@ -28,6 +27,7 @@ from mm_retriever.ingest.sources import path_id
 from mm_retriever.store import ImageStore, open_store
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ends, python
+from tests.support.shards import check_whole, embed, planned_ids, rows_of, skips
 
 HOSTILE = (
     'quote".png',
@@ -42,33 +42,18 @@ HOSTILE = (
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Pictures in folders, under names that somebody thought up, and some that are none."""
+    """Images in folders, under names that somebody thought up, and some that are none."""
     root = tmp_path / "photos"
     for number in range(16):
         paint(root / ("cars" if number % 2 else "") / f"{number:02d}.png", list(COLOURS)[number % 8], (number + 8, 20))
     for number, name in enumerate(HOSTILE):
-        paint(root / "named\nby a 'stranger'" / name, list(COLOURS)[number % 8])
+        paint(root / "named\nby an 'attacker'" / name, list(COLOURS)[number % 8])
     (root / "cut.png").write_bytes((root / "00.png").read_bytes()[:40])
-    (root / "text.jpg").write_text("no picture")
+    (root / "text.jpg").write_text("no image")
     (root / "folder.png").mkdir()
     os.mkfifo(root / "pipe.png")
     (root / "lost.png").symlink_to(root / "nowhere.png")
     return root
-
-
-def embed(source: Any, out: Path, model: Any = None, **options: Any) -> ShardReport:
-    options = {"rows_per_shard": 5, "batch_size": 2, "show_progress": False, **options}
-    return embed_to_shards(source, out, model or ColourEmbedding(), **options)
-
-
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    """The rows of all shards, as anybody reads Parquet; what is in the column of metadata is put beside the others."""
-    rows = []
-    for path in sorted((out / "shards").iterdir()):
-        for row in pyarrow.parquet.read_table(path).to_pylist():
-            rows.append({**row, **json.loads(row.pop("$meta"))})
-            rows[-1].pop("$meta", None)
-    return rows
 
 
 def stored_rows(store: ImageStore) -> dict[str, dict[str, Any]]:
@@ -76,21 +61,12 @@ def stored_rows(store: ImageStore) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in store.client.query("mm_retriever", filter="id != ''", output_fields=["*"])}
 
 
-def planned_ids(out: Path) -> list[list[str]]:
-    plan = read_plan(out)
-    return [[item.id for item in plan.items(number)] for number in range(plan.shards)]
-
-
-def skips(report: Any) -> list[tuple[str, str]]:
-    return sorted((one.path, one.reason) for one in report.skipped)
-
-
 # ------------------------------------------------------------------------------------------ the rows
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_the_rows_of_the_shards_are_those_that_ingestion_stores(folder, tmp_path, hybrid):
-    """Truth: `ingest_images` on the same folder. Every column, and each picture that is left out with its reason."""
+    """Truth: `ingest_images` on the same folder. Every column, and each image that is left out with its reason."""
     sidecar = {
         "cars/01.png": {"price": 9.5, "tags": ["a", 'b"'], "n": 2**60, "no": None},
         "ü😀 漢.png": {"said": 'q"\\\n'},
@@ -131,8 +107,8 @@ def test_the_shards_hold_what_a_sparse_model_makes_of_the_words(folder, tmp_path
 # ------------------------------------------------------------------------------------------ the plan
 
 
-def test_each_picture_is_in_one_shard_and_shards_are_full(folder, tmp_path):
-    """Our promise. A list may name a picture twice, and in two ways."""
+def test_each_image_is_in_one_shard_and_shards_are_full(folder, tmp_path):
+    """Our promise. A list may name an image twice, and in two ways."""
     report = embed(folder, tmp_path / "out")
     planned = planned_ids(tmp_path / "out")
     everything = [one for shard in planned for one in shard]
@@ -148,7 +124,7 @@ def test_each_picture_is_in_one_shard_and_shards_are_full(folder, tmp_path):
 
 
 def test_a_plan_outlives_what_becomes_of_the_folder(folder, tmp_path):
-    """A new picture is in no shard; one that is gone is listed; each shard still holds what it was planned to hold."""
+    """A new image is in no shard; one that is gone is listed; each shard still holds what it was planned to hold."""
     out = tmp_path / "out"
     embed(folder, out)
     planned = planned_ids(out)
@@ -176,8 +152,8 @@ def test_nothing_is_done_twice(folder, tmp_path):
 
 def test_a_url_is_planned_and_listed_where_it_may_not_be_fetched(tmp_path):
     """No network unless it is asked for."""
-    picture = paint(tmp_path / "a.png", "red")
-    report = embed([str(picture), "https://example.com/b.png?key=1"], tmp_path / "out")
+    image = paint(tmp_path / "a.png", "red")
+    report = embed([str(image), "https://example.com/b.png?key=1"], tmp_path / "out")
     assert report.rows == 1
     assert skips(report)[0][0] == "https://example.com/b.png?key=1"
     assert "allow_urls" in skips(report)[0][1]
@@ -226,16 +202,16 @@ def test_a_plan_for_something_else_and_a_source_that_is_none_are_refused(folder,
 
 
 def test_a_list_named_again_is_known_and_a_longer_one_is_not(folder, tmp_path):
-    """Or else the pictures that were added would be lost without a word."""
-    pictures = sorted(map(str, folder.glob("*.png")))
-    embed(pictures[:-1], tmp_path / "out")
-    assert embed(iter(pictures[:-1]), tmp_path / "out").written == 0
+    """Or else the images that were added would be lost without a word."""
+    images = sorted(map(str, folder.glob("*.png")))
+    embed(images[:-1], tmp_path / "out")
+    assert embed(iter(images[:-1]), tmp_path / "out").written == 0
     with pytest.raises(IngestError, match="source"):
-        embed(pictures, tmp_path / "out")
+        embed(images, tmp_path / "out")
 
 
 def test_of_two_that_plan_at_a_time_one_wins_and_both_go_by_it(folder, tmp_path):
-    """A picture added between the two looks at the folder is in both plans or in neither."""
+    """An image added between the two looks at the folder is in both plans or in neither."""
     plans: list[ShardPlan] = []
     barrier = threading.Barrier(8)
 
@@ -288,30 +264,6 @@ embed_to_shards(sys.argv[1], sys.argv[2], Slow(), rows_per_shard=5, batch_size=2
 """
 
 
-def killed_run(folder: Path, out: Path, after: float) -> None:
-    process = python("-c", RUN, folder, out)
-    try:
-        assert process.stdout.readline() == "start\n"
-        time.sleep(after)
-    finally:
-        ends(process)
-
-
-def check_whole(folder: Path, out: Path) -> None:
-    """Every shard is there, each planned picture in its own, and nothing else is left."""
-    report = embed(folder, out)
-    assert report.written == 0
-    planned = planned_ids(out)
-    paths = {item.id: item.path for number in range(len(planned)) for item in read_plan(out).items(number)}
-    skipped = {one.path for one in report.skipped}
-    for number, ids in enumerate(planned):
-        found = pyarrow.parquet.read_table(out / "shards" / f"{number:06d}.parquet", columns=["id"])["id"].to_pylist()
-        assert found == [one for one in ids if paths[one] not in skipped]
-    assert sorted(path.name for path in out.iterdir()) == ["drafts", "plan", "shards"]
-    assert not list((out / "drafts").iterdir())
-    assert len(list((out / "shards").iterdir())) == len(planned)
-
-
 def test_a_run_killed_in_the_middle_redoes_only_what_was_not_done(folder, tmp_path):
     """A finished shard is the same file afterwards, not an equal one."""
     out = tmp_path / "out"
@@ -331,7 +283,10 @@ def test_many_kills_at_random_moments(folder, tmp_path, tried):
     """From before the plan to after the last shard."""
     chance = random.Random(10)
     for _ in range(8):
-        killed_run(folder, tmp_path / "out", after=chance.uniform(0.0, 0.4))
+        process = python("-c", RUN, folder, tmp_path / "out")
+        assert process.stdout.readline() == "start\n"
+        time.sleep(chance.uniform(0.0, 0.4))
+        ends(process)
         tried["runs of embedding to shards killed"] += 1
     embed(folder, tmp_path / "out")
     check_whole(folder, tmp_path / "out")
@@ -400,7 +355,7 @@ def test_a_shard_is_not_there_before_it_is_whole(folder, tmp_path):
 
 @pytest.mark.parametrize("left", ["nothing", "an empty folder"])
 def test_a_drive_that_is_missing_leaves_no_empty_shards(folder, tmp_path, left):
-    """A shard that is done is not looked at again: without its pictures it must not be done."""
+    """A shard that is done is not looked at again: without its images it must not be done."""
     embed(folder, tmp_path / "out")
     (tmp_path / "out" / "shards" / "000002.parquet").unlink()
     folder.rename(tmp_path / "elsewhere")
@@ -414,7 +369,7 @@ def test_a_drive_that_is_missing_leaves_no_empty_shards(folder, tmp_path, left):
     check_whole(folder, tmp_path / "out")
 
 
-def test_one_picture_that_the_model_cannot_take_costs_only_itself(folder, tmp_path):
+def test_one_image_that_the_model_cannot_take_costs_only_itself(folder, tmp_path):
     """As in ingestion. A column that Milvus cannot hold costs only itself."""
 
     class Picky(ColourEmbedding):

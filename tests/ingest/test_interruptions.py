@@ -1,23 +1,22 @@
-"""Ingestion that is killed, or whose server is: nothing acknowledged is lost, nothing is there twice."""
+"""Ingestion that is killed, or whose disk is full: nothing acknowledged is lost, nothing is there twice."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
-from mm_retriever.errors import IngestError, StoreUnavailableError
+from mm_retriever.errors import IngestError
 from mm_retriever.ingest import ingest_images
 from mm_retriever.report import SearchReport, write_html
 from mm_retriever.store import open_store
 from mm_retriever.vector_cache import VectorCache
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
-from tests.support.processes import ends, free_port, lite_server, python
+from tests.support.processes import ends, python
 
 ROOT = Path(__file__).parents[2]
 PICTURES = 60
@@ -59,13 +58,13 @@ def killed_run(folder: Path, db: Path, after: float) -> None:
 
 def check_whole(store, folder: Path, model: ColourEmbedding) -> None:
     rows = [row for page in store.scan(["file_path", "width"]) for row in page]
-    assert sorted(row["file_path"] for row in rows) == sorted(map(str, folder.iterdir())), "every picture exactly once"
+    assert sorted(row["file_path"] for row in rows) == sorted(map(str, folder.iterdir())), "every image exactly once"
     assert all(row["width"] == int(Path(row["file_path"]).stem) + 8 for row in rows)
     second = ingest_images(folder, store, model, show_progress=False)
     assert (second.embedded, second.unchanged) == (0, PICTURES)
 
 
-def test_a_run_killed_in_the_middle_goes_on_and_ends_with_every_picture_once(folder, tmp_path):
+def test_a_run_killed_in_the_middle_goes_on_and_ends_with_every_image_once(folder, tmp_path):
     killed_run(folder, tmp_path / "a.db", after=0.25)
     model = ColourEmbedding()
     with open_store(tmp_path / "a.db", model) as store:
@@ -148,7 +147,7 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_full_disk_under_the_cache_of_vectors_costs_no_picture(folder, small_disk, tmp_path, caplog):
+def test_a_full_disk_under_the_cache_of_vectors_costs_no_image(folder, small_disk, tmp_path, caplog):
     """Said once; what was kept is still known, and with room again the next vectors are kept."""
     model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=small_disk)
     known = model.get_text_embedding("a red mug")
@@ -196,60 +195,3 @@ def test_a_full_disk_under_a_page_of_results_is_an_error_and_keeps_the_old_page(
         write_html(page, SearchReport(query_text="blue" * 2000))
     assert page.read_bytes() == old
     assert sorted(small_disk.iterdir()) == [ballast, page]
-
-
-@pytest.mark.slow
-def test_a_server_killed_and_restarted_in_the_middle_is_waited_for(folder, tmp_path):
-    port = free_port()
-    server = [lite_server(tmp_path / "data", port)]
-
-    class Waiting(ColourEmbedding):
-        def embed_images(self, images):
-            time.sleep(0.05)
-            return super().embed_images(images)
-
-    def restart() -> None:
-        time.sleep(0.3)
-        ends(server[0])
-        time.sleep(1.5)
-        server[0] = lite_server(tmp_path / "data", port)
-
-    model = Waiting()
-    try:
-        with open_store(f"http://127.0.0.1:{port}", model, timeout=5) as store:
-            trouble = threading.Thread(target=restart)
-            trouble.start()
-            report = ingest_images(folder, store, model, batch_size=4, show_progress=False)
-            trouble.join()
-            assert report.indexed == PICTURES
-            check_whole(store, folder, model)
-    finally:
-        ends(server[0])
-
-
-@pytest.mark.slow
-def test_a_server_that_stays_away_is_a_clear_error_and_what_was_stored_stays(folder, tmp_path):
-    port = free_port()
-    server = lite_server(tmp_path / "data", port)
-
-    class Fatal(ColourEmbedding):
-        def embed_images(self, images):
-            if self.embedded == 20:
-                ends(server)
-            return super().embed_images(images)
-
-    model = Fatal()
-    try:
-        with (
-            open_store(f"http://127.0.0.1:{port}", model, timeout=1) as store,
-            pytest.raises(StoreUnavailableError, match=r"20 images were stored; the same call goes on from there"),
-        ):
-            ingest_images(folder, store, model, batch_size=4, show_progress=False)
-        server = lite_server(tmp_path / "data", port)
-        model = ColourEmbedding()
-        with open_store(f"http://127.0.0.1:{port}", model, timeout=5) as store:
-            assert store.count() == 20
-            assert ingest_images(folder, store, model, show_progress=False).indexed == PICTURES - 20
-            check_whole(store, folder, model)
-    finally:
-        ends(server)

@@ -81,7 +81,7 @@ class Row:
 class Scene:
     """A folder that changes between runs, and what is to be stored of it."""
 
-    def __init__(self, place: Path, model: VisualizedBGEEmbedding, chance: random.Random, pictures: int) -> None:
+    def __init__(self, place: Path, model: VisualizedBGEEmbedding, chance: random.Random, images: int) -> None:
         self.place, self._model, self._chance = place, model, chance
         self._vectors: dict[str, np.ndarray] = {}  # by digest, of all that there ever was
         self._cached: dict[bytes, np.ndarray] = {}  # by key of the cache
@@ -89,7 +89,7 @@ class Scene:
         self._notes: dict[str, str] = {}
         self._made = 0
         self.rows: dict[str, Row] = {}  # as they were after the last run
-        self.change(add=pictures, replace=0, remove=0, columns=pictures // 2, notes=5)
+        self.change(add=images, replace=0, remove=0, columns=images // 2, notes=5)
 
     @property
     def _files(self) -> list[Path]:
@@ -128,8 +128,8 @@ class Scene:
         rows = {}
         for path in self._files:
             status, found = path.stat(), digest(path.read_bytes())
-            with Image.open(path) as picture:
-                width, height = picture.size
+            with Image.open(path) as image:
+                width, height = image.size
             facts = {
                 "file_path": str(path),
                 "file_name": path.name,
@@ -243,20 +243,8 @@ def kills(run: Any, scene: Scene, chance: random.Random, wanted: int) -> Counter
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_leave_whole_rows_and_the_next_one_ends_the_work(tmp_path, model, tried):
-    chance = random.Random(3)
-    scene = Scene(tmp_path, model, chance, 30)
-    with warm() as run:
-        tried["runs of ingestion killed"] += sum(kills(run, scene, chance, 6).values())
-        assert tried["runs of ingestion killed"] == 6
-        before = scene.rows
-        assert run(tmp_path)["step"] == "end"
-    scene.check_finished(before)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("flush_bytes", [128 * 2**20, 60_000])
-def test_many_kills_at_random_moments_of_runs_that_follow_each_other(tmp_path, model, flush_bytes, tried):
+def test_runs_killed_at_random_leave_whole_rows_and_the_next_one_ends_the_work(tmp_path, model, flush_bytes, tried):
     """With small segments Milvus Lite writes and merges them in the middle of a run."""
     chance = random.Random(5)
     scene = Scene(tmp_path, model, chance, 60)
@@ -266,7 +254,7 @@ def test_many_kills_at_random_moments_of_runs_that_follow_each_other(tmp_path, m
         before = scene.rows
         assert run(tmp_path)["step"] == "end"
     scene.check_finished(before)
-    assert died.keys() >= {"open", "pictures"}, died
+    assert died.keys() >= {"open", "images"}, died
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from mm_retriever.images import load_image
 from mm_retriever.ingest import IngestReport
 from mm_retriever.ingest.folder import walk
 from mm_retriever.terminal import print_ingestion
-from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, shared, store  # noqa: F401 - fixtures
 from tests.support.colour_embedding import paint
+from tests.support.ingesting import counts, ingest, nodes
 
 
 def ignored(report: IngestReport) -> dict[str, int]:
@@ -26,7 +26,7 @@ def write(path: Path, data: bytes = b"no image") -> None:
     path.write_bytes(data)
 
 
-def test_every_file_that_is_not_taken_is_counted_by_type_with_what_to_do(folder, store, model, capsys):  # noqa: F811
+def test_every_file_that_is_not_taken_is_counted_by_type_with_what_to_do(folder, store, model, capsys):
     for name in ("a.CR2", "b.cr2", "c.nef", "d.pdf", "e.mov", "f.zip", "g.jp2", "h.xyz", "i", "cars/j.mp4"):
         write(folder / name)
     report = ingest(folder, store, model)
@@ -46,7 +46,7 @@ def test_every_file_that_is_not_taken_is_counted_by_type_with_what_to_do(folder,
     assert "1 of 1 more types" in shown
 
 
-def test_shards_count_them_too_and_remember_it(folder, tmp_path, model):  # noqa: F811
+def test_shards_count_them_too_and_remember_it(folder, tmp_path, model):
     write(folder / "a.pdf")
     for _ in range(2):
         report = embed_to_shards(folder, tmp_path / "out", model, show_progress=False)
@@ -54,7 +54,7 @@ def test_shards_count_them_too_and_remember_it(folder, tmp_path, model):  # noqa
 
 
 @pytest.mark.parametrize("name", ["photo.jpg_large", "photo.jpeg!d", "photo", "photo.com_files", "photo.1"])
-def test_an_image_under_a_suffix_that_says_nothing_is_taken(tmp_path, store, model, name):  # noqa: F811
+def test_an_image_under_a_suffix_that_says_nothing_is_taken(tmp_path, store, model, name):
     """Our choice; names that browsers and shops give. Files of well-known other types are not even opened."""
     data = paint(tmp_path / "made.png", "red").read_bytes()
     write(tmp_path / "photos" / name, data)
@@ -64,7 +64,7 @@ def test_an_image_under_a_suffix_that_says_nothing_is_taken(tmp_path, store, mod
     assert ignored(report) == {".txt": 1}
 
 
-def test_a_pipe_and_an_unreadable_file_are_counted_and_do_not_hold_the_walk_up(tmp_path, store, model):  # noqa: F811
+def test_a_pipe_and_an_unreadable_file_are_counted_and_do_not_hold_the_walk_up(tmp_path, store, model):
     paint(tmp_path / "red.png", "red")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
@@ -78,7 +78,7 @@ def test_a_pipe_and_an_unreadable_file_are_counted_and_do_not_hold_the_walk_up(t
 # ------------------------------------------------------------------------------------------ links to folders
 
 
-def test_a_linked_folder_is_followed_under_its_own_name(tmp_path, store, model):  # noqa: F811
+def test_a_linked_folder_is_followed_under_its_own_name(tmp_path, store, model):
     """NAS mounts and albums."""
     paint(tmp_path / "nas" / "deep" / "red.png", "red")
     (tmp_path / "photos").mkdir()
@@ -139,14 +139,14 @@ def test_a_part_that_is_linked_before_the_whole_is_not_walked_twice(tmp_path):
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_a_folder_is_found_by_its_name_in_either_form_of_unicode(tmp_path, store, model, forms):  # noqa: F811
+def test_a_folder_is_found_by_its_name_in_either_form_of_unicode(tmp_path, store, model, forms):
     """macOS writes letters and accents apart; who types the name writes them together."""
     on_disk, typed = (unicodedata.normalize(form, "Café") for form in forms)
     paint(tmp_path / on_disk / "red.png", "red")
     assert counts(ingest(tmp_path / typed, store, model)) == {"indexed": 1}
 
 
-def test_heic_is_taken_from_a_folder(tmp_path, store, model):  # noqa: F811
+def test_heic_is_taken_from_a_folder(tmp_path, store, model):
     """By its suffix in any case, through the same reader as everything else."""
     heif = pytest.importorskip("pillow_heif")
     heif.from_pillow(load_image(paint(tmp_path / "red.png", "red"))).save(tmp_path / "p.heic")

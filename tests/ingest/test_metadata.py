@@ -12,36 +12,18 @@ from typing import Any
 
 import pytest
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
-from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 from PIL import Image, TiffImagePlugin
 
 from mm_retriever.bulk import embed_to_shards
-from mm_retriever.ingest import IngestReport, ingest_images
 from mm_retriever.ingest.exif import exif_columns
 from mm_retriever.ingest.sources import path_id
 from mm_retriever.own_keys import LAYERS_KEY, own_value
 from mm_retriever.search_tools import ImageSearch
 from mm_retriever.search_tools.results import SearchLimits, shown_metadata
-from mm_retriever.store import ImageStore, open_store
+from mm_retriever.store import open_store
 from mm_retriever.terminal import result_rows
-from tests.support.colour_embedding import ColourEmbedding, paint
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    with open_store(tmp_path_factory.mktemp("metadata") / "shared.db", ColourEmbedding()) as opened:
-        yield opened
-
-
-@pytest.fixture
-def store(shared):
-    shared.clear()
-    return shared
-
-
-@pytest.fixture
-def model():
-    return ColourEmbedding()
+from tests.support.colour_embedding import paint
+from tests.support.ingesting import counts, facts, ingest, node_of, where
 
 
 @pytest.fixture
@@ -50,29 +32,6 @@ def folder(tmp_path) -> Path:
     paint(root / "cars" / "red.png", "red")
     paint(root / "blue.png", "blue")
     return root
-
-
-def ingest(source: Any, store: ImageStore, model: ColourEmbedding, **options: Any) -> IngestReport:
-    return ingest_images(source, store, model, show_progress=False, **options)
-
-
-def counts(report: IngestReport) -> dict[str, int]:
-    names = ("indexed", "replaced", "updated", "unchanged", "removed")
-    found = {name: getattr(report, name) for name in names} | {"skipped": len(report.skipped)}
-    return {name: count for name, count in found.items() if count}
-
-
-def node_of(store: ImageStore, path: Path) -> ImageNode:
-    return store.get_nodes([path_id(str(path))])[0]
-
-
-def facts(store: ImageStore, path: Path, *keys: str) -> dict[str, Any]:
-    metadata = node_of(store, path).metadata
-    return {key: metadata[key] for key in keys if key in metadata}
-
-
-def where(key: str, value: Any) -> MetadataFilters:
-    return MetadataFilters(filters=[MetadataFilter(key=key, value=value, operator=FilterOperator.EQ)])
 
 
 # ------------------------------------------------------------------------------------------ absence is not deletion
@@ -276,7 +235,7 @@ def test_tools_show_the_callers_columns_and_no_accounts_of_ours():
 
 def test_tools_say_how_many_columns_they_do_not_show(folder, store, model):
     ingest([folder / "blue.png"], store, model, sidecar={"blue.png": {f"c{n}": n for n in range(30)}})
-    found = ImageSearch(store, model).search(text="blue").pictures[0]
+    found = ImageSearch(store, model).search(text="blue").images[0]
     assert len(found.metadata) == SearchLimits().metadata
     assert found.note == "17 more metadata not shown"
 

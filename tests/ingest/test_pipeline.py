@@ -10,74 +10,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
-from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 from PIL import Image
 
 from mm_retriever.errors import IngestError, StoreMismatchError
 from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import IngestReport, ingest_images
-from mm_retriever.store import ImageStore, open_store
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    with open_store(tmp_path_factory.mktemp("ingest") / "shared.db", ColourEmbedding()) as opened:
-        yield opened
-
-
-@pytest.fixture
-def store(shared):
-    shared.clear()
-    return shared
-
-
-@pytest.fixture
-def model():
-    return ColourEmbedding()
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Three pictures, in folders; beside them what is none."""
-    root = tmp_path / "photos"
-    paint(root / "cars" / "fast" / "red.png", "red")
-    paint(root / "cars" / "blue.jpg", "blue")
-    paint(root / "green.JPEG", "green", size=(30, 20))
-    (root / "notes.txt").write_text("no picture")
-    paint(root / ".hidden" / "black.png", "black")
-    paint(root / ".black.png", "black")
-    return root
-
-
-def ingest(source: Any, store: ImageStore, model: ColourEmbedding, **options: Any) -> IngestReport:
-    return ingest_images(source, store, model, show_progress=False, **options)
-
-
-def counts(report: IngestReport) -> dict[str, int]:
-    names = ("indexed", "replaced", "updated", "unchanged", "removed")
-    found = {name: getattr(report, name) for name in names} | {"skipped": len(report.skipped)}
-    return {name: count for name, count in found.items() if count}
-
-
-def nodes(store: ImageStore) -> dict[str, ImageNode]:
-    ids = [row["id"] for page in store.scan() for row in page]
-    return {one.metadata.get("file_name", one.node_id): one for one in store.get_nodes(ids)}
-
-
-def where(key: str, value: Any, operator: str = "==") -> MetadataFilters:
-    return MetadataFilters(filters=[MetadataFilter(key=key, value=value, operator=FilterOperator(operator))])
-
+from tests.support.ingesting import counts, ingest, nearest, nodes, where
 
 # ------------------------------------------------------------------------------------------ a folder
 
 
-def test_a_folder_is_stored_with_what_is_known_of_its_pictures(folder, store, model):
+def test_a_folder_is_stored_with_what_is_known_of_its_images(folder, store, model):
     """Truth: the files themselves."""
     report = ingest(folder, store, model, batch_size=2)
     assert counts(report) == {"indexed": 3}
@@ -101,24 +49,20 @@ def test_a_folder_is_stored_with_what_is_known_of_its_pictures(folder, store, mo
     assert stored["red.png"].get_metadata_str(mode="llm").count("digest") == 0, "bookkeeping is not for language models"
 
 
-def test_a_second_run_embeds_nothing_and_adds_nothing(folder, store, model):
+def test_a_second_run_embeds_and_adds_nothing_whatever_the_folder_is_called(folder, store, model, monkeypatch):
     ingest(folder, store, model)
     first = nodes(store)
-    report = ingest(folder, store, model)
-    assert counts(report) == {"unchanged": 3}
-    assert (report.embedded, model.embedded, store.count()) == (0, 3, 3)
-    assert nodes(store).keys() == first.keys()
-
-
-def test_the_same_folder_by_another_name_is_the_same(folder, store, model, monkeypatch):
-    ingest(folder, store, model)
     monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
     (folder.parent / "link").symlink_to(folder)
-    for name in ("photos", "./photos/", "link", str(folder / "cars" / "..")):
-        assert counts(ingest(name, store, model)) == {"unchanged": 3}
+    for name in (folder, "photos", "./photos/", "link", "~/photos", str(folder / "cars" / "..")):
+        report = ingest(name, store, model)
+        assert (counts(report), report.embedded) == ({"unchanged": 3}, 0)
+    assert (model.embedded, nodes(store).keys()) == (3, first.keys())
+    assert counts(ingest(["~/photos/green.JPEG"], store, model)) == {"unchanged": 1}
 
 
-def test_a_changed_picture_is_replaced_and_a_touched_one_is_not_embedded(folder, store, model):
+def test_a_changed_image_is_replaced_and_a_touched_one_is_not_embedded(folder, store, model):
     ingest(folder, store, model)
     paint(folder / "green.JPEG", "yellow")
     os.utime(folder / "cars" / "blue.jpg", (1, 1))
@@ -128,17 +72,11 @@ def test_a_changed_picture_is_replaced_and_a_touched_one_is_not_embedded(folder,
     assert len(stored) == 3
     assert stored["blue.jpg"].metadata["mtime_ns"] == 1_000_000_000
     assert stored["blue.jpg"].metadata["width"] == 24
-    best = store.query(query(model.get_text_embedding("yellow")))
-    assert best.nodes[0].metadata["file_name"] == "green.JPEG"
-    blue = store.query(query(model.get_text_embedding("blue")))
-    assert blue.nodes[0].metadata["file_name"] == "blue.jpg", "the touched one kept its vector"
+    best = nearest(store, model.get_text_embedding("yellow"))
+    assert best.metadata["file_name"] == "green.JPEG"
+    blue = nearest(store, model.get_text_embedding("blue"))
+    assert blue.metadata["file_name"] == "blue.jpg", "the touched one kept its vector"
     assert counts(ingest(folder, store, model)) == {"unchanged": 3}
-
-
-def query(vector: list[float]) -> Any:
-    from llama_index.core.vector_stores.types import VectorStoreQuery
-
-    return VectorStoreQuery(query_embedding=vector, similarity_top_k=1)
 
 
 def test_links_are_followed_to_files_and_not_into_loops(folder, store, model):
@@ -173,16 +111,16 @@ def test_a_very_deep_folder_is_walked(tmp_path, store, model):
         subprocess.run(["rm", "-rf", str(root)], check=True)  # too deep for Python's rmtree, and so for pytest
 
 
-# ------------------------------------------------------------------------------------------ bad pictures
+# ------------------------------------------------------------------------------------------ bad images
 
 
 def hostile(root: Path) -> dict[str, str]:
-    """Write files that are no pictures; returns a part of the reason for each."""
+    """Write files that are no images, and return a part of the reason for each."""
     paint(root / "whole.png", "red")
     whole = (root / "whole.png").read_bytes()
     (root / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (root / "empty.jpg").write_bytes(b"")
-    (root / "text.jpg").write_text("not a picture at all")
+    (root / "text.jpg").write_text("not an image at all")
     paint(root / "large.png", "red", size=(2000, 1000))
     (root / "folder.png").mkdir()
     os.mkfifo(root / "pipe.jpg")
@@ -199,7 +137,7 @@ def hostile(root: Path) -> dict[str, str]:
     }
 
 
-def test_bad_pictures_are_listed_with_reasons_and_do_not_stop_the_run(tmp_path, store, model):
+def test_bad_images_are_listed_with_reasons_and_do_not_stop_the_run(tmp_path, store, model):
     """The good ones: 16-bit, CMYK, turned by EXIF, animated."""
     root = tmp_path / "photos"
     reasons = hostile(root)
@@ -224,11 +162,14 @@ def test_bad_pictures_are_listed_with_reasons_and_do_not_stop_the_run(tmp_path, 
     assert counts(again) == {"unchanged": 5, "skipped": len(reasons)}
 
 
-def test_roots_of_the_policy_hold_for_ingestion(folder, tmp_path, store, model):
+def test_the_policy_holds_for_ingestion(folder, tmp_path, store, model):
     outside = paint(tmp_path / "outside.png", "red")
     report = ingest([outside, folder / "green.JPEG"], store, model, image_policy=ImagePolicy(roots=(folder,)))
     assert counts(report) == {"indexed": 1, "skipped": 1}
     assert "outside the folders" in report.skipped[0].reason
+    report = ingest(["https://example.com/a.jpg"], store, model)
+    assert counts(report) == {"skipped": 1}
+    assert "allow_urls" in report.skipped[0].reason
 
 
 class Moody(ColourEmbedding):
@@ -241,7 +182,7 @@ class Moody(ColourEmbedding):
         return super().embed_images(images) * np.where(blue > 180, np.nan, 1)[:, None]
 
 
-def test_a_picture_that_the_model_refuses_does_not_cost_its_batch(folder, store):
+def test_an_image_that_the_model_refuses_does_not_cost_its_batch(folder, store):
     report = ingest(folder, store, Moody())
     assert counts(report) == {"indexed": 1, "skipped": 2}
     reasons = {Path(one.path).name: one.reason for one in report.skipped}
@@ -251,7 +192,7 @@ def test_a_picture_that_the_model_refuses_does_not_cost_its_batch(folder, store)
 
 
 def test_a_model_that_never_works_ends_the_run(tmp_path, store):
-    """Better than a list of all pictures."""
+    """Better than a list of all images."""
     for number in range(20):
         paint(tmp_path / "reds" / f"{number}.png", "red")
     with pytest.raises(RuntimeError, match="I do not like red"):
@@ -261,13 +202,15 @@ def test_a_model_that_never_works_ends_the_run(tmp_path, store):
 # ------------------------------------------------------------------------------------------ prune
 
 
-def test_removed_files_stay_until_pruned(folder, store, model):
+def test_rows_of_removed_and_spoiled_files_stay_until_pruned(folder, store, model):
+    """A spoiled file's row speaks of pixels that are no longer there."""
     ingest(folder, store, model)
     (folder / "green.JPEG").unlink()
-    assert counts(ingest(folder, store, model)) == {"unchanged": 2}
+    (folder / "cars" / "blue.jpg").write_bytes(b"spoiled")
+    assert counts(ingest(folder, store, model)) == {"unchanged": 1, "skipped": 1}
     assert store.count() == 3
-    assert counts(ingest(folder, store, model, prune=True)) == {"unchanged": 2, "removed": 1}
-    assert set(nodes(store)) == {"red.png", "blue.jpg"}
+    assert counts(ingest(folder, store, model, prune=True)) == {"unchanged": 1, "skipped": 1, "removed": 2}
+    assert set(nodes(store)) == {"red.png"}
 
 
 def test_prune_takes_nothing_from_other_folders_and_other_programs(folder, store, model):
@@ -291,29 +234,17 @@ def test_prune_takes_nothing_from_other_folders_and_other_programs(folder, store
     }
 
 
-def test_prune_removes_the_row_of_a_picture_that_was_spoiled(folder, store, model):
-    """Its row speaks of pixels that are no longer there."""
-    ingest(folder, store, model)
-    (folder / "green.JPEG").write_bytes(b"spoiled")
-    assert counts(ingest(folder, store, model)) == {"unchanged": 2, "skipped": 1}
-    assert store.count() == 3
-    assert counts(ingest(folder, store, model, prune=True)) == {"unchanged": 2, "skipped": 1, "removed": 1}
-
-
-def test_prune_of_an_empty_folder_is_refused(folder, store, model):
+def test_prune_of_an_empty_folder_or_of_no_folder_is_refused(folder, store, model):
     """More likely a drive that is not mounted than an album that was emptied."""
     ingest(folder, store, model)
+    for source in ([folder / "green.JPEG"], folder / "green.JPEG"):
+        with pytest.raises(IngestError, match="needs a folder"):
+            ingest(source, store, model, prune=True)
     for path in (*folder.rglob("*.png"), *folder.rglob("*.jp*g"), *folder.rglob("*.JPEG")):
         path.unlink()
     with pytest.raises(IngestError, match="nothing was removed"):
         ingest(folder, store, model, prune=True)
     assert store.count() == 3
-
-
-def test_prune_needs_a_folder(folder, store, model):
-    for source in ([folder / "green.JPEG"], folder / "green.JPEG"):
-        with pytest.raises(IngestError, match="needs a folder"):
-            ingest(source, store, model, prune=True)
 
 
 # ------------------------------------------------------------------------------------------ lists and documents
@@ -365,8 +296,8 @@ def test_llamaindex_documents_and_nodes_of_every_kind(folder, store, model):
     assert stored["blue.jpg"].node_id == "sku-1"
     assert stored["blue.jpg"].metadata["price"] == 2.5
     assert stored["text-1"].get_content() == "a blue note"
-    green = store.query(query(model.get_text_embedding("green")))
-    assert green.nodes[0].image_path == path, "a picture by its pixels, whatever its caption says"
+    green = nearest(store, model.get_text_embedding("green"))
+    assert green.image_path == path, "an image by its pixels, whatever its caption says"
     letter = store.get_nodes(filters=where("kind", "letter"))[0]
     store.delete(letter.ref_doc_id)
     assert store.count() == 4
@@ -404,26 +335,14 @@ def test_a_node_that_cannot_be_stored_does_not_cost_its_batch(folder, store, mod
     assert "nested more than 32 deep" in reasons
 
 
-def test_a_url_is_fetched_only_where_the_policy_allows_it(store, model):
-    report = ingest(["https://example.com/a.jpg"], store, model)
-    assert counts(report) == {"skipped": 1}
-    assert "allow_urls" in report.skipped[0].reason
-
-
-@pytest.mark.parametrize("source", [[b"bytes"], [Image.new("RGB", (1, 1))], [None]])
-def test_pictures_without_a_file_are_refused_as_a_source(source, store, model):
-    with pytest.raises(IngestError, match="save the image first"):
-        ingest(source, store, model)
-
-
-def test_a_source_that_is_not_there_is_an_error(tmp_path, store, model):
+def test_what_cannot_be_ingested_at_all_is_refused(folder, tmp_path, store, model):
+    for source in ([b"bytes"], [Image.new("RGB", (1, 1))], [None]):
+        with pytest.raises(IngestError, match="save the image first"):
+            ingest(source, store, model)
     with pytest.raises(IngestError, match="there is no file or folder"):
         ingest(tmp_path / "nowhere", store, model)
     with pytest.raises(IngestError, match="batch_size 0"):
         ingest(tmp_path, store, model, batch_size=0)
-
-
-def test_a_store_of_another_model_is_refused(folder, store):
     with pytest.raises(StoreMismatchError, match="opened for 'colours'"):
         ingest(folder, store, ColourEmbedding(model_name="other"))
 
@@ -434,7 +353,7 @@ def test_a_store_of_another_model_is_refused(folder, store):
 def test_sidecar_columns_are_stored_and_can_be_filtered(folder, store, model):
     sidecar = {"cars/fast/red.png": {"price": 9.5, "tags": ["a", "b"]}, "blue.jpg": {"price": 3}}
     ingest(folder, store, model, sidecar=sidecar)
-    assert [one.metadata["file_name"] for one in store.get_nodes(filters=where("price", 5, ">"))] == ["red.png"]
+    assert [node.metadata["file_name"] for node in store.get_nodes(filters=where("price", 5, ">"))] == ["red.png"]
     assert store.get_nodes(filters=where("tags", "b", "contains"))[0].metadata["tags"] == ["a", "b"]
 
 
@@ -447,7 +366,7 @@ def test_changed_columns_are_written_without_embedding_again(folder, store, mode
     assert stored["cost"] == 4
     assert "price" not in stored
     assert store.get_nodes(filters=where("price", 3)) == [], "no stale column is left to filter by"
-    assert store.query(query(model.get_text_embedding("blue"))).nodes[0].metadata["file_name"] == "blue.jpg"
+    assert nearest(store, model.get_text_embedding("blue")).metadata["file_name"] == "blue.jpg"
     assert counts(ingest(folder, store, model, sidecar=sidecar)) == {"unchanged": 3}
 
 
@@ -475,32 +394,28 @@ def test_progress_shows_rate_and_total(folder, store, model, capfd):
     assert "100%" in shown
 
 
-# ------------------------------------------------------------------------------------------ overlap
+def test_reading_goes_on_while_the_model_works(tmp_path, store):
+    """Our choice: while one batch is embedded, the next is read."""
 
+    class Busy(ColourEmbedding):
+        working: bool = False
+        read_meanwhile: bool = False
 
-def test_reading_goes_on_while_the_model_works(tmp_path, store, model, monkeypatch):
-    """Our choice: while one batch is embedded, the next is read. By the clock, with a slow model and slow files."""
-    from mm_retriever.ingest import pipeline
+        def prepare_image(self, image):
+            self.read_meanwhile |= self.working
+            time.sleep(0.005)
+            return super().prepare_image(image)
 
-    for number in range(24):
-        paint(tmp_path / f"{number:02d}.png", list(COLOURS)[number % 8])
-    read = pipeline.read_image
-
-    def slow_read(*arguments):
-        time.sleep(0.02)
-        return read(*arguments)
-
-    class Slow(ColourEmbedding):
         def embed_images(self, images):
-            time.sleep(0.15)
+            self.working = True
+            time.sleep(0.1)
+            self.working = False
             return super().embed_images(images)
 
-    monkeypatch.setattr(pipeline, "read_image", slow_read)
-    monkeypatch.setattr("mm_retriever.ingest.reading.THREADS", 1)
-    start = time.perf_counter()
-    ingest(tmp_path, store, Slow(), batch_size=8)
-    seconds = time.perf_counter() - start
-    assert seconds < 0.85 * (24 * 0.02 + 3 * 0.15) + 0.25
+    for number in range(24):
+        paint(tmp_path / f"{number:02d}.png", list(COLOURS)[number % 8], size=(number + 8, 20))
+    ingest(tmp_path, store, model := Busy(), batch_size=8)
+    assert model.read_meanwhile
 
 
 def test_reports_of_nothing():

@@ -13,8 +13,8 @@ from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import gone as gone_module
 from mm_retriever.ingest import prune_images, remove_images
 from mm_retriever.ingest.reading import read_image
-from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, shared, store, where  # noqa: F401
 from tests.support.colour_embedding import COLOURS, paint
+from tests.support.ingesting import counts, ingest, nodes, where
 
 TRANSIENT = ("EIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EACCES", "EMFILE", "ENOMEM", "ELOOP")
 
@@ -42,7 +42,7 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_a_file_that_cannot_be_looked_at_keeps_its_row(tmp_path, store, model, failing, name):  # noqa: F811
+def test_a_file_that_cannot_be_looked_at_keeps_its_row(tmp_path, store, model, failing, name):
     """All are there and intact; a run says which it could not see, and the report counts what it kept."""
     photos = tmp_path / "photos"
     album(photos / "sub", 6)
@@ -83,7 +83,7 @@ def test_a_limit_of_ours_is_no_verdict_and_nonsense_is(tmp_path):
     assert read_image(str(path), "", lambda image: image, ImagePolicy()).spoiled
 
 
-def test_more_than_a_fifth_at_once_has_to_be_asked_for(tmp_path, store, model):  # noqa: F811
+def test_more_than_a_fifth_at_once_has_to_be_asked_for(tmp_path, store, model):
     """Five of twenty: a folder that did not come back from a backup looks the same."""
     photos = tmp_path / "photos"
     files = album(photos, 20)
@@ -102,7 +102,7 @@ def test_more_than_a_fifth_at_once_has_to_be_asked_for(tmp_path, store, model): 
     assert counts(ingest(photos, store, model, prune=True, force=True)) == {"unchanged": 6, "removed": 10}
 
 
-def test_an_emptied_mount_point_is_noticed_by_its_device(tmp_path, store, model):  # noqa: F811
+def test_an_emptied_mount_point_is_noticed_by_its_device(tmp_path, store, model):
     """An empty folder on another device than the files were on; the same folder emptied by hand has its own."""
     photos = tmp_path / "photos"
     files = album(photos / "mount", 3)
@@ -117,7 +117,7 @@ def test_an_emptied_mount_point_is_noticed_by_its_device(tmp_path, store, model)
     assert gone_module.fate(str(files[0]), moved) == "gone", "the mount is there: it is not empty"
 
 
-def test_a_link_that_leads_nowhere_may_lead_somewhere_again(tmp_path, store, model):  # noqa: F811
+def test_a_link_that_leads_nowhere_may_lead_somewhere_again(tmp_path, store, model):
     """To a file, or to the folder that it lies in, on a drive that is not mounted; `force` says that it is gone."""
     nas, photos = tmp_path / "nas", tmp_path / "photos"
     album(nas, 2)
@@ -136,7 +136,7 @@ def test_a_link_that_leads_nowhere_may_lead_somewhere_again(tmp_path, store, mod
 # ------------------------------------------------------------------------------------------ a folder that is gone
 
 
-def test_a_vanished_folder_is_pruned_by_ingestion_and_by_itself(tmp_path, store, model):  # noqa: F811
+def test_a_vanished_folder_is_pruned_by_ingestion_and_by_itself(tmp_path, store, model):
     photos = tmp_path / "photos"
     album(photos / "small", 3)
     album(photos / "large", 6)
@@ -156,7 +156,7 @@ def test_a_vanished_folder_is_pruned_by_ingestion_and_by_itself(tmp_path, store,
 # ------------------------------------------------------------------------------------------ rows by name
 
 
-def test_rows_are_removed_by_file_folder_id_and_metadata(folder, store, model):  # noqa: F811
+def test_rows_are_removed_by_file_folder_id_and_metadata(folder, store, model):
     """Whether the files are there or not; what is named and not stored is an error, and then nothing goes."""
     ingest(folder, store, model)
     with pytest.raises(IngestError, match=r"nothing of '.*nowhere'"):

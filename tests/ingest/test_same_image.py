@@ -19,8 +19,8 @@ from mm_retriever.ingest import known, remove_images
 from mm_retriever.ingest import nodes as nodes_module
 from mm_retriever.ingest.stable_url import stable_url, url_file_name
 from mm_retriever.retriever import ComposedRetriever
-from tests.ingest.test_pipeline import counts, folder, ingest, model, nodes, query, shared, store  # noqa: F401
 from tests.support.colour_embedding import COLOURS, paint
+from tests.support.ingesting import counts, ingest, nearest, nodes
 
 
 def extra(report) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def extra(report) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------ moves and copies
 
 
-def test_a_renamed_folder_is_moved_with_its_metadata_and_nothing_is_embedded(folder, store, model):  # noqa: F811
+def test_a_renamed_folder_is_moved_with_its_metadata_and_nothing_is_embedded(folder, store, model):
     """Rows of the old place go, so that nothing is found twice or at a dead path."""
     sidecar = {"red.png": {"price": 9.5}}
     ingest(folder, store, model, sidecar=sidecar)
@@ -41,19 +41,19 @@ def test_a_renamed_folder_is_moved_with_its_metadata_and_nothing_is_embedded(fol
     assert stored.metadata["price"] == 9.5
     assert stored.metadata["file_path"] == stored.image_path == str(new / "cars" / "fast" / "red.png")
     assert str(report).startswith("0 indexed, 3 moved, ")
-    best = store.query(query(model.get_text_embedding("red")))
-    assert best.nodes[0].metadata["file_name"] == "red.png"
+    best = nearest(store, model.get_text_embedding("red"))
+    assert best.metadata["file_name"] == "red.png"
     assert counts(ingest(new, store, model, sidecar=sidecar)) == {"unchanged": 3}
 
 
-def test_a_file_moved_and_renamed_inside_the_folder_is_one_move(folder, store, model):  # noqa: F811
+def test_a_file_moved_and_renamed_inside_the_folder_is_one_move(folder, store, model):
     ingest(folder, store, model)
     (folder / "green.JPEG").rename(folder / "cars" / "renamed.jpeg")
     report = ingest(folder, store, model)
     assert (report.moved, report.unchanged, report.indexed, store.count()) == (1, 2, 0, 3)
 
 
-def test_copies_are_embedded_once_in_a_run_and_not_at_all_later(tmp_path, store, model):  # noqa: F811
+def test_copies_are_embedded_once_in_a_run_and_not_at_all_later(tmp_path, store, model):
     """Each copy has its row; one of two copies that are moved takes the place of one."""
     one = paint(tmp_path / "a" / "1.png", "red")
     for name in ("2.png", "3.png"):
@@ -69,7 +69,7 @@ def test_copies_are_embedded_once_in_a_run_and_not_at_all_later(tmp_path, store,
     assert (report.moved, report.reused, model.embedded, store.count()) == (3, 0, 1, 4)
 
 
-def test_known_digests_are_found_by_requests_first_and_from_one_list_later(tmp_path, store, model, monkeypatch):  # noqa: F811
+def test_known_digests_are_found_by_requests_first_and_from_one_list_later(tmp_path, store, model, monkeypatch):
     """Both ways give the same; the list is kept up with what the run writes."""
     names = list(COLOURS)
     for n in range(8):
@@ -83,7 +83,7 @@ def test_known_digests_are_found_by_requests_first_and_from_one_list_later(tmp_p
     assert (report.indexed, report.reused, model.embedded) == (24, 16, 16)
 
 
-def test_a_row_whose_file_is_still_there_is_not_taken_for_a_move(folder, store, model):  # noqa: F811
+def test_a_row_whose_file_is_still_there_is_not_taken_for_a_move(folder, store, model):
     ingest(folder, store, model)
     shutil.copytree(folder, folder.parent / "copy")
     report = ingest(folder.parent / "copy", store, model)
@@ -94,7 +94,7 @@ def test_a_row_whose_file_is_still_there_is_not_taken_for_a_move(folder, store, 
 
 
 @pytest.mark.parametrize("options", [{}, {"exclude_query_image": True}])
-def test_copies_are_found_once_and_the_next_results_take_their_places(tmp_path, store, model, options):  # noqa: F811
+def test_copies_are_found_once_and_the_next_results_take_their_places(tmp_path, store, model, options):
     one = paint(tmp_path / "a" / "0.png", "red")
     for n in range(1, 30):
         shutil.copy(one, one.with_name(f"{n}.png"))
@@ -112,7 +112,7 @@ def test_copies_are_found_once_and_the_next_results_take_their_places(tmp_path, 
     assert len(ComposedRetriever(store, model, top_k=9, unique=True).retrieve(bundle)) == 4
 
 
-def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):  # noqa: F811
+def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):
     vector = model.get_text_embedding("red")
     store.add([ImageNode(id_=name, image_path="/a.png", embedding=vector) for name in ("a", "b")])
     assert len(ComposedRetriever(store, model, unique=True).retrieve(model.get_query_bundle("red"))) == 2
@@ -141,7 +141,7 @@ def keep_times(path: Path, colour: str) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_other_contents_under_the_same_size_and_time_are_seen(tmp_path, store, model, quick_clocks):  # noqa: F811
+def test_other_contents_under_the_same_size_and_time_are_seen(tmp_path, store, model, quick_clocks):
     photos = tmp_path / "photos"
     one, two = paint(photos / "a.bmp", "red"), paint(photos / "b.bmp", "blue")
     settle(one, two)
@@ -160,7 +160,7 @@ def test_other_contents_under_the_same_size_and_time_are_seen(tmp_path, store, m
     assert (report.replaced, report.reused) == (2, 2), "swapped: seen, and not embedded again"
 
 
-def test_a_file_that_changed_a_moment_ago_is_read_again(tmp_path, store, model):  # noqa: F811
+def test_a_file_that_changed_a_moment_ago_is_read_again(tmp_path, store, model):
     """Within one tick of the clock it may change again under the very same stamp."""
     path = paint(tmp_path / "photos" / "a.bmp", "red")
     ingest(tmp_path / "photos", store, model)
@@ -169,7 +169,7 @@ def test_a_file_that_changed_a_moment_ago_is_read_again(tmp_path, store, model):
     assert counts(ingest(tmp_path / "photos", store, model)) == {"replaced": 1}
 
 
-def test_verify_reads_everything(tmp_path, store, model, quick_clocks, monkeypatch):  # noqa: F811
+def test_verify_reads_everything(tmp_path, store, model, quick_clocks, monkeypatch):
     """Bit rot changes neither size nor any time."""
     path = paint(tmp_path / "photos" / "a.bmp", "red")
     settle(path)
@@ -182,7 +182,7 @@ def test_verify_reads_everything(tmp_path, store, model, quick_clocks, monkeypat
     assert counts(ingest(tmp_path / "photos", store, model, verify=True)) == {"unchanged": 1}
 
 
-def test_rows_of_an_earlier_version_get_their_stamp_and_keep_their_vectors(folder, store, model, quick_clocks):  # noqa: F811
+def test_rows_of_an_earlier_version_get_their_stamp_and_keep_their_vectors(folder, store, model, quick_clocks):
     """Earlier versions stored size and time alone: the digest decides."""
     settle(*(path for path in folder.rglob("*") if path.is_file()))
     ingest(folder, store, model)
@@ -269,7 +269,7 @@ def served(tmp_path):
 POLICY = ImagePolicy(allow_urls=True, allow_private_addresses=True)
 
 
-def test_an_object_is_one_image_under_any_signature_and_its_row_knows_none(served, store, model):  # noqa: F811
+def test_an_object_is_one_image_under_any_signature_and_its_row_knows_none(served, store, model):
     url, asked = served
     signed = [f"{url}?X-Amz-Signature=SECRET{n}" for n in range(2)]
     for one in signed:
@@ -284,7 +284,7 @@ def test_an_object_is_one_image_under_any_signature_and_its_row_knows_none(serve
     assert remove_images(store, [signed[0]]) == 1
 
 
-def test_a_row_of_an_earlier_version_moves_to_the_url_without_signature(served, store, model):  # noqa: F811
+def test_a_row_of_an_earlier_version_moves_to_the_url_without_signature(served, store, model):
     url, _ = served
     signed = f"{url}?X-Amz-Signature=SECRET"
     ingest([signed], store, model, image_policy=POLICY)
@@ -298,7 +298,7 @@ def test_a_row_of_an_earlier_version_moves_to_the_url_without_signature(served, 
     assert nodes(store)["a.png"].metadata["mine"] == 1
 
 
-def test_shards_fetch_under_the_signature_and_store_without_it(served, tmp_path, model):  # noqa: F811
+def test_shards_fetch_under_the_signature_and_store_without_it(served, tmp_path, model):
     url, _ = served
     report = embed_to_shards(
         [f"{url}?X-Amz-Signature=SECRET"], tmp_path / "out", model, show_progress=False, image_policy=POLICY

@@ -29,7 +29,7 @@ OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "sqlite3.connect")
 
 
 def run(place: Path, step) -> None:
-    """All that a run touches: a cache of vectors, pictures with columns and prune, a report, text nodes."""
+    """All that a run touches: a cache of vectors, images with columns and prune, a report, text nodes."""
     from llama_index.core.schema import TextNode
 
     from mm_retriever.embedding import VisualizedBGEEmbedding
@@ -41,7 +41,7 @@ def run(place: Path, step) -> None:
     step("open")
     with open_store(place / "a.db", model) as store:
         options = {"batch_size": 4, "show_progress": False}
-        step("pictures")
+        step("images")
         sidecar, report = place / "sidecar.json", place / "report.json"
         pruned = {"prune": True, "force": True}  # the photos change a great deal between two runs
         ingest_images(place / "photos", store, model, sidecar=sidecar, report_path=report, **pruned, **options)
