@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from llama_index.core.schema import BaseNode, ImageNode
@@ -56,9 +56,12 @@ from mm_retriever.store import ImageStore, same_model
 _WINDOW = 256
 """Items looked up in the store with one request."""
 
-_ATTEMPTS = 4
-
-T = TypeVar("T")
+_retried = Retrying(  # calls the store; a server that is away for a moment is asked again
+    retry=retry_if_exception_type(StoreUnavailableError),
+    stop=stop_after_attempt(4),
+    wait=wait_random_exponential(multiplier=1.0, max=10.0),
+    reraise=True,
+)
 
 
 def ingest_images(
@@ -156,8 +159,7 @@ def ingest_images(
                 fs=fs,
                 verify=verify,
             )
-            with closing(run):
-                report = run.report_of(source, folder if prune else None, force=force)
+            report = run.report_of(source, folder if prune else None, force=force)
     if report_path is not None:
         report.write(report_path)
     return report
@@ -209,11 +211,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.vectors = Vectors(self.embed_model)
-        self.known = KnownVectors(self.store, self._retried)
-
-    def close(self) -> None:
-        """Remove what the run keeps on the disk."""
-        self.known.close()
+        self.known = KnownVectors(self.store, _retried)
 
     def report_of(self, source: Source, prune_folder: str | None, *, force: bool) -> IngestReport:
         """Do everything and return the report."""
@@ -225,6 +223,8 @@ class _Run:
         except StoreError as error:
             stored = self.counts["indexed"] + self.counts["replaced"]
             raise type(error)(f"{error}. {stored} images were stored; the same call goes on from there") from error
+        finally:
+            self.known.close()
         return self._report(start)
 
     def _report(self, start: float) -> IngestReport:
@@ -246,10 +246,10 @@ class _Run:
         while window := list(islice(everything, _WINDOW)):
             by_id = {item.id: item for item in window if item.id not in self.under_way}
             self.bar.update(len(window) - len(by_id))  # named twice
-            stored = self._retried(self.store.columns, list(by_id), BOOKKEEPING)
+            stored = _retried(self.store.columns, list(by_id), BOOKKEEPING)
             tasks = [task for item in by_id.values() if (task := self._task(item, stored.get(item.id))) is not None]
             known = [task.item.id for task in tasks if task.stored is not None]
-            nodes = {node.node_id: node for node in self._retried(self.store.get_nodes, known)} if known else {}
+            nodes = {node.node_id: node for node in _retried(self.store.get_nodes, known)} if known else {}
             for changed in tasks:
                 task = changed.keeping(nodes.get(changed.item.id))
                 for key in lost_columns(task):
@@ -349,7 +349,7 @@ class _Run:
         if task.stored is not None or item.id != (path_id(item.path) if item.path is not None else url_id(item.place)):
             return None
         free = {str(row["id"]): row for row in rows if row["id"] not in self.replaced_rows and row["id"] != item.id}
-        for node in self._retried(self.store.get_nodes, list(free)) if free else ():
+        for node in _retried(self.store.get_nodes, list(free)) if free else ():
             if self._is_former(item, free[node.node_id], node):
                 self.replaced_rows.add(node.node_id)
                 return task.moved(node)
@@ -374,7 +374,7 @@ class _Run:
 
     def _rewrite(self, images: Sequence[Read]) -> None:
         """Store again what has the same pixels and other metadata, under the vector that it has."""
-        rows = self._retried(self.store.columns, [task.item.id for task, _ in images], (self.store.embedding_field,))
+        rows = _retried(self.store.columns, [task.item.id for task, _ in images], (self.store.embedding_field,))
         nodes = []
         for task, image in images:
             if (row := rows.get(task.item.id)) is None:
@@ -387,9 +387,9 @@ class _Run:
 
     def _write(self, nodes: Sequence[tuple[Task, BaseNode]], *, embedded: bool = True) -> None:
         def write(nodes: Sequence[tuple[Task, BaseNode]]) -> None:
-            self._retried(self.store.write, [node for _, node in nodes])
+            _retried(self.store.write, [node for _, node in nodes])
             if moved := [task.moved_from for task, _ in nodes if task.moved_from]:
-                self._retried(self.store.delete_nodes, moved)
+                _retried(self.store.delete_nodes, moved)
             for task, node in nodes:
                 self.under_way.discard(task.item.id)
                 if isinstance(node, ImageNode):
@@ -418,16 +418,6 @@ class _Run:
         self.counts["kept"] += pruned.kept
 
     # ------------------------------------------------------------------------------------------ accounts
-
-    def _retried(self, call: Callable[..., T], *arguments: Any) -> T:
-        """The answer of the store; a server that is away for a moment is asked again."""
-        retrying = Retrying(
-            retry=retry_if_exception_type(StoreUnavailableError),
-            stop=stop_after_attempt(_ATTEMPTS),
-            wait=wait_random_exponential(multiplier=1.0, max=10.0),
-            reraise=True,
-        )
-        return retrying(call, *arguments)
 
     def _done(self, count: str) -> None:
         self.counts[count] += 1
