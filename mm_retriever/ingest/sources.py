@@ -17,13 +17,13 @@ from typing import Any, TypeAlias
 
 from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelationship, RelatedNodeInfo, RelatedNodeType
 
-from mm_retriever.embedding import node_images
 from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line
 from mm_retriever.images import ImageSource, read_image_bytes
 from mm_retriever.ingest.folder import Skip, existing_path, walk
 from mm_retriever.ingest.ignored import Ignore, not_counted
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
 from mm_retriever.ingest.stable_url import stable_url, url_file_name
+from mm_retriever.node_images import node_images
 from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
 
 Entry: TypeAlias = str | os.PathLike[str] | BaseNode

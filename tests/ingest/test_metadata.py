@@ -235,9 +235,9 @@ def test_tools_show_the_callers_columns_and_no_accounts_of_ours():
 
 def test_tools_say_how_many_columns_they_do_not_show(folder, store, model):
     ingest([folder / "blue.png"], store, model, sidecar={"blue.png": {f"c{n}": n for n in range(30)}})
-    found = ImageSearch(store, model).search(text="blue").images[0]
-    assert len(found.metadata) == SearchLimits().metadata
-    assert found.note == "17 more metadata not shown"
+    result = ImageSearch(store, model).search(text="blue").results[0]
+    assert len(result.metadata) == SearchLimits().metadata
+    assert result.note == "17 more metadata not shown"
 
 
 # ------------------------------------------------------------------------------------------ EXIF
