@@ -23,7 +23,7 @@ from mm_retriever.ingest.folder import Skip, existing_path, walk
 from mm_retriever.ingest.ignored import Ignore, not_counted
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
 from mm_retriever.ingest.stable_url import stable_url, url_file_name
-from mm_retriever.node_images import node_images
+from mm_retriever.request import node_images
 from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
 
 Entry: TypeAlias = str | os.PathLike[str] | BaseNode
