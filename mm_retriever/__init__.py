@@ -1,4 +1,4 @@
-"""Search pictures by text, by picture, or by both at once.
+"""Search images by text, by image, or by both at once.
 
 The public names are loaded when they are first used (PEP 562): ``import mm_retriever`` loads no torch,
 transformers, pymilvus or llama_index, which together take about twenty seconds.

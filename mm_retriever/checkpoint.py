@@ -268,7 +268,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} holds more than tensors and could run code: refused ({_refused_global(error)})"
         ) from error
-    except Exception as error:  # on damaged files three parsers raise what they like
+    except Exception as error:  # three parsers, each with errors of its own
         raise CheckpointError(f"{path} is not a whole file of torch.save: {reason_of(error)}") from error
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
@@ -296,7 +296,7 @@ def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:
     """A model without weights, on the meta device: it has names and shapes, and takes no memory.
 
     Args:
-        build: makes it from a config, which may come from a stranger and say anything.
+        build: makes it from a config, which is untrusted.
         source: for the error message.
 
     Raises:
@@ -305,7 +305,7 @@ def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:
     try:
         with torch.device("meta"):
             return build()
-    except Exception as error:  # sizes that are none go wrong in every way there is
+    except Exception as error:  # impossible sizes raise every kind of error
         raise CheckpointError(f"the config of {os.fspath(source)} describes no model: {reason_of(error)}") from error
 
 

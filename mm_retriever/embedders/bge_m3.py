@@ -1,7 +1,6 @@
 """BGE-M3's learned sparse vectors, computed by FlagEmbedding: a weight for every token of a text.
 
-Owns how FlagEmbedding is loaded and called safely; hybrid search in `store` uses it in place of BM25. Needs the extra
-``[hybrid]``. Knows nothing of pictures and of stores.
+Hybrid search in `store` uses it in place of BM25. Needs the extra ``[hybrid]``.
 """
 
 from __future__ import annotations
@@ -114,5 +113,5 @@ def flag_model_folder(name: str | os.PathLike[str], revision: str | None, files:
         return Path(snapshot_download(os.fspath(name), revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the hub's client has a dozen kinds
         raise ModelNotFoundError(
-            f"{os.fspath(name)!r} is no folder here and cannot be had from the hub: {one_line(error, 300)}"
+            f"{os.fspath(name)!r} is no folder here and cannot be downloaded from the hub: {one_line(error, 300)}"
         ) from error

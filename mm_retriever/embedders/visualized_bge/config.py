@@ -47,7 +47,7 @@ class BgeTextConfig:
 
     @property
     def first_position(self) -> int:
-        """Position of the first token of a text alone: XLM-R counts from behind its padding index."""
+        """Position of the first token of a text alone: XLM-R counts from after its padding index."""
         return self.pad_token_id + 1 if self.model_type == "xlm-roberta" else 0
 
     def layer_config(self) -> BertConfig:
@@ -129,7 +129,7 @@ class VisualizedBGEConfig(PreTrainedConfig):
     def room(self, *, beside_image: bool = False) -> int:
         """Most text tokens the position table has room for, [CLS] and [SEP] counted."""
         text = self.text_shape
-        # parity: beside a picture the original counts positions from 0, XLM-R's offset or not
+        # parity: beside an image the original counts positions from 0, XLM-R's offset or not
         taken = self.vision_shape.patches if beside_image else text.first_position
         return text.max_position_embeddings - taken
 

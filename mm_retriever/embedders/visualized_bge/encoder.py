@@ -22,7 +22,7 @@ from mm_retriever.forks import ForkLock, check_forked
 
 PASS_VALUES = {"cpu": 2_500_000, "other": 160_000_000}
 """Values of the widest layer that one pass may make. On a CPU 10 MB: more would be fetched from memory, and fresh pages
-from the system, layer after layer (a batch of 32 pictures in one pass took a tenth longer than in passes of four)."""
+from the system, layer after layer (a batch of 32 images in one pass took a tenth longer than in passes of four)."""
 
 
 class VisualizedBGEEncoder:
@@ -85,7 +85,7 @@ class VisualizedBGEEncoder:
         tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
         if not squares:
             return self.model.encode_text(**tokens)
-        first: dict[bytes, int] = {}  # a picture beside several texts is looked at once
+        first: dict[bytes, int] = {}  # an image beside several texts goes through the tower once
         places = [first.setdefault(square.tobytes(), len(first)) for square in squares]
         pixel_values = self.processor.pixel_values([squares[places.index(place)] for place in range(len(first))])
         image_tokens = self.model.image_tokens(pixel_values.to(device))

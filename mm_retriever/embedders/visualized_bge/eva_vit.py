@@ -1,4 +1,4 @@
-"""The EVA02 vision tower: a batch of pictures in, all tokens after the last block out. Knows nothing of text or files.
+"""The EVA02 vision tower: a batch of images in, all tokens after the last block out. Knows nothing of text or files.
 
 Only the branch that Visualized BGE runs: pre-norm blocks with sub-LayerNorm, rotary positions, SwiGLU; no final norm,
 no head, no pooling. Module attributes keep the checkpoint's names.

@@ -1,6 +1,6 @@
-"""Visualized BGE: text, a picture, or both into one vector. Owns preprocessing and model; knows nothing of LlamaIndex.
+"""The Visualized BGE model: a text, an image, or both into one vector.
 
-A picture's tokens from the EVA02 tower go between [CLS] and the words of a BERT or XLM-RoBERTa encoder; the vector is
+An image's tokens from the EVA02 tower go between [CLS] and the words of a BERT or XLM-RoBERTa encoder; the vector is
 that encoder's output at [CLS], L2-normalised. Module attributes keep the checkpoint's names.
 
 Source: VISTA (arXiv:2406.04292), FlagEmbedding research/visual_bge (github.com/FlagOpen/FlagEmbedding at 7ed43d67,
@@ -27,7 +27,7 @@ from mm_retriever.embedders.visualized_bge.eva_vit import (
 
 
 class TextEmbeddings(nn.Module):
-    """The text side's embedding tables and LayerNorm, which picture tokens pass through too."""
+    """The text side's embedding tables and LayerNorm, which image tokens pass through too."""
 
     def __init__(self, config: BgeTextConfig) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, image_tokens: Tensor | None = None) -> Tensor:
-        """(B, T, D) of a text alone, or (B, 1 + N + T - 1, D) with ``image_tokens`` (B, N, D) behind [CLS]."""
+        """(B, T, D) of a text alone, or (B, 1 + N + T - 1, D) with ``image_tokens`` (B, N, D) after [CLS]."""
         words = self.word_embeddings(input_ids) + self.token_type_embeddings(input_ids.new_zeros(()))
         first = self.first_position
         if image_tokens is not None:
-            # parity: picture tokens get no token type, and positions start at 0 even for XLM-R
+            # parity: image tokens get no token type, and positions start at 0 even for XLM-R
             words, first = torch.cat((words[:, :1], image_tokens, words[:, 1:]), dim=1), 0
         positions = torch.arange(first, first + words.shape[1], device=input_ids.device)
         hidden_states = words + self.position_embeddings(positions)
@@ -129,16 +129,16 @@ class VisualizedBGE(PreTrainedModel):
         return input_device(self.bge_embeddings.LayerNorm.weight)
 
     def image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, D): a picture as tokens of the text side, without the tower's own CLS."""
+        """(B, 3, H, W) -> (B, N, D): an image as tokens of the text side, without the tower's own CLS."""
         tokens: Tensor = self.visual_proj(self.model_visual["visual"](pixel_values.to(self.dtype))[:, 1:])
         return tokens
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Vectors of texts; ``attention_mask`` is 0 behind the end of a text."""
+        """Vectors of texts; ``attention_mask`` is 0 after the end of a text."""
         return normalized(self.bge_encoder(self.bge_embeddings(input_ids), key_mask(attention_mask)))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Vectors of pictures: the original's picture alone is a picture beside an empty text."""
+        """Vectors of images: in the original, an image alone is an image beside an empty text."""
         text = self.config.text_shape
         empty = torch.tensor([[text.cls_token_id, text.sep_token_id]], device=pixel_values.device)
         return self.encode_multimodal(pixel_values, empty.expand(len(pixel_values), -1))
@@ -146,11 +146,11 @@ class VisualizedBGE(PreTrainedModel):
     def encode_multimodal(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Vectors of picture-and-text pairs, row by row."""
+        """Vectors of image-text pairs, row by row."""
         return self.encode_beside(self.image_tokens(pixel_values), input_ids, attention_mask)
 
     def encode_beside(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """As :meth:`encode_multimodal`, from :meth:`image_tokens`: one picture beside many texts is looked at once."""
+        """As :meth:`encode_multimodal`, from :meth:`image_tokens`: an image beside many texts goes through the tower once."""
         mask = key_mask(attention_mask, image_tokens=image_tokens.shape[1])
         return normalized(self.bge_encoder(self.bge_embeddings(input_ids, image_tokens), mask))
 

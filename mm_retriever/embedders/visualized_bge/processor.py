@@ -1,4 +1,4 @@
-"""Pictures and texts to the tensors that Visualized BGE reads, as the original prepares them. Knows no model.
+"""Images and texts to the tensors that Visualized BGE reads, as the original prepares them.
 
 Source: EVA-CLIP transform.py (torchvision's Resize, CenterCrop, Normalize) as used by FlagEmbedding
 research/visual_bge (github.com/FlagOpen/FlagEmbedding at 7ed43d67, MIT); equal to it bit for bit.
@@ -35,11 +35,11 @@ from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 _PROBES = ("Phone case with this, in RED", "déjà vu – 50 €\n\tnaïve", "手机壳 スマホケース чехол", "a" * 40)
-LONGEST = 32  # times the short side; a longer picture is not resized whole: one of 1 x 60,000 would take 9 GB
+LONGEST = 32  # times the short side; a longer image is not resized whole: one of 1 x 60,000 would take 9 GB
 
 
 class VisualizedBGEProcessor:
-    """Pictures to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``; threads may share it.
+    """Images to ``pixel_values``, texts to ``input_ids`` and ``attention_mask``; threads may share it.
 
     Args:
         config: of the model that will read the output.
@@ -53,7 +53,7 @@ class VisualizedBGEProcessor:
         self.tokenizer.no_padding()
 
     def fingerprint(self) -> str:
-        """Six hex digits that tell apart what pictures and texts become before they reach the weights.
+        """Six hex digits that tell apart processors that give the weights different inputs.
 
         A tokenizer file of another layout that splits texts alike has the same.
         """
@@ -88,11 +88,11 @@ class VisualizedBGEProcessor:
         return [str(target / name) for name in ("tokenizer.json", "processor_config.json")]
 
     def square(self, image: Image.Image) -> NDArray[np.uint8]:
-        """(H, W, 3) of one picture of any size and mode: all that the model will see of it."""
+        """(H, W, 3) of one image of any size and mode: all that the model will see of it."""
         return np.asarray(crop_square(image, self.config.vision_shape.image_size))
 
     def pixel_values(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
-        """(B, 3, H, W) float32 of pictures, or of what :meth:`square` made of them."""
+        """(B, 3, H, W) float32 of images, or of what :meth:`square` made of them."""
         side = self.config.vision_shape.image_size
         pixels = np.empty((len(images), side, side, 3), dtype=np.uint8)
         for row, image in enumerate(images):
