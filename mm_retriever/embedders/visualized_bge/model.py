@@ -150,7 +150,7 @@ class VisualizedBGE(PreTrainedModel):
         return self.encode_beside(self.image_tokens(pixel_values), input_ids, attention_mask)
 
     def encode_beside(self, image_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """As :meth:`encode_multimodal`, from :meth:`image_tokens`: an image beside many texts goes through the tower once."""
+        """As :meth:`encode_multimodal`, from :meth:`image_tokens`: an image beside many texts is encoded once."""
         mask = key_mask(attention_mask, image_tokens=image_tokens.shape[1])
         return normalized(self.bge_encoder(self.bge_embeddings(input_ids, image_tokens), mask))
 
