@@ -40,13 +40,7 @@ _ENDED = ("Completed", *_FAILED)
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What one call of `import_shards` did.
-
-    Args:
-        imported: rows that the server took from files.
-        present: rows that were there already.
-        seconds: wall clock of the whole call.
-    """
+    """What one call of `import_shards` did: rows imported, rows that were there already, and wall clock."""
 
     imported: int
     present: int
@@ -69,11 +63,11 @@ def import_files(
 
     Args:
         store: on a Milvus server.
-        files: as `ParquetRows` wrote them, with rows in each.
+        files: as `ParquetRows` wrote them, each with rows.
         remote_folder: where the server's object storage has copies of them, under the same names.
-        words: what indexes the words in the files, as `words_name` says it.
+        words: `words_name` of the index in the files.
         timeout: seconds without any progress of the server.
-        show_progress: a progress bar.
+        show_progress: whether to show a progress bar.
     """
     start = time.perf_counter()
     collection = store._collection
@@ -101,9 +95,9 @@ def _check_columns(collection: Collection, files: Sequence[Path]) -> None:
         facts = connection.ask(connection.client.describe_collection, collection_name=collection.name)
     expected = {field["name"] for field in facts["fields"] if not field.get("is_function_output")}
     for path in files:
-        if (found := set(read_columns(path))) != expected:
+        if (names := set(read_columns(path))) != expected:
             raise StoreMismatchError(
-                f"{path.name} has the columns {', '.join(sorted(found))}; "
+                f"{path.name} has the columns {', '.join(sorted(names))}; "
                 f"collection {collection.name!r} has {', '.join(sorted(expected))}"
             )
 
@@ -114,7 +108,9 @@ class _Import:
     def __init__(self, collection: Collection, files: Sequence[Path], remote_folder: str, timeout: float) -> None:
         self._collection = collection
         self._connection = collection.connection
-        self._files = {f"{remote_folder.rstrip('/')}/{one.name}" if remote_folder else one.name: one for one in files}
+        self._files = {
+            f"{remote_folder.rstrip('/')}/{path.name}" if remote_folder else path.name: path for path in files
+        }
         self._timeout = timeout
         self._partly_there: set[str] = set()
 
@@ -133,9 +129,9 @@ class _Import:
         for _ in range(_ROUNDS):
             if not missing:
                 return imported, present
-            for some in chunks(missing, _AT_ONCE):
-                self._import(some)
-                bar.update(len(some))
+            for names in chunks(missing, _AT_ONCE):
+                self._import(names)
+                bar.update(len(names))
             self._show_imported_rows()
             missing = [name for name in missing if not self._is_well_imported(name)]
             bar.update(-len(missing))
@@ -146,19 +142,19 @@ class _Import:
 
     # ------------------------------------------------------------------------------------------ rows
 
-    def _found(self, ids: Sequence[str]) -> tuple[int, int]:
+    def _stored(self, ids: Sequence[str]) -> tuple[int, int]:
         """How many of the ids are there, and how many rows have them."""
         different = rows = 0
-        for some in chunks(ids, _IDS_PER_COUNT):
-            if found := len(self._collection.columns(some, ())):
-                different += found
-                rows += self._collection.count(one_of(ID_FIELD, some))
+        for part in chunks(ids, _IDS_PER_COUNT):
+            if stored := len(self._collection.columns(part, ())):
+                different += stored
+                rows += self._collection.count(one_of(ID_FIELD, part))
         return different, rows
 
     def _is_whole(self, name: str) -> bool:
         """Whether each row of a file is there once."""
         ids = read_ids(self._files[name])
-        different, rows = self._found(ids)
+        different, rows = self._stored(ids)
         if rows and (different, rows) != (len(ids), len(ids)):
             self._partly_there.add(name)
         return different == rows == len(ids)
@@ -167,11 +163,11 @@ class _Import:
         """Whether each row is there once, as it is in the file. If not, what is there is removed."""
         path = self._files[name]
         ids = read_ids(path)
-        different, rows = self._found(ids)
+        different, rows = self._stored(ids)
         if different == len(ids):
             expected = read_some_vectors(path, _COMPARED_VECTORS)
             stored = self._collection.columns(list(expected), (VECTOR_FIELD,))
-            same = all(np.array_equal(expected[one], np.float32(row[VECTOR_FIELD])) for one, row in stored.items())
+            same = all(np.array_equal(expected[id_], np.float32(row[VECTOR_FIELD])) for id_, row in stored.items())
             if same and rows == different:
                 return True
         self._collection.delete_ids(ids)
@@ -231,7 +227,9 @@ class _Import:
         seen: object = None
         while waiting:
             with self._connection.request("importing"):
-                tasks = [self._connection.ask(self._handler.get_bulk_insert_state, task_id=one) for one in waiting]
+                tasks = [
+                    self._connection.ask(self._handler.get_bulk_insert_state, task_id=number) for number in waiting
+                ]
             ended += [task for task in tasks if task.state_name in _ENDED]
             waiting = [task.task_id for task in tasks if task.state_name not in _ENDED]
             now = [(task.task_id, task.state, task.row_count, task.progress) for task in tasks]
@@ -240,8 +238,8 @@ class _Import:
             elif time.monotonic() > deadline:
                 raise StoreUnavailableError(
                     f"Milvus at {self._connection.where} made no progress with {len(waiting)} import tasks for "
-                    f"{self._timeout:g} s. It may still; one that was killed gives lost tasks up after a quarter of an "
-                    "hour. The same call waits for them and goes on"
+                    f"{self._timeout:g} s. It may still; a server that was killed gives up lost tasks after a quarter "
+                    "of an hour. The same call waits for them and goes on"
                 )
             if waiting:
                 time.sleep(_POLL_SECONDS)
@@ -249,5 +247,5 @@ class _Import:
 
     @property
     def _handler(self) -> Any:
-        """What pymilvus' client asks by; its own bulk insert needs a connection of another kind."""
+        """What pymilvus' client asks through: the client has no bulk insert, and `pymilvus.utility` connects anew."""
         return self._connection.client._get_connection()

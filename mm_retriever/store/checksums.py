@@ -63,7 +63,7 @@ def row_is_damaged(row: Mapping[str, Any]) -> bool:
 
 def damaged_rows(ids: Sequence[str]) -> StoreDamagedError:
     """Return the error that rows are not what was stored."""
-    some = ", ".join(shown(one) for one in ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+    some = ", ".join(shown(id_) for id_ in ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
     return StoreDamagedError(
         f"what the store holds under the id {some} is not what was stored there (its checksum differs): the disk or "
         "another program changed it. `mm-retriever info --db ... --verify` lists all such rows; restore the store "

@@ -1,7 +1,7 @@
 """Conditions as people and language models write them, to LlamaIndex's filters.
 
-Owns the spellings of operators, and what a value may mean: a number, a text, a date, a list. What can be meant in one
-way only is taken; the rest is refused with what to write. Knows nothing of stores.
+Owns the spellings of operators, and what a value may mean: a number, a text, a date, a list. What has one meaning only
+is accepted; the rest is refused with what to write.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _SECOND = re.compile(r"\s(?:and|or|&&|\|\|)\s+[\w\"'][\w .\"'-]{0,60}\s*(?:[=<>!
 def read_condition(text: str) -> MetadataFilter | MetadataFilters:
     """Return the filter that a person wrote on one line: `colour = red`, `date >= 2024-01-01`, `label in mug, cup`.
 
-    Quotes round a value are left out, and it is a text then.
+    A value in quotes is a text.
 
     Raises:
         FilterError: anything else; the message says what to write.
@@ -100,7 +100,7 @@ def read_condition(text: str) -> MetadataFilter | MetadataFilters:
 
 
 def second_condition(text: str) -> bool:
-    """Whether the value of a condition looks like one more condition, which only a person can decide."""
+    """Whether the value of a condition looks like a second condition, so that a person has to decide."""
     match = _matched(text)
     return match is not None and not _unquoted(match["value"])[1] and _SECOND.search(match["value"]) is not None
 
@@ -118,7 +118,7 @@ def condition(key: str, operator: str, value: Any) -> MetadataFilter | MetadataF
         value: text, a number, a bool, None, or a list of them, as the operator asks.
 
     Raises:
-        FilterError: an operator that nobody knows, or a value that does not go with it.
+        FilterError: an unknown operator, or a value that does not go with it.
     """
     known, negated = _operator(operator, key)
     if known is _Op.IS_EMPTY and (isinstance(value, bool) or value == ""):
@@ -143,7 +143,7 @@ def _condition(key: str, operator: FilterOperator, value: Any) -> MetadataFilter
     if operator is _Op.CONTAINS and isinstance(value, str) and (key in OWN_TEXT_COLUMNS or not takes_lists(key)):
         return _leaf(key, _Op.TEXT_MATCH, value)
     if operator is _Op.CONTAINS and isinstance(value, str) and not set(value) & set("%_\\"):
-        # of a list, or of a text: nobody who asks can see which of the two the column holds
+        # of a list or of a text: a caller cannot see which of the two the column holds
         return MetadataFilters(
             filters=[_leaf(key, operator, value), _leaf(key, _Op.TEXT_MATCH, value)], condition=FilterCondition.OR
         )
@@ -185,17 +185,17 @@ def _among(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | M
     values = list(value) if isinstance(value, list | tuple) else [value]
     texts: list[str] = []
     numbers: list[int | float] = []
-    for one in values:
-        if isinstance(one, bool):
-            texts.append("true" if one else "false")
-        elif isinstance(one, str):
-            texts.append(one)
-        elif isinstance(one, int | float):
-            numbers.append(one)
-        elif one is not None or operator in (_Op.ANY, _Op.ALL):
+    for item in values:
+        if isinstance(item, bool):
+            texts.append("true" if item else "false")
+        elif isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, int | float):
+            numbers.append(item)
+        elif item is not None or operator in (_Op.ANY, _Op.ALL):
             raise FilterError(f"value {shown(value)} of {key[:60]!r}: give text, a number, or a list of them")
-    if any(isinstance(one, float) for one in numbers):
-        parts = [[one for one in numbers if isinstance(one, kind)] for kind in (int, float)]
+    if any(isinstance(number, float) for number in numbers):
+        parts = [[number for number in numbers if isinstance(number, kind)] for kind in (int, float)]
     else:
         parts = [numbers]
     filters: list[MetadataFilter | MetadataFilters] = [
@@ -209,15 +209,15 @@ def _among(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | M
     return MetadataFilters(filters=filters, condition=FilterCondition.AND if every else FilterCondition.OR)
 
 
-def _operator(said: str, key: str) -> tuple[FilterOperator, bool]:
+def _operator(spelling: str, key: str) -> tuple[FilterOperator, bool]:
     """The operator of a spelling, and whether it is negated."""
-    name = " ".join(str(said).replace("_", " ").lower().split())
+    name = " ".join(str(spelling).replace("_", " ").lower().split())
     if name in _NEGATED:
         return _NEGATED[name], True
     known = _SYMBOLS.get(name) or _WORDS.get(name)
     if known is None:
-        names = ", ".join(one.value for one in FilterOperator)
-        raise FilterError(f"operator {shown(said)} of {key[:60]!r}: give one of {names}")
+        names = ", ".join(known.value for known in FilterOperator)
+        raise FilterError(f"operator {shown(spelling)} of {key[:60]!r}: give one of {names}")
     return known, False
 
 

@@ -8,7 +8,7 @@ What a filter means (Milvus Lite and Milvus servers agree, and a property test h
 - A missing key, None and an empty list are the same: nothing. It satisfies `!=`, `nin`, `is_empty` and `== None`, and
   no other operator; the empty text satisfies `is_empty` too.
 - Numbers compare by value (1 == 1.0); a stored bool is the number 1 or 0. Text compares by code point.
-- A text that reads as a number ("2020", "1.50", "-3e2") also equals that number: nobody who writes a filter can see
+- A text that reads as a number ("2020", "1.50", "-3e2") also equals that number: the writer of a filter cannot see
   whether a column holds 2020 or "2020". "true" and "false" read as 1 and 0, and equal each other in any of the usual
   cases. A number also equals the texts that spell it plainly: 2020 equals "2020" and "2020.0", but not "02020".
 - `>` and its like compare a number with numbers, a text with texts, and a text that reads as a number with both.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import PrivateAttr
-from llama_index.core.schema import BaseNode
+from llama_index.core.schema import BaseNode, ImageNode, TextNode
 from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryResult
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
@@ -24,7 +24,7 @@ from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
 from mm_retriever.store.inspection import Verification, verify_collection
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import WORD_MODES, answer, refuse_options
-from mm_retriever.store.rows import NODE_FIELDS, log_unfiltered, node_to_row, row_to_node, storable_node
+from mm_retriever.store.rows import NODE_FIELDS, log_unfiltered, row_to_node, storable_node, stored_row
 from mm_retriever.store.schema import check_options, milvus_fields
 from mm_retriever.store.values import plain_metadata
 from mm_retriever.store.words import SparseEmbedding
@@ -192,7 +192,7 @@ class ImageStore(MilvusVectorStore):
 
     @property
     def model_id(self) -> str:
-        """The model whose vectors are in the collection; "" if nobody said."""
+        """The model whose vectors are in the collection; "" if it is not known."""
         return self._collection.model_id
 
     @property
@@ -294,7 +294,7 @@ class ImageStore(MilvusVectorStore):
         """
         refuse_options("add", add_kwargs)
         stored = embedded_by_pixels(nodes, self._embed_model)
-        self.write(stored)
+        self._write(stored)
         return [node.node_id for node in stored]
 
     def write(self, nodes: Sequence[BaseNode]) -> None:
@@ -303,8 +303,11 @@ class ImageStore(MilvusVectorStore):
         Raises:
             NodeError: a node cannot be stored; none was.
         """
-        kept = {node.node_id: storable_node(node) for node in nodes}
-        rows = {id_: node_to_row(node, self._collection.dimension) for id_, node in kept.items()}
+        self._write([storable_node(node) for node in nodes])
+
+    def _write(self, nodes: Sequence[ImageNode | TextNode]) -> None:
+        kept = {node.node_id: node for node in nodes}
+        rows = {id_: stored_row(node, self._collection.dimension) for id_, node in kept.items()}
         log_unfiltered(kept.values(), self._logged)
         words = self._collection.words
         for ids in chunks(list(rows), self.batch_size):

@@ -74,9 +74,9 @@ class Logs:
                 self._rewrite(path, kept)
                 continue
             remove_file(self._folder, path)
-            twin = path.with_name(path.name.replace("wal_data", "wal_delta"))
-            if twin in removals and self._are_done(twin, stored, deleted):
-                remove_file(self._folder, twin)
+            delta = path.with_name(path.name.replace("wal_data", "wal_delta"))
+            if delta in removals and self._are_done(delta, stored, deleted):
+                remove_file(self._folder, delta)
 
     def _unstored(self, path: Path, stored: dict[Any, int], removed: dict[Any, int]) -> tuple[list[Any], int]:
         """The batches of a log without the rows that are stored, replaced or removed, and the number of those."""

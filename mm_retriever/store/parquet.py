@@ -1,7 +1,7 @@
 """Rows in Parquet files that Milvus imports by itself, written with pymilvus' own writer.
 
-Owns the form of such a file: the columns of a collection, and in its footer what its writer has to say of it, so that
-both are there or neither is. Knows nothing of servers.
+A file has the columns of a collection, and an account by its writer in the footer, so that both are there or neither
+is. Knows nothing of servers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ParquetRows:
             from pymilvus.bulk_writer.constants import BulkFileType
         except ImportError as error:
             raise _missing(error) from error
-        _parquet()  # what is missing is said before anything is embedded
+        _parquet()  # a missing package is reported before anything is embedded
         self._dimension = dimension
         self._words = new_word_index(hybrid)
         # Not LocalBulkWriter around it: that writes in a thread, where errors are lost, under names of its own.
@@ -67,7 +67,7 @@ class ParquetRows:
             columns = self._words.columns(nodes)
             rows = [{**row, **more} for row, more in zip(rows, columns, strict=True)]
         for row in rows:
-            self._bytes += sum(len(one) for one in row.values() if isinstance(one, str)) + 4 * self._dimension
+            self._bytes += sum(len(value) for value in row.values() if isinstance(value, str)) + 4 * self._dimension
             self._buffer.append_row(row)
 
     def write(self, path: Path, drafts: Path, account: Mapping[str, Any]) -> bool:
@@ -96,7 +96,8 @@ class ParquetRows:
     def _written(self, rough: Path) -> Path:
         if len(self):
             self._buffer.persist(str(rough.with_suffix("")), buffer_size=self._bytes, buffer_row_count=len(self))
-        else:  # pandas, in between, takes no column without a value for one of vectors
+        else:
+            # `persist` needs a row, as pandas cannot tell an empty column of vectors; the schema has no public name.
             _parquet().write_table(self._buffer._deduce_arrow_schema().empty_table(), rough)
         return rough
 
@@ -108,7 +109,7 @@ def remove_drafts(path: Path, drafts: Path, *, only: str = "") -> None:
 
 
 def read_account(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return the number of rows in a file, and what its writer said of it.
+    """Return the number of rows in a file, and its writer's account.
 
     Raises:
         StoreError: there is no such file, or another program wrote it.
@@ -139,8 +140,8 @@ def read_some_vectors(path: Path, count: int) -> dict[str, npt.NDArray[np.float3
     chosen = group.take(list(range(0, group.num_rows, max(1, group.num_rows // count))))
     vectors = chosen.column(VECTOR_FIELD).to_pylist()
     return {
-        one: np.asarray(vector, dtype=np.float32)
-        for one, vector in zip(chosen.column(ID_FIELD).to_pylist(), vectors, strict=True)
+        id_: np.asarray(vector, dtype=np.float32)
+        for id_, vector in zip(chosen.column(ID_FIELD).to_pylist(), vectors, strict=True)
     }
 
 

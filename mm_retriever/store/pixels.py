@@ -1,7 +1,7 @@
-"""Image nodes that come with a vector of their words: found out, and embedded by their pixels.
+"""Image nodes that come with a vector of their text: they are detected, and embedded by their pixels.
 
-`VectorStoreIndex` asks every embedding for the vector of a node's words, images included; stored as it is, that vector
-would answer for an image that no model has seen. Knows nothing of Milvus.
+`VectorStoreIndex` asks every embedding for the vector of a node's text, images included; that vector says nothing of
+the image. Knows nothing of Milvus.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ _SAME = 0.999
 def embedded_by_pixels(nodes: Sequence[BaseNode], embed_model: Any) -> list[ImageNode | TextNode]:
     """Return the nodes as they are stored, every image under a vector of its pixels.
 
-    Args:
-        nodes: with their vectors.
-        embed_model: whose vectors they are. Where it cannot embed texts and images (a mere name and dimension), vectors
-            of image nodes are taken as they are.
+    Where the model cannot embed texts and images (it is only a name and a dimension), the vectors of image nodes are
+    taken as they are.
 
     Raises:
         NodeError: a node that cannot be stored, or an image under a vector of its words that cannot be read.
@@ -69,9 +67,9 @@ def _by_words(nodes: Sequence[BaseNode], embed_model: Any) -> list[bool]:
     ]
 
 
-def _cosine(one: Any, other: Any) -> float:
-    """0 where there is no cosine; what is wrong with a vector is said where it is stored."""
-    a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+def _cosine(first: Any, second: Any) -> float:
+    """0 where there is none; a bad vector is refused when its row is made."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     with np.errstate(all="ignore"):
         cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) if a.shape == b.shape else 0.0
     return cosine if np.isfinite(cosine) else 0.0

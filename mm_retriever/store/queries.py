@@ -99,13 +99,13 @@ def _diverse(
     """Maximal marginal relevance: near the query, and not all alike; the one query that fetches vectors."""
     prefetch = mmr_prefetch_k or int(query.similarity_top_k * mmr_prefetch_factor)
     prefetch = min(MAX_TOP_K, max(query.similarity_top_k, prefetch))
-    found = collection.search(vector, expression, prefetch, (*NODE_FIELDS, VECTOR_FIELD))
-    if damaged := [str(hit[ID_FIELD]) for hit in found if vector_is_damaged(hit["entity"])]:
+    near = collection.search(vector, expression, prefetch, (*NODE_FIELDS, VECTOR_FIELD))
+    if damaged := [str(hit[ID_FIELD]) for hit in near if vector_is_damaged(hit["entity"])]:
         raise damaged_rows(damaged)
-    hits = {str(hit[ID_FIELD]): hit for hit in found}
+    hits = {str(hit[ID_FIELD]): hit for hit in near}
     scores, ids = get_top_k_mmr_embeddings(
         query_embedding=vector,
-        embeddings=[list(hit["entity"][VECTOR_FIELD]) for hit in found],
+        embeddings=[list(hit["entity"][VECTOR_FIELD]) for hit in near],
         similarity_top_k=query.similarity_top_k,
         embedding_ids=list(hits),
         mmr_threshold=query.mmr_threshold if mmr_threshold is None else mmr_threshold,

@@ -48,13 +48,16 @@ NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
 """What a node is rebuilt from, and its checksum: fetching the vectors too would double the time of a query."""
 
 _CHECKSUM_BYTES = 64  # among the metadata
-
-
 _BINARY = re.compile(r"\A%PDF-|[\x00-\x08\x0e-\x1a]")  # no text has these characters
 
 
 def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
-    """Return the row of a node: id, document id, text, vector, the node itself as JSON, one column per metadata key.
+    """Return the row of any node; see `storable_node` and `stored_row`."""
+    return stored_row(storable_node(node), dimension)
+
+
+def stored_row(node: ImageNode | TextNode, dimension: int) -> dict[str, Any]:
+    """Return the row of a storable node: ids, text, vector, the node itself as JSON, one column per metadata key.
 
     A node that was made from no other document is its own: it can be deleted by its own id as one.
 
@@ -63,7 +66,6 @@ def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
     """
     if not node.node_id:
         raise NodeError("a node with an empty id cannot be stored")
-    node = storable_node(node)
     columns = metadata_columns(node.metadata)
     text = node.get_content()
     _check_text(text, "text", node, MAX_TEXT_BYTES)
@@ -130,10 +132,10 @@ def row_to_node(row: dict[str, Any]) -> BaseNode:
 def storable_node(node: BaseNode, *, drop_bytes: bool = False) -> ImageNode | TextNode:
     """Return the node as it is stored; the caller's stays as it is.
 
-    That is an ImageNode, IndexNode or TextNode without the bytes of an image, with metadata as JSON holds them (see
-    `plain_value`). An image node from no other document is its own source. A node whose text is the bytes of an image
-    file (as `SimpleDirectoryReader` gives it without readers for files), or a piece of them, is the image, under the id
-    of the document.
+    That is an ImageNode, IndexNode or TextNode without the bytes of an image, with metadata as JSON has them (see
+    `plain_value`). An image node from no other document is its own source. Where the text is the bytes of an image
+    file, or a piece of them, as `SimpleDirectoryReader` without readers for files gives it, the node becomes that
+    image, under the id of the document.
 
     Args:
         node: any LlamaIndex node or document.
@@ -220,7 +222,7 @@ def _is_file(text: str, *, of_image: bool) -> bool:
 
 
 def bytes_as_text(path: str) -> str:
-    """Return what to say of a text that is the bytes of a file which is no image."""
+    """Return the reason why a text that is the bytes of a file other than an image is refused."""
     return (
         f"its text is the bytes of a file ({path or 'of no known name'}): read that with a reader for its format, "
         'SimpleDirectoryReader(..., file_extractor={".pdf": ...}), or pip install llama-index-readers-file'
@@ -228,18 +230,15 @@ def bytes_as_text(path: str) -> str:
 
 
 def has_control_characters(text: str) -> bool:
-    """Whether there are characters in it that no text has."""
+    """Whether a text has characters that occur in binary files only."""
     return _BINARY.search(text) is not None
 
 
 def metadata_columns(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that filters see: text, numbers, lists of either; a bool as 1 or 0; nothing for None and [].
 
-    What a filter cannot name or compare is left out: reserved keys (`id`, `text`, ...), keys with signs like `:` and
-    `/`, nested values, integers of more than 64 bits. It stays in the node all the same.
-
-    Args:
-        metadata: as JSON holds them.
+    What a filter cannot name or compare stays in the node only: reserved keys (`id`, `text`, ...), keys with signs like
+    `:` and `/`, nested values, integers of more than 64 bits.
     """
     return {
         key: _column_value(value) for key, value in metadata.items() if not _is_missing(value) and _fits(key, value)

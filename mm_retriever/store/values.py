@@ -1,7 +1,4 @@
-"""Values of metadata as JSON holds them: whatever numpy, pandas, EXIF readers and databases give.
-
-Owns what each kind of value becomes. Knows nothing of nodes and Milvus.
-"""
+"""Metadata as JSON has them, whatever numpy, pandas, EXIF readers or databases gave."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ MAX_DEPTH = 32
 
 
 def plain_metadata(metadata: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the metadata as JSON holds them; equal metadata give equal ones.
+    """Return the metadata as JSON has them; equal metadata give equal ones.
 
     Raises:
         ValueError: values that are nested deeper than `MAX_DEPTH`, or in themselves.
@@ -34,8 +31,8 @@ def plain_value(value: Any, depth: int = 0) -> Any:
 
     Text, bools, whole numbers and finite numbers stay. Dates and times become ISO text, other numbers (numpy, Decimal,
     Fraction) numbers, arrays, tuples and sets lists (sets sorted), mappings and dataclasses objects with text keys, an
-    Enum its value, bytes their text or base64. NaN, NaT and NA are missing values and become None, as None does; what
-    else there is (paths, UUIDs, infinity) becomes text.
+    Enum its value, bytes their text or base64. NaN, NaT and NA are missing values and become None. Anything else
+    (paths, UUIDs, infinity) becomes text.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
@@ -52,11 +49,11 @@ def plain_value(value: Any, depth: int = 0) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return _text_of(bytes(value))
     if isinstance(value, Mapping):
-        return {_key(key): plain_value(one, depth + 1) for key, one in value.items()}
+        return {_key(key): plain_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_value(one, depth + 1) for one in value]
+        return [plain_value(item, depth + 1) for item in value]
     if isinstance(value, Set):
-        return sorted((plain_value(one, depth + 1) for one in value), key=lambda one: (str(type(one)), str(one)))
+        return sorted((plain_value(item, depth + 1) for item in value), key=lambda item: (str(type(item)), str(item)))
     return _number(value) if isinstance(value, numbers.Number) else _other(value, depth)
 
 
@@ -87,13 +84,13 @@ def _other(value: Any, depth: int) -> Any:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether it is pandas' NaT or NA, or numpy's NaT: known by name, so that pandas need not be there."""
+    """Whether it is pandas' NaT or NA, or numpy's NaT; by name, so that pandas need not be installed."""
     name = type(value).__name__
     return name in ("NaTType", "NAType") or (name in ("datetime64", "timedelta64") and value != value)
 
 
 def _text_of(data: bytes) -> str:
-    """The text in the bytes (EXIF has it so, with zeros at its end), or base64 of them."""
+    """The text in the bytes (as EXIF has it, with zeros at its end), or base64 of them."""
     try:
         return data.rstrip(b"\0").decode()
     except UnicodeDecodeError:

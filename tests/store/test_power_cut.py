@@ -173,6 +173,7 @@ while True:
             print(json.dumps({one.node_id: one.text for one in new}), flush=True)
             if random.random() < 0.3:
                 gone = new[0].node_id
+                print(json.dumps({gone: "may be gone"}), flush=True)
                 store.delete_nodes([gone])
                 print(json.dumps({gone: None}), flush=True)
 """
@@ -241,7 +242,8 @@ def test_what_ingestion_reported_survives_fifty_cuts(tmp_path, file_system, trie
                 _unmount(tmp_path / "cut")
             texts = dict(found)
             assert len(texts) == len(found), cut
-            missing = [one for one, text in reported.items() if texts.get(one) != text]
+            certain = {id_: text for id_, text in reported.items() if text != "may be gone"}
+            missing = [id_ for id_, text in certain.items() if texts.get(id_) != text]
             assert not missing, f"cut {cut}: {len(missing)} of {len(reported)} rows, {missing[:5]}"
             tried["power cuts in the middle of ingestion, on a copied ext4"] += 1
     finally:
