@@ -136,7 +136,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
             raise PromptError("give model and processor together, or neither and a model_name")
         given = {name: value for name, value in options.items() if value is not None}
         try:
-            super().__init__(model_name=model_name, **given)
+            super().__init__(model_name=model_name, **given)  # type: ignore[call-arg]
         except ValidationError as error:
             raise PromptError(wrong_options(type(self), error)) from None
         if model is None or processor is None:
