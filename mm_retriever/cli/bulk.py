@@ -10,39 +10,24 @@ from typing import Annotated
 
 import typer
 
-from mm_retriever.cli.options import (
-    REAL_MODEL,
-    BatchSize,
-    Collection,
-    Device,
-    Dtype,
-    Model,
-    NoExif,
-    NoSidecar,
-    Revision,
-    Sidecar,
-    Token,
-    embed_model,
-    home,
-    sidecar_of,
-)
+from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
 
 def embed(
     out: Annotated[
-        Path, typer.Argument(help="A folder for the files; what is done there already stays.", callback=home)
+        Path, typer.Argument(help="A folder for the files; what is done there already stays.", callback=options.home)
     ],
     source: Annotated[
         Path | None,
-        typer.Argument(help="A folder of images. Default: go on with what OUT was begun for.", callback=home),
+        typer.Argument(help="A folder of images. Default: go on with what OUT was begun for.", callback=options.home),
     ] = None,
-    model: Model = REAL_MODEL,
+    model: options.Model = options.REAL_MODEL,
     rows_per_file: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
-    batch_size: BatchSize = 32,
-    sidecar: Sidecar = None,
-    no_sidecar: NoSidecar = False,
-    no_exif: NoExif = False,
+    batch_size: options.BatchSize = 32,
+    sidecar: options.Sidecar = None,
+    no_sidecar: options.NoSidecar = False,
+    no_exif: options.NoExif = False,
     hybrid: Annotated[bool, typer.Option("--hybrid", help="For a collection that indexes the words too.")] = False,
     ray: Annotated[
         bool, typer.Option("--ray", help="On a Ray cluster (RAY_ADDRESS), or a local Ray: a file to a worker.")
@@ -53,9 +38,9 @@ def embed(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, with all that was skipped.")
     ] = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
 ) -> None:
     """Embed millions of images into files that a Milvus server imports by itself. Run it again to go on."""
     from mm_retriever.bulk import embed_to_shards, embed_to_shards_on_ray
@@ -63,7 +48,7 @@ def embed(
 
     if workers is not None and not ray:
         raise QueryError("--workers is taken only with --ray")
-    embedding = embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
+    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
     run = partial(embed_to_shards_on_ray, workers=workers) if ray else embed_to_shards
     with redirect_stdout(sys.stderr):  # where Ray says that a worker died
         result = run(
@@ -72,7 +57,7 @@ def embed(
             embedding,
             rows_per_shard=rows_per_file,
             batch_size=batch_size,
-            sidecar=sidecar_of(sidecar, no_sidecar=no_sidecar),
+            sidecar=options.sidecar_of(sidecar, no_sidecar=no_sidecar),
             exif=not no_exif,
             hybrid=hybrid,
             show_progress=not as_json,
@@ -84,14 +69,14 @@ def embed(
 
 
 def import_(
-    out: Annotated[Path, typer.Argument(help="The folder that `embed` filled.", callback=home)],
+    out: Annotated[Path, typer.Argument(help="The folder that `embed` filled.", callback=options.home)],
     db: Annotated[str, typer.Option(help="The URI of a Milvus server.")],
     remote_folder: Annotated[
         str, typer.Option(help="Where the server's object storage has the files of OUT/shards.")
     ] = "",
-    collection: Collection = "mm_retriever",
+    collection: options.Collection = "mm_retriever",
     timeout: Annotated[float, typer.Option(help="Seconds without any progress of the server.")] = 600.0,
-    token: Token = None,
+    token: options.Token = None,
 ) -> None:
     """Have a Milvus server import what `embed` made, each image exactly once. Run it again to go on."""
     from mm_retriever.bulk import import_shards

@@ -7,28 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mm_retriever.cli.options import (
-    EXIT_INCOMPLETE,
-    KEPT,
-    REAL_MODEL,
-    BatchSize,
-    Collection,
-    Db,
-    Device,
-    Dtype,
-    Model,
-    NoExif,
-    NoSidecar,
-    Revision,
-    Sidecar,
-    Token,
-    check_filters,
-    embed_model,
-    fail,
-    filters_of,
-    home,
-    sidecar_of,
-)
+from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
 Force = Annotated[
@@ -38,20 +17,20 @@ Force = Annotated[
 
 
 def index(
-    source: Annotated[Path, typer.Argument(help="A folder of images (read recursively).", callback=home)],
-    db: Db = "photos.db",
-    model: Model = REAL_MODEL,
-    collection: Collection = "mm_retriever",
-    batch_size: BatchSize = 32,
+    source: Annotated[Path, typer.Argument(help="A folder of images (read recursively).", callback=options.home)],
+    db: options.Db = "photos.db",
+    model: options.Model = options.REAL_MODEL,
+    collection: options.Collection = "mm_retriever",
+    batch_size: options.BatchSize = 32,
     prune: Annotated[bool, typer.Option("--prune", help="Also remove images whose files are gone.")] = False,
     force: Force = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read every file, whatever its size and times say.")] = False,
-    sidecar: Sidecar = None,
-    no_sidecar: NoSidecar = False,
+    sidecar: options.Sidecar = None,
+    no_sidecar: options.NoSidecar = False,
     drop_columns: Annotated[
         bool, typer.Option("--drop-columns", help="Remove the columns and captions that this run does not give.")
     ] = False,
-    no_exif: NoExif = False,
+    no_exif: options.NoExif = False,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Index the words with the images too (BM25); in a new collection only.")
     ] = False,
@@ -63,13 +42,13 @@ def index(
         ),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write what was skipped, and why, to this JSON file.", callback=home)
+        Path | None, typer.Option(help="Write what was skipped, and why, to this JSON file.", callback=options.home)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    token: Token = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    token: options.Token = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
 ) -> None:
     """Put a folder of images into the store. Run it again at any time: only what changed is embedded."""
     from mm_retriever.ingest import ingest_images
@@ -78,7 +57,7 @@ def index(
 
     if analyzer is not None and not hybrid:
         raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
-    embedding = embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
+    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
     with open_store(db, embedding, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
         result = ingest_images(
             source,
@@ -86,7 +65,7 @@ def index(
             embedding,
             batch_size=batch_size,
             prune=prune,
-            sidecar=sidecar_of(sidecar, no_sidecar=no_sidecar),
+            sidecar=options.sidecar_of(sidecar, no_sidecar=no_sidecar),
             drop_columns=drop_columns,
             exif=not no_exif,
             force=force,
@@ -99,15 +78,15 @@ def index(
     else:
         print_ingestion(result)
     if result.kept:
-        fail(f"{result.kept} rows were kept: {KEPT}", EXIT_INCOMPLETE)
+        options.fail(f"{result.kept} rows were kept: {options.KEPT}", options.EXIT_INCOMPLETE)
 
 
 def prune(
-    folder: Annotated[Path, typer.Argument(help="A folder that was indexed; it may be gone.", callback=home)],
-    db: Db = "photos.db",
-    collection: Collection = "mm_retriever",
+    folder: Annotated[Path, typer.Argument(help="A folder that was indexed; it may be gone.", callback=options.home)],
+    db: options.Db = "photos.db",
+    collection: options.Collection = "mm_retriever",
     force: Force = False,
-    token: Token = None,
+    token: options.Token = None,
 ) -> None:
     """Remove the rows of images below a folder whose files are gone. Loads no model, touches no file."""
     from mm_retriever.ingest import prune_images
@@ -119,19 +98,21 @@ def prune(
         raise QueryError(f"nothing is stored of {str(folder)!r} in {db!r}")
     typer.echo(str(done))
     if done.kept:
-        fail(f"{done.kept} rows were kept: {KEPT}; for example {done.kept_paths[0]!r}", EXIT_INCOMPLETE)
+        options.fail(
+            f"{done.kept} rows were kept: {options.KEPT}; for example {done.kept_paths[0]!r}", options.EXIT_INCOMPLETE
+        )
 
 
 def remove(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(help="Files, folders (with all below them) or URLs that were indexed.", callback=home),
+        typer.Argument(help="Files, folders (with all below them) or URLs that were indexed.", callback=options.home),
     ] = None,
     ids: Annotated[list[str] | None, typer.Option("--id", help="The id of a row; repeat for more.")] = None,
     where: Annotated[list[str] | None, typer.Option(help="What all rows to remove match, as in `search`.")] = None,
-    db: Db = "photos.db",
-    collection: Collection = "mm_retriever",
-    token: Token = None,
+    db: options.Db = "photos.db",
+    collection: options.Collection = "mm_retriever",
+    token: options.Token = None,
 ) -> None:
     """Remove rows by path, id or metadata. Loads no model, touches no file."""
     from mm_retriever.ingest import remove_images
@@ -139,18 +120,18 @@ def remove(
 
     if not paths and not ids and not where:
         raise QueryError("nothing is named to be removed: give paths, --id or --where; `clear` removes everything")
-    filters = filters_of(where)
+    filters = options.filters_of(where)
     with open_stored(db, collection=collection, token=token) as store:
-        check_filters(store, filters)
+        options.check_filters(store, filters)
         removed = remove_images(store, paths or [], ids=ids or [], filters=filters)
         typer.echo(f"{removed} rows removed, {store.count()} left")
 
 
 def clear(
-    db: Db = "photos.db",
-    collection: Collection = "mm_retriever",
+    db: options.Db = "photos.db",
+    collection: options.Collection = "mm_retriever",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Without asking.")] = False,
-    token: Token = None,
+    token: options.Token = None,
 ) -> None:
     """Remove every row of a collection. Loads no model, touches no file."""
     from mm_retriever.store import open_stored

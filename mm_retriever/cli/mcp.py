@@ -13,28 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mm_retriever.cli.options import (
-    EXIT_INTERRUPTED,
-    REAL_MODEL,
-    Collection,
-    Db,
-    Device,
-    Dtype,
-    Model,
-    Revision,
-    Token,
-    embed_model,
-    home,
-)
+from mm_retriever.cli import options
 
 if TYPE_CHECKING:
     from mm_retriever.store import ImageStore
 
 
 def mcp(
-    db: Db = "photos.db",
-    model: Model = REAL_MODEL,
-    collection: Collection = "mm_retriever",
+    db: options.Db = "photos.db",
+    model: options.Model = options.REAL_MODEL,
+    collection: options.Collection = "mm_retriever",
     vision_model: Annotated[
         str | None, typer.Option(help="A model that ranks results and, if it can, describes images. Default: none.")
     ] = None,
@@ -42,7 +30,7 @@ def mcp(
         list[Path] | None,
         typer.Option(
             help="A folder that images may be read from; repeat for more. Default: only the indexed ones.",
-            callback=home,
+            callback=options.home,
         ),
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let a client name images by URL.")] = False,
@@ -53,10 +41,10 @@ def mcp(
         str | None,
         typer.Option(envvar="MM_RETRIEVER_MCP_TOKEN", help="With --http: what clients must send.", show_envvar=True),
     ] = None,
-    token: Token = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    token: options.Token = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
 ) -> None:
     r"""Serve image search to an MCP client. Needs: pip install "mm-retriever\[mcp]"."""
     from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
@@ -69,7 +57,7 @@ def mcp(
         check_access(host, http_token)
     check_exists(db)  # before a model is loaded
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
-        embedding = embed_model(model, device=device, dtype=dtype, revision=revision)
+        embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
         with open_store(db, embedding, collection=collection, token=token, create=False) as store:
             search = image_search(
                 store, embedding, vision_model=vision_model, roots=root, allow_urls=allow_urls, device=device
@@ -89,7 +77,7 @@ def _ends_on_interrupt(store: ImageStore) -> Iterator[None]:
         closing = threading.Thread(target=store.close, daemon=True)
         closing.start()
         closing.join(5)
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(options.EXIT_INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, end)
     try:

@@ -43,13 +43,17 @@ def info(
     import torch
 
     from mm_retriever.devices import available_devices
+    from mm_retriever.embedders.registry import published_models
     from mm_retriever.store import Verification, check_exists, describe_store, verify_store
     from mm_retriever.terminal import print_facts
 
     facts = {package: version(package) for package in PACKAGES}
     facts["devices"] = f"{', '.join(available_devices())}; {torch.get_num_threads()} threads"
-    facts["bundled models"] = "tiny (drawn products only)"
-    facts["published models"] = "BAAI/bge-visualized-base-en-v1.5, BAAI/bge-visualized-m3"
+    models = dict(published_models())
+    facts["bundled models"] = ", ".join(
+        f"{name} (drawn products only)" for name, entry in models.items() if entry.folder
+    )
+    facts["published models"] = ", ".join(name for name, entry in models.items() if not entry.folder)
     verified: dict[str, Verification | str] = {}
     if db is not None:
         check_exists(db)

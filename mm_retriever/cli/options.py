@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mm_retriever.store import ImageStore
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
-VISION_MODEL = "microsoft/Phi-3.5-vision-instruct"
+"""`embedding.DEFAULT_MODEL`, which would load torch."""
 
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
@@ -76,9 +76,10 @@ def embed_model(
 
 def reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:
     """The reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`."""
+    from mm_retriever.phi3_vision.config import DEFAULT_MODEL
     from mm_retriever.rerank import load_reranker
 
-    name = rerank_model or ("tiny" if model == "tiny" and url is None else VISION_MODEL)
+    name = rerank_model or ("tiny" if model == "tiny" and url is None else DEFAULT_MODEL)
     return load_reranker(name, top_n=top_n, base_url=url, device=device if url is None else None)
 
 

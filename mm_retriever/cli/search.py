@@ -8,21 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mm_retriever.cli.options import (
-    REAL_MODEL,
-    Collection,
-    Db,
-    Device,
-    Dtype,
-    Model,
-    Revision,
-    Token,
-    check_filters,
-    embed_model,
-    filters_of,
-    home,
-    reranker,
-)
+from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
@@ -34,12 +20,15 @@ def search(
     image: Annotated[
         str | None,
         typer.Option(
-            "--image", "-i", help="An image to look for, or to start from: a file, a URL or a data URI.", callback=home
+            "--image",
+            "-i",
+            help="An image to look for, or to start from: a file, a URL or a data URI.",
+            callback=options.home,
         ),
     ] = None,
-    db: Db = "photos.db",
-    model: Model = REAL_MODEL,
-    collection: Collection = "mm_retriever",
+    db: options.Db = "photos.db",
+    model: options.Model = options.REAL_MODEL,
+    collection: options.Collection = "mm_retriever",
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=16_384, help="How many results.")] = 9,
     where: Annotated[
         list[str] | None,
@@ -64,12 +53,14 @@ def search(
         str | None, typer.Option(help="An OpenAI-compatible server that runs the vision model.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page of the results.", callback=home)] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a numbered sheet of the results.", callback=home)] = None,
-    token: Token = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page of the results.", callback=options.home)] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write a numbered sheet of the results.", callback=options.home)
+    ] = None,
+    token: options.Token = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
 ) -> None:
     """Search by text, by image, or by both: `--text "phone case with this" --image leopard.jpg`."""
     from mm_retriever.retriever import ComposedRetriever
@@ -78,13 +69,13 @@ def search(
 
     if not (text and text.strip()) and image is None:
         raise QueryError("nothing to search for: give --text, --image, or both")
-    filters = filters_of(where)
+    filters = options.filters_of(where)
     check_exists(db)  # before a model is loaded
-    embedding = embed_model(model, device=device, dtype=dtype, revision=revision)
+    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         if hybrid and not store.hybrid:
             raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
-        check_filters(store, filters)
+        options.check_filters(store, filters)
         retriever = ComposedRetriever(
             store,
             embedding,
@@ -104,7 +95,7 @@ def search(
             typer.echo(f"{len(nodes)} of the {top_k} results that were asked for: {reason}", err=True)
     reranking = None
     if rerank or rerank_url or rerank_model:
-        reranking = reranker(model, rerank_model, rerank_url, top_n=top_k, device=device).rerank(nodes, query)
+        reranking = options.reranker(model, rerank_model, rerank_url, top_n=top_k, device=device).rerank(nodes, query)
     report = search_report(text, query.image_path, nodes, reranking=reranking)
     if as_json:
         print_json(result_rows(nodes if reranking is None else reranking.nodes))

@@ -8,7 +8,8 @@ Knows nothing of agents. In this order:
 - `arguments.py`: what a model says to what is meant; the descriptions that it reads.
 - `results.py`: answers, as text on single lines, thumbnails and JSON.
 - `conversation.py`: what one conversation can refer to: its attachments and its earlier results.
-- `image_search.py`: `ImageSearch`, on the three above.
+- `named_image.py`: what an image argument names, and its bytes.
+- `image_search.py`: `ImageSearch`, on those above.
 """
 
 from mm_retriever.search_tools.arguments import (

@@ -1,20 +1,18 @@
 """`ImageSearch`: search, find similar and describe, as an agent asks for them.
 
-Owns what an image argument may name, and how a request becomes a retrieval, a reranking and an answer. Knows nothing of
-agents, and nothing of the host that shows the answer.
+Owns how a request becomes a retrieval, a reranking and an answer. Knows nothing of agents, and nothing of the host that
+shows the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import hashlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, Self, TypeAlias, TypeVar
+from dataclasses import replace
+from typing import Any, Self, TypeAlias
 
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
 from llama_index.core.llms import LLM
@@ -27,15 +25,10 @@ from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_lin
 from mm_retriever.images import (
     DEFAULT_POLICY,
     ImagePolicy,
-    ImageSource,
     encode_thumbnail,
-    first_readable,
     image_thumbnail,
-    is_image_path,
     media_type,
     opened_image,
-    read_image_bytes,
-    source_name,
 )
 from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
@@ -44,8 +37,9 @@ from mm_retriever.request import node_images
 from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.retriever import ComposedRetriever
-from mm_retriever.search_tools.arguments import read_count, read_filters, read_result_number, read_text
+from mm_retriever.search_tools.arguments import read_count, read_filters, read_text
 from mm_retriever.search_tools.conversation import Conversation
+from mm_retriever.search_tools.named_image import NamedImage, named_image
 from mm_retriever.search_tools.results import (
     ImageDescription,
     ImageResult,
@@ -58,7 +52,6 @@ from mm_retriever.search_tools.results import (
 )
 from mm_retriever.store import ImageStore
 
-T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many steps of how many are done, and what comes next; in the thread that searches."""
 
@@ -75,52 +68,7 @@ DESCRIBE = (
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
 _ANY_NUMBER = 10**9
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _READERS = min(4, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
-
-
-@dataclass(frozen=True)
-class _NamedImage:
-    """What an image argument names, unread.
-
-    Attributes:
-        name: for people.
-        images: its places; none for a text.
-        policy: what may be read there.
-        node: its node, if it is indexed.
-        must_be_known: whether a file without a digest in the store is refused.
-    """
-
-    name: str
-    images: tuple[ImageSource, ...]
-    policy: ImagePolicy
-    node: BaseNode | None = None
-    must_be_known: bool = False
-
-    def read(self, use: Callable[[bytes], T]) -> T:
-        """What `use` makes of the first place that can be read."""
-        return first_readable(self.images, lambda source: use(self._bytes(source)))
-
-    def _bytes(self, source: ImageSource) -> bytes:
-        """The bytes of an image; of an indexed one only if they are those that were indexed.
-
-        A file may have been changed, or swapped for a link to one that nobody indexed.
-        """
-        data = read_image_bytes(source, policy=self.policy)
-        digest = None if self.node is None else own_value(self.node.metadata, "digest")
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):  # what somebody else calls a digest
-            if not (self.must_be_known and isinstance(source, str)):  # a text source is a path or a URL
-                return data
-            reason = (
-                "the store has no digest of it, so it may be another file than was indexed; ingest_images stores one"
-            )
-        elif hashlib.sha256(data).hexdigest() == digest:
-            return data
-        else:
-            reason = "it is not the file that was indexed: index it again"
-        refusal = ImageLoadError(f"cannot load {source_name(source)}: {reason}")
-        refusal.reason = reason
-        raise refusal
 
 
 class ImageSearch:
@@ -293,7 +241,7 @@ class ImageSearch:
         if node is None or not images:
             raise QueryError(f"there is no image of the id {one_line(node_id, 80)!r} in the store")
         policy = replace(self.stored_policy, max_bytes=self.limits.original_bytes)
-        data = _NamedImage(node_id, images, policy, node, must_be_known=True).read(bytes)
+        data = NamedImage(node_id, images, policy, node, must_be_known=True).read(bytes)
         name = one_line(own_value(node.metadata, "file_name") or node_id, 200)
         kind = sniff_format(data)
         if kind is None:
@@ -357,7 +305,7 @@ class ImageSearch:
         hint = "" if results else self._hint(query, asked)
         return SearchResult(number, " and ".join(names), results, hint, self._note(top_k, len(results), matching))
 
-    def _query(self, words: str, named: _NamedImage | None) -> QueryBundle:
+    def _query(self, words: str, named: NamedImage | None) -> QueryBundle:
         if named is None:
             return self._embed_model.get_query_bundle(words)
         if not named.images:
@@ -410,7 +358,7 @@ class ImageSearch:
         images = node_images(node)
         if images and rank <= limits.thumbnails:
             try:
-                thumbnail = _NamedImage(node.node_id, images, policy, node).read(
+                thumbnail = NamedImage(node.node_id, images, policy, node).read(
                     lambda data: image_thumbnail(data, limits.thumbnail_side, policy=policy)
                 )
             except ImageLoadError as error:
@@ -450,29 +398,10 @@ class ImageSearch:
 
     # ------------------------------------------------------------------------------------------ images
 
-    def _named(self, image: object, conversation: Conversation | None) -> _NamedImage:
-        """What an image argument names; an attachment goes before an id, and an id before the number of a result."""
-        if isinstance(image, int) and not isinstance(image, bool):
-            image = str(image)
-        if not isinstance(image, str) or not image.strip():
-            raise QueryError(f"image {one_line(repr(image), 80)}: give a name as text; {_known(conversation)}")
-        image = image.strip()
-        if image[:5].lower() == "data:":
-            return _NamedImage("the image given", (image,), self.image_policy)
-        if conversation is not None and (attached := conversation.attachment(image) or conversation.latest(image)):
-            return _NamedImage(f"attachment {attached.name!r}", (attached.data,), attached.policy)
-        number, node, name = read_result_number(image), self._stored(image), f"image {one_line(image, 80)!r}"
-        if conversation is not None and number is not None and (node is None or conversation.has_result(*number)):
-            node, name = self._stored(conversation.result(*number)), f"result {number[0]}"
-            if node is None:
-                raise QueryError(f"{name} is no longer in the store; search again")
-        if node is not None:
-            return _NamedImage(name, node_images(node), self.stored_policy, node)
-        if number is not None:
-            raise QueryError(f"{one_line(image, 80)!r}: earlier results are not remembered here; give the id of one")
-        if "://" not in image and not (is_image_path(image) and self.image_policy.roots != ()):
-            raise QueryError(f"no image is known as {one_line(image, 80)!r}; {_known(conversation)}")
-        return _NamedImage(one_line(source_name(image), 200), (image,), self.image_policy)
+    def _named(self, image: object, conversation: Conversation | None) -> NamedImage:
+        return named_image(
+            image, conversation, self._stored, image_policy=self.image_policy, stored_policy=self.stored_policy
+        )
 
     def _stored(self, node_id: str) -> BaseNode | None:
         if not node_id or len(node_id) > _LONGEST_ID:
@@ -496,15 +425,6 @@ def _unreadable(error: ImageLoadError) -> str:
 
 def _left_out(count: int) -> list[str]:
     return [f"{count} more metadata not shown"] if count else []
-
-
-def _known(conversation: Conversation | None) -> str:
-    """What could have been named, for an error that a model reads."""
-    ways = 'give an id of an earlier result, "result 3" of the last search, an attachment, or a data: URI'
-    names = conversation.attachments if conversation else ()
-    if not names:
-        return f"{ways}; this conversation has no attachments"
-    return f"{ways}; attached are {', '.join(map(repr, names[-10:]))}"
 
 
 def _but_not(node: BaseNode | None, filters: MetadataFilters | None) -> MetadataFilters | None:

@@ -16,7 +16,9 @@ from pymilvus import MilvusClient
 
 from mm_retriever import demo as scenes
 from mm_retriever.cli import main
+from mm_retriever.cli.options import REAL_MODEL
 from mm_retriever.demo.catalogue import draw_product, draw_theme
+from mm_retriever.embedding import DEFAULT_MODEL
 from mm_retriever.errors import MMRetrieverError
 
 
@@ -280,6 +282,11 @@ def test_info_verify_reads_every_row_and_names_those_that_are_not_what_was_store
     assert row["id"] in err
     code, _, err = run(capfd, "info", "--verify")
     assert (code, "--db" in err) == (2, True)
+
+
+def test_the_default_model_is_the_librarys():
+    """The command line has its own copy of the name: its help loads no torch."""
+    assert REAL_MODEL == DEFAULT_MODEL
 
 
 def test_info_names_versions_and_what_a_store_holds(capfd, db):
