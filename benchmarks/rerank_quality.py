@@ -4,7 +4,7 @@
     python benchmarks/rerank_quality.py --quick               # a tenth of the queries
     python benchmarks/rerank_quality.py --reranker FOLDER --json rerank.json
 
-A catalogue of 900 distinct products is drawn into JPEG files of 320 pixels, and so are the query pictures, all from
+A catalogue of 900 distinct products is drawn into JPEG files of 320 pixels, and so are the query images, all from
 seeds that training never used. ``VisualizedBGEEmbedding`` finds nine candidates (exact inner product, as a flat index
 would), ``Phi3VisionRerank`` in its default mode ranks them. Queries are those of ``tiny_quality.py``; each has exactly
 one right product. How much the retrieval score counts is chosen on seen compositions only, then applied to held-out
@@ -84,7 +84,7 @@ class Bench:
         self.vectors = np.array(self.embed_model.get_image_embedding_batch(self.paths), np.float32)
 
     def judged(self, queries: Sequence[tuple[Mode, Query]], *, composed: bool = True) -> list[Judged]:
-        """Every query retrieved and reranked; ``composed=False``: retrieved by the sum of picture and text vectors."""
+        """Every query retrieved and reranked; ``composed=False``: retrieved by the sum of image and text vectors."""
         images = self._pictures([query for _, query in queries])
         texts = [query.text for _, query in queries]
         embed_model = self.embed_model
@@ -122,12 +122,12 @@ class Bench:
         )
 
     def _pictures(self, queries: Sequence[Query]) -> list[Path]:
-        """Query pictures on disk, drawn pattern by pattern, since each pattern map is drawn once and kept."""
+        """Query images on disk, drawn pattern by pattern, since each pattern map is drawn once and kept."""
         (self.folder / "queries").mkdir(exist_ok=True)
         paths = [self.folder / "queries" / f"{_name(query.source)}-{query.seed}.jpg" for query in queries]
         for place in sorted(range(len(queries)), key=lambda place: _pattern(queries[place])):
             if not paths[place].exists():
-                picture = queries[place].picture()
+                picture = queries[place].image()
                 assert picture is not None
                 picture.save(paths[place], quality=90)
         return paths
@@ -146,7 +146,7 @@ def _pattern(query: Query) -> int:
 
 @torch.inference_mode()
 def described(model: Phi3Vision, processor: Phi3VisionProcessor, products: Sequence[Product]) -> list[bool]:
-    """Whether the greedy description of each product's picture is exactly right, in batches of 64."""
+    """Whether the greedy description of each product's image is exactly right, in batches of 64."""
     right: list[bool] = []
     ordered = sorted(products, key=lambda product: PATTERNS.index(product.pattern))
     for start in range(0, len(ordered), 64):
@@ -166,7 +166,7 @@ def described(model: Phi3Vision, processor: Phi3VisionProcessor, products: Seque
 
 
 def caption_figures(bench: Bench, seeds: Sequence[int]) -> dict[str, tuple[int, float]]:
-    """(pictures, share described exactly right) of held-out and of seen products."""
+    """(images, share described exactly right) of held-out and of seen products."""
     held_out = [product for seed in seeds for product in catalogue(seed=seed) if product.held_out]
     seen = [product for product in catalogue(seed=seeds[0]) if not product.held_out][: 150 * len(seeds)]
     groups = {"held-out products": held_out, "seen products": seen}
@@ -298,9 +298,7 @@ def measure(bench: Bench, *, quick: bool = False) -> dict[str, object]:
     section("Pairs seen in training (the weight was chosen on these)", seen, weight, ())
     weak_seen = bench.judged(seen_queries[::2], composed=False)
     weak = bench.judged(held_out_queries[::2], composed=False)
-    section(
-        "Held-out pairs behind a weaker retriever: the sum of picture and text vectors", weak, best_weight(weak_seen)
-    )
+    section("Held-out pairs after a weaker retriever: the sum of image and text vectors", weak, best_weight(weak_seen))
     captions = caption_figures(bench, CAPTIONED_SEEDS[:1] if quick else CAPTIONED_SEEDS)
     for name, (count, share) in captions.items():
         print(f"\ndescriptions of {count} {name} exactly right: {share:.3f}")

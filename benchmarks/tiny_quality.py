@@ -5,7 +5,7 @@
 
 A catalogue of 900 distinct products is drawn at 320 pixels and embedded through the public loading path and the real
 preprocessing. Every query has exactly one right product; ``R@1`` counts it found first, ``R@9`` among the first nine.
-Pictures come from seeds that training never used, query pictures from other seeds than the catalogue's. Intervals are
+Images come from seeds that training never used, query images from other seeds than the catalogue's. Intervals are
 95% bootstrap intervals over wanted products, since queries for one product are not independent.
 """
 
@@ -34,26 +34,26 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "train
 from phrases import MODES, Mode, Wording, compose_query, full_text
 
 MODE_NAMES: dict[Mode, str] = {
-    "theme": "theme picture + product kind",
+    "theme": "theme image + product kind",
     "kind": "product + other kind",
     "colour": "product + colour",
     "pattern": "product + pattern",
 }
 BATCH = 64
-QUERY_BLOCK = 500  # seeds of query pictures: block 500 up, away from catalogues (0 up) and training (1000 up)
+QUERY_BLOCK = 500  # seeds of query images: block 500 up, away from catalogues (0 up) and training (1000 up)
 
 
 @dataclass(frozen=True)
 class Query:
-    """A picture to draw or a text or both, and the row of the right product."""
+    """An image to draw or a text or both, and the row of the right product."""
 
     text: str
     source: Looks | None
     seed: int
     wanted: int
 
-    def picture(self) -> Image.Image | None:
-        """The query picture, drawn at 320 pixels."""
+    def image(self) -> Image.Image | None:
+        """The query image, drawn at 320 pixels."""
         if self.source is None:
             return None
         kind, pattern, colour = self.source
@@ -91,19 +91,19 @@ def composed_queries(
         for _ in range(draws if product.held_out == held_out else 0):
             query = compose_query(product.looks, mode, rng, wording=wording)
             if query is not None:
-                picture_seed = (QUERY_BLOCK + seed) * SEED_BLOCK + int(rng.integers(SEED_BLOCK))
-                queries.append(Query(query.text, query.source, picture_seed, row))
+                image_seed = (QUERY_BLOCK + seed) * SEED_BLOCK + int(rng.integers(SEED_BLOCK))
+                queries.append(Query(query.text, query.source, image_seed, row))
     return queries
 
 
-def simple_queries(products: Sequence[Product], *, pictures: bool, held_out: bool, draws: int = 3) -> list[Query]:
-    """Queries by text alone, or by another picture of the same product alone."""
-    rng = np.random.default_rng([6, pictures])
+def simple_queries(products: Sequence[Product], *, images: bool, held_out: bool, draws: int = 3) -> list[Query]:
+    """Queries by text alone, or by another image of the same product alone."""
+    rng = np.random.default_rng([6, images])
     rows = [row for row, product in enumerate(products) if product.held_out == held_out for _ in range(draws)]
     queries = []
     for row in rows:
         seed, looks = QUERY_BLOCK * SEED_BLOCK + int(rng.integers(SEED_BLOCK)), products[row].looks
-        queries.append(Query("", looks, seed, row) if pictures else Query(full_text(looks, rng), None, 0, row))
+        queries.append(Query("", looks, seed, row) if images else Query(full_text(looks, rng), None, 0, row))
     return queries
 
 
@@ -123,7 +123,7 @@ class Embedder:
 
     @torch.inference_mode()
     def products(self, products: Sequence[Product], size: int) -> np.ndarray:
-        """(N, D) vectors of pictures drawn at ``size`` pixels."""
+        """(N, D) vectors of images drawn at ``size`` pixels."""
         ordered = sorted(range(len(products)), key=lambda row: PATTERNS.index(products[row].pattern))
         vectors = np.zeros((len(products), self.model.config.dimension), np.float32)
         for rows in _batches(ordered):
@@ -133,13 +133,13 @@ class Embedder:
 
     @torch.inference_mode()
     def queries(self, queries: Sequence[Query], *, use: str = "both") -> np.ndarray:
-        """(N, D) vectors; ``use`` is "both", "picture", "text", or "sum" of the two vectors, to compare."""
+        """(N, D) vectors; ``use`` is "both", "image", "text", or "sum" of the two vectors, to compare."""
         ordered = sorted(range(len(queries)), key=lambda row: PATTERNS.index(_pattern_of(queries[row])))
         vectors = np.zeros((len(queries), self.model.config.dimension), np.float32)
         for rows in _batches(ordered):
             some = [queries[row] for row in rows]
-            pictures = [query.picture() for query in some] if use != "text" else []
-            values = self.processor.pixel_values([p for p in pictures if p is not None]) if any(pictures) else None
+            images = [query.image() for query in some] if use != "text" else []
+            values = self.processor.pixel_values([p for p in images if p is not None]) if any(images) else None
             texts = [query.text for query in some]
             vectors[rows] = self._encode(values, texts, use).float().numpy()
         return vectors
@@ -147,7 +147,7 @@ class Embedder:
     def _encode(self, values: torch.Tensor | None, texts: list[str], use: str) -> torch.Tensor:
         if values is None:
             return self.model.encode_text(**self.processor.tokens(texts))
-        if use == "picture" or not any(texts):
+        if use == "image" or not any(texts):
             return self.model.encode_image(values)
         if use == "sum":
             return self.model.encode_image(values) + self.model.encode_text(**self.processor.tokens(texts))
@@ -230,13 +230,13 @@ def measure(
 
     for held_out, title, times in ((True, "Pairs held out of training", draws), (False, "Pairs seen in training", 1)):
         section(title, four(held_out, times), "mean of the four")
-        texts = simple_queries(products, pictures=False, held_out=held_out, draws=times)
-        photos = simple_queries(products, pictures=True, held_out=held_out, draws=times)
-        section(f"{title}, not composed", [("text only", texts, "text"), ("picture only", photos, "picture")])
+        texts = simple_queries(products, images=False, held_out=held_out, draws=times)
+        photos = simple_queries(products, images=True, held_out=held_out, draws=times)
+        section(f"{title}, not composed", [("text only", texts, "text"), ("image only", photos, "image")])
     section("Held-out pairs, held-out wordings", four(True, draws, "held-out"), "mean of the four")
     themes = composed_queries(products, "theme", held_out=True, draws=draws)
-    ways = {"picture alone": "picture", "text alone": "text", "sum of the two vectors": "sum", "both together": "both"}
-    title = "Does it compose? Held-out pairs, theme picture + product kind"
+    ways = {"image alone": "image", "text alone": "text", "sum of the two vectors": "sum", "both together": "both"}
+    title = "Does it compose? Held-out pairs, theme image + product kind"
     section(title, [(name, themes, use) for name, use in ways.items()])
     return sections
 
