@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import json
 import logging
 import sys
-from typing import Any
+from typing import cast
 
 import h11
 import uvicorn
@@ -32,6 +33,10 @@ HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
 BACKLOG = 32  # as many are accepted in one go, before the limit of connections is looked at
 
+_TOO_LARGE = (
+    f"the request is larger than {MAX_BODY_BYTES // 2**20} MiB; "
+    "send a smaller image, or name one that is indexed by its id"
+)
 _ENOUGH_DESCRIPTORS = 8 * MAX_CONNECTIONS  # under a flood several are accepted before one is let go
 
 
@@ -71,15 +76,14 @@ def http_app(search: ImageSearch, *, host: str = "127.0.0.1", token: str | None 
     """
     check_access(host, token)
     server = ImageSearchServer(search, one_client=False)
-    app: ASGIApp = server.streamable_http_app(
+    app = server.streamable_http_app(
         host=host,
         max_request_body_size=MAX_BODY_BYTES,
         max_sessions=MAX_SESSIONS,
         # a browser cannot be made to send the token: with one, the host that a request names says nothing
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False) if token else None,
     )
-    app = BoundedBodies(ForgetEndedSessions(app, server.conversations))
-    return RequireToken(app, token) if token else app
+    return Admission(app, server.conversations, token)
 
 
 def check_access(host: str, token: str | None) -> None:
@@ -99,12 +103,18 @@ def check_access(host: str, token: str | None) -> None:
         raise QueryError(f"host {host!r} can be reached by other machines, and needs a token; {how}")
 
 
-class RequireToken:
-    """An ASGI app that answers 401 to whoever does not send the token."""
+class Admission:
+    """An ASGI app before another: who may ask, how large requests may be, and which conversations have ended.
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    Whoever does not send the token gets 401. The bodies of requests are bounded, one and all together, and the limit is
+    said in words, as a JSON-RPC error that a client shows.
+    """
+
+    def __init__(self, app: ASGIApp, conversations: Conversations, token: str | None) -> None:
         self._app = app
-        self._expected = f"Bearer {token}".encode()
+        self._conversations = conversations
+        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or refuse it."""
@@ -112,40 +122,23 @@ class RequireToken:
             await self._app(scope, receive, send)
             return
         given = _headers(scope, b"authorization")
-        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
-            await self._app(scope, receive, send)
-            return
-        headers = [(b"www-authenticate", b"Bearer"), (b"content-type", b"text/plain"), (b"content-length", b"0")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
-
-
-class BoundedBodies:
-    """An ASGI app that bounds the bodies of requests, one and all together, and says the limit in words."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._under_way = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it as a JSON-RPC error that a client shows."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        size = _body_size(scope)
-        if size > MAX_BODY_BYTES:
-            await _refuse(send, 413, _too_large())
-            return
-        if self._under_way + size > MAX_BODIES_BYTES:
+        if self._expected and not (len(given) == 1 and hmac.compare_digest(given[0], self._expected)):
+            await _respond(send, 401, b"", (b"www-authenticate", b"Bearer"), (b"content-type", b"text/plain"))
+        elif (size := _body_size(scope)) > MAX_BODY_BYTES:
+            await _refuse(send, 413, _TOO_LARGE)
+        elif self._under_way + size > MAX_BODIES_BYTES:
             await _refuse(send, 503, "too many large requests at once; send this one again in a few seconds")
-            return
+        else:
+            await self._pass_on(scope, receive, send, size)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, size: int) -> None:
         refused = False
 
         async def send_with_words(message: Message) -> None:
             nonlocal refused
             if message["type"] == "http.response.start" and message["status"] == 413:
                 refused = True
-                await _refuse(send, 413, _too_large())
+                await _refuse(send, 413, _TOO_LARGE)
             elif not refused:
                 await send(message)
 
@@ -154,18 +147,6 @@ class BoundedBodies:
             await self._app(scope, receive, send_with_words)
         finally:
             self._under_way -= size
-
-
-class ForgetEndedSessions:
-    """An ASGI app that forgets a conversation when its client ends the session."""
-
-    def __init__(self, app: ASGIApp, conversations: Conversations) -> None:
-        self._app = app
-        self._conversations = conversations
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        await self._app(scope, receive, send)
         if scope["type"] == "http" and scope["method"] == "DELETE":
             for session in _headers(scope, b"mcp-session-id"):
                 self._conversations.forget(session.decode("latin-1"))
@@ -175,25 +156,26 @@ class BoundedProtocol(H11Protocol):
     """uvicorn's protocol with a limit of connections, and deadlines for a request's header and body."""
 
     limit = MAX_CONNECTIONS
+    _admitted = itertools.count()
+    _number = 0
     _deadline: asyncio.TimerHandle | None = None
     _reads_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Admit a connection; the oldest without a whole request makes room."""
         super().connection_made(transport)
-        _order(self)[self] = None
-        if len(self.connections) > self.limit:
-            waiting = [other for other in _order(self) if other.is_waiting]
-            oldest = next((other for other in waiting if not other.rests), waiting[0])
+        self._number = next(self._admitted)
+        connections = cast("set[BoundedProtocol]", self.connections)
+        if len(connections) > self.limit:
+            waiting = (other for other in connections if other.is_waiting)
+            oldest = min(waiting, key=lambda other: (other.rests, other._number))
             oldest.transport.abort()
-            _order(self).pop(oldest, None)
-            self.connections.discard(oldest)
+            connections.discard(oldest)
         if not transport.is_closing():
             self._expect(HEADER_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection."""
-        _order(self).pop(self, None)
         self._expect(None)
         super().connection_lost(exc)
 
@@ -237,13 +219,9 @@ class PlainLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         line = f"{record.levelname.lower()}: {record.name}: {record.getMessage()}"
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            line += (
-                f": {type(error).__name__}: {error}"
-                if isinstance(error, MMRetrieverError | OSError)
-                else (f": {type(error).__name__}")
-            )
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            line += f": {type(error).__name__}"
+            line += f": {error}" if isinstance(error, MMRetrieverError | OSError) else ""
         return one_line(line, 1000)
 
 
@@ -255,15 +233,6 @@ def log_plainly() -> None:
         handler.setFormatter(PlainLines())
         root.addHandler(handler)
         root.setLevel(logging.WARNING)
-
-
-def _order(protocol: BoundedProtocol) -> dict[BoundedProtocol, None]:
-    """The connections of one server, the oldest first."""
-    state: Any = protocol.server_state
-    if not hasattr(state, "by_age"):
-        state.by_age = {}
-    by_age: dict[BoundedProtocol, None] = state.by_age
-    return by_age
 
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:
@@ -278,18 +247,14 @@ def _body_size(scope: Scope) -> int:
     return MAX_BODY_BYTES if _headers(scope, b"transfer-encoding") else 0
 
 
-def _too_large() -> str:
-    return (
-        f"the request is larger than {MAX_BODY_BYTES // 2**20} MiB; send a smaller image, "
-        "or name one that is indexed by its id"
-    )
-
-
 async def _refuse(send: Send, status: int, reason: str) -> None:
     error = {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": reason}}
-    body = json.dumps(error).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await _respond(send, status, json.dumps(error).encode(), (b"content-type", b"application/json"))
+
+
+async def _respond(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -30,7 +30,7 @@ from mcp.client.stdio import StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from mcp_server_mm_retriever import ImageSearchServer, check_access, create_server, http_app, image_search
-from mcp_server_mm_retriever.http import BoundedProtocol, ForgetEndedSessions
+from mcp_server_mm_retriever.http import Admission, BoundedProtocol
 from PIL import Image
 
 from mm_retriever.cli import main
@@ -437,7 +437,7 @@ async def test_a_request_that_does_not_arrive_within_its_deadline_is_given_up(se
 async def test_a_conversation_ends_with_its_session(search):
     """Over HTTP a client ends its session with DELETE; ids are all that was kept of its results."""
     server = ImageSearchServer(search, one_client=False)
-    app = ForgetEndedSessions(server.streamable_http_app(), server.conversations)
+    app = Admission(server.streamable_http_app(), server.conversations, None)
     with serving(app) as url:
         async with over_http(url, "legacy") as client:
             await client.call_tool("search_images", {"text": "mug", "top_k": 2})
