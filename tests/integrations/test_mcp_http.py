@@ -1,0 +1,298 @@
+"""The MCP server over HTTP: who may connect, and how much one client can take from the others."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+import pytest
+
+pytest.importorskip("mcp.server", reason='needs the extra "mcp"')
+import httpx2
+import psutil
+import uvicorn
+from mcp.client.client import Client
+from mcp.client.streamable_http import streamable_http_client
+from mcp_server_mm_retriever import ImageSearchServer, check_access, create_server, http_app
+from mcp_server_mm_retriever.http import Admission, BoundedProtocol
+
+from mm_retriever.cli import main
+from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.errors import QueryError
+from mm_retriever.images import ImagePolicy
+from mm_retriever.search_tools import ImageSearch
+from mm_retriever.store import open_store
+from tests.support.drawn_store import draw_leopard
+from tests.support.mcp import ENVIRONMENT, assert_every_tool_works
+
+TOKEN = "a-token-that-nobody-guesses"
+HEADER = b"POST /mcp HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+BODY_STARTS = b"Content-Length: 9\r\n\r\n{"
+
+
+@contextmanager
+def serving(app) -> Iterator[str]:
+    """The URL of an ASGI app on a free port."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=port, log_config=None, ws="none", http=BoundedProtocol, backlog=2048)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}/mcp"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@asynccontextmanager
+async def over_http(url: str, mode: str = "auto", **headers: str):
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
+        Client(streamable_http_client(url, http_client=http), mode=mode) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize(("mode", "remembers"), [("auto", False), ("legacy", True)])
+async def test_a_session_over_http(search, leopard, mode, remembers):
+    """Protocol versions with sessions remember results; the latest has none, and names results by id."""
+    with serving(http_app(search)) as url:
+        async with over_http(url, mode) as client:
+            await assert_every_tool_works(client, leopard, remembers=remembers)
+
+
+async def test_sessions_over_http_do_not_see_each_others_results(search):
+    with serving(http_app(search)) as url:
+        async with over_http(url, "legacy") as one, over_http(url, "legacy") as other:
+            await one.call_tool("search_images", {"text": "mug", "top_k": 1})
+            refused = await other.call_tool("describe_image", {"image": "result 1"})
+            assert refused.is_error
+            assert "nothing was found yet" in refused.content[0].text
+            assert not (await one.call_tool("describe_image", {"image": "result 1"})).is_error
+
+
+async def test_a_session_id_that_a_client_makes_up_opens_nobodys_conversation(search):
+    """The latest protocol has no sessions, and passes the header on as it comes."""
+    with serving(http_app(search)) as url:
+        async with over_http(url, "auto", **{"mcp-session-id": "guessed"}) as client:
+            await client.call_tool("search_images", {"text": "mug", "top_k": 1})
+            refused = await client.call_tool("describe_image", {"image": "result 1"})
+    assert "not remembered here" in refused.content[0].text
+
+
+async def test_with_a_token_only_who_sends_it_is_served(search):
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    with serving(http_app(search, token=TOKEN)) as url:
+        async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+            assert len((await client.list_tools()).tools) == 3
+        async with httpx2.AsyncClient() as http:
+            for header in (None, "", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xe9"):
+                headers = [] if header is None else [(b"authorization", header.encode("latin-1"))]
+                for method in ("POST", "GET", "DELETE"):
+                    answer = await http.request(method, url, headers=headers, json=call)
+                    assert answer.status_code == 401
+                    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_request_too_large_is_refused_before_it_is_read(search):
+    """The largest image that may be sent fits; what is larger is refused in words, and never gathered without end."""
+
+    async def without_length():
+        for _ in range(30):
+            yield b"x" * 2**20
+
+    with serving(http_app(search)) as url:
+        async with httpx2.AsyncClient() as http:
+            for body in (b"x" * (29 * 2**20), without_length()):
+                answer = await http.post(url, content=body, headers={"content-type": "application/json"})
+                assert answer.status_code == 413
+                assert "larger than 28 MiB; send a smaller image" in answer.json()["error"]["message"]
+        async with over_http(url) as client:
+            assert len((await client.list_tools()).tools) == 3
+
+
+async def test_an_unexpected_failure_tells_a_client_nothing(search, folder):
+    """An error that is not ours may hold paths and secrets: its text stays here."""
+
+    class Broken(ImageSearch):
+        def search(self, *args, **kwargs):
+            raise OSError(2, "secret words", "/home/someone/secret path")
+
+    embed_model = VisualizedBGEEmbedding("tiny", device="cpu")
+    with open_store(folder / "drawn.db", embed_model) as store:
+        async with Client(create_server(Broken(store, embed_model))) as client:
+            refused = await client.call_tool("search_images", {"text": "x"})
+    assert refused.is_error
+    assert "secret" not in refused.content[0].text
+
+
+async def test_a_web_page_cannot_reach_a_local_server_under_its_own_name(search):
+    """DNS rebinding: the page's name leads to the loopback address."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    accept = {"accept": "application/json, text/event-stream"}
+    with serving(http_app(search)) as url:
+        async with httpx2.AsyncClient() as http:
+            for headers in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
+                answer = await http.post(url, headers=headers | accept, json=call)
+                assert answer.status_code in (403, 421)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org", ""])
+def test_other_machines_are_not_served_without_a_token(search, host):
+    with pytest.raises(QueryError, match="needs a token"):
+        check_access(host, None)
+    check_access(host, TOKEN)
+    for weak in ("short", "with space in it 1234", "x" * 15, "é" * 20):
+        with pytest.raises(QueryError, match="16 printable"):
+            check_access(host, weak)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_an_empty_or_guessable_token_is_refused(host):
+    """Whoever gives a token means to keep others out, also where its variable was left empty."""
+    for empty in ("", "  ", "\t"):
+        with pytest.raises(QueryError, match="empty, which would let everyone in"):
+            check_access(host, empty)
+    with pytest.raises(QueryError, match="can be guessed"):
+        check_access(host, "ab" * 10)
+
+
+def test_the_command_refuses_an_empty_token_from_the_environment(monkeypatch, capfd):
+    monkeypatch.setenv("MM_RETRIEVER_MCP_TOKEN", "")
+    with pytest.raises(SystemExit):
+        main(["mcp", "--http"])
+    assert "the token is empty" in capfd.readouterr().err
+
+
+async def test_with_a_token_a_proxy_may_pass_requests_on_under_its_own_host_name(search):
+    """A TLS proxy in front of a loopback server keeps the name that its clients use."""
+    with serving(http_app(search, token=TOKEN)) as url:
+        async with over_http(url, Authorization=f"Bearer {TOKEN}", Host="photos.example.org") as client:
+            assert len((await client.list_tools()).tools) == 3
+
+
+@contextmanager
+def half_open(url: str, count: int, start: bytes) -> Iterator[list[socket.socket]]:
+    """Connections that have sent the start of a request and no more."""
+    port = int(url.split(":")[2].split("/")[0])
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            connection = socket.create_connection(("127.0.0.1", port), 10)
+            with suppress(OSError):  # the server may have let go of it already
+                connection.sendall(start)
+            sockets.append(connection)
+        yield sockets
+    finally:
+        for connection in sockets:
+            connection.close()
+
+
+def connections_to(port: int) -> int:
+    """How many this process, which is the server too, has accepted."""
+    return sum(one.laddr.port == port and one.status != "LISTEN" for one in psutil.Process().net_connections())
+
+
+@pytest.mark.parametrize("start", [HEADER, b"", HEADER + BODY_STARTS], ids=["header", "nothing", "body"])
+async def test_3000_half_open_connections_change_nothing_for_others(search, start):
+    """Whoever has no token can open connections and leave them; the oldest of them give way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 8_000:
+        pytest.skip("this system lets no process open 8,000 files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 8_000), hard))
+    try:
+        with serving(http_app(search, token=TOKEN)) as url, half_open(url, 3_000, start):
+            port = int(url.split(":")[2].split("/")[0])
+            deadline = time.monotonic() + 20  # a busy machine accepts faster than it lets go
+            while (open_now := connections_to(port)) > BoundedProtocol.limit and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert open_now <= BoundedProtocol.limit
+            async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+                assert not (await client.call_tool("search_images", {"text": "mug", "top_k": 1})).is_error
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("start", [HEADER, HEADER + BODY_STARTS], ids=["header", "body"])
+async def test_a_request_that_does_not_arrive_within_its_deadline_is_given_up(search, start, monkeypatch):
+    monkeypatch.setattr("mcp_server_mm_retriever.http.HEADER_SECONDS", 0.2)
+    monkeypatch.setattr("mcp_server_mm_retriever.http.BODY_SECONDS", 0.2)
+    with serving(http_app(search)) as url, half_open(url, 1, start) as (connection,):
+        connection.settimeout(10)
+        with suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
+
+
+async def test_a_conversation_ends_with_its_session(search):
+    """Over HTTP a client ends its session with DELETE; ids are all that was kept of its results."""
+    server = ImageSearchServer(search, one_client=False)
+    app = Admission(server.streamable_http_app(), server.conversations, None)
+    with serving(app) as url:
+        async with over_http(url, "legacy") as client:
+            await client.call_tool("search_images", {"text": "mug", "top_k": 2})
+            assert len(server.conversations) == 1
+        assert len(server.conversations) == 0
+
+
+async def test_a_client_is_not_told_where_files_lie(search, tmp_path):
+    """Folders of the server's machine in errors and notes help only an attacker."""
+    private = tmp_path / "home of someone" / "photos"
+    private.mkdir(parents=True)
+    draw_leopard(private.parent / "leopard.png")
+    limited = ImageSearch(
+        search._store,
+        search._embed_model,
+        image_policy=ImagePolicy(roots=(private,)),
+        stored_policy=ImagePolicy(roots=(private,)),
+    )
+    async with Client(create_server(limited)) as client:
+        answers = [
+            await client.call_tool("search_images", {"image": str(private.parent / "leopard.png")}),
+            await client.call_tool("search_images", {"image": str(private / "none.png")}),
+            await client.call_tool("search_images", {"text": "mug", "top_k": 2}),
+        ]
+    told = "".join(str(answer) for answer in answers)
+    assert "home of someone" not in told
+    assert "photos'" in told
+    assert str(tmp_path) not in told
+
+
+@pytest.mark.slow
+async def test_the_command_serves_http(db):
+    """`mm-retriever mcp --http`, with its token from the environment."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "mm_retriever.cli", "mcp", "--db", str(db), "--model", "tiny"]
+    environment = {**ENVIRONMENT, "MM_RETRIEVER_MCP_TOKEN": TOKEN}
+    with subprocess.Popen(
+        [*command, "--http", "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            while "serving MCP on" not in (line := process.stderr.readline()):
+                assert line, "the server ended"
+            url = f"http://127.0.0.1:{port}/mcp"
+            for _ in range(100):
+                try:
+                    async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+                        assert len((await client.list_tools()).tools) == 3
+                    break
+                except Exception:
+                    time.sleep(0.1)
+            else:
+                pytest.fail("no answer")
+        finally:
+            process.terminate()

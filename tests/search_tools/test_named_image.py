@@ -1,0 +1,209 @@
+"""What an image argument may name, and whose bytes are handed out."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from llama_index.core.schema import ImageNode, TextNode
+from PIL import Image
+
+from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError
+from mm_retriever.images import ImagePolicy
+from mm_retriever.ingest import ingest_images
+from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
+from mm_retriever.store import ImageStore, open_store
+from tests.support.drawn_store import draw_leopard
+
+
+def test_a_picture_is_known_by_attachment_result_id_data_uri_and_allowed_path(store, embed_model, leopard, talk):
+    """The five ways that the argument's description gives."""
+    search = ImageSearch(store, embed_model, image_policy=ImagePolicy(roots=(leopard.parent,)))
+    found = search.search("phone case", conversation=talk)
+    node_id = found.results[0].id
+    uri = "data:image/png;base64," + base64.b64encode(leopard.read_bytes()).decode()
+    by_attachment, by_uri, by_path = (
+        [one.id for one in search.search(image=image, conversation=talk).results]
+        for image in ("PHOTO.png", uri, str(leopard))
+    )
+    assert by_attachment == by_uri == by_path
+    by_result = search.describe("result 1 of search 1", conversation=talk)
+    assert by_result.id == search.describe(node_id).id == node_id
+    for spelling in ("#1", "1", "Result 1", "picture 1", "no. 1 of search 1"):
+        search.search("phone case", conversation=talk)
+        assert search.describe(spelling, conversation=talk).id == node_id
+
+
+def test_the_latest_attachment_needs_no_name(search, talk, leopard):
+    assert search.describe("attachment", conversation=talk).name == "attachment 'photo.png'"
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["/etc/passwd", "../../etc/passwd.png", "/etc/hostname.png", "file:///etc/passwd", "http://127.0.0.1/a.png"],
+)
+def test_by_default_no_path_and_no_url_is_read(search, talk, image):
+    with pytest.raises(MMRetrieverError) as refused:
+        search.search(image=image, conversation=talk)
+    assert "root:" not in str(refused.value)
+
+
+def test_a_path_outside_the_roots_is_refused_even_through_a_link(store, embed_model, leopard, tmp_path):
+    (tmp_path / "link.png").symlink_to(leopard)
+    search = ImageSearch(store, embed_model, image_policy=ImagePolicy(roots=(tmp_path,)))
+    for image in (str(leopard), str(tmp_path / "link.png")):
+        with pytest.raises(ImageLoadError, match="outside the folders"):
+            search.search(image=image)
+
+
+def test_an_unknown_picture_is_answered_with_what_is_known(search, talk):
+    with pytest.raises(QueryError, match=r"no image is known as 'phone\.png'.*attached are 'photo\.png'"):
+        search.search(image="phone.png", conversation=talk)
+    with pytest.raises(QueryError, match="nothing was found yet"):
+        search.find_similar("result 3", conversation=talk)
+    search.search("mug", top_k=2, conversation=talk)
+    with pytest.raises(QueryError, match="search 1 found 2"):
+        search.find_similar("result 3", conversation=talk)
+    with pytest.raises(QueryError, match="there is no search 9"):
+        search.find_similar("result 1 of search 9", conversation=talk)
+
+
+def test_without_a_conversation_results_are_named_by_id(search):
+    found = search.search("mug", top_k=1)
+    assert "by id" in found.heading
+    with pytest.raises(QueryError, match="give the id"):
+        search.describe("result 1")
+
+
+def test_conversations_do_not_see_each_other(search, leopard):
+    """ "result 1" of one is nothing in the other, nor is its attachment."""
+    one, other = Conversation(), Conversation()
+    one.attach("secret.png", leopard)
+    search.search("mug", conversation=one)
+    for image in ("result 1", "secret.png"):
+        with pytest.raises(QueryError) as refused:
+            search.describe(image, conversation=other)
+        assert "attached are" not in str(refused.value)
+
+
+def test_many_threads_may_search_in_many_conversations(search):
+    """Each keeps its own results in its own order."""
+    failures: list[str] = []
+
+    def talk(kind: str) -> None:
+        conversation = Conversation()
+        for round_ in range(3):
+            found = search.search(f"a {kind}", top_k=2, conversation=conversation)
+            same = search.describe("result 2", conversation=conversation)
+            if found.number != round_ + 1 or same.id != found.results[1].id:
+                failures.append(kind)
+
+    threads = [threading.Thread(target=talk, args=(kind,)) for kind in ("mug", "umbrella", "phone case", "mug")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_an_attachment_is_checked_when_it_is_attached(tmp_path):
+    conversation = Conversation()
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    with pytest.raises(ImageLoadError):
+        conversation.attach("no.png", tmp_path / "no.png")
+    for wrong in ("result 3", "7", "", "data:x", "http://x/y.png", "two\nlines", "x" * 300):
+        with pytest.raises(QueryError, match="attachment name"):
+            conversation.attach(wrong, Image.new("RGB", (8, 8)))
+    assert conversation.attachments == ()
+
+
+def test_very_many_attachments_and_searches_are_not_kept():
+    conversation = Conversation()
+    for number in range(80):
+        conversation.attach(f"picture {number:03}.png", Image.new("RGB", (2, 2)))
+        conversation.remember([str(number)])
+    assert len(conversation.attachments) == 64
+    assert conversation.attachments[-1] == "picture 079.png"
+    with pytest.raises(QueryError, match="searches 49 to 80"):
+        conversation.result(1, 2)
+
+
+def test_an_original_is_the_file_itself(store, search):
+    node = store.get_nodes(filters=read_filters({"label": "mug"}))[0]
+    original = search.original(node.node_id)
+    assert original.data == Path(node.metadata["file_path"]).read_bytes()
+    assert (original.media_type, original.name) == ("image/jpeg", node.metadata["file_name"])
+
+
+def test_only_pictures_of_the_store_inside_the_roots_are_handed_out(store: ImageStore, embed_model, tmp_path):
+    """Whoever can write to a store must not be able to read files through it."""
+    vector = embed_model.get_text_embedding("x")
+    with open_store(tmp_path / "rogue.db", embed_model) as rogue:
+        rogue.add([ImageNode(id_="passwd", image_path="/etc/passwd", embedding=vector)])
+        rogue.add([TextNode(id_="words", text="x", embedding=vector)])
+        search = ImageSearch(rogue, embed_model)
+        with pytest.raises(ImageLoadError, match="has no digest"):
+            search.original("passwd")
+        for unknown in ("words", "nobody", "", "x" * 5_000, 'x"] or id != ""'):
+            with pytest.raises(QueryError, match="no image of the id"):
+                search.original(unknown)
+    node = store.get_nodes(filters=read_filters({"label": "mug"}))[0]
+    inside = ImageSearch(store, embed_model, stored_policy=ImagePolicy(roots=(tmp_path,)))
+    with pytest.raises(ImageLoadError, match="outside the folders"):
+        inside.original(node.node_id)
+    small = ImageSearch(store, embed_model, limits=SearchLimits(original_bytes=100))
+    with pytest.raises(ImageLoadError, match="more than the limit"):
+        small.original(node.node_id)
+
+
+@pytest.mark.parametrize("swapped", ["another file", "a link"])
+def test_a_file_that_is_not_the_indexed_one_any_more_is_not_handed_out(swapped, embed_model, tmp_path):
+    """Whoever can write to the folder of an indexed image must not be able to read others through it."""
+    indexed, private = tmp_path / "images" / "a.png", draw_leopard(tmp_path / "private.png")
+    indexed.parent.mkdir()
+    Image.new("RGB", (40, 40), "red").save(indexed)
+    with open_store(tmp_path / "a.db", embed_model) as store:
+        ingest_images(indexed.parent, store, embed_model, show_progress=False)
+        search = ImageSearch(store, embed_model)
+        (found,) = search.search("red").results
+        assert found.thumbnail is not None
+        assert search.original(found.id).data == indexed.read_bytes()
+        indexed.unlink()
+        if swapped == "a link":
+            indexed.symlink_to(private)
+        else:
+            shutil.copyfile(private, indexed)
+        with pytest.raises(ImageLoadError, match="not the file that was indexed"):
+            search.original(found.id)
+        with pytest.raises(ImageLoadError, match="not the file that was indexed"):
+            search.find_similar(found.id)
+        for answer in (search.search("red").results[0], search.describe(found.id)):
+            assert answer.thumbnail is None
+            assert "not the file that was indexed" in answer.note
+
+
+def test_an_image_without_a_digest_is_shown_but_its_file_is_not_handed_out(embed_model, tmp_path):
+    """Such rows come from other programs."""
+    path = draw_leopard(tmp_path / "a.png")
+    with open_store(tmp_path / "a.db", embed_model) as store:
+        store.add([ImageNode(id_="file", image_path=str(path), embedding=embed_model.get_text_embedding("x"))])
+        search = ImageSearch(store, embed_model)
+        assert search.search("x").results[0].thumbnail
+        with pytest.raises(ImageLoadError, match="has no digest of it"):
+            search.original("file")
+
+
+def test_limits_that_make_no_sense_are_refused():
+    for wrong in ({"top_k": 0}, {"thumbnails": -1}, {"max_top_k": True}, {"value_text": 2.5}):
+        with pytest.raises(ValueError, match="whole number"):
+            SearchLimits(**wrong)
+
+
+def test_a_model_of_another_store_is_refused(store):
+    """When the search is made, not at its first query."""
+    with pytest.raises(MMRetrieverError, match="opened for"):
+        ImageSearch(store, SimpleNamespace(model_id="other"))  # type: ignore[arg-type]
