@@ -1,10 +1,10 @@
-"""How fast pictures become vectors at full base size, and how near that is to what the machine can do at all.
+"""How fast images become vectors at full base size, and how near that is to what the machine can do at all.
 
     python benchmarks/embedding_throughput.py
     python benchmarks/embedding_throughput.py --dtypes bfloat16 --batches 8 --json throughput.json
 
 The model is EVA02-CLIP-B-16 with bge-base-en-v1.5 and random weights (speed does not depend on them), run through the
-path that ingestion takes, from cropped pictures to vectors. The yardstick is the machine's own matrix product, measured
+path that ingestion takes, from cropped images to vectors. The yardstick is the machine's own matrix product, measured
 right before and after every row: the fastest of two large square products and of the model's own shapes, so that 100%
 cannot be reached. Operations are counted by torch from the shapes of all products (a multiply-add counts as two).
 """
@@ -61,7 +61,7 @@ def product_rate(dtype: torch.dtype, device: str) -> dict[str, float]:
     return rates
 
 
-def gflop_per_picture() -> float:
+def gflop_per_image() -> float:
     """Counted on tensors without data."""
     with torch.device("meta"):
         model = VisualizedBGE(VisualizedBGEConfig())
@@ -97,8 +97,8 @@ def measure(batch: int, encoder: VisualizedBGEEncoder, gflop: float, repeats: in
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
-        "ms_per_picture": 1e3 * taken / batch,
-        "pictures_per_second": batch / taken,
+        "ms_per_image": 1e3 * taken / batch,
+        "images_per_second": batch / taken,
         "gflop_per_second": rate,
         "product_gflop_per_second": max(rates.values()),
         "percent": 100 * rate / max(rates.values()),
@@ -117,17 +117,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write everything measured")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    gflop = gflop_per_picture()
+    gflop = gflop_per_image()
     rows = []
     for name in arguments.dtypes:
         encoder = build(as_dtype(name), arguments.device)
         rows += [measure(batch, encoder, gflop, arguments.repeats) for batch in arguments.batches]
     cores = f"{arguments.threads} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
-    table = Table(title=f"Pictures to vectors, base size, {gflop:.1f} GFLOP each; {arguments.device}, {cores}")
-    for column in ("dtype", "batch", "ms a picture", "pictures/s", "GFLOP/s", "products' GFLOP/s", "per cent"):
+    table = Table(title=f"Images to vectors, base size, {gflop:.1f} GFLOP each; {arguments.device}, {cores}")
+    for column in ("dtype", "batch", "ms an image", "images/s", "GFLOP/s", "products' GFLOP/s", "per cent"):
         table.add_column(column, justify="right")
     for row in rows:
-        figures = ("ms_per_picture", "pictures_per_second", "gflop_per_second", "product_gflop_per_second", "percent")
+        figures = ("ms_per_image", "images_per_second", "gflop_per_second", "product_gflop_per_second", "percent")
         table.add_row(row["dtype"], str(row["batch"]), *(f"{row[figure]:.1f}" for figure in figures))
     Console().print(table)
     for name in arguments.dtypes:

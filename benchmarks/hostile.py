@@ -3,7 +3,7 @@
     python benchmarks/hostile.py                # as much as continuous integration
     python benchmarks/hostile.py --effort 20    # twenty times as much where input is random
 
-Hostile pictures, filters, URLs, weights and model answers; ingestion killed at random points; servers killed and
+Hostile images, filters, URLs, weights and model answers; ingestion killed at random points; servers killed and
 restarted; queries under load. Each test fails at the first thing that is lost, let in, or answered wrongly, so a line
 is printed only for what was tried without any. The tests are those with the marker `hostile`.
 """

@@ -8,7 +8,7 @@ The rate is that of `ingest_images`, from files to rows, first run and second. F
 time in a fresh process: by `ingest_images` (files read, decoded, prepared, embedded, stored), and by Milvus Lite alone,
 which is given the same rows in the same batches by its own client, from nothing but a random generator. What ingestion
 grows by beyond that is its own. The model of the memory runs is a random projection to 768 numbers: a real model takes
-the same memory for 1,000 pictures as for 20,000, and the vectors are of full size.
+the same memory for 1,000 images as for 20,000, and the vectors are of full size.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="of the rate")
     parser.add_argument("--photos", type=Path, help="a folder for the rate; default: drawn products")
-    parser.add_argument("--pictures", type=int, default=300, help="how many are drawn")
+    parser.add_argument("--images", type=int, default=300, help="how many are drawn")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of the rate")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 20_000], help="of the memory runs")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -84,25 +84,25 @@ def main() -> None:
 
 
 def rate(work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Pictures per second of a first and of a second run."""
+    """Images per second of a first and of a second run."""
     from mm_retriever import VisualizedBGEEmbedding, ingest_images, open_store
     from mm_retriever.demo.catalogue import write_catalogue
 
-    photos = options.photos or write_catalogue(work / "drawn", count=options.pictures).products
+    photos = options.photos or write_catalogue(work / "drawn", count=options.images).products
     model = VisualizedBGEEmbedding(options.model)
     figures = []
     with open_store(work / "rate.db", model) as store:
         for run in ("first run", "second run"):
             report = ingest_images(photos, store, model, batch_size=BATCH, show_progress=False)
-            pictures = report.indexed + report.unchanged
-            row = {"run": run, "pictures": pictures, "embedded": report.embedded, "seconds": report.seconds}
-            figures.append({**row, "pictures_per_second": pictures / report.seconds})
+            images = report.indexed + report.unchanged
+            row = {"run": run, "images": images, "embedded": report.embedded, "seconds": report.seconds}
+            figures.append({**row, "images_per_second": images / report.seconds})
     table = Table(title=f"Indexing, {options.model}, {model.dimension} numbers, {os.cpu_count()} cores")
-    for column in ("", "pictures", "embedded", "seconds", "pictures/s"):
+    for column in ("", "images", "embedded", "seconds", "images/s"):
         table.add_column(column, justify="right" if column else "left")
     for row in figures:
-        numbers = (str(row["pictures"]), str(row["embedded"]), f"{row['seconds']:.2f}")
-        table.add_row(row["run"], *numbers, f"{row['pictures_per_second']:.1f}")
+        numbers = (str(row["images"]), str(row["embedded"]), f"{row['seconds']:.2f}")
+        table.add_row(row["run"], *numbers, f"{row['images_per_second']:.1f}")
     Console().print(table)
     return figures
 
@@ -118,7 +118,7 @@ def memory(work: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
             place = work / f"{size}-{kind.split()[0]}"
             place.mkdir()
             if kind == "ingestion":
-                link_pictures(place / "photos", size)
+                link_images(place / "photos", size)
             arguments = [sys.executable, __file__, "--child", kind, str(place), str(size)]
             done = subprocess.run(arguments, check=True, capture_output=True, text=True)
             figures.append(json.loads(done.stdout.splitlines()[-1]))
@@ -134,8 +134,8 @@ def memory(work: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
     return figures
 
 
-def link_pictures(folder: Path, count: int) -> None:
-    """Many files: 100 pictures of a camera's noise and detail, each under many names."""
+def link_images(folder: Path, count: int) -> None:
+    """Many files: 100 images of a camera's noise and detail, each under many names."""
     folder.mkdir()
     random = np.random.default_rng(0)
     originals = []

@@ -7,10 +7,10 @@
 Speed does not depend on the weights, so they are random. Texts are runs of arbitrary ids of the lengths in `LENGTHS`;
 what the model would write is of fixed length. Only `--steps` words are written by the clock; the others count the same.
 
-published     two calls, nothing shared: caption of the query picture, then the list for the sheet; 16 crops a picture
-generated     the query picture computed once at 4 crops, caption, sheet at 4 crops, list under constraint, reason
-single pass   the sheet (which shows the query picture) once at 4 crops; the order from the first slot; nothing written
-likelihood    the query picture once, wanted description; nine candidates at 1 crop scored on one cached beginning
+published     two calls, nothing shared: caption of the query image, then the list for the sheet; 16 crops an image
+generated     the query image computed once at 4 crops, caption, sheet at 4 crops, list under constraint, reason
+single pass   the sheet (which shows the query image) once at 4 crops; the order from the first slot; nothing written
+likelihood    the query image once, wanted description; nine candidates at 1 crop scored on one cached beginning
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def repeat(noise: Tensor, like: Tensor) -> Tensor:
 
 
 def make_processor(config: Phi3VisionConfig, num_crops: int) -> Phi3VisionProcessor:
-    """The real picture side; a vocabulary of control tokens on the word side."""
+    """The real image side; a vocabulary of control tokens on the word side."""
     names = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))  # noqa: S106 - a piece of text, no password
     tokenizer.add_special_tokens(names)
@@ -106,28 +106,28 @@ def words(name: str) -> list[int]:
     return [100 + i % 5000 for i in range(LENGTHS[name])]
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
+def image(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 class Bench:
-    """The four flows over one query picture, one sheet of nine candidates, and the nine pictures themselves."""
+    """The four flows over one query image, one sheet of nine candidates, and the nine images themselves."""
 
     def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int) -> None:
         self.model, self.config, self.steps = model, config, steps
-        self.query, self.sheet = picture(300, 300, 0), picture(1200, 900, 1)
-        self.candidates = [picture(300, 300, 2 + i) for i in range(CANDIDATES)]
+        self.query, self.sheet = image(300, 300, 0), image(1200, 900, 1)
+        self.candidates = [image(300, 300, 2 + i) for i in range(CANDIDATES)]
         self.labels = [(29871, 29896 + i, 29892) for i in range(CANDIDATES)]
 
     def features(self, flow: Flow, name: str, images: list[Image.Image], num_crops: int) -> list[Tensor]:
-        """Token embeddings of pictures: crops, then tower."""
+        """Token embeddings of images: crops, then tower."""
         with flow.stage(f"{name}: crops"):
             pictures = make_processor(self.config, num_crops).image_inputs(images)
         with flow.stage(f"{name}: tower, {len(pictures.pixel_values)} crops"), torch.inference_mode():
             return self.model.image_features(pictures.pixel_values, pictures.image_sizes)
 
     def read(self, flow: Flow, name: str, text: str, feature: Tensor | None, prefix: Prefix | None = None) -> Prefix:
-        """A picture and a text, computed from the beginning or behind `prefix`."""
+        """An image and a text, computed from the beginning or after `prefix`."""
         ids = ([1] if prefix is None else []) + ([] if feature is None else [-1] * len(feature) + [1]) + words(text)
         given = [] if feature is None else [feature]
         with flow.stage(f"{name}: prefill", prefilled=len(ids)):
@@ -148,15 +148,15 @@ class Bench:
 
     def published(self, flow: Flow) -> None:
         """Caption call, then list call."""
-        feature = self.features(flow, "query picture", [self.query], 16)[0]
+        feature = self.features(flow, "query image", [self.query], 16)[0]
         self.write(flow, "caption", self.read(flow, "caption call", "instruction", feature))
         feature = self.features(flow, "sheet", [self.sheet], 16)[0]
         self.write(flow, "reason", self.write(flow, "list", self.read(flow, "list call", "list request", feature)))
 
     def generated(self, flow: Flow) -> None:
         """Caption, list and reason in one conversation."""
-        feature = self.features(flow, "query picture", [self.query], 4)[0]
-        prefix = self.read(flow, "query picture and instruction", "instruction", feature)
+        feature = self.features(flow, "query image", [self.query], 4)[0]
+        prefix = self.read(flow, "query image and instruction", "instruction", feature)
         prefix = self.write(flow, "caption", prefix)
         feature = self.features(flow, "sheet", [self.sheet], 4)[0]
         prefix = self.read(flow, "sheet", "list request", feature, prefix)
@@ -174,8 +174,8 @@ class Bench:
 
     def likelihood(self, flow: Flow) -> None:
         """How well each candidate explains the wanted description."""
-        feature = self.features(flow, "query picture", [self.query], 4)[0]
-        prefix = self.read(flow, "query picture and instruction", "instruction", feature)
+        feature = self.features(flow, "query image", [self.query], 4)[0]
+        prefix = self.read(flow, "query image and instruction", "instruction", feature)
         self.write(flow, "wanted", self.write(flow, "caption", prefix))
         features = self.features(flow, "candidates", self.candidates, 1)
         start = self.read(flow, "candidates' shared beginning", "instruction", None)

@@ -1,4 +1,4 @@
-"""Search pictures by text, by picture, and by both at once, on a real vector store, with nothing to download.
+"""Search images by text, by image, and by both at once, on a real vector store, with nothing to download.
 
     python examples/01_composed_search.py
 
@@ -29,7 +29,7 @@ def main() -> None:
     retriever = ComposedRetriever(store, embed_model, top_k=3)
     questions = {
         "text": QueryBundle("a green mug with hearts"),
-        "picture": QueryBundle("", image_path=str(leopard)),
+        "image": QueryBundle("", image_path=str(leopard)),
         "both": QueryBundle("phone case with this", image_path=str(leopard)),
     }
     for name, question in questions.items():

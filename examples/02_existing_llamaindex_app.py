@@ -1,4 +1,4 @@
-"""A LlamaIndex app over texts, and the five lines that make it find pictures and answer composed queries.
+"""A LlamaIndex app over texts, and the five lines that make it find images and answer composed queries.
 
     python examples/02_existing_llamaindex_app.py
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def open_shop(folder: Path) -> None:
-    """Draw what an app would have: a handbook, photos of products, and the picture that someone asks with."""
+    """Draw what an app would have: a handbook, photos of products, and the image that someone asks with."""
     (folder / "handbook").mkdir()
     (folder / "photos").mkdir()
     (folder / "handbook" / "shipping.md").write_text("Orders placed before noon are shipped on the same day.\n")

@@ -1,4 +1,4 @@
-"""A LlamaIndex agent that searches pictures: three turns, and what its model gets to see.
+"""A LlamaIndex agent that searches images: three turns, and what its model gets to see.
 
     python examples/03_agent_with_image_search.py
 
@@ -49,14 +49,14 @@ async def talk(folder: Path) -> None:
 
 
 def follow_the_script(messages: Sequence[ChatMessage], **kwargs: Any) -> ChatMessage:
-    """Calls the tool of the turn; then says what came back, in text and in pictures."""
+    """Calls the tool of the turn; then says what came back, in text and in images."""
     last = messages[-1]
     if last.role == "user":
         name, arguments = TURNS[str(last.content)]
         call = ToolCallBlock(tool_call_id=name, tool_name=name, tool_kwargs=arguments)
         return ChatMessage(role="assistant", blocks=[call])
-    pictures = sum(block.block_type == "image" for block in last.blocks)
-    return ChatMessage(role="assistant", content=f"I see {pictures} thumbnails, and read:\n{last.content}")
+    images = sum(block.block_type == "image" for block in last.blocks)
+    return ChatMessage(role="assistant", content=f"I see {images} thumbnails, and read:\n{last.content}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Picture search in LangChain: a retriever in a chain, and tools whose messages carry pictures.
+"""Image search in LangChain: a retriever in a chain, and tools whose messages carry images.
 
 pip install "mm-retriever[langchain]"
 python examples/04_langchain.py

@@ -30,8 +30,8 @@ async def ask(folder: Path) -> None:
         for content in answer.content:
             print(content.text if content.type == "text" else f"<{content.type}>")
         original = next(content.uri for content in answer.content if content.type == "resource_link")
-        (picture,) = (await client.read_resource(original)).contents
-        print(f"the original of the first: {picture.mime_type}, {len(picture.blob)} characters of base64")
+        (image,) = (await client.read_resource(original)).contents
+        print(f"the original of the first: {image.mime_type}, {len(image.blob)} characters of base64")
 
 
 def main() -> None:

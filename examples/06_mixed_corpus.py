@@ -1,4 +1,4 @@
-"""Texts and pictures in one collection, one ranking, and exact words where they matter.
+"""Texts and images in one collection, one ranking, and exact words where they matter.
 
 python examples/06_mixed_corpus.py
 """
@@ -33,7 +33,7 @@ def main() -> None:
 
     embed_model = VisualizedBGEEmbedding("tiny")
     documents = SimpleDirectoryReader(folder / "shop").load_data()
-    nodes = MarkdownNodeParser().get_nodes_from_documents(documents)  # chapters; pictures pass through
+    nodes = MarkdownNodeParser().get_nodes_from_documents(documents)  # chapters; images pass through
     with open_store(folder / "shop.db", embed_model, hybrid=True) as store:
         print(ingest_images(nodes, store, embed_model, show_progress=False))
         for question in ("can mugs go into the dishwasher?", "a red mug with hearts", "XK-2041"):
