@@ -65,8 +65,8 @@ def sizes(blocks) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------------------------------------- the whole engine
 
 
-def test_the_model_is_shown_the_query_picture_and_what_was_found(store, embed_model, query):
-    """LlamaIndex's own engine leaves the query picture out."""
+def test_the_model_is_shown_the_query_image_and_what_was_found(store, embed_model, query):
+    """LlamaIndex's own engine leaves the query image out."""
     llm = ScriptedLLM.of(says("Number 1."))
     engine = image_query_engine(store, embed_model, llm=llm, top_k=3, image_side=80)
     response = engine.query(query)
@@ -109,7 +109,7 @@ def test_without_a_model_the_answer_lists_what_was_found(store, embed_model, que
     assert "2. " in str(response)
 
 
-def test_filters_postprocessors_and_the_number_of_pictures_are_kept_to(store, embed_model, query):
+def test_filters_postprocessors_and_the_number_of_images_are_kept_to(store, embed_model, query):
     llm = ScriptedLLM.of(says("ok"))
     engine = image_query_engine(
         store,
@@ -125,13 +125,13 @@ def test_filters_postprocessors_and_the_number_of_pictures_are_kept_to(store, em
     assert "4. label: mug" in texts_of(llm.asked[0])
 
 
-def test_a_model_that_takes_no_pictures_is_shown_none(store, embed_model, query):
+def test_a_model_that_takes_no_images_is_shown_none(store, embed_model, query):
     llm = ScriptedLLM.of(says("ok"))
     image_query_engine(store, embed_model, llm=llm, max_images=0).query(query)
     assert not pictures_of(llm.asked[0])
 
 
-def test_a_picture_alone_is_a_question_too(store, embed_model, leopard):
+def test_an_image_alone_is_a_question_too(store, embed_model, leopard):
     llm = ScriptedLLM.of(says("ok"))
     image_query_engine(store, embed_model, llm=llm).query(QueryBundle("", image_path=str(leopard)))
     assert "most like the query image" in texts_of(llm.asked[0])
@@ -142,7 +142,7 @@ def test_nothing_found_is_said_without_asking_the_model(store, embed_model):
     assert str(engine.query("kettle")) == "Nothing was found."
 
 
-def test_a_picture_that_must_not_be_read_is_shown_as_words(store, embed_model, tmp_path):
+def test_an_image_that_must_not_be_read_is_shown_as_words(store, embed_model, tmp_path):
     """And no URL is ever fetched to answer, as LlamaIndex's own synthesizer would."""
     llm = ScriptedLLM.of(says("ok"))
     engine = image_query_engine(store, embed_model, llm=llm, top_k=2, image_policy=ImagePolicy(roots=(tmp_path,)))
@@ -151,7 +151,7 @@ def test_a_picture_that_must_not_be_read_is_shown_as_words(store, embed_model, t
     assert "the image cannot be read: outside the folders" in texts_of(llm.asked[0])
 
 
-def test_the_words_round_the_pictures_can_be_changed(store, embed_model):
+def test_the_words_round_the_images_can_be_changed(store, embed_model):
     llm = ScriptedLLM.of(says("ok"))
     engine = image_query_engine(store, embed_model, llm=llm, top_k=1)
     engine.update_prompts({"response_synthesizer:answer_template": PromptTemplate("Say {query_str}!")})
@@ -178,7 +178,7 @@ def test_the_synthesizer_answers_over_texts_alone():
 
 
 def test_the_retriever_works_in_llamaindexs_own_engine(store, embed_model, query):
-    llm = ScriptedLLM.of(says("ok"), says("ok"))  # it asks again for each picture that does not fit beside the others
+    llm = ScriptedLLM.of(says("ok"), says("ok"))  # it asks again for each image that does not fit beside the others
     retriever = ComposedRetriever(store, embed_model, top_k=2)
     engine = RetrieverQueryEngine.from_args(retriever=retriever, llm=llm, multimodal=True)
     response = engine.query(query)
@@ -197,15 +197,15 @@ def test_a_bundle_with_our_vector_is_composed_in_any_index(store, embed_model, l
     assert nodes[0].node.metadata["file_name"] == "natural leopard.jpg"
 
 
-def test_a_router_sends_questions_about_pictures_to_the_engine(store, embed_model):
-    llm = ScriptedLLM.of(says('[{"choice": 2, "reason": "pictures"}]'), says("a mug"))
-    pictures = image_query_engine(store, embed_model, llm=llm, top_k=1)
+def test_a_router_sends_questions_about_images_to_the_engine(store, embed_model):
+    llm = ScriptedLLM.of(says('[{"choice": 2, "reason": "images"}]'), says("a mug"))
+    images = image_query_engine(store, embed_model, llm=llm, top_k=1)
     words = image_query_engine(store, embed_model, top_k=1)
     router = RouterQueryEngine(
         selector=LLMSingleSelector.from_defaults(llm=llm),
         query_engine_tools=[
             QueryEngineTool.from_defaults(words, name="list", description="lists"),
-            QueryEngineTool.from_defaults(pictures, name="pictures", description="answers about pictures"),
+            QueryEngineTool.from_defaults(images, name="images", description="answers about images"),
         ],
         llm=llm,
     )
@@ -218,15 +218,15 @@ async def test_the_engine_is_a_tool_of_an_agent(store, embed_model):
     from llama_index.core.agent.workflow import FunctionAgent
 
     tool = QueryEngineTool.from_defaults(
-        image_query_engine(store, embed_model, top_k=2), name="pictures", description="Finds pictures."
+        image_query_engine(store, embed_model, top_k=2), name="images", description="Finds images."
     )
-    llm = ScriptedLLM.of(calls("pictures", input="a mug"), says("found"))
+    llm = ScriptedLLM.of(calls("images", input="a mug"), says("found"))
     assert str(await FunctionAgent(tools=[tool], llm=llm).run("find a mug")).strip() == "found"
     assert "1. label: mug" in texts_of(llm.asked[1])
 
 
 def test_chat_engines_take_the_retriever_and_the_engine(store, embed_model):
-    """LlamaIndex's four: over the retriever (with and without pictures), and over the engine."""
+    """LlamaIndex's four: over the retriever (with and without images), and over the engine."""
     retriever = ComposedRetriever(store, embed_model, top_k=2)
 
     def own() -> dict[str, Any]:

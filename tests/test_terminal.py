@@ -58,8 +58,8 @@ def test_json_keeps_what_a_terminal_would_not_take(capfd: pytest.CaptureFixture[
 def test_files_with_any_name_are_indexed_and_listed(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, tried: Counter[str]
 ) -> None:
-    """Truth: a file name is any bytes but two; a broken picture is listed by its name."""
-    folder = tmp_path / "pictures"
+    """Truth: a file name is any bytes but two; a broken image is listed by its name."""
+    folder = tmp_path / "images"
     folder.mkdir()
     names = [os.fsencode(text.replace("/", "_").replace("\ud800", "")) for text in COMMANDS]
     for name in names:

@@ -139,7 +139,7 @@ def test_an_unexpected_failure_tells_no_secrets(search, caplog):
     assert "password=secret" in caplog.text
 
 
-def test_a_model_that_takes_no_pictures_is_given_none(spec):
+def test_a_model_that_takes_no_images_is_given_none(spec):
     words = ImageSearch(spec.search._store, spec.search._embed_model, limits=SearchLimits(thumbnails=0))
     output = tool(ImageSearchToolSpec(words, spec.conversation), "search_images").call(image="photo.png")
     assert not pictures_of([ChatMessage(blocks=output.blocks)])
@@ -160,7 +160,7 @@ ANSWERS = ("Here are three.", "And this in red.", "It is a red phone case.")
 def assert_three_turns(
     asked: Sequence[Sequence[ChatMessage]], answers: Sequence[str], spec: ImageSearchToolSpec
 ) -> None:
-    """The model saw the results of each turn as text and as pictures, and the last is about the one before."""
+    """The model saw the results of each turn as text and as images, and the last is about the one before."""
     assert list(answers) == list(ANSWERS)
     assert len(asked) == 6
     seen = [pictures_of(asked[after]) for after in (1, 3, 5)]
@@ -195,7 +195,7 @@ def thinks(name: str, arguments: dict[str, object]) -> ChatMessage:
 
 
 async def test_a_react_agent_holds_the_conversation_of_three_turns(spec):
-    """LlamaIndex reduces observations to text; the formatter puts the pictures back."""
+    """LlamaIndex reduces observations to text; the formatter puts the images back."""
     script = [
         line
         for (name, given), said in zip(CALLS, ANSWERS, strict=True)

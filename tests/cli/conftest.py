@@ -11,9 +11,9 @@ from mm_retriever.demo.catalogue import draw_product, draw_theme
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small folder of drawn products, one sub-folder a kind."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for kind in ("phone case", "mug", "umbrella"):
         for pattern, colour in (("leopard", "natural"), ("polka dots", "red"), ("stars", "blue")):
             path = folder / kind / f"{colour} {pattern}.jpg"
@@ -30,9 +30,9 @@ def leopard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def db(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "pictures.db"
+def db(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "images.db"
     with pytest.raises(SystemExit) as stopped:
-        main(["index", str(pictures), "--db", str(path), "--model", "tiny"])
+        main(["index", str(images), "--db", str(path), "--model", "tiny"])
     assert not stopped.value.code
     return path

@@ -22,7 +22,7 @@ from tests.support.command_line import run
 
 
 def test_a_composed_search_prints_the_product_of_that_kind_and_pattern(capfd, db, leopard):
-    """The published example: "phone case with this" and a leopard picture."""
+    """The published example: "phone case with this" and a leopard image."""
     code, out, _ = run(
         capfd, "search", "--db", db, "--model", "tiny", "-t", "phone case with this", "-i", leopard, "--json"
     )
@@ -144,13 +144,13 @@ def test_two_conditions_in_one_are_said(capfd, years_db):
 
 
 @pytest.fixture(scope="module")
-def years_db(pictures, tmp_path_factory):
-    """Three pictures with columns of every type, on Milvus Lite."""
+def years_db(images, tmp_path_factory):
+    """Three images with columns of every type, on Milvus Lite."""
     folder = tmp_path_factory.mktemp("years")
-    sources = sorted(pictures.rglob("*.jpg"))[:3]
-    (folder / "pictures").mkdir()
+    sources = sorted(images.rglob("*.jpg"))[:3]
+    (folder / "images").mkdir()
     for source in sources:
-        (folder / "pictures" / source.name).write_bytes(source.read_bytes())
+        (folder / "images" / source.name).write_bytes(source.read_bytes())
     facts = [
         {"year": 2019, "code": "7", "taken": "2024-01-01T23:59:59", "title": "a red mug"},
         {"year": 2020, "code": "007", "taken": "2024-01-02T10:00:00", "title": "a blue mug"},
@@ -164,7 +164,7 @@ def years_db(pictures, tmp_path_factory):
         main(
             [
                 "index",
-                str(folder / "pictures"),
+                str(folder / "images"),
                 "--db",
                 str(folder / "a.db"),
                 "--model",
@@ -176,13 +176,13 @@ def years_db(pictures, tmp_path_factory):
     return folder / "a.db"
 
 
-def test_words_beside_pictures_are_found_exactly_with_hybrid(capfd, pictures, db, tmp_path):
+def test_words_beside_images_are_found_exactly_with_hybrid(capfd, images, db, tmp_path):
     """A code that no model knows, from a sidecar: only BM25 tells it from others."""
     sidecar, words = tmp_path / "facts.json", tmp_path / "words.db"
-    names = sorted(path.relative_to(pictures).as_posix() for path in pictures.rglob("*.jpg"))
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
     sidecar.write_text(json.dumps({name: {"sku": f"XK{2040 + i}"} for i, name in enumerate(names)}), encoding="utf-8")
     options = ("--db", words, "--model", "tiny", "--hybrid", "--json")
-    assert run(capfd, "index", pictures, *options, "--sidecar", sidecar)[0] == 0
+    assert run(capfd, "index", images, *options, "--sidecar", sidecar)[0] == 0
     for number in (0, 5, 8):
         code, out, _ = run(capfd, "search", *options, "-t", f"XK{2040 + number}")
         assert code == 0
@@ -192,9 +192,9 @@ def test_words_beside_pictures_are_found_exactly_with_hybrid(capfd, pictures, db
     assert "index FOLDER --db NEW.db --hybrid" in err
 
 
-def test_a_second_index_embeds_nothing(capfd, pictures, db):
+def test_a_second_index_embeds_nothing(capfd, images, db):
     """Issue: run twice, embeds nothing, adds nothing."""
-    code, out, _ = run(capfd, "index", pictures, "--db", db, "--model", "tiny", "--json")
+    code, out, _ = run(capfd, "index", images, "--db", db, "--model", "tiny", "--json")
     report = json.loads(out)
     assert code == 0
     assert (report["indexed"], report["unchanged"]) == (0, 9)
@@ -260,10 +260,10 @@ def test_info_names_versions_and_what_a_store_holds(capfd, db):
     assert "mm_retriever" in out
 
 
-def test_pictures_are_embedded_into_files_and_a_second_run_has_nothing_to_do(capfd, pictures, tmp_path):
+def test_images_are_embedded_into_files_and_a_second_run_has_nothing_to_do(capfd, images, tmp_path):
     """What is skipped is listed; the second run needs no source, and another source is refused."""
     (tmp_path / "photos").mkdir()
-    for number, path in enumerate(sorted(pictures.rglob("*.jpg"))):
+    for number, path in enumerate(sorted(images.rglob("*.jpg"))):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(path.read_bytes())
     (tmp_path / "photos" / "bad\x1b[31m.png").write_text("no picture")
     out = tmp_path / "out"
@@ -276,12 +276,12 @@ def test_pictures_are_embedded_into_files_and_a_second_run_has_nothing_to_do(cap
     report = json.loads(said)
     assert (code, report["written"], report["rows"], len(report["skipped"])) == (0, 0, 9, 1)
     assert sorted(path.name for path in (out / "shards").iterdir()) == [f"{number:06d}.parquet" for number in range(3)]
-    code, _, err = run(capfd, "embed", out, pictures, "--model", "tiny", "--rows-per-file", 4)
+    code, _, err = run(capfd, "embed", out, images, "--model", "tiny", "--rows-per-file", 4)
     assert code == 2
     assert "Give another folder" in err
 
 
-def test_files_are_imported_by_a_server_only(capfd, pictures, tmp_path):
+def test_files_are_imported_by_a_server_only(capfd, images, tmp_path):
     """No Milvus Lite file is made on the way, and a folder without files is named."""
     code, _, err = run(capfd, "import", tmp_path / "out", "--db", tmp_path / "a.db")
     assert code == 2
@@ -290,7 +290,7 @@ def test_files_are_imported_by_a_server_only(capfd, pictures, tmp_path):
     code, _, err = run(capfd, "import", tmp_path / "out", "--db", "http://127.0.0.1:9")
     assert code == 2
     assert "there are no shards in" in err
-    code, _, err = run(capfd, "embed", tmp_path / "out", pictures, "--workers", 2)
+    code, _, err = run(capfd, "embed", tmp_path / "out", images, "--workers", 2)
     assert (code, err) == (2, "mm-retriever: --workers is taken only with --ray\n")
 
 

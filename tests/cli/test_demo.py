@@ -61,10 +61,10 @@ def test_the_demo_runs_on_an_archive_of_the_published_layout(capfd, archive, tmp
     assert len(list((out / "amazon" / "images_folder" / "images").glob("*.jpg"))) == 3
 
 
-def test_the_demo_runs_on_a_folder_of_ones_own(capfd, pictures, tmp_path):
+def test_the_demo_runs_on_a_folder_of_ones_own(capfd, images, tmp_path):
     """`demo --photos DIR`."""
     out = tmp_path / "out"
-    code, printed, _ = run(capfd, "demo", "--photos", pictures, "--model", "tiny", "--out", out, "--text", "a blue mug")
+    code, printed, _ = run(capfd, "demo", "--photos", images, "--model", "tiny", "--out", out, "--text", "a blue mug")
     assert code == 0
     assert "a blue mug" in printed
     assert (out / "composed.png").exists()
@@ -81,8 +81,8 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, name):
 
 def test_links_in_an_archive_are_not_followed(tmp_path):
     """A link out of the folder, then a file through it."""
-    picture = jpeg(Image.new("RGB", (8, 8)))
-    members = {"images_folder/images": str(tmp_path / "outside"), "images_folder/images/a.jpg": picture}
+    image = jpeg(Image.new("RGB", (8, 8)))
+    members = {"images_folder/images": str(tmp_path / "outside"), "images_folder/images/a.jpg": image}
     (tmp_path / "outside").mkdir()
     with pytest.raises(MMRetrieverError, match="layout"):
         scenes.extract_amazon(tar_of(tmp_path / "hostile.tar.gz", members), tmp_path / "in")

@@ -28,47 +28,47 @@ from mm_retriever.demo.catalogue import (
 from mm_retriever.demo.catalogue.drawing import MAPS_PER_BLOCK, SEED_BLOCK, map_seed
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, np.float32)
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.float32)
 
 
 def test_the_same_seed_draws_the_same_bytes():
-    """Our promise: demo, tests and model card talk about the same pictures."""
+    """Our promise: demo, tests and model card talk about the same images."""
     first, second = (draw_product("mug", "tiger", NATURAL, 7) for _ in range(2))
     assert first.tobytes() == second.tobytes()
     first, second = (draw_theme("hearts", "red", 7) for _ in range(2))
     assert first.tobytes() == second.tobytes()
 
 
-def test_another_seed_draws_another_picture_of_the_same_thing():
-    """Otherwise held-out evaluation would see training pictures again."""
+def test_another_seed_draws_another_image_of_the_same_thing():
+    """Otherwise held-out evaluation would see training images again."""
     first, second = (pixels(draw_product("mug", "tiger", NATURAL, seed)) for seed in (7, 8))
     assert np.abs(first - second).mean() > 5
 
 
 @pytest.mark.parametrize("size", [17, 128, 320, 500])
 def test_every_size_shows_the_same_scene(size: int):
-    """Small pictures are the large one reduced, so a label and a look do not depend on the size."""
+    """Small images are the large one reduced, so a label and a look do not depend on the size."""
     large = draw_product("cushion", "plaid", "green", 3)
-    picture = draw_product("cushion", "plaid", "green", 3, size)
-    assert picture.size == (size, size)
-    assert picture.mode == "RGB"
-    assert np.abs(pixels(picture.resize((16, 16))) - pixels(large.resize((16, 16)))).mean() < 4
+    image = draw_product("cushion", "plaid", "green", 3, size)
+    assert image.size == (size, size)
+    assert image.mode == "RGB"
+    assert np.abs(pixels(image.resize((16, 16))) - pixels(large.resize((16, 16)))).mean() < 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_shows_its_pattern_and_keeps_clear_of_the_corners(kind: str):
-    """A red product is red in the middle of the picture, and three corners or more are background."""
-    picture = pixels(draw_product(kind, "plain", "red", 11))
-    red = (picture[..., 0] > 110) & (picture[..., 1] < 90) & (picture[..., 2] < 95)
+    """A red product is red in the middle of the image, and three corners or more are background."""
+    image = pixels(draw_product(kind, "plain", "red", 11))
+    red = (image[..., 0] > 110) & (image[..., 1] < 90) & (image[..., 2] < 95)
     assert red[80:240, 80:240].mean() > 0.15
-    corners = [picture[y, x] for y in (3, 316) for x in (3, 316)]
+    corners = [image[y, x] for y in (3, 316) for x in (3, 316)]
     assert sum(bool(corner.min() > 120) for corner in corners) >= 3
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_is_drawn_in_every_colour_it_comes_in(pattern: str):
-    """The mean colour of cloth follows the palette: two colours of one pattern never give nearly the same picture."""
+    """The mean colour of cloth follows the palette: two colours of one pattern never give nearly the same image."""
     means = {colour: pixels(draw_theme(pattern, colour, 5, 64)).mean((0, 1)) for colour in colours_of(pattern)}
     for one in means:
         for other in means:
@@ -148,7 +148,7 @@ def test_captions_tell_the_truth_and_tell_products_apart():
 @pytest.mark.parametrize("wording", ["training", "held-out"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_query_changes_one_thing_and_never_shows_a_forbidden_pair(mode: str, wording: str):
-    """Picture and text together must determine the answer; training must not see held-out pairs."""
+    """Image and text together must determine the answer; training must not see held-out pairs."""
     rng = np.random.default_rng(0)
     for looks in all_looks()[::5]:
         if (looks.kind, looks.pattern) in HELD_OUT:
@@ -185,7 +185,7 @@ def test_text_queries_leave_natural_colours_unsaid():
     assert "natural" not in vocabulary()
 
 
-def test_a_written_catalogue_has_pictures_themes_and_truth(tmp_path: Path):
+def test_a_written_catalogue_has_images_themes_and_truth(tmp_path: Path):
     """The sidecar's keys are the files, its labels what was drawn."""
     written = write_catalogue(tmp_path, count=24, size=96)
     labels = json.loads(written.labels.read_text(encoding="utf-8"))
@@ -193,9 +193,9 @@ def test_a_written_catalogue_has_pictures_themes_and_truth(tmp_path: Path):
     assert files == set(labels) == {product.file_name for product in catalogue(24)}
     for product in catalogue(24)[:3]:
         assert labels[product.file_name]["description"] == product.description
-        with Image.open(written.products / product.file_name) as picture:
-            assert picture.size == (96, 96)
-            assert np.abs(pixels(picture) - pixels(product.draw(96))).mean() < 8
+        with Image.open(written.products / product.file_name) as image:
+            assert image.size == (96, 96)
+            assert np.abs(pixels(image) - pixels(product.draw(96))).mean() < 8
     assert (written.themes / "leopard.jpg").exists()
 
 

@@ -26,7 +26,7 @@ def layers(cache_folder: Path):
     return LayerCache.load(cache_folder, 48, shapes=2, textures=3, seed=0)
 
 
-def test_composed_pictures_look_like_drawn_ones(layers):
+def test_composed_images_look_like_drawn_ones(layers):
     """The cache must not drift from the catalogue: mean colour of a product agrees with ``draw_product``."""
     looks = Looks("backpack", "plain", "red")
     composed = layers.render(labels_of([looks] * 16), np.random.default_rng(0))[:, :, 16:32, 16:32].mean((0, 2, 3))

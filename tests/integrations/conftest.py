@@ -38,5 +38,5 @@ def db(tmp_path_factory) -> Path:
     """A store in a file that this process does not hold open."""
     folder = tmp_path_factory.mktemp("served")
     with pytest.raises(SystemExit):
-        main(["index", str(draw_pictures(folder / "pictures")), "--db", str(folder / "drawn.db"), "--model", "tiny"])
+        main(["index", str(draw_pictures(folder / "images")), "--db", str(folder / "drawn.db"), "--model", "tiny"])
     return folder / "drawn.db"

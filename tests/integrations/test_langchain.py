@@ -54,7 +54,7 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class Shop:
-    """Five pictures and a text in a real store, and the photo of a leopard."""
+    """Five images and a text in a real store, and the photo of a leopard."""
 
     store: ImageStore
     model: VisualizedBGEEmbedding
@@ -194,15 +194,15 @@ class TestDescribeToolIntegration(_DescribeTool, ToolsIntegrationTests):
 def test_embeddings_are_those_of_the_core(shop):
     """No logic of its own: the same numbers, whether a name or a loaded model is given."""
     embeddings, again = VisualizedBGEEmbeddings(shop.model), VisualizedBGEEmbeddings("tiny", device="cpu")
-    pictures = [shop.folder / "hearts.png", shop.leopard.read_bytes(), Image.open(shop.leopard)]
+    images = [shop.folder / "hearts.png", shop.leopard.read_bytes(), Image.open(shop.leopard)]
     texts = ["a red mug", "a sock"]
     assert embeddings.embed_model is shop.model
     assert embeddings.embed_documents(texts) == shop.model.get_text_embedding_batch(texts)
     assert embeddings.embed_query("a red mug") == shop.model.get_query_embedding("a red mug")
-    found = embeddings.embed_image(pictures)
-    np.testing.assert_allclose(found, shop.model.get_image_embedding_batch(pictures), atol=1e-6)
+    found = embeddings.embed_image(images)
+    np.testing.assert_allclose(found, shop.model.get_image_embedding_batch(images), atol=1e-6)
     np.testing.assert_allclose(found[1], found[2], atol=1e-6)
-    np.testing.assert_allclose(again.embed_image(pictures[:1]), found[:1], atol=1e-6)
+    np.testing.assert_allclose(again.embed_image(images[:1]), found[:1], atol=1e-6)
     np.testing.assert_allclose(
         embeddings.embed_composed(["a phone case with this"], [shop.leopard]),
         [shop.model.get_composed_embedding("a phone case with this", shop.leopard)],
@@ -211,7 +211,7 @@ def test_embeddings_are_those_of_the_core(shop):
 
     async def later() -> list[Any]:
         return [
-            await embeddings.aembed_image(pictures[:1]),
+            await embeddings.aembed_image(images[:1]),
             await embeddings.aembed_composed(["in red"], [shop.leopard]),
         ]
 
@@ -220,8 +220,8 @@ def test_embeddings_are_those_of_the_core(shop):
     assert len(composed[0]) == shop.model.dimension
 
 
-def test_one_picture_in_place_of_a_list_is_refused(shop):
-    """A path is a sequence of letters: that would be thirty unreadable pictures."""
+def test_one_image_in_place_of_a_list_is_refused(shop):
+    """A path is a sequence of letters: that would be thirty unreadable images."""
     with pytest.raises(QueryError, match=r"give a list of images, \['photo.jpg'\]"):
         VisualizedBGEEmbeddings(shop.model).embed_image("photo.jpg")
     with pytest.raises(ImageLoadError):
@@ -231,7 +231,7 @@ def test_one_picture_in_place_of_a_list_is_refused(shop):
 # ------------------------------------------------------------------------------------------ the retriever
 
 
-def test_text_picture_and_both_find_what_the_core_finds(shop, retriever):
+def test_text_image_and_both_find_what_the_core_finds(shop, retriever):
     leopard = shop.leopard
     assert names(retriever.invoke("a red mug with hearts"))[0] == "hearts"
     assert names(retriever.invoke("", image=str(shop.folder / "dots.png")))[0] == "dots"
@@ -297,7 +297,7 @@ def test_queries_that_cannot_be_asked_say_why(retriever, query, arguments, reaso
 
 
 def test_the_retriever_works_in_a_chain(shop, retriever):
-    """A chain hands on one value: text and picture together."""
+    """A chain hands on one value: text and image together."""
     chain = RunnablePassthrough() | retriever | RunnableLambda(names)
     questions = [{"text": "phone case with this", "image": str(shop.leopard)}, {"text": "a red mug with hearts"}]
     assert [found[0] for found in chain.batch(questions)] == ["leopard", "hearts"]
@@ -307,7 +307,7 @@ def test_the_retriever_works_in_a_chain(shop, retriever):
 
 
 class RednessRerank(BaseNodePostprocessor):
-    """A real reranker at LlamaIndex's seam: by how red a picture is; keeps two, and what it was asked."""
+    """A real reranker at LlamaIndex's seam: by how red an image is; keeps two, and what it was asked."""
 
     asked: list[QueryBundle] = Field(default_factory=list)
 
@@ -326,7 +326,7 @@ class RednessRerank(BaseNodePostprocessor):
         return [NodeWithScore(node=node.node, score=redness(node)) for node in ranked]
 
 
-def test_the_compressor_ranks_documents_by_their_pictures(retriever):
+def test_the_compressor_ranks_documents_by_their_images(retriever):
     documents = retriever.invoke("a mug", k=6)
     before = [one.model_copy(deep=True) for one in documents]
     found = RerankCompressor(reranker=RednessRerank()).compress_documents(documents, "the reddest")
@@ -340,7 +340,7 @@ def test_the_compressor_ranks_documents_by_their_pictures(retriever):
     assert later == found
 
 
-def test_the_compressor_passes_the_query_picture_on(shop, retriever):
+def test_the_compressor_passes_the_query_image_on(shop, retriever):
     """As ContextualCompressionRetriever calls it: with the retriever's own query. Bytes become a data URI."""
     reranker = RednessRerank()
     compressor = RerankCompressor(reranker=reranker)
@@ -374,7 +374,7 @@ def called(tool: BaseTool, **arguments: Any) -> ToolMessage:
     return answer
 
 
-def test_a_conversation_with_the_tools_gives_words_and_pictures(shop):
+def test_a_conversation_with_the_tools_gives_words_and_images(shop):
     """Search, then "the first one, as a sock", then a description: each answer names what the next can refer to."""
     conversation = Conversation()
     conversation.attach("photo", shop.leopard)
@@ -384,9 +384,9 @@ def test_a_conversation_with_the_tools_gives_words_and_pictures(shop):
     kinds = [block["type"] for block in found.content]
     assert kinds[:3] == ["text", "text", "image"]  # the heading; a line for the first result, and its thumbnail
     assert kinds.count("text") == 3
-    picture = Image.open(io.BytesIO(base64.b64decode(found.content[2]["base64"])))
+    image = Image.open(io.BytesIO(base64.b64decode(found.content[2]["base64"])))
     assert found.content[2]["mime_type"] == "image/jpeg"
-    assert max(picture.size) <= SearchLimits().thumbnail_side
+    assert max(image.size) <= SearchLimits().thumbnail_side
     first = found.artifact["results"][0]
     assert shop.store.get_nodes([first["id"]])[0].metadata["file_name"] == "leopard.png"
     assert [block["type"] for block in found.content_blocks] == kinds  # LangChain's standard blocks

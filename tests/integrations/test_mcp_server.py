@@ -45,7 +45,7 @@ async def test_a_session_over_stdio_as_a_subprocess(db, leopard):
 
 
 async def assert_the_vision_model_ranks_and_describes(client: Client, leopard: Path) -> None:
-    """What only the small Phi-3 Vision adds: a reason at the first result, and a description of a picture."""
+    """What only the small Phi-3 Vision adds: a reason at the first result, and a description of an image."""
     found = await client.call_tool("search_images", {"text": "phone case with this", "image": str(leopard), "top_k": 3})
     assert not found.is_error
     first, *others = found.structured_content["results"]
@@ -53,7 +53,7 @@ async def assert_the_vision_model_ranks_and_describes(client: Client, leopard: P
     assert "phone case with leopard" in first["reason"]
     assert first["reason"] in found.content[1].text
     assert not any("reason" in other for other in others)
-    scores = [picture["score"] for picture in (first, *others)]
+    scores = [image["score"] for image in (first, *others)]
     assert scores == sorted(scores, reverse=True)
     assert 0 <= scores[-1] <= scores[0] <= sum(scores) <= 1  # shares of a reranker, not similarities
     described = await client.call_tool("describe_image", {"image": first["id"], "question": "What is it?"})

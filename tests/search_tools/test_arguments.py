@@ -31,7 +31,7 @@ from mm_retriever.store import filter_expression
 )
 def test_filters_are_taken_in_every_form_that_can_mean_one_thing_only(search, filters):
     found = search.search("leopard", filters=filters)
-    assert [picture.label for picture in found.results] == ["mug"] * 4
+    assert [image.label for image in found.results] == ["mug"] * 4
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_nothing_found_says_which_keys_there_are(search):
         ({"key": "label", "operator": ">", "value": 5}, "holds text, which > does not compare with the number 5"),
     ],
 )
-def test_a_filter_that_no_picture_can_meet_is_refused(search, condition, message):
+def test_a_filter_that_no_image_can_meet_is_refused(search, condition, message):
     """A model takes no results, or all of them, for an answer; it must be told."""
     with pytest.raises(FilterError, match=message):
         search.search("mug", filters=condition)

@@ -20,7 +20,7 @@ from mm_retriever.store import ImageStore, open_store
 from tests.support.drawn_store import draw_leopard
 
 
-def test_a_picture_is_known_by_attachment_result_id_data_uri_and_allowed_path(store, embed_model, leopard, talk):
+def test_an_image_is_known_by_attachment_result_id_data_uri_and_allowed_path(store, embed_model, leopard, talk):
     """The five ways that the argument's description gives."""
     search = ImageSearch(store, embed_model, image_policy=ImagePolicy(roots=(leopard.parent,)))
     found = search.search("phone case", conversation=talk)
@@ -60,7 +60,7 @@ def test_a_path_outside_the_roots_is_refused_even_through_a_link(store, embed_mo
             search.search(image=image)
 
 
-def test_an_unknown_picture_is_answered_with_what_is_known(search, talk):
+def test_an_unknown_image_is_answered_with_what_is_known(search, talk):
     with pytest.raises(QueryError, match=r"no image is known as 'phone\.png'.*attached are 'photo\.png'"):
         search.search(image="phone.png", conversation=talk)
     with pytest.raises(QueryError, match="nothing was found yet"):
@@ -124,10 +124,10 @@ def test_an_attachment_is_checked_when_it_is_attached(tmp_path):
 def test_very_many_attachments_and_searches_are_not_kept():
     conversation = Conversation()
     for number in range(80):
-        conversation.attach(f"picture {number:03}.png", Image.new("RGB", (2, 2)))
+        conversation.attach(f"image {number:03}.png", Image.new("RGB", (2, 2)))
         conversation.remember([str(number)])
     assert len(conversation.attachments) == 64
-    assert conversation.attachments[-1] == "picture 079.png"
+    assert conversation.attachments[-1] == "image 079.png"
     with pytest.raises(QueryError, match="searches 49 to 80"):
         conversation.result(1, 2)
 

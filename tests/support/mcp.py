@@ -27,7 +27,7 @@ def opened(content) -> Image.Image:
 
 
 async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: bool) -> None:
-    """What the issue asks of a session: list and call every tool, read a resource, a picture opens, errors are said."""
+    """What the issue asks of a session: list and call every tool, read a resource, an image opens, errors are said."""
     tools = {tool.name: tool for tool in (await client.list_tools()).tools}
     assert list(tools) == ["search_images", "find_similar", "describe_image"]
     assert all(tool.description and tool.annotations.read_only_hint for tool in tools.values())
