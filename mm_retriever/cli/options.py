@@ -77,7 +77,7 @@ def embed_model(
 def reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:
     """The reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`."""
     from mm_retriever.phi3_vision.config import DEFAULT_MODEL
-    from mm_retriever.rerank import load_reranker
+    from mm_retriever.rerank.registry import load_reranker
 
     name = rerank_model or ("tiny" if model == "tiny" and url is None else DEFAULT_MODEL)
     return load_reranker(name, top_n=top_n, base_url=url, device=device if url is None else None)

@@ -204,7 +204,10 @@ class ImageSearch:
         tell, steps = progress or _nobody, 3 if self._llm else 2
         tell(0, steps, "reading the image")
         named = self._named(image, conversation)
-        facts, hidden = ({}, 0) if named.node is None else self._facts(named.node)
+        facts: dict[str, Any] = {}
+        hidden = 0
+        if named.node is not None:
+            facts, hidden = self._facts(named.node)
         if not named.images:
             return ImageDescription(named.name, note="a text, not an image", **facts)
         try:

@@ -229,12 +229,8 @@ class Original:
 
 def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without: frozenset[str]) -> dict[str, Any]:
     """Return flat metadata without bookkeeping, at most so many keys and each value at most so long."""
-    return {
-        one_line(key, 60): [_short(item, limits.value_text) for item in value[:10]]
-        if isinstance(value := metadata[key], list | tuple)
-        else _short(value, limits.value_text)
-        for key in shown_keys(metadata, without=without)[: limits.metadata]
-    }
+    keys = shown_keys(metadata, without=without)[: limits.metadata]
+    return {one_line(key, 60): _bounded(metadata[key], limits.value_text) for key in keys}
 
 
 def shown_keys(metadata: Mapping[str, Any], *, without: frozenset[str]) -> list[str]:
@@ -257,6 +253,10 @@ def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that are not empty and are no bytes, in types that JSON has."""
     kept = {name: value for name, value in facts.items() if name != "thumbnail" and value not in ("", None, {})}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+
+
+def _bounded(value: Any, most: int) -> Any:
+    return [_short(item, most) for item in value[:10]] if isinstance(value, list | tuple) else _short(value, most)
 
 
 def _short(value: Any, most: int) -> Any:
