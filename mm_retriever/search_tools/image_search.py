@@ -6,7 +6,6 @@ shows the answer.
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import os
 from collections.abc import Callable, Sequence
@@ -51,6 +50,7 @@ from mm_retriever.search_tools.results import (
     without_folders,
 )
 from mm_retriever.store import ImageStore
+from mm_retriever.threads import in_thread
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many steps of how many are done, and what comes next; in the thread that searches."""
@@ -251,17 +251,9 @@ class ImageSearch:
             raise ImageLoadError(f"the file of {name!r} is not an image")
         return Original(node_id, name, media_type(kind), data)
 
-    async def asearch(self, *args: Any, **kwargs: Any) -> SearchResult:
-        """`search`, in a thread."""
-        return await asyncio.to_thread(self.search, *args, **kwargs)
-
-    async def afind_similar(self, *args: Any, **kwargs: Any) -> SearchResult:
-        """`find_similar`, in a thread."""
-        return await asyncio.to_thread(self.find_similar, *args, **kwargs)
-
-    async def adescribe(self, *args: Any, **kwargs: Any) -> ImageDescription:
-        """`describe`, in a thread."""
-        return await asyncio.to_thread(self.describe, *args, **kwargs)
+    asearch = in_thread(search)
+    afind_similar = in_thread(find_similar)
+    adescribe = in_thread(describe)
 
     # ------------------------------------------------------------------------------------------ searching
 

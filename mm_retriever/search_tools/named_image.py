@@ -15,8 +15,8 @@ from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import ImageLoadError, QueryError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, first_readable, is_image_path, read_image_bytes, source_name
-from mm_retriever.node_images import node_images
 from mm_retriever.own_keys import own_value
+from mm_retriever.request import node_images
 from mm_retriever.search_tools.arguments import read_result_number
 from mm_retriever.search_tools.conversation import Conversation
 
