@@ -4,12 +4,12 @@ Every class also inherits the builtin it specialises, so that code that has neve
 (``except ValueError``, ``except ConnectionError``) does the right thing.
 
     MMRetrieverError
-    ├── ImageLoadError          (ValueError)       a picture that cannot or must not be read
+    ├── ImageLoadError          (ValueError)       an image that cannot or must not be read
     ├── CheckpointError         (ValueError)       weights that are missing, wrong, damaged or unsafe
     │   └── ModelNotFoundError  (FileNotFoundError) a name that leads to no file, or a hub out of reach
     ├── QueryError              (ValueError)       a query that cannot be asked: empty, mixed up, out of range
     ├── FilterError             (ValueError)       a metadata filter that cannot be expressed safely
-    ├── PromptError             (ValueError)       pictures and text that do not fit together in one prompt
+    ├── PromptError             (ValueError)       images and text that do not fit together in one prompt
     ├── RerankError             (RuntimeError)     a ranking that could not be obtained
     ├── IngestError             (ValueError)       a source or sidecar that cannot be ingested
     ├── CopyError               (TypeError)        an object that cannot be taken to another process
@@ -34,7 +34,7 @@ _REPR.maxstring = _REPR.maxother = 120
 
 
 def shown(value: object) -> str:
-    """Return a value for a message: at most a few hundred characters, however large or deep a stranger made it."""
+    """Return a value for a message: at most a few hundred characters, however large or deep untrusted input made it."""
     try:
         text = _REPR.repr(value)
     except (ValueError, RecursionError):  # an integer of more digits than Python writes, a __repr__ without end
@@ -79,7 +79,7 @@ class MMRetrieverError(Exception):
 
 
 class ImageLoadError(MMRetrieverError, ValueError):
-    """A picture that cannot or must not be read: the message names the source and the reason."""
+    """An image that cannot or must not be read: the message names the source and the reason."""
 
     reason: str = ""  # alone, for lists that name the source themselves
 
@@ -95,7 +95,7 @@ class ModelNotFoundError(CheckpointError, FileNotFoundError):
 
 
 class QueryError(MMRetrieverError, ValueError):
-    """A query that cannot be asked: no text and no picture, or a number out of range."""
+    """A query that cannot be asked: no text and no image, or a number out of range."""
 
 
 class FilterError(MMRetrieverError, ValueError):
@@ -103,7 +103,7 @@ class FilterError(MMRetrieverError, ValueError):
 
 
 class PromptError(MMRetrieverError, ValueError):
-    """Pictures and text that do not fit together in one prompt."""
+    """Images and text that do not fit together in one prompt."""
 
 
 class RerankError(MMRetrieverError, RuntimeError):

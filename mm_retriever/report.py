@@ -22,6 +22,7 @@ from PIL import Image
 from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.files import write_atomically
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, opened_image, source_name, thumbnail_data_uri
+from mm_retriever.images.loading import resized
 from mm_retriever.images.sheet import CELL, before_after, contact_sheet, with_text
 
 if TYPE_CHECKING:
@@ -150,11 +151,6 @@ def _write(path: Path, data: bytes) -> Path:
     return write_atomically(path, data)
 
 
-def _fitting(size: tuple[int, int]) -> tuple[int, int]:
-    scale = _LARGEST_VIEW / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
 def _load(source: ImageSource, policy: ImagePolicy) -> tuple[Image.Image | None, str]:
     """The image, or None and the reason in a line."""
     try:
@@ -162,7 +158,7 @@ def _load(source: ImageSource, policy: ImagePolicy) -> tuple[Image.Image | None,
             if max(image.size) <= _LARGEST_VIEW:
                 return image.copy(), ""
             # hundreds of large images would not fit into memory
-            return image.resize(_fitting(image.size), Image.Resampling.LANCZOS, reducing_gap=2.0), ""
+            return resized(image, _LARGEST_VIEW), ""
     except ImageLoadError as error:
         return None, str(error)
 

@@ -215,13 +215,18 @@ def pixel_digest(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
+def resized(image: Image.Image, longest_side: int) -> Image.Image:
+    """Return the image smaller or larger, so that its longest side has so many pixels."""
+    scale = longest_side / max(image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
 def encode_thumbnail(image: Image.Image, max_side: int = 256, *, quality: int = 82) -> bytes:
     """Return a JPEG of an image, shrunk (never enlarged) until no side is longer than `max_side`."""
     small = image if image.mode == "RGB" else normalised(image, rawmode="", keep_mode=False)
     if max(small.size) > max_side:
-        scale = max_side / max(small.size)
-        size = max(1, round(small.width * scale)), max(1, round(small.height * scale))
-        small = small.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        small = resized(small, max_side)
     out = io.BytesIO()
     small.save(out, "JPEG", quality=quality, optimize=True)
     return out.getvalue()

@@ -1,6 +1,6 @@
-"""Pictures of pictures: the numbered grid of candidates that a vision model ranks, and the before/after figure.
+"""Images of images: the numbered grid of candidates that a vision model ranks, and the before/after figure.
 
-The grid is as published: square cells of 300 pixels, three in a row, a red number in each corner, the query picture
+The grid is as published: square cells of 300 pixels, three in a row, a red number in each corner, the query image
 with a blue border at the left: 1200 x 900 pixels for nine candidates. Pillow only; knows nothing of models or nodes.
 """
 
@@ -11,7 +11,8 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mm_retriever.images.loading import load_image
+from mm_retriever.errors import one_line
+from mm_retriever.images.loading import load_image, resized
 
 COLUMNS = 3
 CELL = 300  # pixels
@@ -32,21 +33,21 @@ def contact_sheet(
     columns: int = COLUMNS,
     cell: int = CELL,
 ) -> Image.Image:
-    """Return the grid, row by row, with the query picture in a column of its own at the left.
+    """Return the grid, row by row, with the query image in a column of its own at the left.
 
     Args:
-        candidates: any number of pictures; None is drawn as a grey cell that says "missing".
-        query: the query picture; without one there is no such column.
+        candidates: any number of images; None is drawn as a grey cell that says "missing".
+        query: the query image; without one there is no such column.
         labels: what stands in the corners; by default 1, 2, 3...
         columns: cells in a row; fewer candidates than that make a narrower grid.
-        cell: side of a cell in pixels. Pictures are fitted into it, never stretched or cut.
+        cell: side of a cell in pixels. Images are fitted into it, never stretched or cut.
 
     Raises:
         ValueError: nothing to show, or labels that do not fit the candidates.
     """
     labels = [str(number) for number in range(1, len(candidates) + 1)] if labels is None else labels
     if not candidates and query is None:
-        raise ValueError("contact_sheet() needs at least one candidate or a query picture")
+        raise ValueError("contact_sheet() needs at least one candidate or a query image")
     if len(labels) != len(candidates):
         raise ValueError(f"{len(labels)} labels for {len(candidates)} candidates")
     if columns < 1 or cell < 24:
@@ -87,9 +88,9 @@ def before_after(
     Args:
         candidates: in the order of retrieval; None is drawn as missing.
         order: positions in `candidates`, best first; those left out are not shown on the right.
-        query: the query picture.
+        query: the query image.
         title: what was asked.
-        caption: what the model says it sees in the query picture.
+        caption: what the model says it sees in the query image.
         reason: why the first one is first.
         columns: cells in a row.
         cell: side of a cell in pixels.
@@ -119,24 +120,24 @@ def before_after(
     return with_text(figure, above=title, below=[(name, text) for name, text in below if text])
 
 
-def with_text(picture: Image.Image, *, above: str = "", below: Sequence[tuple[str, str]] = ()) -> Image.Image:
-    """Return the picture on a sheet of paper with a heading above and named paragraphs below it."""
+def with_text(image: Image.Image, *, above: str = "", below: Sequence[tuple[str, str]] = ()) -> Image.Image:
+    """Return the image on a sheet of paper with a heading above and named paragraphs below it."""
     if not above and not below:
-        return picture
-    large, small = _font(max(18, picture.width // 48)), _font(max(14, picture.width // 64))
-    margin = max(12, picture.width // 50)
-    width = picture.width - 2 * margin
+        return image
+    large, small = _font(max(18, image.width // 48)), _font(max(14, image.width // 64))
+    margin = max(12, image.width // 50)
+    width = image.width - 2 * margin
     heading = _wrapped(above, large, width)[:3] if above else []
     paragraphs = [(name, _wrapped(text, small, width)) for name, text in below]
     top = margin + len(heading) * _line_height(large) if heading else 0
     lines = sum(len(text) for _, text in paragraphs)
     bottom = (lines + len(paragraphs)) * _line_height(small) + (len(paragraphs) + 1) * margin // 2 if paragraphs else 0
-    sheet = Image.new("RGB", (picture.width, top + picture.height + bottom), _PAPER)
-    sheet.paste(picture, (0, top))
+    sheet = Image.new("RGB", (image.width, top + image.height + bottom), _PAPER)
+    sheet.paste(image, (0, top))
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(heading):
         draw.text((margin, margin // 2 + number * _line_height(large)), line, fill=_INK, font=large)
-    at = top + picture.height + margin // 2
+    at = top + image.height + margin // 2
     for name, text in paragraphs:
         draw.text((margin, at), name, fill=_FAINT, font=small)
         for line in text:
@@ -162,15 +163,15 @@ def _candidate_cell(candidate: Image.Image | None, label: str, cell: int) -> Ima
         draw.rectangle((margin, margin, cell - 1 - margin, cell - 1 - margin), fill=_MISSING)
         draw.text((cell // 2, cell // 2), "missing", fill=_FAINT, font=_font(cell // 10), anchor="mm")
     else:
-        picture = _fitted(candidate, cell - 2 * margin)
-        square.paste(picture, ((cell - picture.width) // 2, (cell - picture.height) // 2))
+        image = _fitted(candidate, cell - 2 * margin)
+        square.paste(image, ((cell - image.width) // 2, (cell - image.height) // 2))
     draw.rectangle((0, 0, cell - 1, cell - 1), outline=_LINE)
     _draw_number(draw, label, cell)
     return square
 
 
 def _draw_number(draw: ImageDraw.ImageDraw, label: str, cell: int) -> None:
-    """Red on a white tag: it must be legible on any picture, for a person as for a model."""
+    """Red on a white tag: it must be legible on any image, for a person as for a model."""
     font = _font(cell // 7)
     pad = cell // 50
     _, top, right, bottom = draw.textbbox((0, 0), label, font=font)
@@ -180,10 +181,7 @@ def _draw_number(draw: ImageDraw.ImageDraw, label: str, cell: int) -> None:
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
-    """The picture at the size at which its longer side is `side`."""
-    scale = side / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return load_image(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return resized(load_image(image), side)
 
 
 @cache
@@ -198,10 +196,7 @@ def _line_height(font: Font) -> int:
 
 def _wrapped(text: str, font: Font, width: int) -> list[str]:
     """Lines that fit; what is too long for a line is broken, what is too long for the figure is cut."""
-    printable = "".join(character if character.isprintable() else " " for character in text[: _LONGEST_TEXT + 1])
-    words = printable.split()
-    if len(text) > _LONGEST_TEXT:
-        words = [*printable[:_LONGEST_TEXT].split(), "..."]
+    words = one_line(text, _LONGEST_TEXT).split()
     lines: list[str] = []
     line = ""
     while words:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor
@@ -31,30 +31,21 @@ class FeatureMemory:
     """Features of images by content, the latest of them, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._features: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._features = LRUCache[tuple[str, int], Tensor](max_bytes, getsizeof=lambda features: features.nbytes)
         self._lock = ForkLock()
 
     def get(self, key: tuple[str, int]) -> Tensor | None:
         """The features, if they are still there."""
         with self._lock:
-            if key in self._features:
-                self._features.move_to_end(key)
             return self._features.get(key)
 
     def put(self, key: tuple[str, int], features: Tensor) -> None:
-        """Keep the features; the oldest go where there is no room."""
-        size = features.nbytes
-        if size > self._max_bytes:
+        """Keep the features, unless they alone are too large; the oldest go where there is no room."""
+        if features.nbytes > self._features.maxsize:
             return
         with self._lock:
-            if key not in self._features:
-                self._bytes += size
             # a copy: what the tower returns is a view that would keep a whole batch alive
             self._features[key] = features.clone()
-            while self._bytes > self._max_bytes:
-                self._bytes -= self._features.popitem(last=False)[1].nbytes
 
     def __len__(self) -> int:
         return len(self._features)
@@ -76,7 +67,7 @@ class SharedModel:
         self.model, self.processor = model, processor
         self.lock = ForkLock(threading.RLock) if lock is None else lock
         self._memory = FeatureMemory(memory_bytes)
-        self._beginnings: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self._beginnings = LRUCache[tuple[int, ...], Prefix](BEGINNINGS_KEPT)
         self._processors = {processor.num_crops: processor}
 
     def with_crops(self, num_crops: int) -> Phi3VisionProcessor:
@@ -120,9 +111,6 @@ class SharedModel:
             kept = self._beginnings.get(key)
             if kept is None:
                 kept = self._beginnings[key] = self.prefill(ids, (), total_length, meter)
-            self._beginnings.move_to_end(key)
-            while len(self._beginnings) > BEGINNINGS_KEPT:
-                self._beginnings.popitem(last=False)
             return kept
 
     def extend(self, prefix: Prefix, ids: Sequence[int] | Tensor, features: Sequence[Tensor], meter: Meter) -> Prefix:

@@ -6,10 +6,10 @@ Owns the options, the loaded model and the memory of captions; `RerankSession` h
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from cachetools import LRUCache
 from llama_index.core.prompts.mixin import PromptDictType
 from pydantic import PrivateAttr
 
@@ -71,7 +71,7 @@ class Phi3VisionRerank(Options):
     _source: str | os.PathLike[str] | Phi3VisionLLM | None = PrivateAttr(default=None)
     _llm: Phi3VisionLLM = PrivateAttr()
     _shared: SharedModel = PrivateAttr()
-    _captions: OrderedDict[str, tuple[int, ...]] = PrivateAttr(default_factory=OrderedDict)
+    _captions: LRUCache[str, tuple[int, ...]] = PrivateAttr(default_factory=lambda: LRUCache(CAPTIONS_KEPT))
     _lock: ForkLock = PrivateAttr(default_factory=ForkLock)
 
     def __init__(self, model: Model = DEFAULT_MODEL, **options: Any) -> None:
@@ -118,7 +118,7 @@ class Phi3VisionRerank(Options):
 
     def _unshare(self) -> None:
         super()._unshare()
-        self._lock, self._captions = ForkLock(), OrderedDict()
+        self._lock, self._captions = ForkLock(), LRUCache(CAPTIONS_KEPT)
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         session = RerankSession(self._shared, self, self._say, meter, query, candidates)
@@ -141,8 +141,6 @@ class Phi3VisionRerank(Options):
         if known is None and not meter.out_of_time():
             with self._lock:
                 self._captions[digest] = tuple(caption)
-                while len(self._captions) > CAPTIONS_KEPT:
-                    self._captions.popitem(last=False)
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
         super()._update_prompts(prompts)
