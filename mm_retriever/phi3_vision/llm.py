@@ -47,6 +47,7 @@ from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
 from mm_retriever.rebuild import Name, Rebuilt, field_arguments, loaded_model_error, portable_name, wrong_options
+from mm_retriever.threads import in_thread
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -210,10 +211,14 @@ class Phi3VisionLLM(Rebuilt, LLM):
         written = self._answer(self._chat_prompt(messages), kwargs)
         return (_chat_response(piece) for piece in written)
 
+    achat = in_thread(chat)
+
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """The answer to one question; ``formatted``: the prompt has its control tokens already."""
         return _completion(_last(self._answer(self._text_prompt(prompt, formatted), kwargs)))
+
+    acomplete = in_thread(complete)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
@@ -222,22 +227,10 @@ class Phi3VisionLLM(Rebuilt, LLM):
         return (_completion(piece) for piece in written)
 
     @llm_chat_callback()
-    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """`chat` in a thread."""
-        return await asyncio.to_thread(lambda: _chat_response(_last(self._answer(self._chat_prompt(messages), kwargs))))
-
-    @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, each piece made in a thread."""
         written = await asyncio.to_thread(lambda: self._answer(self._chat_prompt(messages), kwargs))
         return _in_threads(_chat_response(piece) for piece in written)
-
-    @llm_completion_callback()
-    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """`complete` in a thread."""
-        return await asyncio.to_thread(
-            lambda: _completion(_last(self._answer(self._text_prompt(prompt, formatted), kwargs)))
-        )
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -67,13 +67,17 @@ def status_of(error: BaseException) -> int | None:
 
 
 def cause_of(error: Exception) -> Exception:
-    """What a server said, under the error that the client made of it."""
-    inner: BaseException | None = error
-    for _ in range(8):
-        if isinstance(inner, ServerError):
-            return inner
-        inner = None if inner is None else inner.__cause__ or inner.__context__
-    return error
+    """What a server answered, under the error that the client made of it."""
+    return next((cause for cause in _chain(error) if isinstance(cause, ServerError)), error)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes, the nearest first; not for ever, as an error may be its own cause."""
+    cause: BaseException | None = error
+    for _ in range(9):
+        if cause is not None:
+            yield cause
+            cause = cause.__cause__ or cause.__context__
 
 
 def _passing(status: int) -> bool:
@@ -143,13 +147,10 @@ def advice(error: BaseException) -> str:
     return f"is the server up, and does the model take images? {rest}"
 
 
-def _refused_answer(error: BaseException | None) -> BaseException | None:
+def _refused_answer(error: BaseException) -> BaseException | None:
     """The reason why an answer was not read to its end, wherever the client's own error carries it."""
-    for _ in range(9):  # an error may be its own cause
-        if error is None or type(error).__name__ == "AnswerTooLargeError":  # whose module needs httpx
-            return error
-        error = error.__cause__
-    return None
+    # by its name: its module needs httpx
+    return next((cause for cause in _chain(error) if type(cause).__name__ == "AnswerTooLargeError"), None)
 
 
 def short(error: BaseException) -> str:

@@ -6,8 +6,9 @@ Owns the options, the loaded model and the memory of captions; `RerankSession` h
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from cachetools import LRUCache
 from llama_index.core.prompts.mixin import PromptDictType
@@ -28,20 +29,6 @@ from mm_retriever.rerank.phi3_vision.session import RerankSession
 from mm_retriever.rerank.scorer import Meter, Query
 
 CAPTIONS_KEPT = 256
-
-PROMPTS = {
-    "ask_composed": prompts.ASK_COMPOSED,
-    "ask_picture": prompts.ASK_PICTURE,
-    "ask_text": prompts.ASK_TEXT,
-    "answer_picture": prompts.ANSWER_PICTURE,
-    "answer_wanted": prompts.ANSWER_WANTED,
-    "describe": prompts.DESCRIBE,
-    "describe_text": prompts.DESCRIBE_TEXT,
-    "ask_fits": prompts.ASK_FITS,
-    "ask_reason": prompts.ASK_REASON,
-    "rank_sheet": prompts.RANK_SHEET,
-    "answer_ranking": prompts.ANSWER_RANKING,
-}
 
 
 Model: TypeAlias = str | os.PathLike[str] | Phi3VisionLLM | tuple[Phi3Vision, Phi3VisionProcessor]
@@ -66,7 +53,9 @@ class Phi3VisionRerank(Options):
         options: the fields of `Options`, and those of `Reranker`.
     """
 
-    default_prompts = PROMPTS
+    default_prompts: ClassVar[Mapping[str, str]] = {
+        name.lower(): text for name, text in vars(prompts).items() if name.isupper()
+    }
 
     _source: str | os.PathLike[str] | Phi3VisionLLM | None = PrivateAttr(default=None)
     _llm: Phi3VisionLLM = PrivateAttr()
