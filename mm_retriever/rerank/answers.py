@@ -127,6 +127,17 @@ def read_answer(text: str) -> Answer:
     )
 
 
+def repair(numbers: Sequence[str], labels: Sequence[int]) -> tuple[list[int], str]:
+    """All labels once, and what was repaired for that: unknown and repeated ones dropped, the missing appended.
+
+    Args:
+        numbers: as they were written.
+        labels: the candidates' numbers in the order of retrieval, from 1.
+    """
+    named, repaired = named_labels(numbers, labels)
+    return [*named, *(label for label in labels if label not in named)], repaired
+
+
 def named_labels(written: Sequence[str], labels: Sequence[int]) -> tuple[list[int], str]:
     """The labels that an answer names, best first, and what has to be repaired to make a permutation of them.
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mm_retriever.rerank.answers import LONGEST_ANSWER, named_labels, read_answer, reasons_by_label
+from mm_retriever.rerank.answers import LONGEST_ANSWER, named_labels, read_answer, reasons_by_label, repair
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_a_repair_says_what_it_repaired() -> None:
     """Truth: by hand."""
     assert named_labels(["3", "1", "2"], [1, 2, 3]) == ([3, 1, 2], "")
     assert named_labels(["3", "0", "3", "-1"], [1, 2, 3]) == ([3], "dropped 0, -1; repeated 3; appended 1, 2")
+    assert repair(["3", "0", "3", "-1"], [1, 2, 3]) == ([3, 1, 2], "dropped 0, -1; repeated 3; appended 1, 2")
     assert named_labels([], [1, 2]) == ([], "appended 1, 2")
     many, repaired = named_labels([str(i) for i in range(10_000)], range(1, 100))
     assert many == list(range(1, 100))
