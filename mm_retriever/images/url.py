@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -36,7 +36,12 @@ _REFUSED = [ipaddress.ip_network(network) for network in (
 )]
 # fmt: on
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "mm-retriever", "Connection": "close"}
+_HEADERS: Mapping[bytes | str, bytes | str] = {
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",
+    "User-Agent": "mm-retriever",
+    "Connection": "close",
+}
 _LONGEST_URL = 8192
 _FAILURES = (OSError, ValueError, httpcore.NetworkError, httpcore.ProtocolError)
 
