@@ -258,6 +258,9 @@ class ImageSynthesizer(BaseSynthesizer):
         return ChatMessage(role=MessageRole.USER, blocks=blocks)
 
 
+PictureSynthesizer = ImageSynthesizer  # its earlier name
+
+
 def _as_words(node: NodeWithScore, note: str = "") -> NodeWithScore:
     words = node.node.get_metadata_str(MetadataMode.LLM), node.node.get_content(MetadataMode.NONE), note
     text = "\n".join(part for part in words if part.strip())
