@@ -34,7 +34,8 @@ from mm_retriever.search_tools.results import (
     without_folders,
 )
 
-FoundPicture, PictureDescription = ImageResult, ImageDescription  # their earlier names
+FoundPicture = ImageResult  # its earlier name
+PictureDescription = ImageDescription
 
 __all__ = [
     "ONLY_NAMED",
