@@ -25,6 +25,7 @@ from mm_retriever.errors import IngestError, MissingExtraError, ModelNotFoundErr
 from mm_retriever.images import DEFAULT_POLICY
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ROOT, ends, python
+from tests.support.settled import settle
 from tests.support.shards import SMALL, check_whole, rows_of, skips
 
 pytestmark = pytest.mark.slow  # Ray starts in some seconds, and so does each worker
@@ -112,6 +113,7 @@ def test_the_rows_are_those_of_embed_to_shards(folder, tmp_path, monkeypatch, cl
     Truth: `embed_to_shards`. Vectors within 1e-6, for other threads add numbers up in another order.
     """
     monkeypatch.setenv("RAY_ADDRESS", cluster)
+    settle(folder)  # or the second would store more of a file's stamp than the first
     model, idle = (VisualizedBGEEmbedding("tiny", device=device) for device in ("cpu", "meta"))
     options = {"rows_per_shard": 5, "batch_size": 2, "hybrid": True, "sidecar": {"cars/01.png": {"price": 9.5}}}
     report = embed_to_shards(folder, tmp_path / "here", model, show_progress=False, **options)

@@ -16,10 +16,12 @@ from mm_retriever.bulk.plan import read_plan
 from mm_retriever.cli import main
 from mm_retriever.errors import StoreError
 from mm_retriever.ingest import ingest_images
+from mm_retriever.own_keys import FILE_STAMP
 from mm_retriever.store import ImageStore, open_store
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.milvus_server import MilvusServer
 from tests.support.processes import ends, python
+from tests.support.settled import settle
 
 pytestmark = pytest.mark.slow
 ROWS = 13
@@ -27,16 +29,17 @@ HOSTILE = ('quote".png', "back\\slash.png", "new\nline.png", "ü😀 漢.png", "
 SIDECAR = {"ü😀 漢.png": {"price": 9.5, "tags": ["a", 'b"'], "n": 2**60 + 1, "said": 'q"\\\n\0'}}
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
     """35 images and two that are none, in shards of 13, 13 and 9 rows."""
-    root = tmp_path / "photos"
+    root = tmp_path_factory.mktemp("import") / "photos"
     for number in range(30):
         paint(root / ("cars" if number % 2 else "") / f"{number:02d}.png", list(COLOURS)[number % 8], (number + 8, 20))
     for number, name in enumerate(HOSTILE):
         paint(root / name, list(COLOURS)[number % 8])
     (root / "cut.png").write_bytes((root / "00.png").read_bytes()[:40])
     (root / "text.jpg").write_text("no image")
+    settle(root)
     return root
 
 
@@ -95,6 +98,7 @@ def test_a_server_imports_each_row_once_as_ingestion_would_store_it(folder, out,
         for row in rows.values():
             row["embedding"] = np.float32(row["embedding"]).tolist()
     assert found == expected
+    assert all(row[FILE_STAMP] for row in expected.values())
     check_whole(store, folder)
     with pytest.raises(SystemExit) as ended:
         main(["import", str(out), "--db", store.uri, "--collection", store.collection_name, "--remote-folder", remote])

@@ -6,7 +6,6 @@ import http.server
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from mm_retriever.ingest.stable_url import stable_url, url_file_name
 from mm_retriever.retriever import ComposedRetriever
 from tests.support.colour_embedding import COLOURS, paint
 from tests.support.ingesting import counts, ingest, nearest, nodes
+from tests.support.settled import settle
 
 
 def extra(report) -> tuple[int, int]:
@@ -121,12 +121,6 @@ def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):
 # ------------------------------------------------------------------------------------------ changes that hide
 
 
-def settle(*paths: Path) -> None:
-    """Wait until the files are old enough for their stamps to be believed."""
-    while any(nodes_module.FILE_STAMP not in nodes_module.file_stamp(str(path)) for path in paths):
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def quick_clocks(monkeypatch):
     """Stamps settle after 50 ms, so that tests need not wait for the clock of a FAT disk."""
@@ -184,7 +178,7 @@ def test_verify_reads_everything(tmp_path, store, model, quick_clocks, monkeypat
 
 def test_rows_of_an_earlier_version_get_their_stamp_and_keep_their_vectors(folder, store, model, quick_clocks):
     """Earlier versions stored size and time alone: the digest decides."""
-    settle(*(path for path in folder.rglob("*") if path.is_file()))
+    settle(folder)
     ingest(folder, store, model)
     ids = [row["id"] for page in store.scan() for row in page]
     vectors = store.columns(ids, [store.embedding_field])

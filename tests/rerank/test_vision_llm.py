@@ -261,8 +261,11 @@ CHAT_TEMPLATE = """
 {% endfor %}assistant:"""
 
 
+SERVED_ANSWER = "[2] > [1] > [4] > [3]"
+
+
 def write_random_vision_model(folder: Path) -> None:
-    """A LLaVA of two small layers, with random weights and a byte for a token."""
+    """A LLaVA of two small layers, with random weights and a byte for a token, which is made to say SERVED_ANSWER."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
@@ -299,7 +302,12 @@ def write_random_vision_model(folder: Path) -> None:
         image_token_id=vocabulary["<image>"], vision_feature_layer=-1,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).eval().save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config).eval()
+    answer = [*fast.encode(SERVED_ANSWER, add_special_tokens=False), config.text_config.eos_token_id]
+    # the more of the answer stands there, the more its next byte outweighs what would begin it again
+    biases = [[answer[:length], 1_000.0 * length] for length in range(1, len(answer) + 1)]
+    model.generation_config.sequence_bias = biases
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -339,14 +347,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["images", "sheet"])
 def test_transformers_own_server_ranks_pictures(served: tuple[str, str], folder: Path, mode: str) -> None:
-    """Truth: the real server, reading our pictures and texts with a real model, which rambles: a permutation."""
+    """Truth: the answer that the real server is made to give; the fourth of five candidates is missing."""
     url, model = served
-    reranker = VisionLLMRerank(base_url=url, model=model, mode=mode, max_tokens=24, top_n=99, timeout_s=120)  # type: ignore[arg-type]
+    options = {"base_url": url, "model": model, "mode": mode, "top_n": 99, "timeout_s": 120}
+    reranker = VisionLLMRerank(**options, max_tokens=64)
     nodes = candidates(folder, "pptmp")
     result = reranker.rerank(nodes, QUERY, query_image=folder / "0.png")
-    assert sorted(result.order) == [0, 1, 2, 3, 4]
-    assert result.order[-1] == 3
+    assert result.order == (1, 0, 4, 2, 3)
     assert result.usage.generated > 0
+    with pytest.raises(RerankError, match=r"cut off before its answer ended .*raise max_tokens, now 16 "):
+        VisionLLMRerank(**options, max_tokens=16).rerank(nodes, QUERY)
     more = reranker.rerank(candidates(folder, "pptmp") if mode == "sheet" else candidates(folder, "ppppp"), QUERY)
     if mode == "images":  # every picture has its tokens in the prompt
         assert result.usage.prefilled > 500
