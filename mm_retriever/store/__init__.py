@@ -1,7 +1,7 @@
 """Images and their vectors in Milvus: a local file, a server or Zilliz Cloud.
 
 Owns every request that this package sends to Milvus. Knows nothing of models beyond a name and a dimension, and nothing
-of image files. Its files, each above those that it imports:
+of image files. Its files, from LlamaIndex down to Milvus:
 
 - `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection. `pixels.py`: image nodes that come
   with vectors of their text. `queries.py`: the queries it takes.

@@ -160,17 +160,12 @@ class ImageStore(MilvusVectorStore):
         if not create:
             check_exists(uri)
         connection = Connection(uri, token=token, timeout=timeout)
-        opened = Collection(
-            connection,
-            collection,
-            dimension=dimension,
-            model_id=model_id,
-            model_note=model_note,
-            index=index,
-            metric=metric,
-        )
+        vectors: dict[str, Any] = {"dimension": dimension, "model_id": model_id, "model_note": model_note}
+        vectors |= {"index": index, "metric": metric}
+        opened = Collection(connection, collection, **vectors)
         try:
             opened.open(hybrid, overwrite=overwrite, create=create, analyzer=analyzer)
+            check_options(collection, opened.dimension, index, opened.metric)  # another program's may be L2
             fields |= {"uri": connection.where, "collection_name": collection, "dim": opened.dimension}
             fields |= {"similarity_metric": opened.metric, "enable_sparse": opened.words is not None}
             # Not MilvusVectorStore's constructor: it would connect and create without timeouts, checks or our schema.
@@ -181,9 +176,8 @@ class ImageStore(MilvusVectorStore):
         self._collection = opened
         self._columns = Columns(lambda expression, limit: opened.some([CONTENT_FIELD], expression, limit))
         self._embed_model = embed_model
-        self._opening = {"uri": connection.lite_path or str(uri), "dimension": dimension, "model_id": model_id}
-        self._opening |= {"collection": collection, "token": token, "index": index, "metric": metric}
-        self._opening |= {"timeout": timeout, "hybrid": hybrid, "model_note": model_note}
+        self._opening = {"uri": connection.lite_path or str(uri), "collection": collection, "token": token}
+        self._opening |= {"timeout": timeout, "hybrid": hybrid, **vectors}
 
     @classmethod
     def class_name(cls) -> str:
@@ -319,7 +313,7 @@ class ImageStore(MilvusVectorStore):
             self._columns.written(batch)
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """Remove every node that was made from the document; an image from no document is its own, by its id."""
+        """Remove every node that was made from the document; an image without a document is its own, by its id."""
         refuse_options("delete", delete_kwargs)
         if not isinstance(ref_doc_id, str) or not ref_doc_id:
             raise QueryError(f"delete needs the id of a document, got {ref_doc_id!r}")

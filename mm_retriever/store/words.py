@@ -169,12 +169,7 @@ def _cut(text: str) -> str:
 
 
 def new_word_index(hybrid: bool | SparseEmbedding | None, analyzer: str | None = None) -> WordIndex | None:
-    """Return the word index of a new collection; None without one.
-
-    Args:
-        hybrid: True for BM25, or a sparse model.
-        analyzer: of BM25, one of `ANALYZERS`; None is "mixed".
-    """
+    """Return the word index of a new collection, BM25 ("mixed" by default) or a sparse model's; None without one."""
     _check_analyzer(analyzer)
     if analyzer is not None and hybrid is not True:
         raise StoreError(f"analyzer {analyzer!r} is how BM25 finds words: it goes with hybrid=True in a new collection")
@@ -213,12 +208,8 @@ def word_index_of(
 ) -> WordIndex | str | None:
     """Return the word index of an existing collection; a text says why it is not the one that was asked for.
 
-    Args:
-        description: of the collection, from Milvus.
-        hybrid: what was asked for; False takes a BM25 index that is there, None also one of a model that is not.
-        stored_model: name of the sparse model that the collection was made with.
-        analyzer: what was asked for; None takes what is there.
-        stored_analyzer: what the collection was made with; earlier versions made all of them with "standard".
+    `hybrid` and `analyzer` are what was asked for. False takes an existing BM25 index; None takes any, and an analyzer
+    of None takes any too. Earlier versions stored no analyzer, which was "standard".
     """
     _check_analyzer(analyzer)
     if stored_model is not None:

@@ -520,16 +520,16 @@ def test_an_existing_engine_answers_from_it(colours):
 
 
 def test_an_ingestion_pipeline_writes_into_it(tmp_path):
-    """Nodes of the pipeline, text and pictures, arrive with their vectors and are found by text."""
+    """Nodes of the pipeline, text and images, arrive with their vectors and are found by text."""
     embed_model = ColourEmbedding()
-    document = ImageDocument(image_path=str(paint(tmp_path / "red.png", "red")), metadata={"kind": "picture"})
+    document = ImageDocument(image_path=str(paint(tmp_path / "red.png", "red")), metadata={"kind": "image"})
     with open_store(tmp_path / "a.db", embed_model) as opened:
         IngestionPipeline(transformations=[embed_model], vector_store=opened).run(
             documents=[Document(text="a green text", metadata={"kind": "text"}), document]
         )
         found = opened.query(query(embed_model.get_text_embedding("green"), 1))
         assert found.nodes[0].get_content() == "a green text"
-        assert opened.get_nodes(filters=where("kind", "picture"))[0].image_path == str(tmp_path / "red.png")
+        assert opened.get_nodes(filters=where("kind", "image"))[0].image_path == str(tmp_path / "red.png")
 
 
 def test_deleting_a_document_through_the_index(tmp_path):

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.slow
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 PATIENT = 90
 """Seconds: a killed server is back, and has its collections loaded, well before."""
-PICTURES = 60
+IMAGES = 60
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def impatient(store: ImageStore, seconds: float) -> ImageStore:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         paint(tmp_path / "photos" / f"{number:03d}.png", list(COLOURS)[number % 8], size=(number + 8, 20))
     return tmp_path / "photos"
 
@@ -95,7 +95,7 @@ def test_what_a_server_holds_can_be_verified(opened, folder):
     rich = node("rich", price=1 / 3, big=2**53 + 1, sizes=[1, 2.5, -3], words=["a", "\u00e9"], sign="\u2028\\")
     rich.embedding = ColourEmbedding().get_text_embedding("red")
     store.add([rich])
-    assert str(store.verify()) == f"{PICTURES + 1} rows read, {PICTURES + 1} checked, 0 damaged"
+    assert str(store.verify()) == f"{IMAGES + 1} rows read, {IMAGES + 1} checked, 0 damaged"
     assert store.get_nodes(["rich"])[0].metadata == rich.metadata
     (row,) = next(store._collection.scan(["*"], 'id == "rich"'))
     store._collection.write([{**row, "price": 2}])
@@ -103,9 +103,9 @@ def test_what_a_server_holds_can_be_verified(opened, folder):
 
 
 def check_whole(store: ImageStore, folder: Path, **options: Any) -> None:
-    """Every picture once, as it is now; a search finds each once; nothing is left to do."""
+    """Every image once, as it is now; a search finds each once; nothing is left to do."""
     rows = [row for page in store.scan(["file_path", "width"]) for row in page]
-    assert sorted(row["file_path"] for row in rows) == sorted(map(str, folder.iterdir())), "every picture exactly once"
+    assert sorted(row["file_path"] for row in rows) == sorted(map(str, folder.iterdir())), "every image exactly once"
     assert all(row["width"] == int(Path(row["file_path"]).stem) + 8 for row in rows)
     everything = asked(store, ColourEmbedding().get_text_embedding("red"), top_k=2 * len(rows))
     assert sorted(everything) == sorted(row["id"] for row in rows)
@@ -116,7 +116,7 @@ def check_whole(store: ImageStore, folder: Path, **options: Any) -> None:
 # ------------------------------------------------------------------------------------------ the same as on Lite
 
 
-def test_pictures_are_added_replaced_pruned_and_found_as_on_milvus_lite(opened, folder, tmp_path):
+def test_images_are_added_replaced_pruned_and_found_as_on_milvus_lite(opened, folder, tmp_path):
     """Truth: the same folder, through the same steps, in a Milvus Lite file."""
     model = ColourEmbedding()
     store = opened(model)
@@ -336,7 +336,7 @@ def test_a_server_killed_at_random_moments_of_ingestion_is_waited_for(opened, fo
         with trouble(pause(chance.uniform(0.0, 0.6)), milvus_server.kill, pause(0.5), milvus_server.start):
             report = ingest_images(folder, store, Slow(), batch_size=4, show_progress=False)
         tried["servers killed"] += 1
-        assert (report.indexed, report.skipped) == (PICTURES, ()), number
+        assert (report.indexed, report.skipped) == (IMAGES, ()), number
         check_whole(store, folder)
 
 
@@ -361,7 +361,7 @@ def test_a_server_that_stays_away_is_a_clear_error_and_what_was_stored_stays(ope
         milvus_server.start()
     patient = opened(ColourEmbedding())
     assert patient.count() == 20
-    assert ingest_images(folder, patient, ColourEmbedding(), show_progress=False).indexed == PICTURES - 20
+    assert ingest_images(folder, patient, ColourEmbedding(), show_progress=False).indexed == IMAGES - 20
     check_whole(patient, folder)
 
 

@@ -97,7 +97,7 @@ def test_texts_of_every_class_come_back_as_text_nodes(node):
 
 
 @pytest.mark.parametrize("where", ["path", "url"])
-def test_pictures_of_every_class_come_back_as_image_nodes(where):
+def test_images_of_every_class_come_back_as_image_nodes(where):
     """LlamaIndex's MilvusVectorStore gives an ImageDocument back as text, and raises KeyError for a Node."""
     resource = MediaResource(path=Path("/p/a.png")) if where == "path" else MediaResource(url="https://x.org/a.png")
     node = Node(id_="a", image_resource=resource, text_resource=MediaResource(text="caption"), embedding=VECTOR)
@@ -116,9 +116,9 @@ def test_an_index_node_stays_one():
     assert back.index_id == "other"
 
 
-def test_picture_bytes_never_reach_milvus():
+def test_image_bytes_never_reach_milvus():
     """Truth: a dynamic field of a Milvus server takes 65,536 bytes. With a path they are dropped, without refused."""
-    pixels = base64.b64encode(b"picture" * 10).decode()
+    pixels = base64.b64encode(b"image" * 10).decode()
     kept = there_and_back(ImageNode(id_="a", image=pixels, image_path="/a.png", embedding=VECTOR))
     assert (kept.image, kept.image_path) == (None, "/a.png")
     data_uri = f"data:image/png;base64,{pixels}"
