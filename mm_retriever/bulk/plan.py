@@ -94,11 +94,7 @@ class ShardPlan:
 
 
 def read_plan(out: str | Path) -> ShardPlan:
-    """Return the plan that lies in a folder.
-
-    Raises:
-        IngestError: there is none, or another version wrote it.
-    """
+    """Return the plan that lies in a folder."""
     folder = _resolved(out)
     path = folder / _PLAN / _FACTS
     try:
@@ -128,13 +124,7 @@ def make_plan(
     rows_per_shard: int,
     sidecar: SidecarSource | None,
 ) -> ShardPlan:
-    """Return the plan for these options: the existing one, or a new one, written whole or not at all.
-
-    Without a source the existing plan is taken, whatever its source was.
-
-    Raises:
-        IngestError: the existing plan is for something else, or there is nothing to plan for.
-    """
+    """Return the existing plan if it is for these options, whatever its source if none is given, or else a new one."""
     if rows_per_shard < 1:
         raise IngestError(f"rows_per_shard {rows_per_shard!r}: give 1 or more")
     asked: dict[str, Any] = {"model_id": model_id, "dimension": dimension, "words": words}

@@ -263,13 +263,8 @@ def _start_ray() -> None:
     # A cluster takes the address of the network for its own, whatever it is given, and listens there.
     alone = _changed(vars(ray_constants), ENABLE_RAY_CLUSTER=False)
     with alone, _changed(os.environ, **{name: os.environ.get(name, value) for name, value in _QUIET.items()}):
-        ray.init(
-            "local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init("local", _node_ip_address="127.0.0.1", **quiet)
 
 
 @contextmanager
@@ -289,12 +284,11 @@ def _changed(settings: MutableMapping[str, Any], **changes: Any) -> Iterator[Non
 def _quiet_ray_data() -> Iterator[None]:
     """Keep the remarks of Ray Data to its log file: what matters of them comes out of the call as an error."""
     handlers = logging.getLogger("ray.data").handlers
-    consoles = [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
-    levels = [console.level for console in consoles]
-    for console in consoles:
-        console.setLevel(logging.CRITICAL)
+    consoles = {handler: handler.level for handler in handlers if isinstance(handler, logging.StreamHandler)}
     try:
+        for console in consoles:
+            console.setLevel(logging.CRITICAL)
         yield
     finally:
-        for console, level in zip(consoles, levels, strict=True):
+        for console, level in consoles.items():
             console.setLevel(level)

@@ -212,11 +212,7 @@ class ShardWriter:
 
 
 def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:
-    """Return how many rows a shard has, and which of its images it lacks.
-
-    Raises:
-        IngestError: it is not done, or its file is another plan's.
-    """
+    """Return how many rows a shard has, and which of its images it lacks."""
     path = plan.shard(number)
     if not path.exists():
         raise IngestError(f"{len(plan.unfinished())} of {plan.shards} shards are not embedded yet: do that first")

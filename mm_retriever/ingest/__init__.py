@@ -10,7 +10,7 @@ One image goes through the files in this order:
 - `nodes.py`: the node that is stored, and what tells that it changed.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
 - `known.py`: vectors that the store has already of the same file contents.
-- `gone.py`, `removal.py`: which files are provably gone, and rows out of the store.
+- `removal.py`: which files are provably gone, and rows out of the store.
 - `report.py`: what was done.
 """
 

@@ -31,11 +31,7 @@ _LONGEST_TEXT = 100
 
 
 def exif_columns(data: bytes) -> dict[str, Any]:
-    """Return `taken` (ISO text, local time), `camera`, `latitude` and `longitude` (degrees), where they are recorded.
-
-    Args:
-        data: a whole JPEG, PNG, WebP, TIFF, HEIC or AVIF file.
-    """
+    """Return `taken` (ISO, local time), `camera`, `latitude` and `longitude` (degrees), if a whole image file has them."""
     with suppress(struct.error, ValueError, OverflowError):
         if (start := _start(data)) is not None:
             return _columns(_Block(memoryview(data)[start:]))

@@ -20,11 +20,7 @@ Skip: TypeAlias = Callable[[str, str], None]
 
 
 def existing_path(given: str | os.PathLike[str]) -> Path | None:
-    """Return a path as the disk has it, in composed or decomposed letters; None if nothing is there.
-
-    Raises:
-        IngestError: the file system cannot say.
-    """
+    """Return a path as the disk has it, in composed or decomposed letters; None if nothing is there."""
     text = os.path.expanduser(os.fspath(given))  # noqa: PTH111 - Path's fails for an unknown user
     for path in map(Path, dict.fromkeys([text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))])):
         try:

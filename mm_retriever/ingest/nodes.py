@@ -162,15 +162,7 @@ def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer],
 def image_node(
     task: Task, digest: str, size: tuple[int, int], vector: Vector, exif: Mapping[str, Any] | None = None
 ) -> ImageNode:
-    """Return the node of an image.
-
-    Args:
-        task: the item and its metadata.
-        digest: of the file.
-        size: width and height.
-        vector: of its pixels.
-        exif: columns from the file itself; None if it was not read.
-    """
+    """Return the node of an image under its vector; `digest` is that of the file, `exif` None if it was not read."""
     item = task.item
     own = {
         "label": task.label,

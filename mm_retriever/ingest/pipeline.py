@@ -27,7 +27,6 @@ from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.folder import walk
-from mm_retriever.ingest.gone import fate
 from mm_retriever.ingest.ignored import IgnoredCounts
 from mm_retriever.ingest.known import KnownVectors
 from mm_retriever.ingest.nodes import (
@@ -43,7 +42,7 @@ from mm_retriever.ingest.nodes import (
     write_each,
 )
 from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
-from mm_retriever.ingest.removal import prune_images
+from mm_retriever.ingest.removal import fate, prune_images
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar

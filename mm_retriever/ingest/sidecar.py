@@ -41,13 +41,7 @@ Columns: TypeAlias = dict[str, dict[str, Any]]
 
 
 class Sidecar:
-    """Rows by the name of the image: a path, a file name, or one without its suffix.
-
-    Args:
-        columns: columns by name.
-        source: the name of the sidecar in messages.
-        notes: what was noticed while it was read.
-    """
+    """Rows by the name of the image: a path, a file name, or one without its suffix. Messages call it `source`."""
 
     def __init__(
         self, columns: Mapping[str, Mapping[str, Any]], *, source: str = "sidecar", notes: Sequence[str] = ()

@@ -13,13 +13,7 @@ from mm_retriever.ingest.sources import Source, items
 
 
 def match_sidecar(sidecar: SidecarSource | None, source: Source, folder: str | None) -> SidecarMatch:
-    """Return the owners of the rows of a sidecar.
-
-    Args:
-        sidecar: None for the ones that lie in the folder, False for none.
-        source: of the images. What can be iterated only once is not iterated here.
-        folder: the source, if it is one.
-    """
+    """Match a sidecar (None: those that lie in the folder) to the images of a source, if that can be iterated twice."""
     if sidecar is None:
         rows = find_sidecars(folder) if folder is not None else Sidecar({})
     else:
@@ -34,12 +28,8 @@ class SidecarMatch:
 
     A row belongs to the image of that path; or else, where only one image fits, to the one whose path ends like it,
     has that file name, or that name without its suffix. Case, Unicode form, backslashes and `./` make no difference
-    there.
-
-    Args:
-        sidecar: the rows.
-        images: names and path of everything that will be asked for; None if nobody knows yet, and then a name that
-            fits several images is given to the first.
+    there. `images` are names and path of everything that will be asked for; None if nobody knows yet, and then a name
+    that fits several images is given to the first.
     """
 
     def __init__(self, sidecar: Sidecar, images: Iterable[tuple[Sequence[str], str | None]] | None) -> None:
@@ -61,12 +51,7 @@ class SidecarMatch:
                 self._claim(names, path)
 
     def row(self, names: Sequence[str], path: str | None) -> SidecarRow | None:
-        """Return the row of an image.
-
-        Args:
-            names: the path below the folder or as it was given, and the file name.
-            path: the absolute path; None for a URL.
-        """
+        """Return the row of an image, by its path below the folder, its file name and its absolute path, if any."""
         if not names or not self._sidecar.rows:
             return None
         if not self._known:

@@ -27,14 +27,7 @@ _CSV_LIMIT = threading.Lock()
 def table_rows(text: str, name: str, delimiters: str, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """Return the rows of a table below its header, each with the number of its line; missing cells are left out.
 
-    Args:
-        text: of the file.
-        name: of the file, for messages.
-        delimiters: the signs that may separate the cells, the likeliest first.
-        notes: takes what should be known about the result.
-
-    Raises:
-        IngestError: it is no table, or has no header.
+    `delimiters` may separate the cells, the likeliest first; `notes` takes what should be known about the result.
     """
     first, _, rest = text.partition("\n")
     if separator := re.fullmatch(r"sep=(.)\r?", first, re.IGNORECASE):  # Excel's own way to name it
@@ -117,11 +110,9 @@ def _texts(cells: Sequence[str], where: str, notes: list[str]) -> list[str | Non
 
 
 def _numbers(cells: Sequence[str], *, comma: bool) -> list[int | float | None] | None:
-    """The cells as numbers, None for what is missing; None if not all are numbers, or if some would lose digits.
+    """The cells of a column as numbers, None for what is missing; None if some are not, or would lose digits.
 
-    Args:
-        cells: of one column.
-        comma: whether "1,234" is one thousand and more; otherwise another cell has to show what a comma means.
+    With `comma`, "1,234" is one thousand and more; otherwise another cell has to show what a comma means.
     """
     stripped = [cell.strip() for cell in cells]
     given = [cell for cell in stripped if cell.casefold() not in _MISSING_NUMBERS]

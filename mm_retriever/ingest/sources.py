@@ -81,15 +81,10 @@ def items(
     *,
     search_open: bool = False,
 ) -> Iterator[Item]:
-    """Yield the items of any source, lazily.
+    """Yield the items of a folder, path or URL, or of an iterable of paths, URLs and nodes, lazily.
 
-    Args:
-        source: a folder, path or URL, or an iterable of paths, URLs and nodes.
-        skip: called for what cannot be an item.
-        ignore: called for files that are no images.
-        file_system: of fsspec, in which paths are looked for; None: the local one.
-        search_open: whether a node's file that is not on this machine is looked for in the fsspec file systems that
-            are open in this process, where `SimpleDirectoryReader(..., fs=...)` has read it.
+    Paths are looked for in the given fsspec file system, or else on this machine; with `search_open`, a node's file
+    that is not there also in the file systems that are open, where `SimpleDirectoryReader(..., fs=...)` has read it.
     """
     root = source_folder(source) if file_system is None else None
     entries: Iterable[object]
@@ -118,11 +113,7 @@ def is_url(place: str) -> bool:
 
 
 def source_folder(source: Source) -> str | None:
-    """Return the folder that a source is, absolute and without symbolic links; None for any other source.
-
-    Raises:
-        IngestError: a path with nothing there, or one of another file system.
-    """
+    """Return the folder that a source is, absolute and without symbolic links; None for any other source."""
     if not isinstance(source, str | os.PathLike) or is_url(os.fspath(source)):
         return None
     if scheme := _scheme(os.fspath(source)):

@@ -10,9 +10,9 @@ import pytest
 
 from mm_retriever.errors import ImageLoadError, IngestError
 from mm_retriever.images import ImagePolicy
-from mm_retriever.ingest import gone as gone_module
 from mm_retriever.ingest import prune_images, remove_images
 from mm_retriever.ingest.reading import read_image
+from mm_retriever.ingest.removal import fate
 from tests.support.colour_embedding import COLOURS, paint
 from tests.support.ingesting import counts, ingest, nodes, where
 
@@ -112,9 +112,9 @@ def test_an_emptied_mount_point_is_noticed_by_its_device(tmp_path, store, model)
         path.unlink()
     stamped = {"file_stamp": f"1-2-{files[0].parent.stat().st_dev}"}
     moved = {"file_stamp": f"1-2-{files[0].parent.stat().st_dev + 1}"}
-    assert [gone_module.fate(str(files[0]), one) for one in (stamped, moved, {})] == ["gone", "unknown", "gone"]
+    assert [fate(str(files[0]), one) for one in (stamped, moved, {})] == ["gone", "unknown", "gone"]
     paint(photos / "mount" / "new.png", "blue", size=(60, 60))
-    assert gone_module.fate(str(files[0]), moved) == "gone", "the mount is there: it is not empty"
+    assert fate(str(files[0]), moved) == "gone", "the mount is there: it is not empty"
 
 
 def test_a_link_that_leads_nowhere_may_lead_somewhere_again(tmp_path, store, model):
