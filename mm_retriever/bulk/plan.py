@@ -105,13 +105,15 @@ def read_plan(out: str | Path) -> ShardPlan:
         raise IngestError(f"cannot read the plan {str(path)!r}: {error}") from error
     if not isinstance(facts, dict) or facts.pop("version", None) != _VERSION:
         raise IngestError(f"{str(path)!r} was written by another version of mm_retriever; give another folder")
-    facts["images"] = facts.pop("pictures")
-    facts["skipped"] = tuple(SkippedImage(*names) for names in facts["skipped"])
-    facts["ignored"] = tuple(
-        IgnoredFiles(**{**kind, "paths": tuple(kind["paths"])}) for kind in facts.get("ignored", ())
-    )
-    facts["notes"] = tuple(facts.get("notes", ()))
-    return ShardPlan(out=folder, **facts)
+    try:
+        facts["images"] = facts.pop("pictures")
+        facts["skipped"] = tuple(SkippedImage(*names) for names in facts["skipped"])
+        kinds = facts.get("ignored", ())
+        facts["ignored"] = tuple(IgnoredFiles(**{**kind, "paths": tuple(kind["paths"])}) for kind in kinds)
+        facts["notes"] = tuple(facts.get("notes", ()))
+        return ShardPlan(out=folder, **facts)
+    except (LookupError, TypeError) as error:
+        raise IngestError(f"cannot read the plan {str(path)!r}, another program changed it: {error}") from error
 
 
 def make_plan(

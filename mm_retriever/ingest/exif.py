@@ -31,7 +31,7 @@ _LONGEST_TEXT = 100
 
 
 def exif_columns(data: bytes) -> dict[str, Any]:
-    """Return `taken` (ISO, local time), `camera`, `latitude` and `longitude` (degrees), if a whole image file has them."""
+    """Return `taken` (ISO, local time), `camera`, `latitude` and `longitude` (degrees), where a file has them."""
     with suppress(struct.error, ValueError, OverflowError):
         if (start := _start(data)) is not None:
             return _columns(_Block(memoryview(data)[start:]))

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -212,21 +213,15 @@ def test_a_list_named_again_is_known_and_a_longer_one_is_not(folder, tmp_path):
 
 def test_of_two_that_plan_at_a_time_one_wins_and_both_go_by_it(folder, tmp_path):
     """An image added between the two looks at the folder is in both plans or in neither."""
-    plans: list[ShardPlan] = []
     barrier = threading.Barrier(8)
 
-    def plan() -> None:
+    def plan(_: int) -> ShardPlan:
         barrier.wait()
         options = {"model_id": "colours", "dimension": 27, "words": None, "rows_per_shard": 5, "sidecar": None}
-        plans.append(make_plan(folder, tmp_path / "out", **options))
+        return make_plan(folder, tmp_path / "out", **options)
 
-    threads = [threading.Thread(target=plan) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len({plan.id for plan in plans}) == 1
-    assert len(plans) == 8
+    with ThreadPoolExecutor(8) as pool:
+        assert len({plan.id for plan in pool.map(plan, range(8))}) == 1
     assert not list((tmp_path / "out" / "drafts").iterdir())
 
 
@@ -322,14 +317,8 @@ def test_two_that_make_one_shard_by_accident_end_with_one_good_file(folder, tmp_
             barrier.wait(10)
             return super().embed_images(images)
 
-    made: list[bool] = []
-    threads = [threading.Thread(target=lambda: made.append(writer(plan, Together()).write(0))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 4
-    assert any(made)
+    with ThreadPoolExecutor(4) as pool:
+        assert any(list(pool.map(lambda _: writer(plan, Together()).write(0), range(4))))
     assert rows_of(tmp_path / "out") == expected
     check_whole(folder, tmp_path / "out")
 
@@ -415,9 +404,10 @@ def test_a_plan_of_another_version_is_refused(folder, tmp_path):
     facts.write_text(facts.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(IngestError, match="another version"):
         embed(folder, tmp_path / "out")
-    facts.write_text("{")
-    with pytest.raises(IngestError, match="cannot read the plan"):
-        embed(None, tmp_path / "out")
+    for damaged in ("{", '{"version": 1}'):
+        facts.write_text(damaged)
+        with pytest.raises(IngestError, match="cannot read the plan"):
+            embed(None, tmp_path / "out")
 
 
 def test_shards_are_not_imported_where_they_do_not_fit(folder, tmp_path):
