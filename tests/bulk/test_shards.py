@@ -51,6 +51,7 @@ def folder(tmp_path) -> Path:
         paint(root / "named\nby an 'attacker'" / name, list(COLOURS)[number % 8])
     (root / "cut.png").write_bytes((root / "00.png").read_bytes()[:40])
     (root / "text.jpg").write_text("no image")
+    (root / "notes.pdf").write_text("no image")
     (root / "folder.png").mkdir()
     os.mkfifo(root / "pipe.png")
     (root / "lost.png").symlink_to(root / "nowhere.png")
@@ -78,7 +79,7 @@ def test_the_rows_of_the_shards_are_those_that_ingestion_stores(folder, tmp_path
         expected = stored_rows(store)
     found = {row["id"]: row for row in rows_of(tmp_path / "out")}
     assert found.keys() == expected.keys()
-    assert (report.rows, skips(report)) == (len(expected), skips(ingested))
+    assert (report.rows, skips(report), report.ignored) == (len(expected), skips(ingested), ingested.ignored)
     for one, row in expected.items():
         row.pop("_sparse", None)  # what Milvus itself makes of the words
         assert np.array_equal(np.float32(found[one].pop("embedding")), np.float32(row.pop("embedding")))
@@ -148,6 +149,7 @@ def test_nothing_is_done_twice(folder, tmp_path):
     for source in (folder, None):
         again = embed(source, tmp_path / "out", model)
         assert (again.written, again.rows, again.skipped) == (0, first.rows, first.skipped)
+        assert again.ignored == first.ignored != ()
     assert model.embedded == embedded
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mm_retriever.bulk import embed_to_shards
 from mm_retriever.images import load_image
 from mm_retriever.ingest import IngestReport
 from mm_retriever.ingest.folder import walk
@@ -44,13 +43,6 @@ def test_every_file_that_is_not_taken_is_counted_by_type_with_what_to_do(folder,
     shown = capsys.readouterr().out
     assert "2 .cr2     a camera's raw file: export it as JPEG, TIFF or HEIC" in shown
     assert "1 of 1 more types" in shown
-
-
-def test_shards_count_them_too_and_remember_it(folder, tmp_path, model):
-    write(folder / "a.pdf")
-    for _ in range(2):
-        report = embed_to_shards(folder, tmp_path / "out", model, show_progress=False)
-        assert ignored(report) == {"hidden": 2, ".pdf": 1, ".txt": 1}
 
 
 @pytest.mark.parametrize("name", ["photo.jpg_large", "photo.jpeg!d", "photo", "photo.com_files", "photo.1"])
