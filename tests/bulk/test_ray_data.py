@@ -350,7 +350,7 @@ class Locked(ColourEmbedding):
         ({"batch_size": 0}, "batch_size 0: give 1 or more"),
         ({"device": "cuda"}, "device 'cuda': ColourEmbedding has none to be changed"),
         ({"model": Locked()}, "does not pickle: cannot pickle a lock"),
-        ({"model": Placed(), "device": "cuda"}, r"no machine of the cluster has .*'GPU': 1"),
+        ({"model": Placed(device="cpu"), "device": "cuda"}, r"no machine of the cluster has .*'GPU': 1"),
         ({"gpus_per_worker": 1}, r"no machine of the cluster has .*'GPU': 1.*workers="),
         ({"cpus_per_worker": 3}, r"no machine of the cluster has .*'CPU': 3"),
         ({"address": "127.0.0.1:1"}, "there is no Ray at RAY_ADDRESS '127.0.0.1:1'"),
