@@ -115,19 +115,19 @@ def page_of(path: Path) -> Page:
 
 def test_a_page_shows_query_results_scores_and_words(tmp_path: Path, photos: list[Path]) -> None:
     """Truth: the values given."""
-    path = write_html(tmp_path / "a" / "page.html", full_report(photos), title="Demo", subtitle="four pictures")
+    path = write_html(tmp_path / "a" / "page.html", full_report(photos), title="Demo", subtitle="four images")
     assert path == tmp_path / "a" / "page.html"
     page = page_of(path)
     assert not page.problems
     for word in [
-        *("Demo", "four pictures", "The example", "phone case with this", "Retrieved", "Reranked", "0.800", "0.500"),
+        *("Demo", "four images", "The example", "phone case with this", "Retrieved", "Reranked", "0.800", "0.500"),
         *("label teal", "olive.png", "note 2", "spots on yellow", "the same spots", "tiny", "12 ms"),
     ]:
         assert word in page.text
     assert page.text.index("purple.png") > page.text.index("orange.png")
 
 
-def test_pictures_are_inside_the_page_in_order(tmp_path: Path, photos: list[Path]) -> None:
+def test_images_are_inside_the_page_in_order(tmp_path: Path, photos: list[Path]) -> None:
     """Truth: the colours of the files; the query first, then both lists."""
     page = page_of(write_html(tmp_path / "page.html", full_report(photos), thumbnail=20))
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
@@ -158,7 +158,7 @@ def test_moves_are_told(tmp_path: Path, photos: list[Path]) -> None:
 
 
 def test_several_searches_share_a_page(tmp_path: Path, photos: list[Path]) -> None:
-    """Truth: one section each; a search by picture alone and one without results have their own words."""
+    """Truth: one section each; a search by image alone and one without results have their own words."""
     reports = [
         SearchReport("one", None, hits(photos)),
         SearchReport("", photos[0], hits(photos)[:1]),
@@ -170,8 +170,8 @@ def test_several_searches_share_a_page(tmp_path: Path, photos: list[Path]) -> No
     assert "Nothing found." in page.text
 
 
-def test_a_picture_may_come_from_elsewhere_than_its_path(tmp_path: Path) -> None:
-    """Truth: PIL pictures and bytes are sources too."""
+def test_an_image_may_come_from_elsewhere_than_its_path(tmp_path: Path) -> None:
+    """Truth: PIL images and bytes are sources too."""
     out = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(out, "PNG")
     found = (
@@ -183,7 +183,7 @@ def test_a_picture_may_come_from_elsewhere_than_its_path(tmp_path: Path) -> None
     assert "one.jpg" in page.text
 
 
-def test_a_picture_that_cannot_be_read_is_said_to_be_missing(tmp_path: Path, photos: list[Path]) -> None:
+def test_an_image_that_cannot_be_read_is_said_to_be_missing(tmp_path: Path, photos: list[Path]) -> None:
     """Truth: a file that is not there, and one outside the roots."""
     found = (Hit(1, "a", path=str(tmp_path / "gone.png")), Hit(2, "b", path=str(photos[0])))
     report = SearchReport("x", None, found)
@@ -229,7 +229,7 @@ def test_who_may_read_a_page_is_up_to_the_umask(tmp_path: Path, photos: list[Pat
 
 
 def test_the_page_asks_nobody_for_anything(tmp_path: Path, photos: list[Path]) -> None:
-    """Truth: no script, link, form, frame or address; pictures only as data."""
+    """Truth: no script, link, form, frame or address; images only as data."""
     path = write_html(tmp_path / "page.html", full_report(photos))
     page = page_of(path)
     assert {tag for tag, _ in page.tags} <= TAGS
@@ -372,8 +372,8 @@ def test_no_text_breaks_the_figure(tmp_path: Path, photos: list[Path], text: str
         assert figure.height < 2_000
 
 
-def test_a_figure_shows_missing_pictures_as_missing(tmp_path: Path, photos: list[Path]) -> None:
-    """Truth: grey where the picture would be."""
+def test_a_figure_shows_missing_images_as_missing(tmp_path: Path, photos: list[Path]) -> None:
+    """Truth: grey where the image would be."""
     found = (Hit(1, "a", path="gone.png"), *hits(photos)[1:])
     with Image.open(write_png(tmp_path / "sheet.png", SearchReport("", None, found))) as sheet:
         assert len(set(sheet.getpixel((20, 200)))) <= 2

@@ -19,6 +19,7 @@ from mm_retriever.images import ImagePolicy, file_size, load_image, opened_image
 from mm_retriever.images.memory import MemoryBudget
 from mm_retriever.images.profile import _made_profile
 from mm_retriever.ingest.reading import read_image
+from tests.support.image_files import encoded, with_chunks
 from tests.support.processes import python
 
 MUG = draw_product("mug", "plain", "red", seed=0).convert("RGB").resize((96, 80))
@@ -28,12 +29,6 @@ WIDE = {  # white, red, green, blue and the exponent, as their standards have th
     "Adobe RGB": ((0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06), 563 / 256),
     "ProPhoto": ((0.3457, 0.3585, 0.7347, 0.2653, 0.1596, 0.8404, 0.0366, 0.0001), 1.8),
 }
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def profile(primaries: tuple[float, ...] = SRGB, gamma: float = 2.2, mode: str = "RGB") -> bytes:
@@ -139,13 +134,6 @@ def test_mutated_profiles_give_an_image() -> None:
         for _ in range(chance.randint(1, 12)):
             bad[chance.randrange(len(bad))] = chance.randrange(256)
         assert load_image(encoded(small, icc_profile=bytes(bad))).size == (2, 2)
-
-
-def with_chunks(data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    packed = [
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    ]
-    return data[:33] + b"".join(packed) + data[33:]
 
 
 def test_the_gamma_and_the_primaries_of_a_png_count_as_browsers_count_them() -> None:

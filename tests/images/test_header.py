@@ -1,4 +1,4 @@
-"""Hostile files: each gives a picture or an ImageLoadError, soon, and without taking the memory along."""
+"""Hostile files: each gives an image or an ImageLoadError, soon, and without taking the memory along."""
 
 from __future__ import annotations
 
@@ -21,15 +21,10 @@ from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, load_image
 from mm_retriever.images.header import FORMATS, MAX_JPEG_SCANS, ImageHeader, read_header, sniff_format
 from tests.support.effort import EFFORT
+from tests.support.image_files import chunk, encoded, with_chunks
 from tests.support.memory import peak_growth
 
 MIB = 2**20
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (29, 17)) -> Image.Image:
@@ -84,16 +79,7 @@ def corpus() -> dict[str, bytes]:
 
 
 CORPUS = corpus()
-EXTREMES = [
-    b"\0\0",
-    b"\xff\xff",
-    b"\xff\x7f",
-    b"\x7f\xff",
-    b"\0\0\0\0",
-    b"\xff\xff\xff\xff",
-    b"\xff\xff\xff\x7f",
-    b"\1\0\0\0",
-]
+EXTREMES = [b"\0\0", b"\xff\xff", b"\xff\x7f", b"\x7f\xff", b"\0\0\0\0", b"\xff" * 4, b"\xff\xff\xff\x7f", b"\1\0\0\0"]
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
@@ -123,7 +109,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 
 
 def outcome(data: bytes, policy: ImagePolicy) -> str:
-    """ "picture" or "refused"; anything else raises and fails the test."""
+    """ "image" or "refused"; anything else raises and fails the test."""
     try:
         image = load_image(data, policy=policy)
     except ImageLoadError as error:
@@ -134,7 +120,7 @@ def outcome(data: bytes, policy: ImagePolicy) -> str:
     assert image.mode == "RGB"
     assert 0 < image.width * image.height <= policy.max_pixels
     assert len(image.tobytes()) == image.width * image.height * 3
-    return "picture"
+    return "image"
 
 
 def fuzz(cases: int, seed: int, policy: ImagePolicy, seconds: float) -> Counter[str]:
@@ -158,11 +144,11 @@ def test_the_unharmed_corpus_loads() -> None:
     assert {sniff_format(data) for data in CORPUS.values()} | {"AVIF", "HEIC"} == set(FORMATS)
 
 
-def test_mutated_files_give_a_picture_or_an_image_load_error(tried: Counter[str]) -> None:
+def test_mutated_files_give_an_image_or_an_image_load_error(tried: Counter[str]) -> None:
     """Truth: the contract of load_image; 3,000 seeded mutations."""
     outcomes = fuzz(3_000, seed=1, policy=ImagePolicy(max_pixels=1_000_000), seconds=5)
     assert outcomes.total() == 3_000
-    tried["mutated picture files"] += 3_000
+    tried["mutated image files"] += 3_000
     assert min(outcomes.values()) > 500  # both happen: the mutations are neither harmless nor all fatal
 
 
@@ -173,7 +159,7 @@ def test_many_mutated_files_in_bounded_time_and_memory(seed: int, tried: Counter
     with peak_growth() as mib:
         outcomes = fuzz(5_000, seed=seed, policy=ImagePolicy(), seconds=10)
     assert outcomes.total() == 5_000
-    tried["mutated picture files"] += 5_000
+    tried["mutated image files"] += 5_000
     assert mib() < 1_536
 
 
@@ -187,12 +173,12 @@ def test_every_single_byte_of_a_header_may_be_wrong(tried: Counter[str]) -> None
             for at in range(64):
                 for value in (0, 1, 127, 255):
                     outcome(data[:at] + bytes([value]) + data[at + 1 :], policy)
-                    tried["mutated picture files"] += 1
+                    tried["mutated image files"] += 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 8, 12, 16, 30, 64, 1000])
-def test_noise_behind_any_signature_is_refused(size: int) -> None:
-    """Truth: noise is no picture."""
+def test_noise_after_any_signature_is_refused(size: int) -> None:
+    """Truth: noise is no image."""
     chance = random.Random(size)
     for name, data in CORPUS.items():
         if name[:3] not in ("ppm", "pgm", "pbm"):  # whose pixels may be anything
@@ -200,10 +186,6 @@ def test_noise_behind_any_signature_is_refused(size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- bombs of work
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def tiff(*tags: tuple[int, int, int, int], blob: bytes = b"") -> bytes:
@@ -307,7 +289,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", list(BOMBS))
-def test_a_file_that_is_all_work_and_no_picture_is_refused_at_once(name: str, tried: Counter[str]) -> None:
+def test_a_file_that_is_all_work_and_no_image_is_refused_at_once(name: str, tried: Counter[str]) -> None:
     """Truth: Pillow alone takes seconds to minutes of CPU, or gigabytes, over most of these."""
     data = BOMBS[name]()
     started = time.process_time()
@@ -317,13 +299,13 @@ def test_a_file_that_is_all_work_and_no_picture_is_refused_at_once(name: str, tr
     ):  # made an error, a warning of the decoder would refuse the file for us
         warnings.simplefilter("ignore")
         assert outcome(data, ImagePolicy()) == "refused"
-    tried["picture bombs"] += 1
+    tried["image bombs"] += 1
     assert time.process_time() - started < 1.5
     assert mib() < 128
 
 
 def test_a_jpeg_of_many_scans_is_refused() -> None:
-    """Truth: each scan is a pass over the whole picture; 10 are honest, our limit is MAX_JPEG_SCANS."""
+    """Truth: each scan is a pass over the whole image; 10 are honest, our limit is MAX_JPEG_SCANS."""
     data = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     assert load_image(data).size == (64, 64)
@@ -352,7 +334,7 @@ def test_a_jpeg_segment_that_no_decoder_passes_over_is_refused(marker: int) -> N
         load_image(JPEG[:2] + segment(bytes([marker]), b"1234") + JPEG[2:])
 
 
-def test_a_picture_of_numbers_is_turned_grey_strip_by_strip() -> None:
+def test_an_image_of_numbers_is_turned_grey_strip_by_strip() -> None:
     """16 million floats in 60 KB. Truth: as doubles, all of them at once would take 400 MB; the values are kept."""
     samples = np.zeros((4_000, 4_000), np.float32)
     samples[-1, -1] = 1_000
@@ -377,11 +359,10 @@ def test_scans_are_not_counted_where_they_cost_nothing() -> None:
 def test_compressed_words_in_a_png_are_not_unpacked(kind: bytes) -> None:
     """200 MB of zeros in 200 KB of comment, colour profile or XMP. Truth: Pillow's limit of 1 MB, which we rely on."""
     words = {b"zTXt": b"x\0\0", b"iCCP": b"x\0\0", b"iTXt": b"XML:com.adobe.xmp\0\1\0\0\0"}[kind]
-    plain = encoded(Image.new("RGB", (4, 4)), "PNG")
-    data = plain[:33] + chunk(kind, words + zlib.compress(bytes(200_000_000), 9)) + plain[33:]
+    data = with_chunks(encoded(Image.new("RGB", (4, 4))), (kind, words + zlib.compress(bytes(200_000_000), 9)))
     tracemalloc.start()
     try:
-        assert outcome(data, ImagePolicy()) in ("refused", "picture")
+        assert outcome(data, ImagePolicy()) in ("refused", "image")
         assert tracemalloc.get_traced_memory()[1] < 30_000_000
     finally:
         tracemalloc.stop()
@@ -391,11 +372,10 @@ def test_an_orientation_of_ten_million_numbers_is_not_read() -> None:
     """A PNG of 20 MB whose EXIF says one thing ten million times. Truth: read as numbers it takes 220 MB."""
     numbers = b"\1\0" * 10_000_000
     exif = b"II*\0" + struct.pack("<LHHHLLL", 8, 1, 0x0112, 3, len(numbers) // 2, 26, 0) + numbers
-    plain = encoded(Image.new("RGB", (4, 4)), "PNG")
-    data = plain[:33] + chunk(b"eXIf", exif) + plain[33:]
+    data = with_chunks(encoded(Image.new("RGB", (4, 4))), (b"eXIf", exif))
     tracemalloc.start()
     try:
-        assert outcome(data, ImagePolicy()) == "picture"
+        assert outcome(data, ImagePolicy()) == "image"
         assert tracemalloc.get_traced_memory()[1] < 100_000_000
     finally:
         tracemalloc.stop()

@@ -24,13 +24,10 @@ from mm_retriever.images import (
     pixel_digest,
     thumbnail_data_uri,
 )
+from tests.support.image_files import chunk, encoded
 
 RNG = np.random.default_rng(7)
 PHOTO = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # rows, columns, RGB: odd and distinct
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: list[bytes], *extra: tuple[bytes, bytes]) -> bytes:
@@ -51,12 +48,6 @@ def tiff(width: int, height: int, bits: int, data: bytes, *, order: str = "<", *
         value = struct.pack(order + "HH", shorts[tag], 0) if tag in shorts else struct.pack(order + "L", longs[tag])
         out += struct.pack(order + "HHL", tag, 3 if tag in shorts else 4, 1) + value
     return out + struct.pack(order + "L", 0) + data
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def pixels(data: bytes | Image.Image, **options: bool) -> list[list[int]]:
@@ -338,8 +329,8 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
     assert pixels(data) == [[255, 0, 0]] * 24
 
 
-def test_a_multi_picture_jpeg_gives_its_first_picture() -> None:
-    """Truth: the first of two pictures in an MPO file."""
+def test_a_multi_image_jpeg_gives_its_first_image() -> None:
+    """Truth: the first of two images in an MPO file."""
     first, second = Image.new("RGB", (32, 32), "white"), Image.new("RGB", (16, 16), "black")
     image = load_image(encoded(first, "MPO", save_all=True, append_images=[second]))
     assert image.size == (32, 32)
@@ -365,7 +356,7 @@ def test_keep_mode_converts_everything_else(mode: str) -> None:
     assert load_image(Image.new(mode, (3, 2)), keep_mode=True).mode in ("RGB", "L")
 
 
-def test_the_callers_picture_stays_as_it_was() -> None:
+def test_the_callers_image_stays_as_it_was() -> None:
     """Truth: our promise; the caller goes on using its object."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -434,7 +425,7 @@ def test_a_refusal_names_the_file_and_the_reason(tmp_path: Path) -> None:
     for name, data, reason in [
         ("empty.jpg", b"", "zero bytes"),
         ("half.jpg", good[: len(good) // 2], "truncated"),
-        ("text.jpg", b"no picture at all", "not an image in a supported format"),
+        ("text.jpg", b"no image at all", "not an image in a supported format"),
         ("page.jpg", b"  <!DOCTYPE html><html></html>", "HTML"),
         ("drawing.jpg", b'<?xml version="1.0"?><svg/>', "SVG"),
         ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "no meta box"),
@@ -452,7 +443,7 @@ def test_a_refusal_names_the_file_and_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF"])
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.9])
 def test_a_truncated_file_is_refused(kind: str, part: float) -> None:
-    """Truth: no part of a file is the picture. A nearly whole JPEG is another matter: tests/images/test_colours.py."""
+    """Truth: no part of a file is the image. A nearly whole JPEG is another matter: tests/images/test_colours.py."""
     part = min(part, 0.8) if kind == "JPEG" else part
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
@@ -528,7 +519,7 @@ def test_extreme_shapes_within_the_limit_are_fine(kind: str, size: tuple[int, in
     assert load_image(encoded(Image.new("RGB", size, "white"), kind)).size == size
 
 
-def test_a_picture_without_pixels_is_refused() -> None:
+def test_an_image_without_pixels_is_refused() -> None:
     """Truth: our choice: every model needs a pixel."""
     assert "no pixels (0x5)" in refusal(Image.new("RGB", (0, 5)))
     assert "no pixels" in refusal(png(0, 5, 8, 0, [b""]))

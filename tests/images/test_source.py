@@ -1,4 +1,4 @@
-"""Where a picture may come from: every kind of source gives the same bytes, and nothing outside the roots is read."""
+"""Where an image may come from: every kind of source gives the same bytes, and nothing outside the roots is read."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from PIL import Image
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, load_image, read_image_bytes, source_name
 from tests.support.effort import EFFORT
+from tests.support.image_files import encoded
 
 
-def encoded(kind: str = "PNG", colour: str = "teal") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (6, 4), colour).save(out, kind)
-    return out.getvalue()
+def small(kind: str = "PNG", colour: str = "teal") -> bytes:
+    return encoded(Image.new("RGB", (6, 4), colour), kind)
 
 
-PNG = encoded()
+PNG = small()
 TEAL = (0, 128, 128)
 
 
@@ -39,9 +38,9 @@ def refusal(source: object, policy: ImagePolicy | None = None) -> str:
 # ---------------------------------------------------------------------------------------------- kinds of source
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_the_same_image(tmp_path: Path) -> None:
     """Truth: one PNG, offered in every way."""
-    path = tmp_path / "a picture.png"
+    path = tmp_path / "an image.png"
     path.write_bytes(PNG)
     text = base64.b64encode(PNG).decode()
     with path.open("rb") as file:
@@ -73,10 +72,10 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_base64_of_every_format_is_known_from_a_path(kind: str) -> None:
     """Truth: base64 of a JPEG starts with /9j/, as a path could."""
-    assert load_image(base64.b64encode(encoded(kind)).decode()).size == (6, 4)
+    assert load_image(base64.b64encode(small(kind)).decode()).size == (6, 4)
 
 
-def test_the_smallest_picture_is_known_as_base64() -> None:
+def test_the_smallest_image_is_known_as_base64() -> None:
     """Truth: the well-known GIF of one pixel, 35 bytes."""
     assert load_image("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7").size == (1, 1)
 
@@ -162,7 +161,7 @@ def test_what_is_no_source_is_refused_by_name(source: object) -> None:
         (base64.b64encode(PNG + bytes(40)).decode() + "ä", "not base64"),
     ],
 )
-def test_text_that_leads_to_no_picture_is_refused(text: str, reason: str) -> None:
+def test_text_that_leads_to_no_image_is_refused(text: str, reason: str) -> None:
     """Truth: the reason each of them is wrong."""
     assert reason in refusal(text)
 
@@ -182,7 +181,7 @@ def test_limits_hold_before_anything_is_decoded_or_copied() -> None:
 
 
 def test_read_image_bytes_gives_the_file_as_it_is(tmp_path: Path) -> None:
-    """Truth: the bytes written; a PIL picture has none."""
+    """Truth: the bytes written; a PIL image has none."""
     path = tmp_path / "a.png"
     path.write_bytes(PNG)
     assert read_image_bytes(path) == read_image_bytes(PNG) == PNG
@@ -291,26 +290,11 @@ def test_files_inside_the_roots_are_read(folders: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [
-        "outside/secret.png",
-        "root/../outside/secret.png",
-        "root/sub/../a.png",
-        "root/link-out.png",
-        "root/link-relative-out.png",
-        "root/folder-out/secret.png",
-        "root/device.png",
-        "root/loop.png",
-        "root-not/c.png",
-        "root",
-        "root/a.png\0",
-        "root/a.png/x",
-        "root/missing.png",
-        "/etc/hostname",
-        "/proc/self/environ",
-        "/dev/zero",
-        "~/secret.png",
-    ],
-)
+    ["outside/secret.png", "root/../outside/secret.png", "root/sub/../a.png", "root/link-out.png",
+     "root/link-relative-out.png", "root/folder-out/secret.png", "root/device.png", "root/loop.png", "root-not/c.png",
+     "root", "root/a.png\0", "root/a.png/x", "root/missing.png", "/etc/hostname", "/proc/self/environ", "/dev/zero",
+     "~/secret.png"],
+)  # fmt: skip
 def test_files_outside_the_roots_are_refused(folders: Path, tried: Counter[str], path: str) -> None:
     """Truth: none of these names a regular file inside root without '..'."""
     tried["paths outside the roots"] += 1
@@ -340,7 +324,7 @@ def test_the_system_s_own_links_do_not_lead_out(folders: Path, tried: Counter[st
 def test_no_path_of_any_make_leads_out(folders: Path, monkeypatch: pytest.MonkeyPatch, tried: Counter[str]) -> None:
     """Truth: what lies outside is red. Paths of pieces that mean something to a file system, from three folders."""
     for path in ("outside/secret.png", "outside/a.png", "root-not/c.png", "root-not/a.png"):
-        (folders / path).write_bytes(encoded(colour="red"))
+        (folders / path).write_bytes(small(colour="red"))
     (folders / "root/sub/up").symlink_to("..")
     (folders / "root/sub/upup").symlink_to("../..")
     policy, chance, outcomes = ImagePolicy(roots=(folders / "root",)), random.Random(7), Counter[str]()
@@ -404,7 +388,7 @@ def test_a_refusal_tells_nothing_about_files_outside(folders: Path) -> None:
 @pytest.mark.skipif(os.open not in os.supports_dir_fd, reason="needs openat")
 def test_a_folder_swapped_for_a_link_while_opening_never_leads_out(folders: Path, tried: Counter[str]) -> None:
     """Truth: the secret has another colour; a thread swaps folder and link as fast as it can while we read."""
-    (folders / "outside/b.png").write_bytes(encoded(colour="red"))
+    (folders / "outside/b.png").write_bytes(small(colour="red"))
     policy = ImagePolicy(roots=(folders / "root",))
     real, link, spot = folders / "root/real", folders / "root/link", folders / "root/sub"
     link.symlink_to(folders / "outside")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import io
 import random
 import shutil
 import socket
@@ -25,15 +24,9 @@ from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, load_image
 from mm_retriever.images.url import fetch_image
 from tests.support.effort import EFFORT
+from tests.support.image_files import encoded
 
-
-def encoded() -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (6, 4), "teal").save(out, "PNG")
-    return out.getvalue()
-
-
-PNG = encoded()
+PNG = encoded(Image.new("RGB", (6, 4), "teal"))
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -117,8 +110,8 @@ def refusal(url: str, **options: object) -> str:
 # ---------------------------------------------------------------------------------------------- what works
 
 
-def test_a_picture_is_fetched_when_the_policy_allows_it(server: Server) -> None:
-    """Truth: the picture served; both switches are needed to reach loopback."""
+def test_an_image_is_fetched_when_the_policy_allows_it(server: Server) -> None:
+    """Truth: the image served; both switches are needed to reach loopback."""
     url = server.url + "/a.png"
     assert load_image(url, policy=ImagePolicy(allow_urls=True, allow_private_addresses=True)).size == (6, 4)
     for policy in (ImagePolicy(), ImagePolicy(allow_private_addresses=True), ImagePolicy(allow_urls=True)):
@@ -129,11 +122,11 @@ def test_a_picture_is_fetched_when_the_policy_allows_it(server: Server) -> None:
 
 def test_the_request_says_little_and_the_host_by_name(server: Server) -> None:
     """Truth: RFC 9110; no cookie, referrer or credential, whatever the environment holds."""
-    fetch(f"http://pictures.example:{server.port}/a.png?q=%20ü&x=[1]#part", resolve=lambda host, port: ["127.0.0.1"])
+    fetch(f"http://images.example:{server.port}/a.png?q=%20ü&x=[1]#part", resolve=lambda host, port: ["127.0.0.1"])
     path, headers = server.requests[0]
     assert path == "/a.png?q=%20%C3%BC&x=[1]"
     assert headers == {
-        "Host": f"pictures.example:{server.port}",
+        "Host": f"images.example:{server.port}",
         "Accept": "image/*",
         "Accept-Encoding": "identity",
         "User-Agent": "mm-retriever",
@@ -182,50 +175,16 @@ def test_the_next_address_is_tried_when_one_is_dead(server: Server) -> None:
 
 # ---------------------------------------------------------------------------------------------- addresses
 
+# fmt: off
 PRIVATE = [
-    "127.0.0.1",
-    "127.255.0.3",
-    "0.0.0.0",
-    "10.0.0.1",
-    "172.16.5.5",
-    "192.168.1.1",
-    "100.64.0.1",
-    "100.100.100.200",
-    "169.254.169.254",
-    "168.63.129.16",
-    "192.0.0.192",
-    "192.88.99.1",
-    "198.18.0.1",
-    "192.0.2.1",
-    "224.0.0.1",
-    "239.1.2.3",
-    "240.0.0.1",
-    "255.255.255.255",
-    "::",
-    "::1",
-    "::127.0.0.1",
-    "::ffff:127.0.0.1",
-    "::ffff:8.8.8.8",
-    "::ffff:a9fe:a9fe",
-    "64:ff9b::7f00:1",
-    "64:ff9b::808:808",
-    "64:ff9b:1::1",
-    "2001:0:4136:e378:8000:63bf:3fff:fdd2",
-    "2002:7f00:1::1",
-    "2002:808:808::1",
-    "2001:db8::1",
-    "fc00::1",
-    "fd00:ec2::254",
-    "fe80::1",
-    "fe80::1%lo",
-    "fec0::1",
-    "ff02::1",
-    "100::1",
-    "::ffff:0:127.0.0.1",
-    "5f00::1",
-    "4000::1",
-    "2606:4700::1111%eth0",
+    "127.0.0.1", "127.255.0.3", "0.0.0.0", "10.0.0.1", "172.16.5.5", "192.168.1.1", "100.64.0.1", "100.100.100.200",
+    "169.254.169.254", "168.63.129.16", "192.0.0.192", "192.88.99.1", "198.18.0.1", "192.0.2.1", "224.0.0.1",
+    "239.1.2.3", "240.0.0.1", "255.255.255.255", "::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:8.8.8.8",
+    "::ffff:a9fe:a9fe", "64:ff9b::7f00:1", "64:ff9b::808:808", "64:ff9b:1::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+    "2002:7f00:1::1", "2002:808:808::1", "2001:db8::1", "fc00::1", "fd00:ec2::254", "fe80::1", "fe80::1%lo", "fec0::1",
+    "ff02::1", "100::1", "::ffff:0:127.0.0.1", "5f00::1", "4000::1", "2606:4700::1111%eth0",
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("address", PRIVATE)
@@ -410,7 +369,7 @@ def test_an_answer_of_another_type_is_refused(server: Server, media_type: str) -
 
 
 @pytest.mark.parametrize("media_type", ["", "image/jpeg", "IMAGE/PNG;x=y", "application/octet-stream"])
-def test_a_picture_declared_loosely_is_taken(server: Server, media_type: str) -> None:
+def test_an_image_declared_loosely_is_taken(server: Server, media_type: str) -> None:
     """Truth: many file servers know no better; the bytes decide in the end."""
     server.answers["/t"] = lambda handler: send(handler, PNG, Content_Type=media_type)
     assert fetch(server.url + "/t") == PNG
@@ -560,12 +519,12 @@ def test_an_error_names_the_url_without_its_secrets(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for pictures.example, made here by openssl."""
+    """A certificate for images.example, made here by openssl."""
     openssl = shutil.which("openssl")
     if not openssl:
         pytest.skip("no openssl to make a certificate with")
     path = tmp_path_factory.mktemp("tls") / "both.pem"
-    subject = ["-subj", "/CN=pictures.example", "-addext", "subjectAltName=DNS:pictures.example"]
+    subject = ["-subj", "/CN=images.example", "-addext", "subjectAltName=DNS:images.example"]
     new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     subprocess.run(
         [openssl, *new, *subject, "-keyout", str(path), "-out", str(path.with_suffix(".crt"))],
@@ -586,12 +545,12 @@ def https(certificate: Path) -> Iterator[Server]:
 
 
 def test_https_proves_the_name_although_the_address_is_pinned(https: Server, certificate: Path) -> None:
-    """Truth: the certificate is for pictures.example and trusted only by the context given."""
+    """Truth: the certificate is for images.example and trusted only by the context given."""
     trusting = ssl.create_default_context(cafile=certificate.with_suffix(".crt"))
     here = {"resolve": lambda *_: ["127.0.0.1"]}
-    url = f"https://pictures.example:{https.port}/a.png"
+    url = f"https://images.example:{https.port}/a.png"
     assert fetch(url, tls=trusting, **here) == PNG
-    assert https.requests[0][1]["Host"] == f"pictures.example:{https.port}"
+    assert https.requests[0][1]["Host"] == f"images.example:{https.port}"
     assert "CERTIFICATE_VERIFY_FAILED" in refusal(url, **here).upper()
     other = f"https://other.example:{https.port}/a.png"
     assert "CERTIFICATE_VERIFY_FAILED" in refusal(other, tls=trusting, **here).upper()
@@ -601,7 +560,7 @@ def test_https_never_redirects_to_http(https: Server, server: Server, certificat
     """Truth: our choice: a signed URL must not leak onto the wire."""
     trusting = ssl.create_default_context(cafile=certificate.with_suffix(".crt"))
     https.answers["/go"] = lambda handler: send(handler, b"", 302, Location=server.url + "/a.png")
-    url = f"https://pictures.example:{https.port}/go"
+    url = f"https://images.example:{https.port}/go"
     assert "from https to http" in refusal(url, tls=trusting, resolve=lambda *_: ["127.0.0.1"])
     assert not server.requests
 
@@ -619,7 +578,7 @@ def test_a_server_that_stalls_the_handshake_is_given_up() -> None:
 # ---------------------------------------------------------------------------------------------- nobody else fetches
 
 
-def test_nothing_that_takes_a_picture_asks_a_url_unasked(server: Server, tmp_path: Path) -> None:
+def test_nothing_that_takes_an_image_asks_a_url_unasked(server: Server, tmp_path: Path) -> None:
     """Every public place where a stranger's URL can arrive, under a policy that fetches none.
 
     Truth: the server's list of requests. It could be reached: one switch more, and it is asked.
@@ -674,7 +633,7 @@ def test_nothing_that_takes_a_picture_asks_a_url_unasked(server: Server, tmp_pat
         assert len(skipped) == 4
         store.add(nodes)
         search = ImageSearch(store, model, image_policy=policy, stored_policy=policy, rerank=rerankers[1])
-        assert all("fetching URLs is off" in picture.note for picture in search.search("mug").pictures)
+        assert all("fetching URLs is off" in image.note for image in search.search("mug").pictures)
         assert "fetching URLs is off" in search.describe("by url").note
         for ask in (lambda: search.original("by path"), lambda: search.search(image=url), lambda: search.describe(url)):
             with pytest.raises(ImageLoadError, match="fetching URLs is off"):
@@ -719,7 +678,7 @@ KNOWN = {
 
 
 def test_no_other_file_can_open_a_connection_or_lets_llama_index_open_one() -> None:
-    """Truth: the sources. Weights come through huggingface_hub, rows through pymilvus, pictures through one file."""
+    """Truth: the sources. Weights come through huggingface_hub, rows through pymilvus, images through one file."""
     root = Path(__file__).resolve().parents[2]
     found: dict[str, set[str]] = {}
     for path in [*(root / "mm_retriever").rglob("*.py"), *(root / "integrations").rglob("*.py")]:
