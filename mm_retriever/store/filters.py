@@ -267,7 +267,7 @@ def _order_leaf(column: _Column, operator: FilterOperator, value: object, exists
     number = read_number(value) if isinstance(value, str) else _number(column, operator, value)
     if number is not None:
         no_list = (f"(array_length({column.name}) == 0)",) if takes_lists(column.name) else ()  # none is stored empty
-        tests.append(against(_literal(number), f"(not {column.has_text})", *no_list))
+        tests.append(against(_comparable(number), f"(not {column.has_text})", *no_list))
     return _Leaf(*tests)
 
 
@@ -323,7 +323,7 @@ class _Equal:
 
 def _equality(column: _Column, equals: Sequence[_Equal]) -> str:
     """Whether the column is one of these; a value that occurs twice is asked for once."""
-    numbers = dict.fromkeys(_literal(equal.number) for equal in equals if equal.number is not None)
+    numbers = dict.fromkeys(_comparable(equal.number) for equal in equals if equal.number is not None)
     texts = dict.fromkeys(quoted(text) for equal in equals for text in equal.texts)
     tests = [f"({column.expression} == {literal})" for literal in (*numbers, *texts)]
     return joined(tests, "or") if tests else _NOWHERE
@@ -348,6 +348,19 @@ def _spellings(value: object, number: int | float) -> tuple[str, ...]:
     elif abs(number) <= MAX_INTEGER and number.is_integer():
         plain.append(int.__repr__(int(number)))
     return tuple(plain)
+
+
+def _comparable(number: int | float) -> str:
+    """A large whole decimal as an integer: a server compares integers with decimals as doubles, which drop digits.
+
+    Raises:
+        FilterError: no integer of 64 bits is so large, and as a decimal the largest are equal to it.
+    """
+    if isinstance(number, float) and number.is_integer() and _EXACT_INTEGER <= abs(number) <= 2.0**63:
+        if abs(number) == 2.0**63:
+            raise FilterError(f"{number!r} cannot be told from the largest integers: compare with {MAX_INTEGER}")
+        return _literal(int(number))
+    return _literal(number)
 
 
 def _literal(number: int | float) -> str:

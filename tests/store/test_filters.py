@@ -247,6 +247,8 @@ def test_a_key_that_is_no_name_is_refused(key: str):
         (where("a", "==", math.nan), "not a number that can be compared"),
         (where("a", "<", math.inf), "not a number that can be compared"),
         (where("a", "==", 2**63), "64 bits"),
+        (where("a", "==", 2.0**63), "told from the largest integers"),
+        (where("a", "<", -(2.0**63)), "told from the largest integers"),
         (where("a", "is_empty", 1), "takes no value"),
         (where("a", "text_match", 5), "needs text"),
         (where("a", "text_match", "50%"), "wildcards"),

@@ -262,6 +262,20 @@ def test_a_filter_matches_on_a_server_what_its_definition_says(
         assert matched == {number for number, row in enumerate(rows) if matches(item, row)}, item
 
 
+def test_large_integers_are_told_from_decimals_beside_them(filtered):
+    """A server compares an integer with a decimal as doubles, which beyond 2**53 have no odd numbers."""
+    filtered.clear()
+    filtered.add(row_nodes([{"year": 2**53 + 1}, {"year": 2**53}, {"year": 2.0**54}]))
+    for operator, value, rows in (
+        ("==", 2.0**53, {1}),
+        ("in", [2.0**53, 2.0**54], {1, 2}),
+        ("nin", [2.0**53], {0, 2}),
+        (">", 2.0**53, {0, 2}),
+        ("<=", 2.0**53, {1}),
+    ):
+        assert found(filtered, MetadataFilters(filters=[where("year", operator, value)])) == rows, (operator, value)
+
+
 def test_ids_texts_and_values_stay_what_they_are(filtered):
     """Keys aside, all that LlamaIndex's own store pastes into expressions: each selects its own row or none."""
     filtered.clear()
