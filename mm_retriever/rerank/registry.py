@@ -117,7 +117,7 @@ def _config(name: str, revision: str | None) -> dict[str, Any]:
         except (OSError, HFValidationError) as error:
             reason = error
     raise ModelNotFoundError(
-        f"{name!r} is no folder here, and its config.json cannot be had from the hub ({one_line(reason, 200)}); "
+        f"{name!r} is no folder here, and its config.json cannot be downloaded from the hub ({one_line(reason, 200)}); "
         f"{_choices()}"
     ) from reason
 

@@ -106,7 +106,7 @@ def test_a_checkpoint_without_the_head_is_refused(folder, tmp_path):
     XLMRobertaModel.from_pretrained(folder).save_pretrained(tmp_path / "plain")
     with pytest.raises(CheckpointError, match=r"has no sparse_linear\.pt"):
         BGEM3SparseEmbedding(tmp_path / "plain", device="cpu")
-    with pytest.raises(ModelNotFoundError, match="cannot be had from the hub"):
+    with pytest.raises(ModelNotFoundError, match="cannot be downloaded from the hub"):
         BGEM3SparseEmbedding(tmp_path / "nowhere" / "at all")
 
 

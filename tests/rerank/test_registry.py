@@ -210,8 +210,8 @@ def test_a_name_that_no_family_knows_names_those_there_are(tmp_path: Path) -> No
     cases = {
         str(tmp_path): "is a model of type 'resnet', which is no reranker",
         str(tmp_path / "empty"): "has no config.json",
-        "nobody/nothing": r"config.json cannot be had from the hub",
-        "a b": r"config.json cannot be had from the hub",
+        "nobody/nothing": r"config.json cannot be downloaded from the hub",
+        "a b": r"config.json cannot be downloaded from the hub",
     }
     for name, message in cases.items():
         with pytest.raises(ModelNotFoundError, match=f"{message}.*'tiny', .*'mean-colour'") as caught:
