@@ -23,6 +23,8 @@ from mm_retriever.bulk.shards import ShardWriter
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import IngestError, MissingExtraError, ModelNotFoundError
 from mm_retriever.images import DEFAULT_POLICY
+from mm_retriever.store.checksums import vector_is_damaged
+from mm_retriever.store.fields import CHECKSUM_FIELD
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ROOT, ends, python
 from tests.support.settled import settle
@@ -122,7 +124,10 @@ def test_the_rows_are_those_of_embed_to_shards(folder, tmp_path, monkeypatch, cl
     assert (again.shards, again.written, again.rows) == (report.shards, report.written, report.rows) == (5, 5, 23)
     assert skips(again) == skips(report) != []
     for row, other in zip(rows_of(tmp_path / "ray"), rows_of(tmp_path / "here"), strict=True):
+        assert not vector_is_damaged(row)
         assert np.allclose(row.pop("embedding"), other.pop("embedding"), atol=1e-6)
+        ours, theirs = (one.pop(CHECKSUM_FIELD).rpartition("-") for one in (row, other))
+        assert ours[0] == theirs[0]  # the rest is of the vector
         assert row == other
 
 
