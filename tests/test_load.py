@@ -728,7 +728,7 @@ class Hour:
 
 
 HOURS = {
-    "queries": Hour(3_600, blocks=0.2, mib=12),  # one a second
+    "queries": Hour(7_200, blocks=0.2, mib=12),  # two a second: caches of a fixed size fill during the first 3,600
     "load": Hour(120, blocks=20, mib=40),  # of thirty queries and two runs of ingestion: again one query a second
     "openings": Hour(360, blocks=3, mib=12),  # one every ten seconds
     "runs": Hour(360, blocks=2, mib=12),  # a folder that is looked at every ten seconds
