@@ -190,6 +190,7 @@ def test_the_training_script_writes_a_model_that_loads(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_reranking_finds_more_of_what_was_never_seen(tmp_path):
     """Issue: 8 points above retrieval or .96, on over a thousand queries; here on a tenth of them, less strictly."""
     results = rerank_quality.measure(rerank_quality.Bench(tmp_path, "tiny", "tiny"), quick=True)
