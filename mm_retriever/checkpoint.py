@@ -62,7 +62,7 @@ Models: TypeAlias = Mapping[str, ModelEntry]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """The files of a model; None where there is none. ``weights``: one file, or the index of several."""
+    """The files of a model: ``weights`` is one file, or the index of several; empty for a model without files."""
 
     name: str
     weights: Path = Path()

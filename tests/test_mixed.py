@@ -92,7 +92,7 @@ def ids(found: list[Any]) -> list[str]:
     ],
 )
 def test_texts_and_pictures_answer_in_one_ranking(corpus, model, question, answer, mode):
-    """Issue: a question answered by a text node and one answered by a picture node both come first."""
+    """Our choice: a question answered by a text node and one answered by a picture node both come first."""
     found = ComposedRetriever(corpus, model, top_k=3, mode=mode).retrieve(question)
     assert found[0].node.node_id == answer
     assert type(found[0].node) is (TextNode if answer in TEXTS else ImageNode)
@@ -133,7 +133,7 @@ def test_an_index_and_a_pipeline_of_llamaindex_mix_as_well(tmp_path, model, pict
 
 
 def test_hybrid_finds_the_exact_word_that_vectors_do_not_know(corpus, model):
-    """Issue: hybrid beats dense alone where the exact word matters. No model learned these article numbers."""
+    """Our choice: hybrid beats dense alone where the exact word matters. No model learned these article numbers."""
     questions = {"spare lid XK-2042": "plastic", "spare lid XK-2041": "steel", "Nordlicht": "both", "Lisbon": "shop"}
     first = {
         mode: [
@@ -409,7 +409,7 @@ def run_example(source: str, capsys: Any) -> str:
 
 
 def test_five_lines_make_a_plain_llamaindex_app_answer_composed_queries(capsys):
-    """Issue: five lines added. The app as it was runs too, and knows texts only."""
+    """Our choice: five lines added. The app as it was runs too, and knows texts only."""
     source = (EXAMPLES / "02_existing_llamaindex_app.py").read_text(encoding="utf-8")
     lines = source.splitlines()
     new = [line for line in lines if line.endswith("# new")]

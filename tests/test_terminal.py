@@ -1,4 +1,4 @@
-"""What the command line prints: no word of a stranger commands the terminal, becomes markup, or stops the command."""
+"""What the command line prints: untrusted text does not command the terminal, become markup, or stop the command."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def test_words_beside_images_are_found_exactly_with_hybrid(capfd, images, db, tm
 
 
 def test_a_second_index_embeds_nothing(capfd, images, db):
-    """Issue: run twice, embeds nothing, adds nothing."""
+    """Our choice: run twice, embeds nothing, adds nothing."""
     code, out, _ = run(capfd, "index", images, "--db", db, "--model", "tiny", "--json")
     report = json.loads(out)
     assert code == 0
@@ -217,7 +217,7 @@ def test_a_second_index_embeds_nothing(capfd, images, db):
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capfd, tmp_path, monkeypatch, arguments, says):
-    """Issue: errors are one line and exit code 2; a hub out of reach names a local path or `tiny`."""
+    """Our choice: errors are one line and exit code 2; a hub out of reach names a local path or `tiny`."""
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capfd, *arguments)
     assert code == 2

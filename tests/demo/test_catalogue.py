@@ -97,7 +97,7 @@ def test_a_zebra_is_never_white_or_black():
 
 
 def test_the_catalogue_has_900_distinct_products_with_every_pair():
-    """Issue: 900 products; every kind comes in every pattern."""
+    """Our choice: 900 products; every kind comes in every pattern."""
     products = catalogue()
     assert len({product.looks for product in products}) == len(products) == 900
     assert len({product.seed for product in products}) == len({product.file_name for product in products}) == 900
@@ -115,7 +115,7 @@ def test_the_whole_catalogue_can_be_had_and_no_more():
 
 
 def test_at_least_15_percent_of_the_pairs_are_held_out_evenly():
-    """Issue: at least 15%; no kind and no pattern loses more than three, so each is still learnt."""
+    """Our choice: at least 15%; no kind and no pattern loses more than three, so each is still learnt."""
     assert len(HELD_OUT) >= 0.15 * len(KINDS) * len(PATTERNS)
     assert ("phone case", "leopard") in HELD_OUT
     assert all(sum(k == kind for k, _ in HELD_OUT) == 3 for kind in KINDS)
@@ -173,7 +173,7 @@ def test_a_query_changes_one_thing_and_never_shows_a_forbidden_pair(mode: str, w
 
 
 def test_held_out_wordings_share_no_template_with_training():
-    """Issue: recall with wordings not used in training."""
+    """Our choice: recall with wordings not used in training."""
     for mode in MODES:
         assert set(templates("training")[mode]).isdisjoint(templates("held-out")[mode])
 

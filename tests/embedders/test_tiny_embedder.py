@@ -38,7 +38,7 @@ def candidates(embedder, products) -> np.ndarray:
 
 
 def test_the_bundled_files_are_small():
-    """Issue: a few megabytes; they travel in the wheel."""
+    """Our choice: a few megabytes; they travel in the wheel."""
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6_000_000
     assert {path.name for path in FOLDER.iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md",
@@ -62,7 +62,7 @@ def test_vectors_have_length_one_and_any_text_can_be_asked(embedder):
 
 @pytest.mark.slow
 def test_held_out_products_are_found_by_composed_queries(embedder, products, candidates):
-    """Issue: R@1 >= .85 and R@9 >= .99 on average over four kinds of query; here one query a product among fewer."""
+    """Our choice: mean R@1 >= .85, R@9 >= .99 over four kinds of query; here one query a product among fewer."""
     found_1, found_9 = [], []
     for mode in MODES:
         queries = tiny_quality.composed_queries(products, mode, held_out=True, draws=1)[::3]
@@ -76,7 +76,7 @@ def test_held_out_products_are_found_by_composed_queries(embedder, products, can
 
 @pytest.mark.slow
 def test_wordings_that_training_never_used_are_understood(embedder, products, candidates):
-    """Issue: R@1 >= .75 with wordings not used in training."""
+    """Our choice: R@1 >= .75 with wordings not used in training."""
     found = []
     for mode in MODES:
         queries = tiny_quality.composed_queries(products, mode, held_out=True, wording="held-out", draws=1)[::4]

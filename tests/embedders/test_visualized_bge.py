@@ -186,7 +186,7 @@ def test_resize_comes_before_the_conversion_to_rgb(mode: str, size: tuple[int, i
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 5_000_000), (300, 250_000)])
 def test_a_picture_as_thin_as_a_thread_takes_no_memory(size: tuple[int, int]) -> None:
-    """Resized whole, the first would take 9 GB, and any stranger can send it in 150 bytes."""
+    """Resized whole, the first would take 9 GB, and anybody can send it in 150 bytes."""
     image = Image.new("RGB", size, (9, 120, 200))
     with peak_growth() as mib:
         assert np.unique(np.asarray(crop_square(image, 224)).reshape(-1, 3), axis=0).tolist() == [[9, 120, 200]]

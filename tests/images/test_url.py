@@ -579,7 +579,7 @@ def test_a_server_that_stalls_the_handshake_is_given_up() -> None:
 
 
 def test_nothing_that_takes_an_image_asks_a_url_unasked(server: Server, tmp_path: Path) -> None:
-    """Every public place where a stranger's URL can arrive, under a policy that fetches none.
+    """Every public place where an untrusted URL can arrive, under a policy that fetches none.
 
     Truth: the server's list of requests. It could be reached: one switch more, and it is asked.
     """

@@ -7,7 +7,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,7 @@ from llama_index.core.llms import ChatMessage, ChatResponse, CustomLLM
 
 from mm_retriever.errors import RerankError
 from mm_retriever.rerank import VisionLLMRerank
-from tests.support.llm_server import QUERY, Reply, ScriptedServer, candidates, completion, draw_noise, facts, ranking
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[ScriptedServer]:
-    script = ScriptedServer()
-    yield script
-    script.server.shutdown()
-    script.server.server_close()
-
-
-@pytest.fixture
-def server(running: ScriptedServer) -> ScriptedServer:
-    running.requests.clear()
-    running.reply = lambda _: ranking(1)
-    return running
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_noise(tmp_path_factory.mktemp("images"))
-
+from tests.support.llm_server import QUERY, Reply, ScriptedServer, candidates, completion, facts, ranking
 
 # ---------------------------------------------------------------------- servers that fail
 

@@ -32,28 +32,7 @@ from PIL import Image
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
 from mm_retriever.rerank import VisionLLMRerank
 from tests.support.effort import EFFORT
-from tests.support.llm_server import QUERY, Reply, ScriptedServer, candidates, completion, draw_noise, facts, ranking
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[ScriptedServer]:
-    script = ScriptedServer()
-    yield script
-    script.server.shutdown()
-    script.server.server_close()
-
-
-@pytest.fixture
-def server(running: ScriptedServer) -> ScriptedServer:
-    running.requests.clear()
-    running.reply = lambda _: ranking(1)
-    return running
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_noise(tmp_path_factory.mktemp("images"))
-
+from tests.support.llm_server import QUERY, Reply, ScriptedServer, candidates, completion, facts, ranking
 
 # ---------------------------------------------------------------------- what is sent and what comes back
 
@@ -116,7 +95,7 @@ def test_prompts_can_be_changed(server: ScriptedServer, folder: Path) -> None:
 
 
 def test_reasons_belong_to_the_candidate_they_were_given_for(server: ScriptedServer, folder: Path) -> None:
-    """Truth: what the server said, the stranger's and the repeated one's reasons left out."""
+    """Truth: what the server said, without the reasons of unknown and repeated numbers."""
     server.reply = lambda _: ranking(2, 7, 2, 1, reasons=["two", "seven", "again", "one"])
     result = server.reranker(reasons="all").rerank(candidates(folder), QUERY)
     assert result.order == (1, 0, 2)

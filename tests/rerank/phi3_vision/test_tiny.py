@@ -49,7 +49,7 @@ def nodes_of(folder: Path, shown: list[Looks], seed: int = 40) -> list[NodeWithS
 
 
 def test_the_bundled_files_are_small():
-    """Issue: a few megabytes; they travel in the wheel."""
+    """Our choice: a few megabytes; they travel in the wheel."""
     assert {path.name for path in FOLDER.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "README.md",
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_the_bundled_files_are_small():
 
 
 def test_its_tower_has_the_plain_patch_embedding_and_no_layer_that_is_never_used():
-    """Issue: the real class; a stem option was allowed but not needed. All stored layers are below the features."""
+    """Our choice: the real class without a stem of its own. All stored layers are below the features."""
     vision = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["vision_config"]
     assert vision["stem"] == "patch"
     assert vision["feature_layer"] == -1
@@ -82,7 +82,7 @@ def test_text_cannot_speak_for_the_model(loaded):
 
 
 def test_products_that_it_never_saw_are_described_exactly(loaded):
-    """Issue: at least 85% of held-out products; here on a sample of 60 from another catalogue."""
+    """Our choice: at least 85% of held-out products; here on a sample of 60 from another catalogue."""
     products = [product for product in catalogue(seed=4) if product.held_out][:60]
     assert np.mean(rerank_quality.described(*loaded, products)) >= 0.8
 
@@ -192,7 +192,7 @@ def test_the_training_script_writes_a_model_that_loads(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_reranking_finds_more_of_what_was_never_seen(tmp_path):
-    """Issue: 8 points above retrieval or .96, on over a thousand queries; here on a tenth of them, less strictly."""
+    """Our choice: 8 points above retrieval or .96, on a thousand queries; here on a tenth of them, less strictly."""
     results = rerank_quality.measure(rerank_quality.Bench(tmp_path, "tiny", "tiny"), quick=True)
     total = results["Pairs held out of training"]["recall"][-1]
     assert total["queries"] >= 150
