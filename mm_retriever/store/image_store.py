@@ -33,9 +33,6 @@ from mm_retriever.threads import in_thread
 if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
 
-if TYPE_CHECKING:
-    from mm_retriever.embedding import ComposedEmbedding
-
 logger = logging.getLogger(__name__)
 
 
