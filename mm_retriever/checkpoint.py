@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,12 @@ class ModelEntry:
         sha256: of `file`.
         licence: of the weights.
         note: for people who choose a model.
+        dimension: length of its vectors.
+        parameters: how many numbers its weights are.
+        languages: that its text side was trained on.
+        composed: how it embeds an image with a text: trained for it, as a weighted sum, or not at all.
+        figures: published results, each with its source and protocol.
+        needs: the extra of this package that it runs with.
     """
 
     folder: Path | None = None
@@ -55,6 +61,12 @@ class ModelEntry:
     sha256: str | None = None
     licence: str = ""
     note: str = ""
+    dimension: int | None = None
+    parameters: int | None = None
+    languages: str = ""
+    composed: Literal["trained", "sum", "no"] = "trained"
+    figures: tuple[str, ...] = ()
+    needs: str = ""
 
 
 Models: TypeAlias = Mapping[str, ModelEntry]
