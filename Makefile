@@ -8,7 +8,7 @@ TWO := --numprocesses 2 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-all lint lock format check clean
+.PHONY: help install demo test test-slow test-all lint lock format check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,8 +31,10 @@ demo: $(VENV)/.runtime  ## draw a catalogue, index it, search it four ways; writ
 test: $(VENV)/.dev  ## the tests, offline, on the CPU, in under five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO)
 
-test-all: $(VENV)/.dev  ## the slow tests too
-	$(BIN)/python -m pytest
+test-slow: $(VENV)/.dev  ## the slow tests: full size, kills, power cuts, a real Milvus server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
+
+test-all: test test-slow  ## both
 
 lint: $(VENV)/.dev  ## style, types, import contracts
 	$(BIN)/ruff check .

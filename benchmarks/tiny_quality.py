@@ -205,14 +205,31 @@ def average(name: str, parts: Sequence[tuple[np.ndarray, Sequence[int]]]) -> Rec
 
 
 def measure(
-    embedder: Embedder, *, count: int = 900, draws: int = 3, size: int = 320, report: Callable[[str], None] = print
+    embedder: Embedder,
+    *,
+    only: str = "",
+    count: int = 900,
+    draws: int = 3,
+    size: int = 320,
+    report: Callable[[str], None] = print,
 ) -> dict[str, list[Recall]]:
-    """All figures, by section: held-out pairs, seen pairs, held-out wordings, and what does not compose."""
+    """All figures, by section: held-out pairs, seen pairs, held-out wordings, and what does not compose.
+
+    Args:
+        embedder: the model.
+        only: the title of the one section to measure; default: all of them.
+        count: how many products are drawn.
+        draws: queries of each kind for every held-out product.
+        size: pixels at which products are drawn.
+        report: called with each table.
+    """
     products = catalogue(count)
     candidates = embedder.products(products, size)
     sections: dict[str, list[Recall]] = {}
 
     def section(title: str, groups: list[tuple[str, list[Query], str]], mean: str | None = None) -> None:
+        if only not in ("", title):
+            return
         parts = []
         sections[title] = []
         for name, queries, use in groups:

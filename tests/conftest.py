@@ -27,8 +27,12 @@ def tried(record_property: Callable[[str, object], None]) -> Iterator[Counter[st
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "tried" in getattr(item, "fixturenames", ()):
+        fixtures = getattr(item, "fixturenames", ())
+        if "tried" in fixtures:
             item.add_marker("hostile")
+        # a worker takes a whole module, and one worker all that needs the server: two servers would starve each other
+        module = item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group("server" if "milvus_server" in fixtures else module))
 
 
 @pytest.fixture(scope="session")
