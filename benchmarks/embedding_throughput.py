@@ -29,10 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_retriever.devices import as_dtype, default_device
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder, VisualizedBGEProcessor
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 
 SQUARE = [(2048, 2048, 2048), (4096, 4096, 4096)]
 OWN = [(1576, 768, 768), (1576, 768, 2048), (1576, 2048, 768), (1576, 768, 3072), (1576, 3072, 768)]  # of batch 8

@@ -34,7 +34,7 @@ from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
 from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
-from mm_retriever.rerank.order import fuse
+from mm_retriever.rerank.scorer import fuse
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
 from phrases import MODES, Mode, Wording, reason

@@ -26,9 +26,9 @@ from PIL import Image
 
 from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, catalogue, draw_product, draw_theme
 from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
 from phrases import MODES, Mode, Wording, compose_query, full_text

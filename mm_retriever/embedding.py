@@ -28,7 +28,7 @@ from PIL import Image
 
 from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
 from mm_retriever.embedders.registry import load_embedder
-from mm_retriever.embedders.visualized_bge.published import DEFAULT_MODEL
+from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
 from mm_retriever.images import (
     DEFAULT_POLICY,

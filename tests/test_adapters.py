@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder, VisualizedBGEProcessor
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor

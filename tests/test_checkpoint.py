@@ -23,10 +23,9 @@ from torch import Tensor
 
 from mm_retriever.checkpoint import ModelEntry, load_strict, locate, read_state_dict, warn_if_not_published
 from mm_retriever.embedders import visualized_bge
-from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
 from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
 from mm_retriever.phi3_vision import config as phi3_vision
 from mm_retriever.phi3_vision.load import load_phi3_vision

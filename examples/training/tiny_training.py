@@ -31,7 +31,7 @@ from mm_retriever.demo.catalogue.drawing import (
     theme_layers,
 )
 from mm_retriever.demo.catalogue.patterns import texture
-from mm_retriever.embedders.visualized_bge.processor import PIXEL_MEAN, PIXEL_STD
+from mm_retriever.embedders.visualized_bge.encoder import PIXEL_MEAN, PIXEL_STD
 
 THEME = len(KINDS)  # the "kind" of a theme picture in label tensors
 TRAINING_BLOCK = 1000  # pattern maps from here on are drawn for training only (a catalogue's seed is its block)

@@ -42,9 +42,8 @@ from tiny_training import (
 from torch import Tensor, nn
 
 from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, PATTERNS, Looks, catalogue
-from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, crop_square
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, crop_square
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 
 TEMPERATURE = 0.05
 

@@ -3,7 +3,7 @@
 - `source.py`, `url.py`: what may be read, and fetching.
 - `header.py`, `heif.py`: the bytes before a decoder sees them.
 - `memory.py`: how much all threads decode at once.
-- `profile.py`, `pixels.py`: every kind of pixel as 8-bit RGB.
+- `pixels.py`: every kind of pixel as 8-bit RGB.
 - `loading.py`: `load_image`, which takes these steps; images as bytes, digests and thumbnails.
 - `sheet.py`: numbered grids of images.
 """

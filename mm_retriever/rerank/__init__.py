@@ -21,17 +21,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_retriever.rerank.candidates import METADATA_KEYS, Candidate
     from mm_retriever.rerank.cross_encoder import TextRerank
     from mm_retriever.rerank.phi3_vision.reranker import Phi3VisionRerank
     from mm_retriever.rerank.registry import load_reranker
     from mm_retriever.rerank.reranker import Reranking, ScorerRerank
-    from mm_retriever.rerank.scorer import Meter, Query, Scorer, Usage
+    from mm_retriever.rerank.scorer import METADATA_KEYS, Candidate, Meter, Query, Scorer, Usage
     from mm_retriever.rerank.vision_llm import VisionLLMRerank
 
 _HOME = {  # a remote reranker must not load torch
-    "METADATA_KEYS": "candidates",
-    "Candidate": "candidates",
+    "METADATA_KEYS": "scorer",
+    "Candidate": "scorer",
     "Meter": "scorer",
     "Phi3VisionRerank": "phi3_vision.reranker",
     "Query": "scorer",

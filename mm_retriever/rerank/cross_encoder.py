@@ -14,9 +14,8 @@ from typing import Any
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
 from mm_retriever.forks import ForkLock
 from mm_retriever.rebuild import field_arguments, portable_name
-from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.reranker import Reranker, ScorerRerank
-from mm_retriever.rerank.scorer import Meter, Query
+from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,20 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, is_place, load_image, source_name
 from mm_retriever.rebuild import Rebuilt, field_arguments, wrong_options
-from mm_retriever.rerank.candidates import Candidate, Ranking, ranked_nodes, read_candidates
-from mm_retriever.rerank.order import best_first, finite, fuse, shares
-from mm_retriever.rerank.scorer import Meter, Query, Scorer, Usage
+from mm_retriever.rerank.scorer import (
+    Candidate,
+    Meter,
+    Query,
+    Ranking,
+    Scorer,
+    Usage,
+    best_first,
+    finite,
+    fuse,
+    ranked_nodes,
+    read_candidates,
+    shares,
+)
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM

@@ -21,11 +21,9 @@ from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
 from mm_retriever.rebuild import check_whole, field_arguments
 from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
-from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.llm_requests import Requests, UnrankedError, check_ending, openai_like
-from mm_retriever.rerank.order import rank_scores, windows
 from mm_retriever.rerank.reranker import Reranker
-from mm_retriever.rerank.scorer import Meter, Query
+from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking, rank_scores, windows
 
 Mode = Annotated[Literal["images", "sheet"], BeforeValidator(lambda mode: "images" if mode == "pictures" else mode)]
 

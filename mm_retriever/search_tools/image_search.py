@@ -33,8 +33,8 @@ from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
 from mm_retriever.request import node_images
-from mm_retriever.rerank.candidates import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.rerank.registry import as_postprocessors
+from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_text
 from mm_retriever.search_tools.conversation import Conversation

@@ -8,24 +8,23 @@ of image files. Its files, from LlamaIndex down to Milvus:
 - `conditions.py`: conditions as people and language models write them. `columns.py`: conditions that no row can meet.
 - `bulk_import.py`, `parquet.py`: rows in files that a server imports by itself, each exactly once.
 - `inspection.py`: what a store holds, and whether that is what was stored.
-- `collection.py`, `schema.py`: one collection. `identity.py`: which models' vectors may be compared.
-- `words.py`, `segments.py`: the full-text index.
+- `collection.py`, `schema.py`: one collection, its columns, and the model whose vectors it holds. `words.py`: its
+  full-text index.
 - `connection.py`: where Milvus is, and what its failures mean. `channel.py`: requests that end by their deadline.
-- `lite_channel.py`, `lite_server.py`, `lite_record.py`, `lite_wire.py`: how the processes of one user share a Milvus
-  Lite file.
+- `lite_channel.py`, `lite_server.py`, `lite_wire.py`: how the processes of one user share a Milvus Lite file.
 - `lite_repair.py`, `lite_logs.py`, `lite_durability.py`: what protects such a file from power cuts and bit rot.
-- `rows.py`, `values.py`, `checksums.py`: a LlamaIndex node as a row.
-- `filters.py`, `fields.py`: metadata filters as expressions that a value cannot break out of.
+- `rows.py`, `values.py`: a LlamaIndex node as a row.
+- `filters.py`: metadata filters as expressions that a value cannot break out of.
 """
 
 from mm_retriever.store.bulk_import import ImportReport
 from mm_retriever.store.connection import check_exists
 from mm_retriever.store.filters import filter_expression
-from mm_retriever.store.identity import same_model
 from mm_retriever.store.image_store import ImageStore, open_store, open_stored
 from mm_retriever.store.inspection import Verification, describe_store, verify_store
 from mm_retriever.store.queries import MAX_TOP_K
 from mm_retriever.store.rows import bytes_as_text, has_control_characters, metadata_columns, storable_node
+from mm_retriever.store.schema import same_model
 from mm_retriever.store.words import SparseEmbedding
 
 __all__ = [

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from mm_retriever.errors import StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.store.collection import Collection, chunks
-from mm_retriever.store.fields import ID_FIELD, VECTOR_FIELD
 from mm_retriever.store.filters import one_of
 from mm_retriever.store.image_store import ImageStore
 from mm_retriever.store.parquet import read_account, read_columns, read_ids, read_some_vectors
+from mm_retriever.store.schema import ID_FIELD, VECTOR_FIELD
 
 _ROUNDS = 3
 """How often a file is imported when its rows are there twice afterwards: once, and again for each rival importer."""

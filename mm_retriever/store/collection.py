@@ -19,26 +19,21 @@ from pymilvus.client.types import ConsistencyLevel
 from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreMismatchError
-from mm_retriever.store.checksums import damaged_rows, row_is_damaged, vector_is_damaged
 from mm_retriever.store.connection import Connection
-from mm_retriever.store.fields import (
+from mm_retriever.store.filters import all_of, one_of, quoted
+from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
+from mm_retriever.store.rows import damaged_rows, row_is_damaged, vector_is_damaged
+from mm_retriever.store.schema import (
     CHECKSUM_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
+    METRICS,
     TEXT_FIELD,
     VECTOR_FIELD,
-)
-from mm_retriever.store.filters import all_of, one_of, quoted
-from mm_retriever.store.identity import same_model
-from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
-from mm_retriever.store.schema import (
-    ANALYZER_PROPERTY,
-    METRICS,
-    SPARSE_PROPERTY,
     collection_schema,
-    stored_identity,
+    model_properties,
+    same_model,
     stored_model,
-    stored_property,
 )
 from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
 
@@ -142,9 +137,11 @@ class Collection:
         if not self.dimension:
             raise StoreError("dimension: a new collection needs to know how many numbers a vector has")
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
-        identity = stored_identity(self.model_id, self.model_note, self.words)
-        schema = collection_schema(self.dimension, self.words, "" if self._lite else json.dumps(identity))
-        properties = {"properties": identity} if self._lite else {}
+        kept = model_properties(self.model_id, self.model_note) | ({} if self.words is None else self.words.properties)
+        schema = collection_schema(self.dimension, "" if self._lite else json.dumps(kept))
+        if self.words is not None:
+            self.words.add_to(schema)
+        properties = {"properties": kept} if self._lite else {}
         self._scans_are_strong = True
         try:
             self._ask(self._client.create_collection, schema=schema, consistency_level="Strong", **properties)
@@ -201,13 +198,7 @@ class Collection:
         if self.dimension not in (0, dimension):
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self.dimension}")
         self.dimension = dimension
-        words = word_index_of(
-            description,
-            hybrid,
-            stored_property(description, SPARSE_PROPERTY),
-            analyzer=analyzer,
-            stored_analyzer=stored_property(description, ANALYZER_PROPERTY),
-        )
+        words = word_index_of(description, hybrid, analyzer)
         if isinstance(words, str):
             raise self._mismatch(words)
         self.words = words

@@ -15,8 +15,8 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import FilterError, shown
 from mm_retriever.store.columns import LAST
-from mm_retriever.store.fields import OWN_TEXT_COLUMNS, takes_lists
 from mm_retriever.store.filters import read_number
+from mm_retriever.store.schema import OWN_TEXT_COLUMNS, takes_lists
 
 FORMS = "key=value, key!=value, key>number, key in a, b, key contains word or key is empty"
 

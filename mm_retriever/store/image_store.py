@@ -19,13 +19,12 @@ from mm_retriever.errors import CopyError, FilterError, QueryError, StoreError
 from mm_retriever.store.collection import Collection, Row, chunks, without_checksums
 from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists
-from mm_retriever.store.fields import CONTENT_FIELD, DOC_ID_FIELD, ID_FIELD
 from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
 from mm_retriever.store.inspection import Verification, verify_collection
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import WORD_MODES, answer, refuse_options
-from mm_retriever.store.rows import NODE_FIELDS, log_unfiltered, row_to_node, storable_node, stored_row
-from mm_retriever.store.schema import check_options, milvus_fields
+from mm_retriever.store.rows import log_unfiltered, row_to_node, storable_node, stored_row
+from mm_retriever.store.schema import CONTENT_FIELD, DOC_ID_FIELD, ID_FIELD, NODE_FIELDS, check_options, milvus_fields
 from mm_retriever.store.values import plain_metadata
 from mm_retriever.store.words import SparseEmbedding
 from mm_retriever.threads import in_thread

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mm_retriever.errors import StoreDamagedError, StoreMismatchError, shown
-from mm_retriever.store.checksums import damaged_rows, has_checksum, row_is_damaged
 from mm_retriever.store.collection import Collection
 from mm_retriever.store.connection import Connection, check_exists
-from mm_retriever.store.fields import ID_FIELD
 from mm_retriever.store.lite_durability import damaged_files
-from mm_retriever.store.schema import stored_model
+from mm_retriever.store.rows import damaged_rows, has_checksum, row_is_damaged
+from mm_retriever.store.schema import ID_FIELD, stored_model
 
 _PAGE_ROWS = 1_000
 

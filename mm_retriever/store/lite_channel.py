@@ -21,9 +21,8 @@ import grpc
 
 from mm_retriever.errors import StoreError, StoreLockedError
 from mm_retriever.store.channel import Deadline, deadline
-from mm_retriever.store.lite_record import CLOSING, OPENING, Record, read_record
 from mm_retriever.store.lite_server import LiteServer
-from mm_retriever.store.lite_wire import Wire
+from mm_retriever.store.lite_wire import CLOSING, OPENING, Record, Wire, read_record
 
 _GRACE_SECONDS = 3.0
 """How long an unreachable process may hold the lock of a file before that is an error."""

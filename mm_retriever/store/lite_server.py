@@ -1,8 +1,8 @@
 """The process that has a Milvus Lite file open, and serves it to the other processes of the same user.
 
 Milvus Lite lets one process at a time into a file, and its own server has no authentication. Here its request handlers
-answer on a Unix socket that only the user can reach (`lite_record.py`), after both sides have proved that they know the
-secret in the record (`lite_wire.py`). Owns the database, and whose turn it is. Knows nothing of the other side.
+answer on a Unix socket that only the user can reach, after both sides have proved that they know the secret in the
+record (`lite_wire.py`). Owns the database, and whose turn it is. Knows nothing of the other side.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from typing import Any
 
 import grpc
 
-from mm_retriever.store.lite_record import (
+from mm_retriever.store.lite_repair import repair
+from mm_retriever.store.lite_wire import (
     CLOSING,
     FOLDER_PREFIX,
     OPENING,
     RECORD,
     SERVING,
     Record,
+    Wire,
     folder_identity,
     listen,
     read_record,
     remove_record,
     remove_socket,
 )
-from mm_retriever.store.lite_repair import repair
-from mm_retriever.store.lite_wire import Wire
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,8 @@ from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import MissingExtraError, StoreError
 from mm_retriever.files import sync
-from mm_retriever.store.fields import ID_FIELD, VECTOR_FIELD
 from mm_retriever.store.rows import node_to_row
-from mm_retriever.store.schema import collection_schema
+from mm_retriever.store.schema import ID_FIELD, VECTOR_FIELD, collection_schema
 from mm_retriever.store.words import SparseEmbedding, new_word_index
 
 DYNAMIC_FIELD = "$meta"
@@ -50,7 +49,10 @@ class ParquetRows:
         self._dimension = dimension
         self._words = new_word_index(hybrid)
         # Not LocalBulkWriter around it: that writes in a thread, where errors are lost, under names of its own.
-        self._buffer = Buffer(collection_schema(dimension, self._words), BulkFileType.PARQUET)
+        schema = collection_schema(dimension)
+        if self._words is not None:
+            self._words.add_to(schema)
+        self._buffer = Buffer(schema, BulkFileType.PARQUET)
         self._bytes = 0
 
     def __len__(self) -> int:

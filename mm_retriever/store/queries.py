@@ -14,11 +14,10 @@ from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode, VectorStoreQueryResult
 
 from mm_retriever.errors import QueryError
-from mm_retriever.store.checksums import damaged_rows, vector_is_damaged
 from mm_retriever.store.collection import Collection, Hit
-from mm_retriever.store.fields import DOC_ID_FIELD, ID_FIELD, VECTOR_FIELD
 from mm_retriever.store.filters import all_of, one_of
-from mm_retriever.store.rows import NODE_FIELDS, row_to_node
+from mm_retriever.store.rows import damaged_rows, row_to_node, vector_is_damaged
+from mm_retriever.store.schema import DOC_ID_FIELD, ID_FIELD, NODE_FIELDS, VECTOR_FIELD
 from mm_retriever.store.words import WordIndex
 
 MAX_TOP_K = 16_384

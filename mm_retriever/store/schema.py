@@ -1,4 +1,4 @@
-"""The schema of a new collection, the properties that say which model made its vectors, and the options of a store."""
+"""What a collection is: its columns, the model whose vectors it holds, and the options that it is made with."""
 
 from __future__ import annotations
 
@@ -11,17 +11,72 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
 from mm_retriever.errors import StoreError, shown
-from mm_retriever.store.fields import (
-    CONTENT_FIELD,
-    DOC_ID_FIELD,
-    ID_FIELD,
-    MAX_TEXT_BYTES,
-    TEXT_FIELD,
-    TYPE_FIELD,
-    VECTOR_FIELD,
-)
-from mm_retriever.store.rows import NODE_FIELDS
-from mm_retriever.store.words import WordIndex
+
+ID_FIELD = "id"
+DOC_ID_FIELD = "doc_id"
+TEXT_FIELD = "text"
+VECTOR_FIELD = "embedding"
+WORDS_FIELD = "_words"
+SPARSE_FIELD = "_sparse"
+CONTENT_FIELD = "_node_content"
+TYPE_FIELD = "_node_type"
+CHECKSUM_FIELD = "_row_checksum"
+
+NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
+"""What a node is rebuilt from, and its checksum: fetching the vectors too would double the time of a query."""
+
+OWN_TEXT_COLUMNS = {
+    ID_FIELD: ID_FIELD,
+    DOC_ID_FIELD: DOC_ID_FIELD,
+    "document_id": DOC_ID_FIELD,  # the names that other LlamaIndex stores give to the same thing
+    "ref_doc_id": DOC_ID_FIELD,
+    TEXT_FIELD: TEXT_FIELD,
+}
+_OTHER_COLUMNS = (VECTOR_FIELD, WORDS_FIELD, SPARSE_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
+RESERVED_KEYS = frozenset((*OWN_TEXT_COLUMNS, *_OTHER_COLUMNS, "_seq", "_partition"))
+
+MAX_TEXT_BYTES = 65_535
+"""Of a text, of a node as JSON, and of all its metadata columns together: what a Milvus column holds."""
+
+MAX_INTEGER = 2**63 - 1
+
+_KEY = re.compile(r"\w[\w .-]{0,127}")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_KEYWORDS = frozenset(("and", "or", "not", "in", "like", "is", "null", "exists", "iso", "interval", "true", "false"))
+
+
+def key_problem(key: object) -> str | None:
+    """Return why a metadata key cannot be a column that filters name, or None if it can."""
+    if not isinstance(key, str):
+        return f"a key must be text, not {type(key).__name__}"
+    if key in RESERVED_KEYS:
+        return f"{key!r} is a column of the store itself; choose another name"
+    if not _KEY.fullmatch(key):
+        return f"{key[:60]!r} is not a key: up to 128 letters, digits, '_', ' ', '.' and '-', the first no punctuation"
+    return None
+
+
+def takes_lists(key: str) -> bool:
+    """Whether lists may be stored under the key: Milvus' list functions take plain ASCII identifiers only."""
+    return _IDENTIFIER.fullmatch(key) is not None and key.lower() not in _KEYWORDS
+
+
+_IDENTITY = re.compile(r".*@(?P<weights>[0-9a-f]{12})(?:\.(?P<inputs>[0-9a-f]{6}))?(?:/\w+)?", re.DOTALL)
+
+
+def same_model(stored: str, given: str) -> bool:
+    """Return whether vectors of two models may be compared.
+
+    Identities of any other form are compared as they are. Collections of earlier versions have `name@weights/dtype`;
+    the fingerprint of the weights is the same in both forms.
+    """
+    if stored == given:
+        return True
+    ours, theirs = _IDENTITY.fullmatch(stored), _IDENTITY.fullmatch(given)
+    if ours is None or theirs is None or ours["weights"] != theirs["weights"]:
+        return False
+    return ours["inputs"] is None or theirs["inputs"] is None or ours["inputs"] == theirs["inputs"]
+
 
 WRITE_ROWS = 256
 """Rows sent with one request."""
@@ -31,12 +86,10 @@ METRICS = ("IP", "COSINE")
 
 _MODEL_PROPERTY = "mm_retriever.model"
 _NOTE_PROPERTY = "mm_retriever.model_note"
-SPARSE_PROPERTY = "mm_retriever.sparse_model"
-ANALYZER_PROPERTY = "mm_retriever.analyzer"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
-def collection_schema(dimension: int, words: WordIndex | None, description: str = "") -> CollectionSchema:
+def collection_schema(dimension: int, description: str = "") -> CollectionSchema:
     """Return the columns of a collection; metadata are dynamic ones."""
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=True, description=description)
     schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_TEXT_BYTES)
@@ -44,8 +97,6 @@ def collection_schema(dimension: int, words: WordIndex | None, description: str 
     for name in (DOC_ID_FIELD, TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD):
         schema.add_field(name, DataType.VARCHAR, max_length=MAX_TEXT_BYTES)
     schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=dimension)
-    if words is not None:
-        words.add_to(schema)
     return schema
 
 
@@ -62,14 +113,10 @@ def check_options(collection: str, dimension: int | None, index: str, metric: st
         raise StoreError(f"metric {metric!r} is not one of {', '.join(METRICS)}{hint}")
 
 
-def stored_identity(model_id: str, model_note: str, words: WordIndex | None) -> dict[str, str]:
-    """Return the properties of a new collection."""
-    identity = {_MODEL_PROPERTY: model_id, _NOTE_PROPERTY: model_note}
-    if words is not None and words.model is not None:
-        identity[SPARSE_PROPERTY] = words.model.model_id
-    elif words is not None:
-        identity[ANALYZER_PROPERTY] = words.analyzer
-    return {name: value for name, value in identity.items() if value}
+def model_properties(model_id: str, model_note: str) -> dict[str, str]:
+    """Return the properties of a new collection that say which model its vectors come from."""
+    properties = {_MODEL_PROPERTY: model_id, _NOTE_PROPERTY: model_note}
+    return {name: value for name, value in properties.items() if value}
 
 
 def stored_model(description: Mapping[str, Any]) -> tuple[str | None, str]:

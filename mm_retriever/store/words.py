@@ -2,26 +2,27 @@
 
 Owns its columns, the rule which words a node has, and how a query asks it. There are two kinds: BM25, which Milvus
 computes from a text column, and learned sparse vectors, which a model computes here. Knows nothing of connections.
+
+Milvus's standard tokenizer ends a word at white space, punctuation and combining marks: a Chinese or Japanese sentence
+is one word to it, and a Hindi word is several. `indexed_words` and `asked_words` cut runs of scripts without spaces
+into overlapping pairs of characters, as Lucene's CJK analyzer does, and keep marks as parts of their words.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 from llama_index.core.schema import BaseNode
 from pymilvus import CollectionSchema, DataType, Function, FunctionType
 
 from mm_retriever.errors import QueryError, StoreError
-from mm_retriever.store.fields import (
-    MAX_TEXT_BYTES,
-    SPARSE_FIELD,
-    WORDS_FIELD,
-)
-from mm_retriever.store.identity import same_model
-from mm_retriever.store.segments import asked_words, indexed_words, needs_segments
+from mm_retriever.store.schema import MAX_TEXT_BYTES, SPARSE_FIELD, WORDS_FIELD, same_model, stored_property
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ STOP_WORDS = (
 )
 """Left out of BM25, so that "phone case with this" asks for phone cases. Source: Apache Lucene's English list."""
 
+_SPARSE_PROPERTY = "mm_retriever.sparse_model"
+_ANALYZER_PROPERTY = "mm_retriever.analyzer"
 _ANALYZER = {"tokenizer": "standard", "filter": ["lowercase", {"type": "stop", "stop_words": list(STOP_WORDS)}]}
 _NO_WORDS: SparseVector = {2**32 - 2: 1.0}  # Milvus stores no empty vector; no query has this term
 _WITHOUT_WORDS = frozenset(("file_path",))  # the names of its folders do not describe an image
@@ -120,6 +123,13 @@ class WordIndex:
                 )
             )
 
+    @property
+    def properties(self) -> dict[str, str]:
+        """What a new collection says of its index."""
+        if self.model is not None:
+            return {_SPARSE_PROPERTY: self.model.model_id}
+        return {_ANALYZER_PROPERTY: self.analyzer}
+
     def columns(self, nodes: Sequence[BaseNode]) -> list[dict[str, Any]]:
         """Return what the rows of these nodes hold for the index, beside their other columns."""
         words = [node_words(node) for node in nodes]
@@ -199,12 +209,7 @@ def words_name(hybrid: bool | SparseEmbedding) -> str | None:
 
 
 def word_index_of(
-    description: Mapping[str, Any],
-    hybrid: bool | SparseEmbedding | None,
-    stored_model: str | None,
-    *,
-    analyzer: str | None,
-    stored_analyzer: str | None,
+    description: Mapping[str, Any], hybrid: bool | SparseEmbedding | None, analyzer: str | None
 ) -> WordIndex | str | None:
     """Return the word index of an existing collection; a text says why it is not the one that was asked for.
 
@@ -212,6 +217,8 @@ def word_index_of(
     of None takes any too. Earlier versions stored no analyzer, which was "standard".
     """
     _check_analyzer(analyzer)
+    stored_model = stored_property(description, _SPARSE_PROPERTY)
+    stored_analyzer = stored_property(description, _ANALYZER_PROPERTY)
     if stored_model is not None:
         if analyzer is not None:
             return f"holds sparse vectors of the model {stored_model!r}, without an analyzer; {analyzer!r} is asked for"
@@ -233,3 +240,58 @@ def word_index_of(
     if analyzer is not None:
         return f"has no index of words, and an analyzer is asked for: {analyzer!r}"
     return "has no index of words, hybrid= asks for one" if hybrid else None
+
+
+# ------------------------------------------------------------------------------------------ scripts without spaces
+
+_CJK = (
+    "\u3005-\u3007\u3040-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_SOUTH_EAST_ASIA = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+_UNSPACED = re.compile(f"[{_CJK}]+|[{_SOUTH_EAST_ASIA}]+")
+_MARKED = re.compile("[\u0900-\u109f\u1780-\u17ff]")  # their marks are letters: without them words fall together
+_OTHER = re.compile(f"[{_CJK}{_SOUTH_EAST_ASIA}\u0900-\u0dff]")
+
+
+def needs_segments(text: str) -> bool:
+    """Whether the text has words that the standard tokenizer does not find."""
+    return _OTHER.search(text) is not None
+
+
+def indexed_words(text: str) -> str:
+    """Return what to index: pairs of characters where there are no spaces, and single ones, which may be asked for."""
+    return _segmented(text, singles=True)
+
+
+def asked_words(text: str) -> str:
+    """Return what to ask for: pairs of characters where there are no spaces, a single one where it stands alone."""
+    return _segmented(text, singles=False)
+
+
+def _segmented(text: str, *, singles: bool) -> str:
+    if text.isascii():
+        return text
+    text = unicodedata.normalize("NFKC", text)
+    return _without_marks(_UNSPACED.sub(lambda run: f" {_pairs(run[0], singles=singles)} ", text))
+
+
+def _pairs(run: str, *, singles: bool) -> str:
+    signs: list[str] = []
+    for sign in run:
+        if signs and unicodedata.category(sign) in ("Mn", "Mc"):
+            signs[-1] += sign
+        else:
+            signs.append(sign)
+    pairs = [first + second for first, second in pairwise(signs)]
+    return " ".join([*pairs, *(signs if singles or not pairs else ())])
+
+
+def _without_marks(text: str) -> str:
+    """The text with marks spelled as letters, or left out where they only point at vowels (Arabic, Hebrew)."""
+    if text.isascii():
+        return text
+    return "".join(
+        sign if unicodedata.category(sign) not in ("Mn", "Mc") else f"x{ord(sign):x}" if _MARKED.match(sign) else ""
+        for sign in text
+    )

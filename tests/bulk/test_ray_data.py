@@ -23,8 +23,8 @@ from mm_retriever.bulk.shards import ShardWriter
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import IngestError, MissingExtraError, ModelNotFoundError
 from mm_retriever.images import DEFAULT_POLICY
-from mm_retriever.store.checksums import vector_is_damaged
-from mm_retriever.store.fields import CHECKSUM_FIELD
+from mm_retriever.store.rows import vector_is_damaged
+from mm_retriever.store.schema import CHECKSUM_FIELD
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ROOT, ends, python
 from tests.support.settled import settle

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import PIXEL_MEAN, PIXEL_STD, VisualizedBGEProcessor, crop_square
+from mm_retriever.embedders.visualized_bge.encoder import PIXEL_MEAN, PIXEL_STD, VisualizedBGEProcessor, crop_square
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 from mm_retriever.errors import CheckpointError
 from tests.support.golden import DATA, TOLERANCE, fill, golden, golden_config, small_config, small_model, word_tokenizer
 from tests.support.memory import peak_growth

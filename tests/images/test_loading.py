@@ -443,7 +443,7 @@ def test_a_refusal_names_the_file_and_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF"])
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.9])
 def test_a_truncated_file_is_refused(kind: str, part: float) -> None:
-    """Truth: no part of a file is the image. A nearly whole JPEG is another matter: tests/images/test_colours.py."""
+    """Truth: no part of a file is the image. A nearly whole JPEG is another matter: tests/images/test_pixels.py."""
     part = min(part, 0.8) if kind == "JPEG" else part
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")

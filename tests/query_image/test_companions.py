@@ -26,7 +26,7 @@ from mm_retriever.embedding import node_images
 from mm_retriever.engine import image_query_engine
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, load_image
-from mm_retriever.rerank.candidates import read_candidates
+from mm_retriever.rerank.scorer import read_candidates
 from mm_retriever.retriever import ComposedRetriever, KeepQueryImage
 from mm_retriever.search_tools import Conversation, ImageSearch
 from tests.support.query_image import (

@@ -26,7 +26,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
 from mm_retriever.store import open_store
-from mm_retriever.store.lite_record import RECORD, read_record
+from mm_retriever.store.lite_wire import RECORD, read_record
 from tests.support.processes import ends, python
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")

@@ -21,7 +21,7 @@ import pytest
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import open_store
-from mm_retriever.store.lite_record import read_record
+from mm_retriever.store.lite_wire import read_record
 from tests.support.colour_embedding import COLOURS, paint
 from tests.support.effort import EFFORT
 from tests.support.processes import ROOT, ends

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig
 from mm_retriever.embedders.visualized_bge.eva_vit import rope_frequencies
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 
 DATA = Path(__file__).parents[1] / "data" / "visualized_bge"
 TOLERANCE = 2e-6  # the original's own float32 differs from its float64 by up to 2.4e-7

@@ -28,8 +28,8 @@ from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.engine import image_query_engine
 from mm_retriever.images import ImagePolicy, load_image, pixel_digest, portable_image
 from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
-from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.reranker import Meter, Query, Reranker
+from mm_retriever.rerank.scorer import Candidate, Ranking
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import ImageSearch
 from mm_retriever.store import ImageStore

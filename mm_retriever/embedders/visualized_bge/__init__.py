@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_retriever.checkpoint import TORCH_SUFFIXES, ModelFiles, read_json
-from mm_retriever.embedders.visualized_bge.published import MODELS
+from mm_retriever.checkpoint import TORCH_SUFFIXES, ModelEntry, ModelFiles, Models, read_json
 
 if TYPE_CHECKING:
     import torch
 
     from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
 
-__all__ = ["MODELS", "load", "recognises"]
+DEFAULT_MODEL = "BAAI/bge-visualized-base-en-v1.5"
+MULTILINGUAL = "BAAI/bge-visualized-m3"
+
+MODELS: Models = {
+    "tiny": ModelEntry(
+        folder=Path(__file__).parent / "tiny", licence="MIT", note="comes with the package; drawn products only"
+    ),
+    DEFAULT_MODEL: ModelEntry(
+        repo="BAAI/bge-visualized",
+        file="Visualized_base_en_v1.5.pth",
+        tokenizer_repo="BAAI/bge-base-en-v1.5",
+        size=392_860_018,
+        sha256="07e58cf70ee6962530490ef1ac5b632e7e0153ba8c7ed49d55e0f41ec97bf6a6",
+        licence="MIT",
+        note="English",
+    ),
+    MULTILINGUAL: ModelEntry(
+        repo="BAAI/bge-visualized",
+        file="Visualized_m3.pth",
+        tokenizer_repo="BAAI/bge-m3",
+        licence="MIT",
+        note="a hundred languages",
+    ),
+}
 
 
 def recognises(files: ModelFiles) -> bool:

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from mm_retriever.checkpoint import SAFETENSORS, fingerprint, locate
 from mm_retriever.devices import as_dtype
+from mm_retriever.embedders.visualized_bge import MODELS
+from mm_retriever.embedders.visualized_bge.encoder import find_tokenizer
 from mm_retriever.embedders.visualized_bge.loading import fill_model, read_checkpoint
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import find_tokenizer
-from mm_retriever.embedders.visualized_bge.published import MODELS
 from mm_retriever.errors import ModelNotFoundError
 
 

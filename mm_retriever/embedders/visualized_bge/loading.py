@@ -19,10 +19,14 @@ from mm_retriever.checkpoint import (
     warn_if_not_published,
 )
 from mm_retriever.devices import as_device, as_dtype
-from mm_retriever.embedders.visualized_bge.config import VisualizedBGEConfig, config_from_tensors, read_config
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, find_tokenizer
-from mm_retriever.embedders.visualized_bge.published import DEFAULT_MODEL, MODELS
+from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, find_tokenizer
+from mm_retriever.embedders.visualized_bge.model import (
+    VisualizedBGE,
+    VisualizedBGEConfig,
+    config_from_tensors,
+    read_config,
+)
 
 # in the official files, never used by the branch that runs
 DEAD_KEYS = re.compile(

@@ -22,11 +22,9 @@ from mm_retriever.phi3_vision.llm import Phi3VisionLLM
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rebuild import field_arguments, loaded_model_error, portable_name
-from mm_retriever.rerank.candidates import Candidate, Ranking
 from mm_retriever.rerank.phi3_vision.dialogue import SharedModel
-from mm_retriever.rerank.phi3_vision.options import Options
-from mm_retriever.rerank.phi3_vision.session import RerankSession
-from mm_retriever.rerank.scorer import Meter, Query
+from mm_retriever.rerank.phi3_vision.session import Options, RerankSession
+from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking
 
 CAPTIONS_KEPT = 256
 

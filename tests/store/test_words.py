@@ -14,8 +14,7 @@ from pymilvus import MilvusClient
 from mm_retriever.errors import StoreError, StoreMismatchError
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.schema import collection_schema
-from mm_retriever.store.segments import asked_words, indexed_words, needs_segments
-from mm_retriever.store.words import WordIndex
+from mm_retriever.store.words import WordIndex, asked_words, indexed_words, needs_segments
 
 MODEL = SimpleNamespace(dimension=2, model_id="two numbers")
 TEXTS = {
@@ -98,9 +97,11 @@ def test_collections_of_earlier_versions_answer_as_before_and_say_what_they_do_n
     index = client.prepare_index_params()
     index.add_index("embedding", index_name="embedding", index_type="FLAT", metric_type="IP")
     index.add_index("_sparse", index_name="_sparse", index_type="SPARSE_INVERTED_INDEX", metric_type="BM25")
+    schema = collection_schema(2)
+    WordIndex().add_to(schema)
     client.create_collection(
         "mm_retriever",
-        schema=collection_schema(2, WordIndex()),
+        schema=schema,
         index_params=index,
         properties={"mm_retriever.model": "two numbers"},
     )

@@ -17,7 +17,7 @@ from mm_retriever.demo.catalogue import draw_product
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, file_size, load_image, opened_image
 from mm_retriever.images.memory import MemoryBudget
-from mm_retriever.images.profile import _made_profile
+from mm_retriever.images.pixels import _made_profile
 from mm_retriever.ingest.reading import read_image
 from tests.support.image_files import encoded, with_chunks
 from tests.support.processes import python
@@ -351,7 +351,7 @@ def test_reading_bombs_in_many_threads_stays_below_a_gigabyte_and_a_half(tmp_pat
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from mm_retriever.images import DEFAULT_POLICY\n"
         "from mm_retriever.ingest.reading import read_image\n"
-        "from mm_retriever.embedders.visualized_bge.processor import crop_square\n"
+        "from mm_retriever.embedders.visualized_bge.encoder import crop_square\n"
         "def read(_):\n"
         "    return read_image(sys.argv[1], '', lambda image: crop_square(image, 224), DEFAULT_POLICY).error\n"
         "with ThreadPoolExecutor(4) as pool: assert set(pool.map(read, range(4))) == {''}\n"
