@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_workers_of_multiprocessing_compute_the_same_vectors(tmp_path):
+def test_workers_of_multiprocessing_compute_the_same_vectors(tmp_path, tried):
     """Without renewed locks and a pool of one thread they would wait for ever."""
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
@@ -76,10 +76,11 @@ def test_workers_of_multiprocessing_compute_the_same_vectors(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-6
+    tried["workers forked after a model was used"] += 2
 
 
 @pytest.mark.slow
-def test_gunicorn_workers_of_a_preloaded_app_answer(tmp_path):
+def test_gunicorn_workers_of_a_preloaded_app_answer(tmp_path, tried):
     pytest.importorskip("gunicorn")
     (tmp_path / "shop.py").write_text(APP)
     port = free_port()
@@ -102,6 +103,7 @@ def test_gunicorn_workers_of_a_preloaded_app_answer(tmp_path):
             server.wait(30)
     assert np.allclose(vectors, vectors[0], atol=1e-6)
     assert np.isclose(np.linalg.norm(vectors[0]), 1)
+    tried["workers forked after a model was used"] += 2
 
 
 def answer(port: int) -> list[float]:

@@ -26,7 +26,7 @@ REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
 EXIT_INCOMPLETE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-KEPT = "their files cannot be looked at now, so nobody knows whether they are gone; run it again when they can"
+KEPT = "their files cannot be looked at or read now, so nobody knows what they are; run it again when they can"
 
 
 def home(path: Any) -> Any:

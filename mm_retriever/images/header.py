@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mm_retriever.errors import ImageLoadError
+from mm_retriever.images.avif import avif_size
 from mm_retriever.images.heif import heif_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIC")
@@ -148,6 +149,8 @@ def read_header(data: bytes, *, max_frames: int) -> ImageHeader | None:
         return _tiff_header(data, max_frames)
     if kind == "WEBP":
         return ImageHeader(kind, _webp_size(data))
+    if kind == "AVIF":
+        return ImageHeader(kind, avif_size(data))
     if kind == "HEIC":
         return ImageHeader(kind, heif_size(data))
     if kind == "BMP":

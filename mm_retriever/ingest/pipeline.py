@@ -104,7 +104,7 @@ def ingest_images(
         embed_model: a `ComposedEmbedding` such as `VisualizedBGEEmbedding`.
         batch_size: images that go through the model together.
         prune: also remove the rows of images below the folder whose files are gone, or are images no longer; what
-            cannot be looked at keeps its row. The folder itself may be gone.
+            cannot be looked at or read keeps its row. The folder itself may be gone.
         force: with `prune`: also where more than a fifth of the folder's rows would go, or a drive seems to be missing.
         verify: read every file, and fetch every URL, whatever size and times say.
         sidecar: a JSON, JSON Lines, CSV or TSV file, or a mapping, with more metadata by path below the folder or by
@@ -205,6 +205,7 @@ class _Run:
     remarks: Counter[str] = field(default_factory=Counter)  # what happened to so many images
     under_way: set[str] = field(default_factory=set)  # ids that are being read or embedded
     spoiled: set[str] = field(default_factory=set)  # ids of files that exist and are images no longer
+    unread: set[str] = field(default_factory=set)  # ids of files that exist and could not be read
     replaced_rows: set[str] = field(default_factory=set)  # ids of rows whose place another row takes
     files: int = 0
 
@@ -288,6 +289,8 @@ class _Run:
                 if image.error:
                     if image.spoiled and image.length == task.stamp.get("bytes"):
                         self.spoiled.add(task.item.id)
+                    if image.unread:
+                        self.unread.add(task.item.id)
                     self._refuse(task, image.error)
                 elif image.prepared is not None:
                     changed.append((task, image))
@@ -410,7 +413,7 @@ class _Run:
                 "drive that is missing, ask for it again with --force (force=True in Python)"
             )
         try:
-            pruned = prune_images(folder, self.store, force=force, spoiled=self.spoiled)
+            pruned = prune_images(folder, self.store, force=force, spoiled=self.spoiled, unread=self.unread)
         except IngestError as error:
             raise IngestError(f"{self._report(start)}; but {error}") from None
         self.counts["removed"] += pruned.removed

@@ -34,6 +34,7 @@ class ReadImage:
     error: str = ""  # why there are no pixels
     exif: dict[str, Any] = field(default_factory=dict)  # columns from the EXIF block, where they are asked for
     spoiled: bool = False  # the bytes are no image, whatever a second try, more memory or another decoder might change
+    unread: bool = False  # the machine failed (a disk, a permission, too little memory): nothing is known of the bytes
     length: int = -1  # bytes that were read
 
 
@@ -56,18 +57,23 @@ def read_image(
             with opened_image(data, policy=policy, keep_mode=True) as image:
                 return ReadImage(digest, file_size(data, image), prepare(image), exif=exif, length=len(data))
         except ImageLoadError as error:
-            return ReadImage(error=error.reason or str(error), spoiled=_blames_bytes(error), length=len(data))
-    except ImageLoadError as error:
-        return ReadImage(error=error.reason or str(error))  # reports have the name of the source beside it
+            unread = _blames_machine(error.__cause__)
+            spoiled = not unread and _blames_bytes(error)
+            return ReadImage(error=error.reason or str(error), spoiled=spoiled, unread=unread, length=len(data))
+    except ImageLoadError as error:  # reports have the name of the source beside it
+        return ReadImage(error=error.reason or str(error), unread=_blames_machine(error.__cause__))
     except Exception as error:  # one image, whatever is wrong with it, must not end the run
-        return ReadImage(error=reason_of(error))
+        return ReadImage(error=reason_of(error), unread=_blames_machine(error))
+
+
+def _blames_machine(cause: BaseException | None) -> bool:
+    return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and bool(cause.errno))
 
 
 def _blames_bytes(error: ImageLoadError) -> bool:
-    """Whether the bytes themselves are at fault, and not the machine, a limit of ours or a missing decoder."""
-    cause = error.__cause__
-    machine = isinstance(cause, MemoryError | ImportError) or (isinstance(cause, OSError) and bool(cause.errno))
-    return not machine and "ImagePolicy." not in str(error) and "not supported" not in str(error)
+    """Whether the bytes themselves are at fault, and not a limit of ours or a missing decoder."""
+    missing = isinstance(error.__cause__, ImportError)
+    return not missing and "ImagePolicy." not in str(error) and "not supported" not in str(error)
 
 
 def read_ahead(

@@ -37,16 +37,21 @@ class PruneReport:
 
     rows: int  # images that were stored of the folder
     removed: int
-    kept: int  # because their files cannot be looked at now, so that nobody knows whether they are gone
+    kept: int  # because their files cannot be looked at or read now, so that nobody knows what they are
     kept_paths: tuple[str, ...] = ()  # the first hundred
 
     def __str__(self) -> str:
-        kept = f", {self.kept} kept because their files cannot be looked at now" if self.kept else ""
+        kept = f", {self.kept} kept because their files cannot be looked at or read now" if self.kept else ""
         return f"{self.removed} of {self.rows} rows removed{kept}"
 
 
 def prune_images(
-    folder: str | os.PathLike[str], store: ImageStore, *, force: bool = False, spoiled: Collection[str] = ()
+    folder: str | os.PathLike[str],
+    store: ImageStore,
+    *,
+    force: bool = False,
+    spoiled: Collection[str] = (),
+    unread: Collection[str] = (),
 ) -> PruneReport:
     """Remove the rows of images below a folder whose files are gone; the folder itself may be gone too.
 
@@ -58,6 +63,7 @@ def prune_images(
         store: from `open_store` or `open_stored`.
         force: also where more than a fifth of the folder's rows go at once, and where a drive seems to be missing.
         spoiled: ids of rows whose files exist and are images no longer.
+        unread: ids of rows whose files exist and could not be read; they count as kept.
 
     Raises:
         IngestError: more than a fifth of the rows would go without `force`; nothing was removed.
@@ -72,6 +78,8 @@ def prune_images(
             continue
         rows += 1
         state = "gone" if row["id"] in spoiled else fate(path, row)
+        if state == "there" and row["id"] in unread:
+            state = "unknown"
         if state == "gone" or (force and state == "unknown" and not os.path.lexists(path) and _is_missing(path)):
             gone.append(row["id"])
         elif state == "unknown":

@@ -37,7 +37,7 @@ class IngestReport:
     notes: tuple[str, ...] = ()  # everything else that should be known, a line each
     moved: int = 0  # rows whose file is gone and was found under another name or URL; they keep vector and metadata
     reused: int = 0  # new or changed ones of whose contents the store had a vector
-    kept: int = 0  # rows that pruning left alone because their files cannot be looked at now
+    kept: int = 0  # rows that pruning left alone because their files cannot be looked at or read now
 
     @property
     def embedded(self) -> int:
@@ -57,7 +57,7 @@ class IngestReport:
         parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
         others = {
             "of them copies of known files": self.reused,
-            "kept that cannot be looked at": self.kept,
+            "kept that cannot be looked at or read": self.kept,
             "skipped": len(self.skipped),
             "ignored": sum(files.count for files in self.ignored),
             "sidecar rows unused": self.unused_rows,

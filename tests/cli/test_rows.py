@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from mm_retriever.cli import main
+from mm_retriever.cli.options import KEPT
 from mm_retriever.demo.catalogue import draw_product
 
 LOOKS = [(kind, colour) for kind in ("mug", "umbrella", "phone case") for colour in ("red", "blue")]
@@ -32,6 +35,30 @@ def photos(folder: Path) -> Path:
     for number, (kind, colour) in enumerate(LOOKS):
         draw_product(kind, "plain", colour, seed=number, size=96).save(folder / f"{colour} {kind}.png")
     return folder
+
+
+@pytest.mark.slow
+def test_a_command_that_prunes_and_cannot_read_every_file_says_how_many_and_fails(run, tmp_path, monkeypatch):
+    """A bad block: the files are there, their times are new, and nobody knows what is in them."""
+    index = ("index", "photos", "--db", "a.db", "--model", "tiny")
+    folder = photos(tmp_path / "photos")
+    assert run(*index)[0] == 0
+    for path in folder.glob("red*"):
+        os.utime(path, (1, 1))
+    real = os.open
+
+    def fails(path, *args, **kwargs):
+        if "red" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    code, out, err = run(*index, "--prune")
+    assert (code, err.splitlines()[-1]) == (1, f"mm-retriever: 3 rows were kept: {KEPT}")
+    assert "3 kept that cannot be looked at or read, 3 skipped" in out
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run(*index, "--prune")[0] == 0
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, is_image_path, load_image
 from mm_retriever.images.header import read_header, sniff_format
+from tests.support.image_files import box
 
 pillow_heif = pytest.importorskip("pillow_heif")
 RED = (220, 20, 20)
@@ -82,11 +83,6 @@ def test_a_bomb_is_refused_before_it_is_decoded_wherever_its_size_stands():
     assert read_header(hidden, max_frames=1).size >= (4096, 4096)
     with pytest.raises(ImageLoadError, match="more than the limit"):
         load_image(hidden, policy=policy)
-
-
-def box(kind: bytes, *parts: bytes) -> bytes:
-    contents = b"".join(parts)
-    return struct.pack(">L", 8 + len(contents)) + kind + contents
 
 
 def grid_file(kind: bytes = b"grid", size: tuple[int, int] = (60_000, 60_000)) -> bytes:

@@ -42,7 +42,7 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TRANSIENT)
-def test_a_file_that_cannot_be_looked_at_keeps_its_row(tmp_path, store, model, failing, name):
+def test_a_file_that_cannot_be_looked_at_keeps_its_row(tmp_path, store, model, failing, name, tried):
     """All are there and intact; a run says which it could not see, and the report counts what it kept."""
     photos = tmp_path / "photos"
     album(photos / "sub", 6)
@@ -52,20 +52,48 @@ def test_a_file_that_cannot_be_looked_at_keeps_its_row(tmp_path, store, model, f
     report = ingest(photos, store, model, prune=True, force=True)
     assert (report.removed, report.kept, len(report.skipped)) == (0, 6, 6)
     assert store.count() == 7
-    assert "6 kept that cannot be looked at" in str(report)
+    assert "6 kept that cannot be looked at or read" in str(report)
+    tried["files that fail while rows are pruned"] += 6
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EACCES", "ENOMEM"])
+def test_a_file_that_can_be_looked_at_and_not_read_keeps_its_row_and_is_counted(
+    tmp_path, store, model, monkeypatch, name, tried
+):
+    """A bad block, or a permission that was lost: the file may have changed, and nobody knows."""
+    photos = tmp_path / "photos"
+    files = album(photos / "sub", 6)
+    paint(photos / "other.png", "red", size=(50, 50))
+    ingest(photos, store, model)
+    for path in files:
+        os.utime(path, (1, 1))  # else its size and times say that it need not be read
+    real = os.open
+
+    def fails(path, *args, **kwargs):
+        if str(path).endswith(".png") and "other" not in str(path):
+            raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    report = ingest(photos, store, model, prune=True, force=True)
+    assert (report.removed, report.kept, len(report.skipped), store.count()) == (0, 6, 6, 7)
+    assert ingest(photos, store, model).kept == 0, "without pruning nothing is kept from it"
+    tried["files that fail while rows are pruned"] += 6
 
 
 @pytest.mark.parametrize(
-    ("cause", "spoiled"),
+    ("cause", "spoiled", "unread"),
     [
-        (OSError(errno.EIO, "Input/output error"), False),
-        (MemoryError(), False),
-        (ImportError("no decoder"), False),
-        (OSError("image file is truncated"), True),
-        (SyntaxError("broken"), True),
+        (OSError(errno.EIO, "Input/output error"), False, True),
+        (MemoryError(), False, True),
+        (ImportError("no decoder"), False, False),
+        (OSError("image file is truncated"), True, False),
+        (SyntaxError("broken"), True, False),
     ],
 )
-def test_only_a_decoders_verdict_on_the_bytes_says_that_a_file_is_spoiled(tmp_path, monkeypatch, cause, spoiled):
+def test_only_a_decoders_verdict_on_the_bytes_says_that_a_file_is_spoiled(
+    tmp_path, monkeypatch, cause, spoiled, unread
+):
     """Too little memory, a bad disk and a reader that is missing say nothing about the image."""
     path = paint(tmp_path / "a.png", "red")
 
@@ -73,7 +101,8 @@ def test_only_a_decoders_verdict_on_the_bytes_says_that_a_file_is_spoiled(tmp_pa
         raise ImageLoadError("cannot load it") from cause
 
     monkeypatch.setattr("mm_retriever.ingest.reading.opened_image", load)
-    assert read_image(str(path), "", lambda image: image, ImagePolicy()).spoiled is spoiled
+    image = read_image(str(path), "", lambda image: image, ImagePolicy())
+    assert (image.spoiled, image.unread) == (spoiled, unread)
 
 
 def test_a_limit_of_ours_is_no_verdict_and_nonsense_is(tmp_path):

@@ -354,7 +354,7 @@ def said_to(address: str | tuple[str, int]) -> str:
         return line.recv(4096).hex()
 
 
-def test_another_user_can_neither_read_nor_write_nor_connect(common_place):
+def test_another_user_can_neither_read_nor_write_nor_connect(common_place, tried):
     db = common_place / "a.db"
     with open_store(db, MODEL) as store:
         store.add(nodes("a"))
@@ -364,6 +364,7 @@ def test_another_user_can_neither_read_nor_write_nor_connect(common_place):
         record = read_record(db)
         assert stat.S_IMODE((db / RECORD).stat().st_mode) == 0o600
         assert as_nobody(lambda: (db / RECORD).read_text()) == "PermissionError"
+        assert as_nobody(lambda: (db / RECORD).write_text("{}")) == "PermissionError"
         assert stat.S_IMODE(Path(record.address).parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(Path(record.address).stat().st_mode) == 0o600
         assert as_nobody(lambda: said_to(record.address)) == "PermissionError"
@@ -372,6 +373,7 @@ def test_another_user_can_neither_read_nor_write_nor_connect(common_place):
         Path(record.address).chmod(0o666)
         assert as_nobody(lambda: said_to(record.address)) == "", "nor is anything said without the secret"
         Path(record.address).parent.chmod(0o700)
+        tried["attempts of another user on an open file"] += 6
         assert ids(store) == ["a"]
 
 
@@ -392,7 +394,7 @@ def test_without_a_place_for_a_socket_a_port_asks_for_the_secret(db, monkeypatch
 
 
 @pytest.mark.parametrize("planted", ["another user's", "a link", "writable by others", "a socket that anyone may use"])
-def test_a_record_that_another_user_could_have_written_is_not_followed(planted, common_place):
+def test_a_record_that_another_user_could_have_written_is_not_followed(planted, common_place, tried):
     """It would lead to a server of theirs, which would be told every row and query."""
     db = common_place / "a.db"
     with open_store(db, MODEL) as store:
@@ -423,6 +425,7 @@ def test_a_record_that_another_user_could_have_written_is_not_followed(planted, 
         with pytest.raises(TimeoutError):
             listener.accept()
     shutil.rmtree(trap.parent)
+    tried["attempts of another user on an open file"] += 1
 
 
 def test_a_server_that_does_not_know_the_secret_is_told_nothing(db):

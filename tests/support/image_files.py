@@ -24,3 +24,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def with_chunks(png: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG with more chunks after its header."""
     return png[:33] + b"".join(chunk(*parts) for parts in chunks) + png[33:]
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """A box of a HEIC or AVIF file. Source: ISO/IEC 14496-12, 4.2."""
+    contents = b"".join(parts)
+    return struct.pack(">L", 8 + len(contents)) + kind + contents
