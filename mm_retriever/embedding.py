@@ -27,16 +27,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
-from mm_retriever.embedders.registry import load_embedder
+from mm_retriever.embedders.registry import load_embedder, server_options
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
-from mm_retriever.images import (
-    DEFAULT_POLICY,
-    ImagePolicy,
-    ImageSource,
-    portable_image,
-)
-from mm_retriever.rebuild import Rebuilt, field_arguments, portable_name
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portable_image
+from mm_retriever.rebuild import Rebuilt, Secret, field_arguments, portable_name
 from mm_retriever.request import Request, node_image, node_images
 from mm_retriever.threads import in_thread
 from mm_retriever.vector_cache import MAX_BYTES, VectorCache
@@ -64,6 +59,9 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
         dtype: "float32" (default), "bfloat16" or "float16".
         revision: of the hub repository.
+        base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1", with the name it serves the model
+            under as `model_name`.
+        api_key: if the server wants one; it is in no pickle, dict or event.
         options: of the model's family.
         embed_batch_size: inputs from one event and progress step to the next; the model takes as many as fit.
         cache_dir: a folder that keeps vectors by content, model and dtype; default: none are kept.
@@ -81,6 +79,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     device: str | None = None
     dtype: str = "float32"
     revision: str | None = None
+    base_url: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     cache_dir: str | None = None
     cache_bytes: int = MAX_BYTES
@@ -101,6 +100,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
         options: Mapping[str, Any] | None = None,
         embed_batch_size: int = 32,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -113,9 +114,11 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         rate_limiter: Any | None = None,
     ) -> None:
         given = None if isinstance(model_name, str | os.PathLike) else model_name
+        served = server_options(given, base_url, api_key, options or {})
         fields: dict[str, Any] = {
             "model_name": os.fspath(model_name) if isinstance(model_name, str | os.PathLike) else model_name.name,
             "revision": revision,
+            "base_url": base_url,
             "options": dict(options or {}),
             "embed_batch_size": embed_batch_size,
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
@@ -129,12 +132,10 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         }
         super().__init__(**fields)
         self._given = given
-        self._embedder = given or load_embedder(
-            self.model_name, device=device, dtype=dtype, revision=revision, families=self.families, **self.options
-        )
-        self.device = None if device is None else str(device)
-        self.device = self.device or getattr(self._embedder, "device", None)
-        self.dtype = given.note if given else str(dtype or "float32").removeprefix("torch.")
+        chosen: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "families": self.families}
+        self._embedder = given or load_embedder(self.model_name, **chosen, **self.options, **served)
+        self.device = getattr(self._embedder, "device", None) if device is None else str(device)
+        self.dtype = self._embedder.note if given or base_url else str(dtype or "float32").removeprefix("torch.")
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
 
@@ -146,8 +147,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     @property
     def embedder(self) -> Embedder:
         """The model, without LlamaIndex around it."""
-        embedder: Embedder = self._embedder
-        return embedder
+        return cast("Embedder", self._embedder)
 
     @property
     def dimension(self) -> int:
@@ -162,11 +162,11 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     @property
     def model_note(self) -> str:
         """Name and float format, for people; kept with a collection too."""
+        if self.base_url is not None:
+            return f"{self.model_name}, {self.embedder.note}"
         path = Path(self.model_name).expanduser()
         name = path.resolve().name if path.exists() else self.model_name
         return f"{name}, {self.embedder.note}"
-
-    # -------------------------------------------------------------------------------------------- the one place
 
     def _vectors(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
         """(B, D) float32, row by row; equal contents are computed once."""
@@ -187,8 +187,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     def _content(self, request: Request) -> Content:
         return request.content(self.prepare_image, self.image_policy)
-
-    # --------------------------------------------------------------------------------------- batches and events
 
     def _batch(
         self, requests: Sequence[Request], *, show_progress: bool, name: str, query: bool = False
@@ -239,8 +237,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     def _single(self, request: Request, *, query: bool) -> Embedding:
         return self._announced([request.label], [self._content(request)], query=query)[0]
 
-    # ------------------------------------------------------------------------------------------------------- texts
-
     def _embeddings(self, requests: Sequence[Request], *, query: bool = False) -> list[Embedding]:
         vectors: list[Embedding] = self._vectors([self._content(one) for one in requests], query=query).tolist()
         return vectors
@@ -267,8 +263,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         return self._batch(requests, show_progress=show_progress, name="Embedding texts")
 
     aget_text_embedding_batch = in_thread(get_text_embedding_batch)
-
-    # ------------------------------------------------------------------------------------------------------ images
 
     def _get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
         return self._embeddings([Request(image=img_file_path)])[0]
@@ -310,8 +304,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         """(B, D) of loaded images, or of what :meth:`prepare_image` made of them: the fast path, without events."""
         prepared = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
         return self._vectors([Content(image=image) for image in prepared])
-
-    # ----------------------------------------------------------------------------------------------- image and text
 
     def get_composed_embedding(self, text: str, image: ImageSource, *, query: bool = True) -> Embedding:
         """Vector of an image and a text about it ("the same in red") together.
@@ -382,8 +374,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     aget_query_bundle = in_thread(get_query_bundle)
 
-    # ------------------------------------------------------------------------------- as a pipeline's transformation
-
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Gives every node its vector: an image node's from its pixels, a text node's from its text."""
         embeddings = self.embed_nodes(nodes, show_progress=bool(kwargs.get("show_progress", False)))
@@ -405,8 +395,16 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     # ------------------------------------------------------------------------------------------ dicts and pickles
 
     def _made_of(self) -> dict[str, Any]:
-        made_of = field_arguments(self) | {"model_name": self._given or portable_name(self.model_name)}
-        return made_of | {"cache_dir": None if self.cache_dir is None else portable_name(self.cache_dir)}
+        if self.base_url is not None:
+            self.embedder.server.portable()  # type: ignore[attr-defined]
+        return self._described()
+
+    def _described(self) -> dict[str, Any]:
+        made_of = field_arguments(self) | {"cache_dir": self.cache_dir and portable_name(self.cache_dir)}
+        if self.base_url is None:
+            return made_of | {"model_name": self._given or portable_name(self.model_name)}
+        secret = {"api_key": Secret()} if self.embedder.server.has_key else {}  # type: ignore[attr-defined]
+        return made_of | {"dtype": None} | secret
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The fields, the model's identity, and a number that is never the same twice.

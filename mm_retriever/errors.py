@@ -11,6 +11,7 @@ Every class also inherits the builtin it specialises, so that code that has neve
     ├── FilterError             (ValueError)       a metadata filter that cannot be expressed safely
     ├── PromptError             (ValueError)       images and text that do not fit together in one prompt
     ├── RerankError             (RuntimeError)     a ranking that could not be obtained
+    ├── ModelServerError        (ConnectionError)  a server of models that gave no answer, or one that cannot be used
     ├── IngestError             (ValueError)       a source or sidecar that cannot be ingested
     ├── CopyError               (TypeError)        an object that cannot be taken to another process
     ├── VectorCacheError        (OSError)          a cache file of vectors that cannot be used
@@ -108,6 +109,12 @@ class PromptError(MMRetrieverError, ValueError):
 
 class RerankError(MMRetrieverError, RuntimeError):
     """A ranking that could not be obtained."""
+
+
+class ModelServerError(MMRetrieverError, ConnectionError):
+    """A server of models that gave no answer, or one that cannot be used."""
+
+    __str__ = Exception.__str__
 
 
 class IngestError(MMRetrieverError, ValueError):

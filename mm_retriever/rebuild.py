@@ -26,6 +26,10 @@ _NOT_CARRIED = frozenset(("callback_manager", "rate_limiter"))
 """Fields that belong to a process: they hold locks and open handlers."""
 
 
+class Secret:
+    """Stands for a key where things are written down."""
+
+
 class Rebuilt:
     """Put before a LlamaIndex component whose constructor loads or connects; `_made_of` says what it was given.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, Protocol, cast
 
 from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, locate
 from mm_retriever.embedders.embedder import Embedder
-from mm_retriever.errors import CheckpointError
+from mm_retriever.errors import CheckpointError, QueryError
 
-FAMILIES: tuple[str, ...] = ("visualized_bge",)
+FAMILIES: tuple[str, ...] = ("visualized_bge", "remote")
 """Modules: of `mm_retriever.embedders`, or, with dots, of anywhere."""
 
 
@@ -35,25 +35,32 @@ def load_embedder(
     device: Any = None,
     dtype: Any = None,
     revision: str | None = None,
+    base_url: str | None = None,
     families: tuple[str, ...] | None = None,
     **options: Any,
 ) -> Embedder:
     """The model of a name, of any family.
 
     Args:
-        name: a name of `published_models`, a local folder or weight file, or the id of a hub repository.
+        name: a name of `published_models`, a local folder or weight file, or the id of a hub repository; with a
+            `base_url` the name under which the server serves the model.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
         dtype: "float32" (default), "bfloat16" or "float16".
         revision: of the hub repository.
+        base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1"; options are then those of
+            `RemoteEmbedding`.
         families: which may be considered; default: all.
         **options: of the family.
 
     Raises:
+        QueryError: an option that does not go with the model.
         ModelNotFoundError: the name leads to no files, or the hub is out of reach.
         CheckpointError: the files are damaged, unsafe, or of no known family.
     """
     known = [_family(module) for module in families or FAMILIES]
     title = os.fspath(name)
+    if base_url is not None:
+        return _served(title, base_url, device=device, dtype=dtype, revision=revision, families=families, **options)
     for family in known:
         entry = family.MODELS.get(title)
         if entry is not None and entry.folder is None and not entry.repo:  # a model without files
@@ -66,6 +73,44 @@ def load_embedder(
         f"{title!r} is a model of no known family ({', '.join(families or FAMILIES)}); "
         f"the models with a name are {', '.join(dict(published_models()))}"
     )
+
+
+def server_options(
+    given: Embedder | None, base_url: str | None, api_key: str | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The address and key of a server as `load_embedder` takes them; empty where there is no address.
+
+    Args:
+        given: a model that is loaded already.
+        base_url: of the server.
+        api_key: for it.
+        options: of the family, which are written down and so hold no key.
+
+    Raises:
+        QueryError: they do not go together.
+    """
+    if "api_key" in options or "base_url" in options:
+        raise QueryError("give base_url and api_key as arguments of their own, not among the options")
+    if base_url is None:
+        if api_key is not None:
+            raise QueryError("api_key goes with base_url, the address of a server that embeds")
+        return {}
+    if given is not None:
+        raise QueryError(
+            f"{given.name!r} is a loaded model; base_url goes with the name under which a server serves one"
+        )
+    return {"base_url": base_url, "api_key": api_key}
+
+
+def _served(
+    name: str, base_url: str, *, revision: str | None, families: tuple[str, ...] | None, **options: Any
+) -> Embedder:
+    """The model that a server serves under a name."""
+    if families is not None and "remote" not in families:
+        raise QueryError(f"{', '.join(families)} runs on this machine; ComposedEmbedding asks a server")
+    if revision is not None:
+        raise QueryError(f"revision={revision!r} is of a hub repository; {name!r} is what the server says it is")
+    return _family("remote").load(ModelFiles(name=name), base_url=base_url, **options)
 
 
 def published_models() -> Iterator[tuple[str, ModelEntry]]:

@@ -5,36 +5,29 @@ Owns the client for servers that speak OpenAI's protocol. Knows nothing of candi
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import queue
-import threading
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.llms import LLM
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from mm_retriever.errors import MissingExtraError, RerankError, one_line
-from mm_retriever.rerank.llm_errors import (
-    LONGEST_WAIT,
+from mm_retriever.rerank.scorer import Meter
+from mm_retriever.servers.failures import (
     advice,
     cause_of,
     explained,
     is_schema_refusal,
-    is_transient,
     refuse_errors,
-    retry_after,
     short,
     status_of,
 )
-from mm_retriever.rerank.scorer import Meter
+from mm_retriever.servers.retrying import retrying, within
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
+WITHOUT_IT = 'on_error="keep_order" goes on without it'
 _CUT_OFF = frozenset({"length", "max_tokens", "max_output_tokens"})
 _FILTERED = frozenset({"content_filter", "refusal", "safety", "recitation", "blocklist", "prohibited_content", "spii"})
 
@@ -80,16 +73,6 @@ class Requests:
     def _retried(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse:
         """The answer to one request, asked again where that may help."""
         meter, server_failed = self._meter, False
-        backoff = wait_exponential(multiplier=self._retry_wait_s, max=60) + wait_random(0, self._retry_wait_s / 2)
-
-        def again(error: BaseException) -> bool:
-            wait, left = retry_after(error), meter.left()
-            patient = wait <= LONGEST_WAIT and (left is None or wait < left)
-            return is_transient(error) and patient and not meter.out_of_time()
-
-        def pause(state: RetryCallState) -> float:
-            error = state.outcome.exception() if state.outcome else None
-            return max(float(backoff(state)), 0.0 if error is None else retry_after(error))
 
         def once() -> ChatResponse:
             nonlocal server_failed
@@ -99,7 +82,7 @@ class Requests:
             left = meter.left()
             limit = self._timeout_s if left is None else min(self._timeout_s, left)
             try:
-                return _within(lambda: self._llm.chat(messages, **fields), limit)
+                return within(lambda: self._llm.chat(messages, **fields), limit)
             except Exception as error:
                 cause = cause_of(error)
                 server_failed = server_failed or status_of(cause) in (500, 501)
@@ -107,17 +90,14 @@ class Requests:
                     raise cause from error
                 raise
 
-        retrying = Retrying(
-            stop=stop_after_attempt(self._attempts), wait=pause, retry=retry_if_exception(again), reraise=True
-        )
         try:
-            return retrying(once)
+            return retrying(self._attempts, self._retry_wait_s, meter.left)(once)
         except Exception as error:
             if options and is_schema_refusal(error):
                 raise
             requests = "1 request" if meter.passes == 1 else f"{meter.passes} requests"
             raise RerankError(
-                f"{self._name!r} gave no answer in {requests} (last: {explained(error)}); {advice(error)}"
+                f"{self._name!r} gave no answer in {requests} (last: {explained(error)}); {advice(error, WITHOUT_IT)}"
             ) from error
 
 
@@ -155,7 +135,7 @@ def openai_like(
     try:
         from llama_index.llms.openai_like import OpenAILike
 
-        from mm_retriever.rerank.bounded_http import bounded_client
+        from mm_retriever.servers.bounded_http import bounded_client
     except ImportError as error:
         raise MissingExtraError(
             'a base_url needs llama-index-llms-openai-like; install it with: pip install "mm-retriever[remote]"'
@@ -174,27 +154,6 @@ def openai_like(
         http_client=connections,  # type: ignore[call-arg]
     )
     return llm, connections
-
-
-def _within(work: Callable[[], T], seconds: float) -> T:
-    """What the work returns, or a TimeoutError; then its thread is abandoned, and dies with the process."""
-    results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        try:
-            results.put((True, context.run(work)))
-        except BaseException as error:
-            results.put((False, error))
-
-    threading.Thread(target=run, name="vision-llm-rerank", daemon=True).start()
-    try:
-        done, result = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.3g} s") from None
-    if not done:
-        raise result
-    return result  # type: ignore[no-any-return]
 
 
 def _ending(response: ChatResponse) -> tuple[str, str]:

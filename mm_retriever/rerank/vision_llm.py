@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from mm_retriever.errors import CopyError, QueryError, RerankError
 from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
-from mm_retriever.rebuild import check_whole, field_arguments
+from mm_retriever.rebuild import Secret, check_whole, field_arguments
 from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
 from mm_retriever.rerank.llm_requests import Requests, UnrankedError, check_ending, openai_like
 from mm_retriever.rerank.reranker import Reranker
@@ -155,7 +155,7 @@ class VisionLLMRerank(Reranker):
         given = field_arguments(self)
         if self._server is None:
             return given | {"llm": self._llm}
-        key = {} if self._server["api_key"] is None else {"api_key": _Secret()}
+        key = {} if self._server["api_key"] is None else {"api_key": Secret()}
         return given | self._server | key
 
     def __copy__(self) -> Self:
@@ -342,10 +342,6 @@ class _Windows:
     def _note(self, repaired: str) -> None:
         if repaired not in self.repairs:
             self.repairs.append(repaired)
-
-
-class _Secret:
-    """Stands for a key where things are written down."""
 
 
 def _image_block(image: Image.Image, side: int) -> ImageBlock:

@@ -1,4 +1,4 @@
-"""What went wrong between here and a server of vision models: which errors pass, and what to do about the others.
+"""What went wrong between here and a server of models: which errors pass, and what to do about the others.
 
 Reads the errors of any client: OpenAI's, httpx', requests', botocore's.
 """
@@ -24,12 +24,20 @@ _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, NotImplementedE
 
 
 class ServerError(Exception):
-    """A server's answer that is none: an error with status 200, or no choices."""
+    """A server's answer that is none: an error, whatever its status, or not what was asked for.
 
-    def __init__(self, text: str, *, status: int | None, transient: bool) -> None:
+    Args:
+        text: what it says.
+        status: of HTTP, or named in the answer.
+        transient: whether asking again may help.
+        response: with its headers.
+    """
+
+    def __init__(self, text: str, *, status: int | None, transient: bool, response: Any = None) -> None:
         super().__init__(text)
         self.status_code = status
         self.transient = transient
+        self.response = response
 
 
 def refuse_errors(response: Any) -> None:
@@ -43,16 +51,25 @@ def refuse_errors(response: Any) -> None:
         return
     if not isinstance(body, dict):
         return
-    if error := body.get("error"):
-        facts = error if isinstance(error, dict) else {"message": error}
-        text = one_line(facts.get("message") or error, 300)
-        code = facts.get("code") or facts.get("status")
-        status = int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else None
-        words = f"{text} {facts.get('type')} {code}"
-        passing = _TRANSIENT_WORDS.search(words) is not None if status is None else _passing(status)
-        raise ServerError(f"the server answered with an error: {text}", status=status, transient=passing)
+    refuse_error_body(body)
     if not body.get("choices"):
         raise ServerError("the server answered without any choices", status=None, transient=True)
+
+
+def refuse_error_body(body: Any) -> None:
+    """Raise for a body that is an error, whatever its status says."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not error:
+        return
+    facts = error if isinstance(error, dict) else {"message": error}
+    text = one_line(facts.get("message") or error, 300)
+    code = facts.get("code") or facts.get("status")
+    if isinstance(code, str) and code.isdecimal() and len(code) < 9:
+        code = int(code)
+    status = code if isinstance(code, int) else None
+    words = f"{text} {facts.get('type')} {code}"
+    passing = _TRANSIENT_WORDS.search(words) is not None if status is None else is_passing(status)
+    raise ServerError(f"the server answered with an error: {text}", status=status, transient=passing)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -80,7 +97,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             cause = cause.__cause__ or cause.__context__
 
 
-def _passing(status: int) -> bool:
+def is_passing(status: int) -> bool:
+    """Whether an error of this HTTP status may be gone the next time."""
     return status in _TRANSIENT_STATUS or status >= 500
 
 
@@ -92,7 +110,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     status = status_of(error)
     if status is not None:
-        return _passing(status)
+        return is_passing(status)
     return not isinstance(error, _MISTAKES) or isinstance(error, json.JSONDecodeError | UnicodeError)
 
 
@@ -134,17 +152,17 @@ def explained(error: BaseException) -> str:
     return f"{meaning}, status {status}: {short(error)}" if meaning else short(error)
 
 
-def advice(error: BaseException) -> str:
-    """What to do about it."""
+def advice(error: BaseException, rest: str = "") -> str:
+    """What to do about it; `rest` is what else can be done."""
     status = status_of(error)
-    rest = 'on_error="keep_order" goes on without it'
     if (wait := retry_after(error)) > LONGEST_WAIT:
-        return f"it asks for {wait:.0f} s of patience; ask again then, {rest}"
+        return ", ".join(filter(None, (f"it asks for {wait:.0f} s of patience; ask again then", rest)))
     if status in (401, 403):
-        return f"give the api_key that the server expects; {rest}"
+        return "; ".join(filter(None, ("give the api_key that the server expects", rest)))
     if status == 404:
-        return f"check the name of the model, and that base_url ends as the server wants it, usually in /v1; {rest}"
-    return f"is the server up, and does the model take images? {rest}"
+        check = "check the name of the model, and that base_url ends as the server wants it, usually in /v1"
+        return "; ".join(filter(None, (check, rest)))
+    return f"is the server up, and does the model take images? {rest}".rstrip()
 
 
 def _refused_answer(error: BaseException) -> BaseException | None:

@@ -1,0 +1,9 @@
+"""Servers of models that somebody runs elsewhere: bounded HTTP, repeated requests, what failed and what to do about it.
+
+- `bounded_http.py`: what one answer may cost.
+- `failures.py`: errors of any client in plain words, and which of them pass.
+- `retrying.py`: an attempt in bounded time, and the next one.
+- `json_server.py`: JSON in, JSON out.
+
+Knows nothing of embedding, reranking and prompts.
+"""
