@@ -11,8 +11,8 @@ from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, locate
 from mm_retriever.embedders.embedder import Embedder
 from mm_retriever.errors import CheckpointError, QueryError
 
-FAMILIES: tuple[str, ...] = ("visualized_bge", "remote")
-"""Modules: of `mm_retriever.embedders`, or, with dots, of anywhere."""
+FAMILIES: tuple[str, ...] = ("visualized_bge",)
+"""Modules: of `mm_retriever.embedders`, or, with dots, of anywhere. A model on a server is of none: see `remote`."""
 
 
 class Family(Protocol):
@@ -106,11 +106,13 @@ def _served(
     name: str, base_url: str, *, revision: str | None, families: tuple[str, ...] | None, **options: Any
 ) -> Embedder:
     """The model that a server serves under a name."""
-    if families is not None and "remote" not in families:
+    if families is not None:
         raise QueryError(f"{', '.join(families)} runs on this machine; ComposedEmbedding asks a server")
     if revision is not None:
         raise QueryError(f"revision={revision!r} is of a hub repository; {name!r} is what the server says it is")
-    return _family("remote").load(ModelFiles(name=name), base_url=base_url, **options)
+    from mm_retriever.embedders.remote import load
+
+    return load(name, base_url=base_url, **options)
 
 
 def published_models() -> Iterator[tuple[str, ModelEntry]]:

@@ -22,13 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mm_retriever.checkpoint import ModelFiles, Models
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.errors import ModelServerError, QueryError, one_line, shown
 from mm_retriever.forks import ForkLock
 from mm_retriever.servers.json_server import JSONServer
-
-MODELS: Models = {}
 
 MAX_PIXELS = 1280 * 1440
 """As many as Qwen3-VL-Embedding looks at; larger images are shrunk before they are sent."""
@@ -36,25 +33,20 @@ _TEXTS = 32  # of one request
 _LONGEST_VECTOR = 65_536
 
 
-def recognises(files: ModelFiles) -> bool:
-    """Whether these files are a model of this family: it has none."""
-    return False
-
-
-def load(files: ModelFiles, *, device: Any = None, dtype: Any = None, **options: Any) -> RemoteEmbedding:
+def load(name: str, *, base_url: str, device: Any = None, dtype: Any = None, **options: Any) -> RemoteEmbedding:
     """Return the model that a server serves under a name.
 
     Raises:
         QueryError: a device or dtype, which are the server's own, or an option that there is not.
     """
     if device is not None or dtype is not None:
-        raise QueryError(f"{files.name!r} runs on a server, which chooses its device and dtype: leave both out here")
-    known = sorted(inspect.signature(RemoteEmbedding).parameters.keys() - {"model"})
+        raise QueryError(f"{name!r} runs on a server, which chooses its device and dtype: leave both out here")
+    known = sorted(inspect.signature(RemoteEmbedding).parameters.keys() - {"base_url", "model"})
     if unknown := sorted(options.keys() - set(known)):
         raise QueryError(
             f"a model on a server has no option {', '.join(map(repr, unknown))}; there are {', '.join(known)}"
         )
-    return RemoteEmbedding(model=files.name, **options)
+    return RemoteEmbedding(base_url, name, **options)
 
 
 class RemoteEmbedding:
