@@ -1,4 +1,4 @@
-"""Files replaced in one step, and on the disk before a call returns."""
+"""Files replaced in one step, and files and folders that are on the disk before a call returns."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> Path:
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666, synced: bool = False) -> Path:
     """Return the path of a file whose readers see the old content or all of the new, never a part.
 
     Args:
         path: the file; its folder exists.
         content: all of it.
         mode: permissions of the new file, less the user's umask.
+        synced: return when it is on the disk, rather than some time before a power cut.
 
     Raises:
         OSError: it cannot be written; what was there stays.
@@ -24,10 +25,17 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> Path:
     try:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
-        return draft.replace(path)
+            if synced:
+                file.flush()
+                flush(file.fileno())
+        draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+    if synced:
+        with suppress(OSError):  # some file systems sync no folders
+            sync(path.parent)
+    return path
 
 
 def sync(place: Path) -> None:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _PAGE_ROWS = 10_000
 _IDS_PER_REQUEST = 1_000
 _SAMPLED_ROWS = 64
-"""Looked at when a collection is opened; the data files of Milvus Lite are checked whole by then."""
+"""Looked at when a collection is opened; parts of the data files of Milvus Lite were looked at by then."""
 
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101

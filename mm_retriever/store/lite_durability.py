@@ -6,7 +6,9 @@ Milvus Lite will read again, the folder `mm_retriever` of its collection has a r
 compares the files with their records before Milvus Lite opens them.
 
 A record is a text file of lines "start end crc32 check": the checksum of the bytes from start to end, then a checksum
-of the line itself. A line that fails its own check is ignored. A log grows, and its record grows with it.
+of the line itself. A line that fails its own check is ignored. A log grows, and its record grows with it. The record of
+any other file has a line for the whole, one for each mebibyte of a larger one, and "stamp ... check", which tells the
+file as it was then from any later one: a file that nobody touched since is looked at in parts when it is opened.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +25,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from mm_retriever.errors import StoreError
-from mm_retriever.files import flush, sync
+from mm_retriever.files import flush, sync, write_atomically
 from mm_retriever.forks import ForkLock
 
 RECORDS = "mm_retriever"
@@ -100,19 +103,6 @@ def _sync_log(folder: Path, log: Path, descriptor: int) -> None:
     _synced[str(log)] = state
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file at once, and return when it is on the disk."""
-    draft = path.with_name(f"{path.name}.tmp")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        flush(file.fileno())
-    draft.replace(path)
-    with suppress(OSError):
-        sync(path.parent)
-
-
 # ------------------------------------------------------------------------------------------------ records and copies
 
 
@@ -128,12 +118,17 @@ def recorded_files(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def record_file(folder: Path, file: Path) -> None:
-    """Record the checksum of a file that no longer changes."""
+    """Record the checksums of a file that no longer changes."""
+    whole, lines = 0, []
     with opened(file) as descriptor:
-        size = os.fstat(descriptor).st_size
-        line = _line(0, size, _checksum(descriptor, 0, size))
+        status = os.fstat(descriptor)
+        for start in range(0, status.st_size, _CHUNK):
+            data = os.pread(descriptor, _CHUNK, start)
+            whole = zlib.crc32(data, whole)
+            lines.append(_line(start, start + len(data), zlib.crc32(data)))
+    lines = [_line(0, status.st_size, whole), *(lines if len(lines) > 1 else ())]
     (folder / RECORDS).mkdir(exist_ok=True)
-    write_whole(record_path(folder, file), line)
+    write_atomically(record_path(folder, file), b"".join([_stamp(status), *lines]), synced=True)
 
 
 def remove_file(folder: Path, file: Path) -> None:
@@ -147,8 +142,21 @@ def is_recorded(folder: Path, file: Path) -> bool:
     return bool(_read_record(record_path(folder, file)))
 
 
-def damage(folder: Path, file: Path) -> str | None:
+def is_untouched(folder: Path, file: Path) -> bool:
+    """Whether a file is the one that was recorded, and nobody wrote to it since; bit rot does not show in this."""
+    try:
+        return _stamp(file.lstat()) in record_path(folder, file).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return False
+
+
+def damage(folder: Path, file: Path, *, sampled: bool = False) -> str | None:
     """Return how a file differs from its record; None if it does not, or has no record.
+
+    Args:
+        folder: of the collection.
+        file: in it.
+        sampled: read the last mebibyte and one other, not all.
 
     Raises:
         OSError: the file cannot be read.
@@ -156,12 +164,15 @@ def damage(folder: Path, file: Path) -> str | None:
     spans = _read_record(record_path(folder, file))
     if not spans:
         return None
+    end = max(stop for _, stop, _ in spans)
+    whole = [span for span in spans if span[:2] == (0, end)]
+    parts = [span for span in spans if span not in whole]
+    checked = [parts[-1], random.choice(parts)] if sampled and parts else whole or parts  # noqa: S311
     with opened(file) as descriptor:
         size = os.fstat(descriptor).st_size
-        end = max(span[1] for span in spans)
         if size < end or (size > end and file.suffix != ".arrow"):
             return f"{size} bytes, and it was written with {end}"
-        for start, stop, checksum in spans:
+        for start, stop, checksum in checked:
             if _checksum(descriptor, start, stop) != checksum:
                 return f"the bytes {start} to {stop} are not those that were written"
     return None
@@ -180,6 +191,12 @@ def opened(path: Path) -> Iterator[int]:
 def _line(start: int, end: int, checksum: int) -> bytes:
     span = f"{start} {end} {checksum:08x}"
     return f"{span} {zlib.crc32(span.encode()):08x}\n".encode()
+
+
+def _stamp(status: os.stat_result) -> bytes:
+    """A line that old versions ignore."""
+    words = f"stamp {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{words} {zlib.crc32(words.encode()):08x}\n".encode()
 
 
 def _read_record(record: Path) -> list[tuple[int, int, int]]:
@@ -219,7 +236,7 @@ def keep_copy(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     if read_copy(folder, name) != content:
         (folder / RECORDS).mkdir(exist_ok=True)
-        write_whole(_copy_path(folder, name), f"{zlib.crc32(content):08x}\n".encode() + content)
+        write_atomically(_copy_path(folder, name), f"{zlib.crc32(content):08x}\n".encode() + content, synced=True)
 
 
 def read_copy(folder: Path, name: str) -> bytes | None:
@@ -343,6 +360,7 @@ def _recording(build_or_load: Callable[..., None]) -> Callable[..., None]:
         if _is_guarded(file):
             folder = file.parents[3]
             if file.exists() and not record_path(folder, file).exists():
+                sync(file)
                 record_file(folder, file)
 
     return built

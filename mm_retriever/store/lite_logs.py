@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_retriever.errors import StoreDamagedError
-from mm_retriever.store.lite_durability import damage, opened, record_path, remove_file, write_whole
+from mm_retriever.files import write_atomically
+from mm_retriever.store.lite_durability import damage, opened, record_path, remove_file
 
 _LOG = re.compile(r"wal_(?:data|delta)_(\d{1,18})\.arrow")
 
@@ -109,7 +110,7 @@ class Logs:
             for batch in batches:
                 writer.write_batch(batch)
         record_path(self._folder, path).unlink(missing_ok=True)
-        write_whole(path, sink.getvalue().to_pybytes())
+        write_atomically(path, sink.getvalue().to_pybytes(), synced=True)
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -5,9 +5,10 @@ rows twice whose log was not removed, and cannot open a file that is cut short. 
 
 - The manifest and the schema: if they equal their copies; else the copies; without a copy, what can be read.
 - A data file: if it agrees with its record; without a record, if it can be read whole. A bad one is left out if the
-  logs still have all its rows, and is an error otherwise.
+  logs still have all its rows, and is an error otherwise. One that nobody touched since it was recorded, as nearly all
+  are, is not read whole: only its footer and two parts of it.
 - A row of a log: if no data file has it. That is decided by the rows themselves, never by a number in the manifest.
-- An index file: if it agrees with its record. Others are removed, and Milvus Lite builds them anew from the data.
+- An index file: if it agrees with its record, in the same way. Others are removed, and Milvus Lite builds them anew.
 
 Nothing that could hold rows is deleted: it is moved into the folder `mm_retriever` of its collection.
 """
@@ -31,12 +32,13 @@ from typing import Annotated, Any
 from llama_index.core.bridge.pydantic import BaseModel, Field
 
 from mm_retriever.errors import StoreDamagedError, StoreError, one_line
-from mm_retriever.files import sync
+from mm_retriever.files import sync, write_atomically
 from mm_retriever.store.lite_durability import (
     RECORDS,
     damage,
     guard,
     is_recorded,
+    is_untouched,
     keep_copy,
     opened,
     read_copy,
@@ -45,7 +47,6 @@ from mm_retriever.store.lite_durability import (
     recorded_files,
     remove_file,
     sync_folders,
-    write_whole,
 )
 from mm_retriever.store.lite_logs import DataFile, Logs
 
@@ -120,7 +121,7 @@ def _repair_collection(folder: Path, place: Path) -> None:
     logs.drop_stored_rows(manifest.files)
     manifest.save()
     for path in sorted(folder.glob("partitions/*/indexes/*")):
-        if path.suffix in (".idx", ".sidx") and (not is_recorded(folder, path) or damage(folder, path)):
+        if path.suffix in (".idx", ".sidx") and (not is_recorded(folder, path) or _recorded_fault(folder, path)):
             remove_file(folder, path)  # Milvus Lite builds it anew from the data
     for record, file in recorded_files(folder):
         if not file.exists():
@@ -224,7 +225,7 @@ class _Manifest:
         if self.changed:
             self.payload["version"] += 1
             content = json.dumps(self.payload, indent=2, sort_keys=True, ensure_ascii=False).encode()
-            write_whole(self.folder / "manifest.json", content)
+            write_atomically(self.folder / "manifest.json", content, synced=True)
         if self.payload:
             with _unless_read_only():
                 keep_copy(self.folder, "manifest.json")
@@ -249,7 +250,7 @@ def _restore(folder: Path, path: Path, copy: bytes) -> None:
     if path.exists():
         aside = _place_aside(folder, path)
         shutil.copyfile(path, aside, follow_symlinks=False)
-    write_whole(path, copy)
+    write_atomically(path, copy, synced=True)
     logger.warning(
         "%s was damaged or changed by another program; the last copy of it was put back%s",
         path,
@@ -301,23 +302,40 @@ def _fault(folder: Path, path: Path) -> str | None:
 
     if not path.exists():
         return "it is missing"
-    if is_recorded(folder, path):
-        return damage(folder, path)
+    recorded = is_recorded(folder, path)
+    if recorded and (reason := _recorded_fault(folder, path)):
+        return reason
     try:
         with opened(path) as descriptor:
             if os.fstat(descriptor).st_size == 0:
                 return "it is empty"
-        if parquet.read_table(path).num_rows != parquet.read_metadata(path).num_rows:
+        footer = parquet.read_metadata(path)
+        groups = (footer.row_group(number).num_rows for number in range(footer.num_row_groups))
+        if footer.num_rows != (sum(groups) if recorded else parquet.read_table(path).num_rows):
             return "rows are missing in it"
     except (ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the content
             raise
         return one_line(error, 200)
+    if recorded:
+        return None
     with _unless_read_only():
         sync(path)  # the version of this package that wrote it may not have
         sync_folders(path.parent, folder)
         record_file(folder, path)
     return None
+
+
+def _recorded_fault(folder: Path, path: Path) -> str | None:
+    """What is wrong with a file that has a record; one that was copied or touched is read whole, once."""
+    if is_untouched(folder, path):
+        return damage(folder, path, sampled=True)
+    reason = damage(folder, path)
+    if reason is None:
+        with _unless_read_only():
+            sync(path)
+            record_file(folder, path)
+    return reason
 
 
 # ------------------------------------------------------------------------------------------------ the rest

@@ -10,12 +10,16 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery
@@ -23,6 +27,7 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 from mm_retriever.errors import StoreDamagedError, StoreError
 from mm_retriever.store import open_store
 from mm_retriever.store.lite_durability import RECORDS
+from mm_retriever.store.lite_repair import repair
 from tests.support.effort import EFFORT
 
 MODEL = SimpleNamespace(dimension=4, model_id="four numbers")
@@ -125,6 +130,47 @@ def test_a_flipped_bit_in_a_data_file_names_the_file_and_changes_nothing(db):
         assert store.count() == 0
         store.add(nodes(0, ROWS))
         assert store.count() == ROWS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bytes read are counted by Linux")
+def test_opening_reads_files_in_parts_unless_they_were_touched_and_still_finds_what_rots(tmp_path):
+    """Truth: the system's count of bytes that are read before Milvus Lite opens the file.
+
+    Rot changes no time of a file, which no test can do: here the record is given the times after the change.
+    """
+    db, chance = tmp_path / "a.db", np.random.default_rng(7)
+    many = nodes(0, 400)
+    for one in many:
+        one.embedding = chance.uniform(-1, 1, 4096).tolist()
+    with open_store(db, SimpleNamespace(dimension=4096, model_id="many numbers")) as store:
+        store.add(many)
+    size = sum(file.stat().st_size for file in folder_of(db).rglob("*.parquet"))
+    assert size > 5 * 2**20
+    assert _read_by_repair(db) < 0.6 * size
+    copied = Path(shutil.copytree(db, tmp_path / "copied.db"))
+    assert _read_by_repair(copied) > size
+    assert _read_by_repair(copied) < 0.6 * size
+    file = max(folder_of(db).rglob("*.parquet"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    for at in range(1000, len(content), 2**20):
+        content[at] ^= 1
+    file.write_bytes(content)
+    status = file.stat()
+    stamp = f"stamp {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    (record,) = (folder_of(db) / RECORDS).glob(f"*{file.name}.crc")
+    lines = record.read_text().splitlines()
+    record.write_text("\n".join([f"{stamp} {zlib.crc32(stamp.encode()):08x}", *lines[1:], ""]))
+    with pytest.raises(StoreDamagedError, match=rf"{file.name} is damaged: the bytes \d+ to \d+"):
+        repair(db)
+
+
+def _read_by_repair(db: Path) -> int:
+    def read() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+    before = read()
+    repair(db)
+    return read() - before
 
 
 def test_an_index_file_that_is_damaged_is_built_anew(db, stores, tmp_path):
