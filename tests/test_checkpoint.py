@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mm_retriever.checkpoint import ModelEntry, load_strict, locate, read_state_dict, warn_if_not_published
 from mm_retriever.embedders import visualized_bge
-from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
+from mm_retriever.embedders.registry import convert_model
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
@@ -496,7 +496,7 @@ def test_a_device_that_is_not_here_is_refused(tmp_path: Path, device: str) -> No
 def test_fingerprints_tell_weights_apart_and_not_formats(tmp_path: Path, official: Path) -> None:
     """Our choice: a collection made with the official file goes on with the converted one."""
     of_file = load_visualized_bge(official, device="cpu")[0].fingerprint
-    of_converted = load_visualized_bge(convert_checkpoint(official, tmp_path / "out"), device="cpu")[0].fingerprint
+    of_converted = load_visualized_bge(convert_model(official, tmp_path / "out"), device="cpu")[0].fingerprint
     of_half = load_visualized_bge(official, dtype="bfloat16", device="cpu")[0].fingerprint
     assert of_file == of_converted == of_half
     change(official, lambda state: state["visual_proj.bias"].add_(0.01))
@@ -507,7 +507,7 @@ def test_fingerprints_tell_weights_apart_and_not_formats(tmp_path: Path, officia
 def test_convert_writes_a_folder_that_loads_anywhere(tmp_path: Path, official: Path, stored: torch.dtype) -> None:
     """Ours and transformers' own loading; the floats stay as they were."""
     change(official, lambda state: state.update({key: tensor.to(stored) for key, tensor in state.items()}))
-    folder = convert_checkpoint(official, tmp_path / "out")
+    folder = convert_model(official, tmp_path / "out")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     weights = read_state_dict(folder / "model.safetensors")
     assert weights["visual_proj.weight"].dtype == stored
@@ -520,7 +520,7 @@ def test_convert_writes_a_folder_that_loads_anywhere(tmp_path: Path, official: P
         expected = first.encode_image(pixels)
         assert torch.equal(second.encode_image(pixels), expected)
         torch.testing.assert_close(third.encode_image(pixels), expected)
-    half = convert_checkpoint(folder, tmp_path / "half", dtype="bfloat16")
+    half = convert_model(folder, tmp_path / "half", dtype="bfloat16")
     assert read_state_dict(half / "model.safetensors")["visual_proj.weight"].dtype == torch.bfloat16
 
 
@@ -528,11 +528,11 @@ def test_convert_says_when_it_found_no_tokenizer(tmp_path: Path, official: Path)
     """Offline, with nothing beside the file; a later ``tokenizer=`` mends it."""
     tokenizer = official.with_name("tokenizer.json").rename(tmp_path / "words.json")
     with pytest.warns(UserWarning, match=r"no tokenizer\.json.*tokenizer="):
-        folder = convert_checkpoint(official, tmp_path / "out")
+        folder = convert_model(official, tmp_path / "out")
     with pytest.raises(ModelNotFoundError, match=r"BAAI/bge-base-en-v1\.5.*tokenizer="):
         load_visualized_bge(folder)
     load_visualized_bge(folder, tokenizer=tokenizer, device="cpu")
-    assert (convert_checkpoint(official, folder, tokenizer=tokenizer) / "tokenizer.json").is_file()
+    assert (convert_model(official, folder, tokenizer=tokenizer) / "tokenizer.json").is_file()
 
 
 def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:

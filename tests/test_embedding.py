@@ -32,8 +32,8 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from mm_retriever.embedders.visualized_bge import encoder
-from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
+from mm_retriever.embedders.passes import PASS_VALUES
+from mm_retriever.embedders.registry import convert_model
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
 from mm_retriever.images import ImagePolicy, read_image_bytes
@@ -150,7 +150,7 @@ def test_passes_of_any_size_give_the_same_vectors(
     texts, images = TEXTS * 2, [*pictures, *[pictures[0]] * 7]
     expected = model.get_composed_embedding_batch(texts, images)
     for values in (1, 3000, 10**9):
-        monkeypatch.setitem(encoder.PASS_VALUES, "cpu", values)
+        monkeypatch.setitem(PASS_VALUES, "cpu", values)
         assert close(model.get_composed_embedding_batch(texts, images), expected)
         assert close(model.get_text_embedding_batch(texts[:7]), [model.get_text_embedding(text) for text in TEXTS])
     looked_at: list[int] = []
@@ -592,9 +592,9 @@ def test_a_rounded_copy_of_the_weights_is_the_same_model_until_they_change(
     folder: Path, tmp_path: Path, model: VisualizedBGEEmbedding
 ) -> None:
     """Our choice: the copy names the weights it was rounded from, which counts for as long as it is that copy."""
-    rounded = convert_checkpoint(folder, tmp_path / "rounded", dtype="bfloat16")
+    rounded = convert_model(folder, tmp_path / "rounded", dtype="bfloat16")
     assert VisualizedBGEEmbedding(rounded, device="cpu").model_id == model.model_id
-    twice = convert_checkpoint(rounded, tmp_path / "twice", dtype="float32")
+    twice = convert_model(rounded, tmp_path / "twice", dtype="float32")
     assert VisualizedBGEEmbedding(twice, device="cpu").model_id == model.model_id
     weights = load_file(rounded / "model.safetensors")
     weights["visual_proj.bias"] += 1

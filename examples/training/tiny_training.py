@@ -31,7 +31,7 @@ from mm_retriever.demo.catalogue.drawing import (
     theme_layers,
 )
 from mm_retriever.demo.catalogue.patterns import texture
-from mm_retriever.embedders.visualized_bge.encoder import PIXEL_MEAN, PIXEL_STD
+from mm_retriever.images.square import CLIP_MEAN, CLIP_STD
 
 THEME = len(KINDS)  # the "kind" of a theme picture in label tensors
 TRAINING_BLOCK = 1000  # pattern maps from here on are drawn for training only (a catalogue's seed is its block)
@@ -175,7 +175,7 @@ def augmented(pictures: Tensor, rng: np.random.Generator, *, noise: float = 3.0)
 
 def normalised(pictures: Tensor) -> Tensor:
     """0 to 255 pictures as ``pixel_values``, in the memory layout that convolutions like."""
-    mean, std = (torch.tensor(channel).view(3, 1, 1) * 255 for channel in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (torch.tensor(channel).view(3, 1, 1) * 255 for channel in (CLIP_MEAN, CLIP_STD))
     return ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
 
 

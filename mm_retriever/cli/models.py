@@ -14,7 +14,7 @@ PACKAGES = ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilv
 
 
 def convert(
-    weights: Annotated[str, typer.Argument(help="Official .pth file, folder or published name.")],
+    weights: Annotated[str, typer.Argument(help="Official .pth or .pkl file, folder or published name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.", callback=home)],
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder with the tokenizer, if it is not beside WEIGHTS.")
@@ -23,10 +23,10 @@ def convert(
         str | None, typer.Option(help="Store as float32, bfloat16 or float16. Default: as they are.")
     ] = None,
 ) -> None:
-    """Write the safetensors form of official weights: loads faster, and cannot contain code."""
-    from mm_retriever.embedders.visualized_bge.convert import convert_checkpoint
+    """Write the safetensors form of official weights, of any model family: loads faster, and cannot contain code."""
+    from mm_retriever.embedders.registry import convert_model
 
-    written = convert_checkpoint(weights, out, tokenizer=tokenizer, dtype=dtype)
+    written = convert_model(weights, out, tokenizer=tokenizer, dtype=dtype)
     typer.echo(f"wrote {written}; use it with --model {written}")
 
 

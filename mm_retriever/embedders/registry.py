@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, locate
 from mm_retriever.embedders.embedder import Embedder
 from mm_retriever.errors import CheckpointError, QueryError
 
-FAMILIES: tuple[str, ...] = ("visualized_bge",)
+FAMILIES: tuple[str, ...] = ("visualized_bge", "bge_vl")
 """Modules: of `mm_retriever.embedders`, or, with dots, of anywhere. A model on a server is of none: see `remote`."""
 
 
 class Family(Protocol):
-    """What the module of a model family holds."""
+    """What the module of a model family holds; `convert(files, out, tokenizer=, dtype=)` too, where files can be."""
 
     MODELS: Models
 
@@ -57,20 +58,58 @@ def load_embedder(
         ModelNotFoundError: the name leads to no files, or the hub is out of reach.
         CheckpointError: the files are damaged, unsafe, or of no known family.
     """
-    known = [_family(module) for module in families or FAMILIES]
-    title = os.fspath(name)
     if base_url is not None:
-        return _served(title, base_url, device=device, dtype=dtype, revision=revision, families=families, **options)
+        served = {"device": device, "dtype": dtype, "revision": revision, "families": families, **options}
+        return _served(os.fspath(name), base_url, **served)
+    family, files = _resolve(name, revision=revision, families=families or FAMILIES)
+    return family.load(files, device=device, dtype=dtype, **options)
+
+
+def convert_model(
+    name: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+) -> Path:
+    """Writes a model as ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into ``out``, and returns it.
+
+    The folder is the same model: its `space` is that of the original.
+
+    Args:
+        name: as of `load_embedder`.
+        out: a folder; made if it is not there.
+        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
+        dtype: of the floats; default: as they are.
+        revision: of the hub repository.
+
+    Raises:
+        CheckpointError: as of `load_embedder`; and for a family that has no weights to convert.
+    """
+    family, files = _resolve(name, revision=revision, families=FAMILIES)
+    convert = getattr(family, "convert", None)
+    if convert is None:
+        raise CheckpointError(f"{os.fspath(name)!r} is used as it is: there is nothing to convert")
+    written: Path = convert(files, out, tokenizer=tokenizer, dtype=dtype)
+    return written
+
+
+def _resolve(
+    name: str | os.PathLike[str], *, revision: str | None, families: tuple[str, ...]
+) -> tuple[Family, ModelFiles]:
+    known = [_family(module) for module in families]
+    title = os.fspath(name)
     for family in known:
         entry = family.MODELS.get(title)
         if entry is not None and entry.folder is None and not entry.repo:  # a model without files
-            return family.load(ModelFiles(name=title), device=device, dtype=dtype, **options)
+            return family, ModelFiles(name=title)
     files = locate(title, {name: entry for family in known for name, entry in family.MODELS.items()}, revision=revision)
     for family in known:
-        if title in family.MODELS or (families and len(known) == 1) or family.recognises(files):
-            return family.load(files, device=device, dtype=dtype, **options)
+        if title in family.MODELS or (families != FAMILIES and len(known) == 1) or family.recognises(files):
+            return family, files
     raise CheckpointError(
-        f"{title!r} is a model of no known family ({', '.join(families or FAMILIES)}); "
+        f"{title!r} is a model of no known family ({', '.join(families)}); "
         f"the models with a name are {', '.join(dict(published_models()))}"
     )
 

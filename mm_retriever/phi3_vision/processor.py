@@ -29,12 +29,11 @@ from transformers import AutoProcessor
 
 from mm_retriever.checkpoint import ModelFiles, locate, read_json
 from mm_retriever.errors import CheckpointError, PromptError, shown
+from mm_retriever.images.square import CLIP_MEAN, CLIP_STD
 from mm_retriever.phi3_vision.config import MODELS, read_config
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_CROPS = 256
 ROLES = ("system", "user", "assistant")
 STOP_TOKENS = ("<|end|>", "<|endoftext|>", "</s>")

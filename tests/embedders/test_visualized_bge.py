@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mm_retriever.embedders.visualized_bge.encoder import PIXEL_MEAN, PIXEL_STD, VisualizedBGEProcessor, crop_square
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, crop_square
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 from mm_retriever.errors import CheckpointError
+from mm_retriever.images.square import CLIP_MEAN, CLIP_STD
 from tests.support.golden import DATA, TOLERANCE, fill, golden, golden_config, small_config, small_model, word_tokenizer
 from tests.support.memory import peak_growth
 
@@ -176,7 +177,7 @@ def test_resize_comes_before_the_conversion_to_rgb(mode: str, size: tuple[int, i
     left, top = round((width - 48) / 2.0), round((height - 48) / 2.0)
     cropped = resized.crop((left, top, left + 48, top + 48)).convert("RGB")
     channels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).to(torch.float32).div(255)
-    expected = (channels - torch.tensor(PIXEL_MEAN)[:, None, None]) / torch.tensor(PIXEL_STD)[:, None, None]
+    expected = (channels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
     assert torch.equal(ours, expected)
     if mode == "CMYK":
         converted_first = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)

@@ -24,13 +24,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoProcessor
 
-from mm_retriever.checkpoint import (
-    ModelFiles,
-    locate,
-    locate_tokenizer,
-    read_state_dict,
-)
+from mm_retriever.checkpoint import locate, read_state_dict
 from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.folder import find_tokenizer
+from mm_retriever.embedders.passes import passes
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS, MULTILINGUAL
 from mm_retriever.embedders.visualized_bge.model import (
     VisualizedBGE,
@@ -38,14 +35,12 @@ from mm_retriever.embedders.visualized_bge.model import (
     config_from_tensors,
     read_config,
 )
-from mm_retriever.errors import CheckpointError, ModelNotFoundError
+from mm_retriever.errors import CheckpointError
 from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.images.square import CLIP_MEAN, CLIP_STD, middle_square
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 _PROBES = ("Phone case with this, in RED", "déjà vu – 50 €\n\tnaïve", "手机壳 スマホケース чехол", "a" * 40)
-LONGEST = 32  # times the short side; a longer image is not resized whole: one of 1 x 60,000 would take 9 GB
 
 
 class VisualizedBGEProcessor:
@@ -83,7 +78,7 @@ class VisualizedBGEProcessor:
             config = config_from_tensors(read_state_dict(files.weights), files.weights)
         else:
             config = read_config(files.config)
-        return cls(config, find_tokenizer(files, config, None))
+        return cls(config, find_tokenizer(files, None, tokenizer_repo(config)))
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> list[str]:
         """Writes ``tokenizer.json`` and ``processor_config.json``; returns their paths.
@@ -108,7 +103,7 @@ class VisualizedBGEProcessor:
         for row, image in enumerate(images):
             pixels[row] = self.square(image) if isinstance(image, Image.Image) else image
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).contiguous()  # (B, 3, H, W)
-        mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (PIXEL_MEAN, PIXEL_STD))
+        mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (CLIP_MEAN, CLIP_STD))
         return values.div_(255).sub_(mean).div_(std)
 
     def token_ids(self, texts: Sequence[str], *, beside_image: bool = False) -> list[list[int]]:
@@ -151,44 +146,17 @@ def crop_square(image: Image.Image, side: int) -> Image.Image:
     """RGB of ``side`` x ``side``: the short side resized to it, the middle cut out."""
     if image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    resized_long = int(side * long / short)
     # parity: the original resizes in the file's own mode and converts to RGB only afterwards
-    if long <= LONGEST * short:
-        size = (side, resized_long) if width <= height else (resized_long, side)
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
-        return image.crop((left, top, left + side, top + side)).convert("RGB")
-    start, scale = round((resized_long - side) / 2), long / resized_long
-    middle = (start * scale, (start + side) * scale)
-    box = (0, middle[0], width, middle[1]) if width <= height else (middle[0], 0, middle[1], height)
-    return image.resize((side, side), Image.Resampling.BICUBIC, box).convert("RGB")
+    return middle_square(image, side, lambda excess: round(excess / 2)).convert("RGB")
 
 
-def find_tokenizer(files: ModelFiles, config: VisualizedBGEConfig, given: str | os.PathLike[str] | None) -> Path:
-    """Given, else beside the weights, else the published one of this kind of text side."""
-    if given is not None:
-        return locate_tokenizer(given)
-    if files.tokenizer is not None:
-        return files.tokenizer
+def tokenizer_repo(config: VisualizedBGEConfig) -> str:
+    """Where the published tokenizer of this kind of text side is."""
     published = MULTILINGUAL if config.text["model_type"] == "xlm-roberta" else DEFAULT_MODEL
-    repo = MODELS[published].tokenizer_repo
-    try:
-        return locate_tokenizer(repo)
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"no tokenizer.json beside {files.weights}, and the model hub cannot be reached for that of {repo!r}; "
-            "put the file there or name it with tokenizer="
-        ) from error
+    return MODELS[published].tokenizer_repo
 
 
 AutoProcessor.register(VisualizedBGEConfig, VisualizedBGEProcessor, exist_ok=True)
-
-
-PASS_VALUES = {"cpu": 2_500_000, "other": 160_000_000}
-"""Values of the widest layer that one pass may make. On a CPU 10 MB: more would be fetched from memory, and fresh pages
-from the system, layer after layer (a batch of 32 images in one pass took a tenth longer than in passes of four)."""
 
 
 class VisualizedBGEEncoder:
@@ -264,11 +232,4 @@ class VisualizedBGEEncoder:
         vision, text = self.model.config.vision_shape, self.model.config.text_shape
         patches = vision.patches if beside_image else 0
         widest = max(text.intermediate_size, int(vision.width * vision.mlp_ratio) if beside_image else 0)
-        most = PASS_VALUES["cpu" if self.model.input_device.type == "cpu" else "other"] // widest  # tokens
-        start = 0
-        for row, length in enumerate(lengths):
-            if row > start and (row + 1 - start) * (patches + length) > most:
-                yield range(start, row)
-                start = row
-        if start < len(lengths):
-            yield range(start, len(lengths))
+        return passes([patches + length for length in lengths], widest, self.model.input_device.type)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mm_retriever.checkpoint import (
     ModelFiles,
-    fingerprint,
     load_strict,
     locate,
     read_state_dict,
@@ -19,8 +20,9 @@ from mm_retriever.checkpoint import (
     warn_if_not_published,
 )
 from mm_retriever.devices import as_device, as_dtype
+from mm_retriever.embedders.folder import copy_tokenizer, find_tokenizer, original_fingerprint, write_folder
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, find_tokenizer
+from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, tokenizer_repo
 from mm_retriever.embedders.visualized_bge.model import (
     VisualizedBGE,
     VisualizedBGEConfig,
@@ -71,7 +73,7 @@ def load_files(
     """As :func:`load_visualized_bge`, from files that were found already."""
     config, state = read_checkpoint(files)
     model = fill_model(config, state, files, device=as_device(device), dtype=as_dtype(dtype))
-    return model, VisualizedBGEProcessor(config, find_tokenizer(files, config, tokenizer))
+    return model, VisualizedBGEProcessor(config, find_tokenizer(files, tokenizer, tokenizer_repo(config)))
 
 
 def read_checkpoint(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
@@ -94,8 +96,25 @@ def fill_model(
     """Return the model with these tensors in it, ready for inference."""
     model = skeleton(lambda: VisualizedBGE(config), files.weights)
     load_strict(model, state, source=files.weights, device=device, dtype=dtype)
-    model.fingerprint = fingerprint(state)
-    if config.rounded.get(model.fingerprint):  # a rounded copy, unchanged since: still the same model
-        model.fingerprint = config.rounded[model.fingerprint]
+    model.fingerprint = original_fingerprint(state, {"rounded": config.rounded})
     model.train(False)
     return model
+
+
+def convert_files(
+    files: ModelFiles,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Path:
+    """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
+    config, state = read_checkpoint(files)
+    stored = state["visual_proj.weight"].dtype if "visual_proj.weight" in state else torch.float32
+    model = fill_model(config, state, files, device=torch.device("cpu"), dtype=as_dtype(dtype, default=stored))
+    config.architectures = [VisualizedBGE.__name__]
+    config.dtype = model.dtype
+    content = json.loads(config.to_json_string())
+    folder = write_folder(out, model.state_dict(), content, original=model.fingerprint)
+    copy_tokenizer(folder, files, tokenizer, tokenizer_repo(config))
+    return folder

@@ -1,0 +1,270 @@
+"""CLIP as the families that are built on it use it: transformers' own model, its tokenizer, both towers in passes.
+
+The model runs one pass at a time, whichever thread asks: its products use every core anyway, and memory stays flat.
+
+Source: CLIP (arXiv:2103.00020) as in transformers' ``CLIPModel``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+
+from mm_retriever.devices import input_device
+from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.passes import passes
+from mm_retriever.errors import CheckpointError, reason_of, shown
+from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.tokenizer import read_tokenizer, valid_unicode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TOKENIZER_REPO = "openai/clip-vit-base-patch16"  # the same for CLIP models of every size
+LEGACY_EOS = 2  # transformers pools a text at its highest id where a config has this one
+
+_TEXT = {"vocab_size", "max_position_embeddings"}
+_VISION = {"image_size", "patch_size"}
+_BOTH = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"}
+_MAX_LAYERS, _MAX_SIZE = 200, 2**20  # no model has more; configs are untrusted
+_PROBES = ("Phone case with this, in RED", "déjà vu – 50 €\n\tnaïve", "手机壳 スマホケース чехол", "a" * 40)
+
+
+def clip_config(content: Mapping[str, Any], source: str | os.PathLike[str]) -> CLIPConfig:
+    """The shape that a CLIP's `config.json` describes; what else stands there changes nothing.
+
+    Raises:
+        CheckpointError: it describes no CLIP.
+    """
+    sides: dict[str, dict[str, Any]] = {}
+    for side, own in (("text", _TEXT), ("vision", _VISION)):
+        given: dict[str, Any] = {}
+        for key in (f"{side}_config", f"{side}_config_dict"):  # old files have both; the second wins in transformers
+            part = content.get(key) or {}
+            if not isinstance(part, Mapping):
+                raise CheckpointError(f"{os.fspath(source)}: {key} is {shown(part)}, expected an object")
+            given |= {name: value for name, value in part.items() if name in own | _BOTH}
+        sides[side] = given
+    width = content.get("projection_dim", 512)
+    try:
+        for given in (*sides.values(), {"projection_dim": width}):
+            _check_sizes(given)
+        # parity: the published configs say 2, which makes transformers pool a text at its highest id
+        text = sides["text"] | {"eos_token_id": LEGACY_EOS, "bos_token_id": 0, "pad_token_id": 1}
+        config = CLIPConfig(text_config=text, vision_config=sides["vision"], projection_dim=width)
+        for part in (config.text_config, config.vision_config):
+            part.projection_dim = width
+    except Exception as error:  # transformers checks values with errors of its own
+        raise CheckpointError(f"{os.fspath(source)} does not describe a CLIP model: {reason_of(error)}") from error
+    return config
+
+
+def _check_sizes(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if name in ("hidden_act", "layer_norm_eps"):
+            continue
+        most = _MAX_LAYERS if name.endswith("layers") else _MAX_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{name} {shown(value)} is not between 1 and {most:,}")
+
+
+def config_content(config: CLIPConfig) -> dict[str, Any]:
+    """What `clip_config` reads."""
+    text = {name: getattr(config.text_config, name) for name in sorted(_TEXT | _BOTH)}
+    vision = {name: getattr(config.vision_config, name) for name in sorted(_VISION | _BOTH)}
+    return {
+        "projection_dim": config.projection_dim,
+        "text_config": text | {"eos_token_id": LEGACY_EOS, "model_type": "clip_text_model"},
+        "vision_config": vision | {"model_type": "clip_vision_model"},
+    }
+
+
+def fill_positions(clip: nn.Module, device: torch.device) -> None:
+    """Makes the tables of positions that no checkpoint holds, of a model that was on the meta device."""
+    for module in clip.modules():
+        if isinstance(table := getattr(module, "position_ids", None), Tensor):
+            module.position_ids = torch.arange(table.shape[-1], device=device).expand((1, -1))
+
+
+def clip_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
+    """The tokenizer in a file, checked against the model.
+
+    Raises:
+        CheckpointError: it is no tokenizer, or one of another model.
+    """
+    tokenizer = read_tokenizer(path)
+    tokenizer.no_truncation()  # a file may carry both
+    tokenizer.no_padding()
+    size, room = tokenizer.get_vocab_size(), config.text_config.vocab_size
+    if size > room:
+        raise CheckpointError(f"{path} has {size:,} entries, the model {room:,}: not its tokenizer")
+    empty = tokenizer.encode("").ids
+    if len(empty) != 2 or empty[1] != size - 1:
+        raise CheckpointError(
+            f"{path} writes an empty text as {shown(empty)}; CLIP needs a start and an end, and the end has the "
+            "highest id: not its tokenizer"
+        )
+    return tokenizer
+
+
+class ClipEncoder(ABC):
+    """An `Embedder` whose vectors are made of the features of a CLIP's two towers.
+
+    Args:
+        clip: ready for inference.
+        tokenizer: from `clip_tokenizer`.
+        name: for people.
+        family: the first word of `space`.
+        fingerprint: of the weights, before any rounding.
+        facts: what else decides what the weights make of their inputs.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        family: str,
+        fingerprint: str,
+        facts: Sequence[Any] = (),
+    ) -> None:
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.name = name
+        self.note = str(clip.dtype).removeprefix("torch.")
+        self.side = int(clip.config.vision_config.image_size)
+        self.room = int(clip.config.text_config.max_position_embeddings)
+        self._turn = ForkLock()
+        self._loaded_in = os.getpid()
+        self._said_cut = False
+        inputs = [config_content(clip.config), *facts, self.token_ids(_PROBES)]
+        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:6]
+        self.space = f"{family}@{fingerprint}.{digest}"
+
+    @property
+    def dimension(self) -> int:
+        """Length of every vector."""
+        return int(self.clip.config.projection_dim)
+
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return input_device(self.clip.logit_scale)
+
+    @abstractmethod
+    def prepare(self, image: Image.Image) -> NDArray[Any]:
+        """(H, W, 3): all that the model will see of an image."""
+
+    @abstractmethod
+    def pixel_values(self, images: Sequence[NDArray[Any]]) -> Tensor:
+        """(B, 3, H, W) float32 of what `prepare` made of images."""
+
+    @abstractmethod
+    def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
+        """(B, D), rows of length 1."""
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of every text, start and end included; of a text too long for the model the end token stays.
+
+        The originals crash on such a text. Cut is said once, in the log.
+        """
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch([valid_unicode(text) for text in texts])]
+        longest = max(map(len, rows), default=0)
+        if longest > self.room and not self._said_cut:
+            self._said_cut = True
+            logger.warning(
+                "%s reads the first %d tokens of a text: one of %d was cut, as will be all such texts",
+                self.name, self.room, longest,
+            )  # fmt: skip
+        return [ids if len(ids) <= self.room else [*ids[: self.room - 1], ids[-1]] for ids in rows]
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """(B, D) float32, not normalised; short texts go through the model with short ones."""
+        ids = self.token_ids(texts)
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        features = torch.empty((len(ids), self.dimension), device=self._device)
+        widest = int(self.clip.config.text_config.intermediate_size)
+        for part in passes([len(ids[row]) for row in order], widest, self._device.type):
+            rows = [order[place] for place in part]
+            input_ids = torch.zeros((len(rows), len(ids[rows[-1]])), dtype=torch.long)
+            for place, row in enumerate(rows):
+                input_ids[place, : len(ids[row])] = torch.tensor(ids[row])
+            with self._turn, torch.inference_mode():
+                features[rows] = self._text_pass(input_ids.to(self._device)).float()
+        return features
+
+    def _text_pass(self, input_ids: Tensor) -> Tensor:
+        # attention is causal, and a text is pooled at its end token: padding after that is never seen
+        pooled = self.clip.text_model(input_ids=input_ids, attention_mask=self._text_mask(input_ids)).pooler_output
+        projected: Tensor = self.clip.text_projection(pooled)
+        return projected
+
+    def _text_mask(self, input_ids: Tensor) -> Tensor | None:
+        return None
+
+    def image_features(self, images: Sequence[NDArray[Any]]) -> Tensor:
+        """(B, D) float32 of what `prepare` made of images, not normalised."""
+        vision = self.clip.config.vision_config
+        features = torch.empty((len(images), self.dimension), device=self._device)
+        patches = (self.side // int(vision.patch_size)) ** 2 + 1
+        for part in passes([patches] * len(images), int(vision.intermediate_size), self._device.type):
+            pixel_values = self.pixel_values([images[row] for row in part]).to(self._device)
+            with self._turn, torch.inference_mode():
+                pooled = self.clip.vision_model(pixel_values=pixel_values).pooler_output
+                features[part.start : part.stop] = self.clip.visual_projection(pooled).float()
+        return features
+
+    def _both_features(
+        self, texts: Sequence[str | None], images: Sequence[NDArray[Any] | None]
+    ) -> tuple[Tensor, Tensor]:
+        """(B, D) of texts and of images, zeros where there is none; equal ones are computed once."""
+        check_forked(self._loaded_in, self._device.type)
+        return (
+            self._once(texts, lambda text: text, self.text_features),
+            self._once(images, lambda image: image.tobytes(), self.image_features),
+        )
+
+    def _once(
+        self, inputs: Sequence[T | None], key: Callable[[T], Hashable], features: Callable[[list[T]], Tensor]
+    ) -> Tensor:
+        places: dict[Hashable, int] = {}
+        distinct: list[T] = []
+        rows, of = [], []
+        for row, given in enumerate(inputs):
+            if given is None:
+                continue
+            place = places.setdefault(key(given), len(distinct))
+            if place == len(distinct):
+                distinct.append(given)
+            rows.append(row)
+            of.append(place)
+        computed = torch.zeros((len(inputs), self.dimension), device=self._device)
+        if distinct:
+            computed[rows] = features(distinct)[of]
+        return computed
+
+
+def unit_rows(vectors: Tensor) -> NDArray[np.float32]:
+    """(B, D) of length 1, on the CPU."""
+    return np.asarray(F.normalize(vectors.float(), dim=-1).cpu().numpy(), dtype=np.float32)

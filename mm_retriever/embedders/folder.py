@@ -1,0 +1,76 @@
+"""Models as folders of ours: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mm_retriever.checkpoint import SAFETENSORS, ModelFiles, fingerprint, locate_tokenizer
+from mm_retriever.errors import ModelNotFoundError
+
+
+def original_fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """The fingerprint of these weights, or, of a rounded copy that is unchanged since, of what it was rounded from."""
+    own, rounded = fingerprint(state), config.get("rounded")
+    return str(rounded.get(own, own)) if isinstance(rounded, Mapping) else own
+
+
+def write_folder(
+    out: str | os.PathLike[str], state: Mapping[str, Tensor], config: Mapping[str, Any], *, original: str
+) -> Path:
+    """Writes ``config.json`` and ``model.safetensors`` into the folder ``out`` and returns it.
+
+    Args:
+        out: made if it is not there.
+        state: tensors by name, in the float format to be stored.
+        config: what the tensors do not say.
+        original: fingerprint of the weights before any rounding; a rounded copy remembers it.
+    """
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{SAFETENSORS}.part"
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, part, metadata={"format": "pt"})
+    part.replace(folder / SAFETENSORS)
+    rounded = {} if (own := fingerprint(state)) == original else {"rounded": {own: original}}
+    content = {key: value for key, value in config.items() if key != "rounded"} | rounded
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def find_tokenizer(files: ModelFiles, given: str | os.PathLike[str] | None, repo: str) -> Path:
+    """``tokenizer.json``: given, else beside the weights, else the published one of a hub repository.
+
+    Raises:
+        ModelNotFoundError: there is none, and the hub is out of reach.
+    """
+    if given is not None:
+        return locate_tokenizer(given)
+    if files.tokenizer is not None:
+        return files.tokenizer
+    try:
+        return locate_tokenizer(repo)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"no tokenizer.json beside {files.weights}, and the model hub cannot be reached for that of {repo!r}; "
+            "put the file there or name it with tokenizer="
+        ) from error
+
+
+def copy_tokenizer(folder: Path, files: ModelFiles, given: str | os.PathLike[str] | None, repo: str) -> None:
+    """Puts ``tokenizer.json`` into the folder; warns where there is none to be had."""
+    try:
+        source = find_tokenizer(files, given, repo)
+    except ModelNotFoundError as error:
+        warnings.warn(f"{folder} has no tokenizer.json: {error}", UserWarning, stacklevel=3)
+        return
+    if source.resolve() != (folder / "tokenizer.json").resolve():
+        shutil.copyfile(source, folder / "tokenizer.json")

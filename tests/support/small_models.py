@@ -1,0 +1,136 @@
+"""A small model of every family, made by the test: real classes, random weights, seconds.
+
+A family that is added to the registry is tested by the shared suite as soon as it has a maker here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import CLIPModel
+
+from mm_retriever.embedders.clip import clip_config
+from tests.support.golden import small_config, small_model, word_tokenizer
+
+WORDS = ["red", "green", "blue", "white", "a", "mug", "phone", "case", "with", "this", "in", "and", "the"]
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """A model as users name it.
+
+    Args:
+        name: for `load_embedder`.
+        options: of its family.
+        refuses: what it cannot embed, of "text", "image", "pair".
+        weights: its weight file; None where no file on this machine is read.
+        least_cosine: of a vector in bfloat16 with that in float32; None where there is one float format only.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refuses: frozenset[str] = frozenset()
+    weights: Path | None = None
+    least_cosine: float | None = 0.99
+
+
+Maker = Callable[[Path, int], AbstractContextManager[SmallModel]]
+"""Makes a model in an empty folder from a seed; equal seeds make equal models. Leaving the context ends its server."""
+
+
+@contextmanager
+def visualized_bge(folder: Path, seed: int) -> Iterator[SmallModel]:
+    small_model(seed).save_pretrained(folder)
+    word_tokenizer(small_config(), WORDS).save(str(folder / "tokenizer.json"))
+    yield SmallModel(str(folder), weights=folder / "model.safetensors")
+
+
+@contextmanager
+def bge_vl(folder: Path, seed: int) -> Iterator[SmallModel]:
+    content = {**CLIP_SHAPE, "model_type": "clip", "auto_map": {"AutoModel": "modeling_MMRet_CLIP.CLIPModel"}}
+    (folder / "config.json").write_text(json.dumps(content))
+    save_file(random_clip(seed), folder / "model.safetensors", metadata={"format": "pt"})
+    clip_words(CLIP_SHAPE["text_config"]["vocab_size"]).save(str(folder / "tokenizer.json"))
+    yield SmallModel(str(folder), weights=folder / "model.safetensors")
+
+
+MAKERS: dict[str, Maker] = {"visualized_bge": visualized_bge, "bge_vl": bge_vl}
+"""By the word in `registry.FAMILIES`."""
+
+
+# odd, distinct sizes: a swapped axis cannot pass
+CLIP_SHAPE: dict[str, Any] = {
+    "projection_dim": 40,
+    "text_config": {
+        "vocab_size": 90,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 19,
+        "eos_token_id": 2,
+    },
+    "vision_config": {
+        "hidden_size": 56,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 48,
+        "patch_size": 16,
+    },
+}
+
+
+def random_clip(seed: int) -> dict[str, Tensor]:
+    """The tensors of a CLIP of `CLIP_SHAPE`, large enough to tell inputs apart."""
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in CLIPModel(clip_config(CLIP_SHAPE, "")).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, shape in shapes.items():
+        z = torch.randn(shape, generator=generator)
+        if len(shape) >= 2 and "position" not in key:
+            state[key] = z / math.sqrt(math.prod(shape[1:])) if "embedding" not in key else z * 0.3
+        else:
+            state[key] = 1 + 0.1 * z if key.endswith("norm.weight") else z * 0.1
+    return state
+
+
+def clip_words(size: int) -> Tokenizer:
+    """One id a word; as in CLIP, start and end are the last two, and words are in small letters."""
+    names = [*WORDS, "[UNK]"]
+    names += [f"unused{number}" for number in range(size - len(names) - 2)]
+    vocabulary = {name: number for number, name in enumerate([*names, "<start>", "<end>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[(name, vocabulary[name]) for name in ("<start>", "<end>")]
+    )
+    return tokenizer
+
+
+def clip_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of BGE-VL that is a function of its name, as the golden outputs were made with."""
+    f32 = np.float32
+    seeded = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+    z = np.asarray(seeded.standard_normal(shape)).astype(f32)
+    if name.endswith(("class_embedding", "position_embedding.weight", "token_embedding.weight")):
+        z = z * f32(0.02)
+    elif len(shape) >= 2:
+        z = z / f32(math.sqrt(math.prod(shape[1:])))
+    else:
+        z = f32(1) + f32(0.1) * z if name.endswith("weight") else z * f32(0.02)
+    return torch.from_numpy(np.asarray(z, dtype=f32))
