@@ -1,4 +1,4 @@
-"""Asynchronous twins of methods: the same in a thread, while the event loop stays free."""
+"""Asynchronous twins of methods: the same work in a thread, while the event loop stays free."""
 
 from __future__ import annotations
 
@@ -22,3 +22,21 @@ def in_thread(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
         return result
 
     return twin
+
+
+class InThreads:
+    """An object whose methods are awaited: each runs in a thread."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._inner, name)
+        if not callable(member):
+            return member
+
+        @wraps(member)
+        async def twin(*args: Any, **kwargs: Any) -> Any:
+            return await asyncio.to_thread(member, *args, **kwargs)
+
+        return twin

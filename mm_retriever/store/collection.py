@@ -28,6 +28,7 @@ from mm_retriever.store.schema import (
     DOC_ID_FIELD,
     ID_FIELD,
     METRICS,
+    RRF_K,
     TEXT_FIELD,
     VECTOR_FIELD,
     collection_schema,
@@ -47,7 +48,6 @@ _SAMPLED_ROWS = 64
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
 _INDEX_EXISTS = 35
-_RRF_K = 60
 T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
 Hit: TypeAlias = Mapping[str, Any]
@@ -371,7 +371,7 @@ class Collection:
             parts.append(AnnSearchRequest([text], index.vector_field, params, most, expr=expression))
         options = {"limit": limit, "output_fields": list(names), **self._strong_after_delete}
         with self.connection.request("searching vectors and words"):
-            hits = self._read(self._client.hybrid_search, reqs=parts, ranker=RRFRanker(_RRF_K), **options)
+            hits = self._read(self._client.hybrid_search, reqs=parts, ranker=RRFRanker(RRF_K), **options)
         return list(hits[0]) if hits else []
 
     def _vector_params(self, limit: int) -> dict[str, Any]:

@@ -24,10 +24,18 @@ from mm_retriever.store.inspection import Verification, verify_collection
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import WORD_MODES, answer, refuse_options
 from mm_retriever.store.rows import log_unfiltered, row_to_node, storable_node, stored_row
-from mm_retriever.store.schema import CONTENT_FIELD, DOC_ID_FIELD, ID_FIELD, NODE_FIELDS, check_options, milvus_fields
+from mm_retriever.store.schema import (
+    CONTENT_FIELD,
+    DOC_ID_FIELD,
+    ID_FIELD,
+    NODE_FIELDS,
+    VECTOR_FIELD,
+    check_options,
+    milvus_fields,
+)
 from mm_retriever.store.values import plain_metadata
-from mm_retriever.store.words import SparseEmbedding
-from mm_retriever.threads import in_thread
+from mm_retriever.store.words import SparseEmbedding, sparse_option
+from mm_retriever.threads import InThreads, in_thread
 
 if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
@@ -42,7 +50,7 @@ def open_store(
     collection: str = "mm_retriever",
     token: str | None = None,
     index: str = "auto",
-    metric: str = "IP",
+    metric: str = "auto",
     timeout: float = 30.0,
     overwrite: bool = False,
     hybrid: bool | SparseEmbedding = False,
@@ -59,7 +67,8 @@ def open_store(
         collection: name of the collection.
         token: `user:password` or an API key, for servers that ask for one.
         index: "FLAT" (exact; the default on Lite), "HNSW" (the default on a server) or "AUTOINDEX" (on Zilliz Cloud).
-        metric: "IP" or "COSINE", which are the same thing for unit vectors.
+        metric: "IP" or "COSINE", which are the same thing for unit vectors. "auto" takes that of an existing
+            collection, and IP for a new one.
         timeout: seconds for connecting, and for each request.
         overwrite: first drop an existing collection of that name, with all its rows.
         hybrid: True also indexes the words of each node (its text, and the texts in its metadata) by BM25, for hybrid
@@ -104,7 +113,7 @@ def open_stored(
     Raises:
         StoreError: there is no such file or collection; lists those that exist. Others are those of `open_store`.
     """
-    options: dict[str, Any] = {"metric": None, "hybrid": None, "create": False}
+    options: dict[str, Any] = {"hybrid": None, "create": False}
     return ImageStore(uri, collection=collection, token=token, timeout=timeout, **options)
 
 
@@ -112,9 +121,9 @@ class ImageStore(MilvusVectorStore):
     """A `MilvusVectorStore` for images: ready after opening, safe to filter, quick to query; see `open_store`.
 
     The constructor takes the options of `open_store`, and those of `MilvusVectorStore` under its names: what they mean
-    here (`collection_name`, `dim`, `similarity_metric`, `enable_sparse`, `batch_size`) holds, any other is refused
-    unless it is what this store does anyway. Where `dimension`, `model_id` or `metric` is left open, an existing
-    collection says it.
+    here (`collection_name`, `dim`, `similarity_metric`, `enable_sparse`, `sparse_embedding_function`, `batch_size`)
+    holds, any other is refused unless it is what this store does anyway. Where `dimension`, `model_id` or `metric` is
+    left open, an existing collection says it.
 
     Every method has an `a...` twin that runs it in a thread, so one store serves any number of event loops. One store
     may be used by many threads; what they ask of a Milvus Lite file takes turns. A pickle or copy opens the collection
@@ -137,7 +146,7 @@ class ImageStore(MilvusVectorStore):
         model_id: str = "",
         collection: str = "mm_retriever",
         index: str = "auto",
-        metric: str | None = "IP",
+        metric: str | None = "auto",
         timeout: float = 30.0,
         overwrite: bool = False,
         hybrid: bool | SparseEmbedding | None = False,
@@ -150,7 +159,8 @@ class ImageStore(MilvusVectorStore):
         collection = llamaindex.pop("collection_name", collection)
         dimension = llamaindex.pop("dim", dimension)
         metric = llamaindex.pop("similarity_metric", metric)
-        hybrid = llamaindex.pop("enable_sparse", hybrid)
+        metric = None if (metric or "auto").lower() == "auto" else metric
+        hybrid = sparse_option(llamaindex, hybrid)
         check_options(collection, dimension, index, metric)
         fields = milvus_fields(llamaindex)
         if not create:
@@ -208,15 +218,8 @@ class ImageStore(MilvusVectorStore):
 
     @property
     def aclient(self) -> Any:
-        """There is none: asynchronous methods run the synchronous ones in threads.
-
-        Raises:
-            StoreError: always.
-        """
-        raise StoreError(
-            "an ImageStore has no asynchronous client: await its methods (aquery, async_add, adelete, ...), "
-            "or use store.client in a thread"
-        )
+        """Pymilvus' client with methods to be awaited: each runs the synchronous one in a thread."""
+        return InThreads(self.client)
 
     def close(self) -> None:
         """Let go of the connection; a Milvus Lite file is free for other processes when its last store is closed."""
@@ -372,22 +375,33 @@ class ImageStore(MilvusVectorStore):
         return answer(self._collection, query, self._expression(query.filters), kwargs)
 
     def get_nodes(
-        self, node_ids: Sequence[str] | None = None, filters: MetadataFilters | None = None, **kwargs: Any
+        self,
+        node_ids: Sequence[str] | None = None,
+        filters: MetadataFilters | None = None,
+        *,
+        with_vectors: bool = False,
+        **kwargs: Any,
     ) -> list[BaseNode]:
-        """Return nodes without their vectors: those with these ids (in this order), or that match, or that do both.
+        """Return nodes: those with these ids (in this order), or that match, or that do both.
 
-        Filters without a condition, `MetadataFilters(filters=[])`, match everything.
+        Args:
+            node_ids: an id that is not stored is left out.
+            filters: without a condition, `MetadataFilters(filters=[])`, they match everything.
+            with_vectors: also fetch each node's vector, as its `embedding`.
+            kwargs: refused.
 
         Raises:
             FilterError: neither ids nor filters are given, or a filter cannot be expressed.
+            StoreDamagedError: a row, or a vector that is asked for, is not what was stored.
         """
         refuse_options("get_nodes", kwargs)
+        names = (*NODE_FIELDS, VECTOR_FIELD) if with_vectors else NODE_FIELDS
         expression = self._expression(filters)
         if node_ids is None:
             if filters is None:
                 raise FilterError("get_nodes needs node_ids or filters; MetadataFilters(filters=[]) gives all nodes")
-            return [row_to_node(row) for page in self._collection.scan(NODE_FIELDS, expression) for row in page]
-        rows = self._collection.columns(node_ids, NODE_FIELDS, expression)
+            return [row_to_node(row) for page in self._collection.scan(names, expression) for row in page]
+        rows = self._collection.columns(node_ids, names, expression)
         return [row_to_node(rows[id_]) for id_ in dict.fromkeys(node_ids) if id_ in rows]
 
     def columns(self, node_ids: Sequence[str], names: Sequence[str]) -> dict[str, Row]:

@@ -162,4 +162,5 @@ def _mode_name(mode: VectorStoreQueryMode | str) -> str:
 
 
 def _hit_node(hit: Hit) -> BaseNode:
-    return row_to_node({**hit["entity"], ID_FIELD: hit[ID_FIELD]})
+    columns = {name: value for name, value in hit["entity"].items() if name != VECTOR_FIELD}
+    return row_to_node({**columns, ID_FIELD: hit[ID_FIELD]})

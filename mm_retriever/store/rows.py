@@ -116,19 +116,23 @@ def _plain_relationships(node: BaseNode) -> dict[NodeRelationship, RelatedNodeTy
 
 
 def row_to_node(row: dict[str, Any]) -> BaseNode:
-    """Return the node of a row; a row that another program wrote becomes a TextNode of its text.
+    """Return the node of a row, with its vector where the row has it.
+
+    A row that another program wrote becomes a TextNode of its text.
 
     Raises:
         StoreDamagedError: the row is not what this package stored.
     """
-    if node_is_damaged(row):
+    if node_is_damaged(row) or (VECTOR_FIELD in row and vector_is_damaged(row)):
         raise damaged_rows([row[ID_FIELD]])
     text = row.get(TEXT_FIELD) or ""
     try:
         node = metadata_dict_to_node(row, text=text)
     except (ValueError, TypeError, AttributeError, RecursionError):  # such a row must not end a search that meets it
-        return TextNode(id_=row[ID_FIELD], text=text)
+        node = TextNode(text=text)
     node.id_ = row[ID_FIELD]  # whatever its content says
+    if VECTOR_FIELD in row:
+        node.embedding = [float(number) for number in row[VECTOR_FIELD]]
     return node
 
 

@@ -81,6 +81,9 @@ def same_model(stored: str, given: str) -> bool:
 WRITE_ROWS = 256
 """Rows sent with one request."""
 
+RRF_K = 60
+"""The constant of reciprocal rank fusion."""
+
 INDEXES = ("FLAT", "HNSW", "AUTOINDEX")
 METRICS = ("IP", "COSINE")
 
@@ -143,10 +146,11 @@ def milvus_fields(given: dict[str, Any]) -> dict[str, Any]:
     fields |= {"output_fields": list(NODE_FIELDS), "upsert_mode": True, "consistency_level": "Strong"}
     fields |= {"hybrid_ranker": "RRFRanker", "use_async_client": False}
     fields["batch_size"] = given.get("batch_size", WRITE_ROWS)
+    done = fields | {"id_field": ID_FIELD, "hybrid_ranker_params": {"k": RRF_K}}
     for name, value in given.items():
-        if name not in declared:
+        if name not in declared and name not in done:
             raise StoreError(f"ImageStore() takes no {name!r}; see open_store")
-        own = fields.get(name, declared[name].get_default(call_default_factory=True))
+        own = done[name] if name in done else declared[name].get_default(call_default_factory=True)
         if value != own and (value or own):
             raise StoreError(f"{name}={shown(value)}: this store has {shown(own)}; leave it out, or see open_store")
     return fields

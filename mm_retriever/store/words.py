@@ -19,9 +19,10 @@ from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 from llama_index.core.schema import BaseNode
+from llama_index.vector_stores.milvus.utils import BaseSparseEmbeddingFunction, BM25BuiltInFunction
 from pymilvus import CollectionSchema, DataType, Function, FunctionType
 
-from mm_retriever.errors import QueryError, StoreError
+from mm_retriever.errors import QueryError, StoreError, shown
 from mm_retriever.store.schema import MAX_TEXT_BYTES, SPARSE_FIELD, WORDS_FIELD, same_model, stored_property
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,26 @@ class SparseEmbedding(Protocol):
     def encode_queries(self, texts: Sequence[str]) -> list[SparseVector]:
         """Return the weights of the terms of each query."""
         ...
+
+
+class LlamaIndexSparse:
+    """A sparse embedding function of LlamaIndex; two of one class are taken for the same model."""
+
+    def __init__(self, function: BaseSparseEmbeddingFunction) -> None:
+        self._function = function
+
+    @property
+    def model_id(self) -> str:
+        """The name of its class."""
+        return f"{type(self._function).__module__}.{type(self._function).__qualname__}"
+
+    def encode_documents(self, texts: Sequence[str]) -> list[SparseVector]:
+        """Return the weights of the terms of each stored text."""
+        return self._function.encode_documents(list(texts))
+
+    def encode_queries(self, texts: Sequence[str]) -> list[SparseVector]:
+        """Return the weights of the terms of each query."""
+        return self._function.encode_queries(list(texts))
 
 
 class UnopenedModel:
@@ -186,6 +207,22 @@ def new_word_index(hybrid: bool | SparseEmbedding | None, analyzer: str | None =
     if isinstance(hybrid, bool | None):
         return WordIndex(analyzer=analyzer or MIXED) if hybrid else None
     return WordIndex(text_field="", model=hybrid)
+
+
+def sparse_option(given: dict[str, Any], hybrid: bool | SparseEmbedding | None) -> bool | SparseEmbedding | None:
+    """Take `MilvusVectorStore`'s two options of sparse vectors out of `given`, as `open_store`'s `hybrid`."""
+    enabled: bool | SparseEmbedding | None = given.pop("enable_sparse", hybrid)
+    function = given.pop("sparse_embedding_function", None)
+    if not enabled or function is None:
+        return enabled
+    if isinstance(function, BM25BuiltInFunction):
+        return True
+    if not isinstance(function, BaseSparseEmbeddingFunction):
+        raise StoreError(
+            f"sparse_embedding_function={shown(function)}: give a BaseSparseEmbeddingFunction of LlamaIndex, "
+            "or a model with a model_id as hybrid="
+        )
+    return LlamaIndexSparse(function)
 
 
 def _check_analyzer(analyzer: str | None) -> None:
