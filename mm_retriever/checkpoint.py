@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, one_line, reason_of, shown
 
-M = TypeVar("M", bound=nn.Module)
+if TYPE_CHECKING:  # what is known of models, for the shell's completion too, is read without torch
+    import torch
+    from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -269,6 +270,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
+    import torch
+
     try:
         archive = zipfile.is_zipfile(path)
         if archive and _is_compressed(path):
@@ -283,7 +286,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # three parsers, each with errors of its own
         raise CheckpointError(f"{path} is not a whole file of torch.save: {reason_of(error)}") from error
     if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
     ):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a flat dict of tensors by name")
     for key, tensor in content.items():
@@ -314,6 +317,8 @@ def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:
     Raises:
         CheckpointError: the config describes no model.
     """
+    import torch
+
     try:
         with torch.device("meta"):
             return build()
@@ -341,6 +346,8 @@ def load_strict(
     Raises:
         CheckpointError: lists every missing, unexpected and wrong-shaped tensor.
     """
+    import torch
+
     expected = model.state_dict()
     problems = []
     if missing := expected.keys() - state_dict.keys():
@@ -367,6 +374,8 @@ def load_strict(
 
 
 def _fits(given: Tensor, expected: Tensor) -> bool:
+    import torch
+
     if given.is_meta or given.layout != torch.strided or given.is_quantized or given.shape != expected.shape:
         return False
     if expected.is_floating_point():
@@ -389,6 +398,8 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
 
     Taken from 64 values of every tensor, in half precision: milliseconds, where a hash of the file takes a second.
     """
+    import torch
+
     digest = hashlib.sha256()
     for key in sorted(state_dict):
         flat = state_dict[key].reshape(-1)

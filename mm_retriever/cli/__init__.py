@@ -24,7 +24,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Search images by text, by image, or by both at once.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -44,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "clear": indexing.clear,
     "embed": bulk.embed,
     "import": bulk.import_,
+    "models": models.models,
     "convert": models.convert,
     "info": models.info,
     "demo": demo.demo,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mm_retriever.cli.options import REAL_MODEL, Device, Dtype, embed_model, home, reranker
+from mm_retriever.cli.options import REAL_MODEL, Device, Dtype, embed_model, home, model_names, reranker, reranker_names
 from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
@@ -26,11 +26,16 @@ def demo(
     amazon: Annotated[bool, typer.Option("--amazon", help="Run on 900 images of Amazon Reviews 2023.")] = False,
     text: Annotated[str | None, typer.Option(help="With --photos: the text to search with.")] = None,
     image: Annotated[Path | None, typer.Option(help="With --photos: the image to search with.", callback=home)] = None,
-    model: Annotated[str | None, typer.Option(help="Default: tiny on drawings, BAAI's weights on photographs.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Default: tiny on drawings, BAAI's weights on photographs.", autocompletion=model_names),
+    ] = None,
     rerank: Annotated[
         bool | None, typer.Option("--rerank/--no-rerank", help="Rank again with a vision model. Default: on drawings.")
     ] = None,
-    rerank_model: Annotated[str | None, typer.Option(help="Default: as in `search`.")] = None,
+    rerank_model: Annotated[
+        str | None, typer.Option(help="Default: as in `search`.", autocompletion=reranker_names)
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
     device: Device = None,
     dtype: Dtype = None,

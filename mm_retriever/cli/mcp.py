@@ -24,7 +24,11 @@ def mcp(
     model: options.Model = options.REAL_MODEL,
     collection: options.Collection = "mm_retriever",
     vision_model: Annotated[
-        str | None, typer.Option(help="A model that ranks results and, if it can, describes images. Default: none.")
+        str | None,
+        typer.Option(
+            help="A model that ranks results and, if it can, describes images. Default: none.",
+            autocompletion=options.reranker_names,
+        ),
     ] = None,
     root: Annotated[
         list[Path] | None,

@@ -1,4 +1,4 @@
-"""``mm-retriever convert | info``: weights, versions, devices, and what a store holds."""
+"""``mm-retriever models | convert | info``: what to choose from, weights, versions, and what a store holds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from mm_retriever.cli.options import Token, home
 from mm_retriever.errors import QueryError
 
 PACKAGES = ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilvus", "pillow")
+
+
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
+    """The models to choose from: size, memory, languages, licence, published figures, what each needs. Loads none."""
+    from mm_retriever.cli.model_table import model_rows, print_models
+    from mm_retriever.terminal import print_json
+
+    rows = model_rows()
+    if as_json:
+        print_json(rows)
+    else:
+        print_models(rows)
 
 
 def convert(

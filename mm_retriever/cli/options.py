@@ -49,7 +49,29 @@ Token = Annotated[
     str | None,
     typer.Option(envvar="MM_RETRIEVER_TOKEN", help="The server's token, or user:password.", show_envvar=True),
 ]
-Model = Annotated[str, typer.Option(help="A published name, a local folder or file, or `tiny` (drawn products only).")]
+
+
+def model_names(incomplete: str) -> list[str]:
+    """The names that `--model` completes to; loads no model and no torch."""
+    from mm_retriever.embedders.registry import published_models
+
+    return [name for name, _ in published_models() if name.startswith(incomplete)]
+
+
+def reranker_names(incomplete: str) -> list[str]:
+    """The names that `--rerank-model` completes to."""
+    from mm_retriever.rerank.published import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A name of `mm-retriever models`, a local folder or file, or `tiny` (drawn products only).",
+        autocompletion=model_names,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]

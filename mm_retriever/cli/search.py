@@ -47,7 +47,10 @@ def search(
     exclude_query: Annotated[bool, typer.Option("--exclude-query", help="Leave out the query image itself.")] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Let a vision model rank the results and say why.")] = False,
     rerank_model: Annotated[
-        str | None, typer.Option(help="Default: Phi-3.5 Vision; `tiny` if that is the --model.")
+        str | None,
+        typer.Option(
+            help="Default: Phi-3.5 Vision; `tiny` if that is the --model.", autocompletion=options.reranker_names
+        ),
     ] = None,
     rerank_url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server that runs the vision model.")

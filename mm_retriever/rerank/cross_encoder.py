@@ -14,14 +14,15 @@ from typing import Any
 from mm_retriever.errors import MissingExtraError, QueryError, RerankError
 from mm_retriever.forks import ForkLock
 from mm_retriever.rebuild import field_arguments, portable_name
+from mm_retriever.rerank.published import CROSS_ENCODER
 from mm_retriever.rerank.reranker import Reranker, ScorerRerank
 from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking
 
 logger = logging.getLogger(__name__)
 
 IMAGE_NOT_SEEN = "ranked by the words of the query alone: a text reranker cannot see its image"
-DEFAULT_MODEL = "BAAI/bge-reranker-v2-m3"
-MODELS = {DEFAULT_MODEL: "texts in 100 languages, 568 M parameters"}
+MODELS = CROSS_ENCODER
+DEFAULT_MODEL = next(iter(MODELS))
 _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "sentencepiece*")
 
 

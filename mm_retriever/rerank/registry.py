@@ -2,7 +2,7 @@
 
 A family of models is a module with three members, and a word in `FAMILIES`:
 
-    MODELS                                 names that people choose from, with a short note each
+    MODELS                                 names that people choose from, with what is known of each, or a short note
     recognises(name, config, base_url)     whether a model is of this family; `config` is its config.json, if it has one
     load(name, **options)                  its reranker; for a `Scorer`: ``ScorerRerank(scorer, **options)``
 
@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
+from mm_retriever.checkpoint import ModelEntry
 from mm_retriever.errors import ModelNotFoundError, one_line
 from mm_retriever.rerank.reranker import Reranker
 
@@ -29,7 +30,7 @@ recognises a model loads it."""
 class Family(Protocol):
     """A module in `FAMILIES`."""
 
-    MODELS: Mapping[str, str]
+    MODELS: Mapping[str, ModelEntry | str]
 
     def recognises(self, name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
         """Whether a model is of this family."""
@@ -122,6 +123,13 @@ def _config(name: str, revision: str | None) -> dict[str, Any]:
     ) from reason
 
 
+def published_rerankers() -> Iterator[tuple[str, ModelEntry]]:
+    """Every reranker that has a name, family by family."""
+    for family in _families():
+        for name, entry in family.MODELS.items():
+            yield name, entry if isinstance(entry, ModelEntry) else ModelEntry(note=entry)
+
+
 def _choices() -> str:
-    known = [repr(name) for family in _families() for name in family.MODELS]
+    known = [repr(name) for name, _ in published_rerankers()]
     return f"rerankers: {', '.join(known)}, or with a base_url any model of a server"

@@ -16,6 +16,7 @@ from llama_index.core.llms import LLM
 from PIL import Image
 from pydantic import BeforeValidator, Field, PrivateAttr
 
+from mm_retriever.checkpoint import Models
 from mm_retriever.errors import CopyError, QueryError, RerankError
 from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
@@ -50,7 +51,7 @@ _EXAMPLES: dict[str, Any] = {
 NO_RANKING = "no ranking in the answer; appended all in the order of retrieval"
 _NOT_RANKED = "the model gave no ranking; the order is that of retrieval"
 
-MODELS: dict[str, str] = {}
+MODELS: Models = {}
 
 
 def recognises(name: str, config: Mapping[str, Any], base_url: str | None) -> bool:

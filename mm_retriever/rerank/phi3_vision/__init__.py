@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mm_retriever.rerank.published import PHI3_VISION
+
 if TYPE_CHECKING:
     from mm_retriever.rerank.reranker import Reranker
 
-MODELS = {
-    "tiny": "comes with the package, for drawings; 4 MB",
-    "microsoft/Phi-3.5-vision-instruct": "for photographs; 8 GB",
-    "microsoft/Phi-3-vision-128k-instruct": "its predecessor; 8 GB",
-}
+MODELS = PHI3_VISION
 TINY_FUSION = 0.3
 """Weight of the retrieval score beside the small reranker's, chosen on seen compositions (its model card)."""
 
