@@ -82,7 +82,7 @@ def print_models(rows: list[dict[str, Any]]) -> None:
     """A line a model, and what else is known of it below; broken to the terminal's width, and never where piped."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for kind, title in (("embedding", "embedding models, for --model"), ("reranker", "rerankers, for --rerank-model")):
-        typer.echo(f"{title} ({_NOTE})")
+        typer.echo(title)
         typer.echo(_line(_HEADINGS))
         for row in rows:
             if row["kind"] == kind:
@@ -90,6 +90,7 @@ def print_models(rows: list[dict[str, Any]]) -> None:
                 for line in _facts(row):
                     typer.echo(_indented(one_line(line, 10_000), width))
         typer.echo("")
+    typer.echo(_NOTE)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
