@@ -53,6 +53,7 @@ def image_query_engine(
     filters: MetadataFilters | None = None,
     min_score: float | None = None,
     exclude_query_image: bool = False,
+    group_by: str | None = None,
     max_images: int = 9,
     image_side: int = 512,
     image_policy: ImagePolicy = DEFAULT_POLICY,
@@ -72,6 +73,7 @@ def image_query_engine(
         filters: only what matches these.
         min_score: only what scores at least this.
         exclude_query_image: leave out the query image itself, and copies of it.
+        group_by: a metadata column such as "item": only the best image of each item, as `ComposedRetriever` does it.
         max_images: most images that the model is shown, not counting the query's.
         image_side: their longest side in pixels.
         image_policy: which images may be read.
@@ -89,6 +91,7 @@ def image_query_engine(
         filters=filters,
         min_score=min_score,
         exclude_query_image=exclude_query_image,
+        group_by=group_by,
         callback_manager=callback_manager,
     )
     synthesizer = ImageSynthesizer(

@@ -40,6 +40,10 @@ RESERVED_KEYS = frozenset(key for key in BOOKKEEPING_KEYS if key.startswith(PREF
 """What a caller's metadata cannot be called."""
 
 
+ITEM_KEY = "item"
+"""The column that says which images show one thing, such as the photographs of one product."""
+
+
 def own_value(metadata: Mapping[str, Any], key: str) -> Any:
     """Return what ingestion stored under one of `OWN_KEYS` in the metadata of a node or a row; None if nothing."""
     own = metadata.get(f"{PREFIX}{key}")

@@ -10,10 +10,10 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import mean_agg
@@ -21,11 +21,18 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
 from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle
-from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery, VectorStoreQueryMode
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQuery,
+    VectorStoreQueryMode,
+)
 from PIL import Image
 
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import ImageLoadError, QueryError, StoreMismatchError
+from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMismatchError
 from mm_retriever.images import (
     DEFAULT_POLICY,
     ImageDataURI,
@@ -38,9 +45,10 @@ from mm_retriever.images import (
     read_image_bytes,
 )
 from mm_retriever.images.header import sniff_format
-from mm_retriever.own_keys import own_value
+from mm_retriever.own_keys import PREFIX, own_value
 from mm_retriever.request import node_images
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
+from mm_retriever.store.schema import key_problem
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,14 @@ _LOSSLESS = ("PNG", "TIFF")  # what the pixels of a PIL image or an array arrive
 
 COPIES = "copies_left_out"
 """Metadata of a result that stands for copies of its file too: how many."""
+
+ITEM_IMAGES = f"{PREFIX}item_images"
+"""Metadata of a result that stands for an item: the id and the place of each of its images, the result's own first."""
+
+_ITEMS_AT_ONCE = 500
+"""Items whose images are asked for with one request."""
+
+_LONGEST_ITEM = 1_000  # characters of the name of an item: many of them stand in one filter
 
 
 class ComposedRetriever(BaseRetriever):
@@ -73,6 +89,10 @@ class ComposedRetriever(BaseRetriever):
             its pixels. A composed query otherwise finds it first. The places it frees go to the next results.
         image_policy: which images may be read to leave out the query image; default: the policy of the model.
         unique: of copies of one file only the best; the places they free go to the next results.
+        group_by: a metadata column such as "item", whose value the images of one item share: of each item only the best
+            image, and `top_k` are items. Its metadata `mm_item_images` then list all images of the item, whatever the
+            filters: [{"id": ..., "image": path or URL}, ...]. What has no text or number there is an item of its own.
+            A query image that is left out does not take the other images of its item along.
         callback_manager: as LlamaIndex knows it.
 
     Raises:
@@ -91,6 +111,7 @@ class ComposedRetriever(BaseRetriever):
         mode: Literal["default", "hybrid"] = "default",
         exclude_query_image: bool = False,
         unique: bool = False,
+        group_by: str | None = None,
         image_policy: ImagePolicy | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
@@ -109,6 +130,8 @@ class ComposedRetriever(BaseRetriever):
                 f"the store was opened for {store.model_id!r}, the model given is {embed_model.model_id!r}"
             )
         filter_expression(filters)  # what cannot be expressed is refused here, not at the first query
+        for problem in () if group_by is None else item_problems(store, group_by):
+            logger.warning("group_by=%r: %s; each image is an item of its own", group_by, problem)
         super().__init__(callback_manager=callback_manager)
         self._store = store
         self._embed_model = embed_model
@@ -118,6 +141,7 @@ class ComposedRetriever(BaseRetriever):
         self._mode = VectorStoreQueryMode(mode)
         self._exclude_query_image = exclude_query_image
         self._unique = unique
+        self._group_by = group_by
         self._policy = image_policy or cast("ImagePolicy", getattr(embed_model, "image_policy", DEFAULT_POLICY))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -175,13 +199,33 @@ class ComposedRetriever(BaseRetriever):
         more: int = 0,
     ) -> list[NodeWithScore]:
         """The nearest of those that are left; more are fetched for as long as others take up places."""
-        limit = min(self._top_k + more, MAX_TOP_K)
+        # Not Milvus' grouping search: it takes columns of the schema alone, which collections made before do not have,
+        # and Milvus Lite groups the nearest 10 * top_k rows: an item with more images would hide those behind it.
+        limit = min(self._top_k * (1 if self._group_by is None else 4) + more, MAX_TOP_K)
         while True:
             found = list(self._search(query, vector, limit))
             others = each_once(left(found)) if self._unique else left(found)
+            others = others if self._group_by is None else best_of_each(others, self._group_by)
             if len(others) >= self._top_k or len(found) < limit or limit == MAX_TOP_K:
-                return others[: self._top_k]
+                break
             limit = min(4 * limit, MAX_TOP_K)
+        best = others[: self._top_k]
+        if self._group_by is None:
+            return best
+        if len(best) < self._top_k and len(found) == MAX_TOP_K:
+            logger.warning("the nearest %d images are of %d items: there may be more items", MAX_TOP_K, len(best))
+        return self._with_item_images(best, self._group_by)
+
+    def _with_item_images(self, best: Sequence[NodeWithScore], column: str) -> list[NodeWithScore]:
+        """The results, each with all images of its item in its metadata."""
+        items = dict.fromkeys(key for hit in best if (key := _item(hit.node, column)) is not None)
+        same = [MetadataFilter(key=column, operator=FilterOperator.EQ, value=name) for _, name in items]
+        images: dict[_Item | None, dict[str, str]] = {}
+        for start in range(0, len(same), _ITEMS_AT_ONCE):
+            some = MetadataFilters(filters=[*same[start : start + _ITEMS_AT_ONCE]], condition=FilterCondition.OR)
+            for node in self._store.get_nodes(filters=some):
+                images.setdefault(_item(node, column), {}).update(_place(node))  # "7" was asked for 7 too
+        return [_with_images(hit, images.get(_item(hit.node, column)) or {}) for hit in best]
 
 
 class KeepQueryImage(BaseQueryTransform):
@@ -225,6 +269,57 @@ def each_once(found: Iterable[NodeWithScore]) -> list[NodeWithScore]:
 def _with_copies(found: NodeWithScore, copies: int) -> NodeWithScore:
     metadata = {**found.node.metadata, COPIES: copies}
     return NodeWithScore(node=found.node.model_copy(update={"metadata": metadata}), score=found.score)
+
+
+# ---------------------------------------------------------------------------------------------------------- items
+
+_Item: TypeAlias = tuple[str, str | float]
+"""What tells one item from another: whether its name is text or a number, and the name."""
+
+
+def item_problems(store: ImageStore, column: str) -> list[str]:
+    """Return why a store has no items by this column, a sentence each; none where it has.
+
+    Raises:
+        FilterError: a name that no column can have.
+    """
+    if (problem := key_problem(column)) is not None:
+        raise FilterError(f"cannot group by {column!r}: {problem}")
+    named = MetadataFilter(key=column, operator=FilterOperator.NE, value=None)
+    return store.filter_problems(MetadataFilters(filters=[named]))
+
+
+def best_of_each(found: Iterable[NodeWithScore], column: str) -> list[NodeWithScore]:
+    """Return the first of each item, by the value in a metadata column; what has none there stays."""
+    best: dict[object, NodeWithScore] = {}
+    for hit in found:
+        best.setdefault(_item(hit.node, column) or hit.node.node_id, hit)
+    return list(best.values())
+
+
+def _item(node: BaseNode, column: str) -> _Item | None:
+    """The item that a node is of; None where the column names none: no value, a list, or what no filter can ask for."""
+    value = node.metadata.get(column)
+    if isinstance(value, str):
+        is_unicode = value.encode("utf-8", "replace").decode() == value
+        return ("text", value) if value and is_unicode and len(value) <= _LONGEST_ITEM else None
+    return ("number", int(value) if isinstance(value, bool) else value) if isinstance(value, int | float) else None
+
+
+def _place(node: BaseNode) -> dict[str, str]:
+    """Where the image of a node is, by its id; empty for a text."""
+    return {node.node_id: node.image_path or node.image_url or ""} if isinstance(node, ImageNode) else {}
+
+
+def _with_images(hit: NodeWithScore, images: Mapping[str, str]) -> NodeWithScore:
+    node, own = hit.node, _place(hit.node)
+    others = sorted((images.keys() - own.keys()), key=lambda id_: (images[id_], id_))
+    places = {**own, **{id_: images[id_] for id_ in others}}
+    listed = [{"id": id_, "image": place} for id_, place in places.items()]
+    changed: dict[str, Any] = {"metadata": {**node.metadata, ITEM_IMAGES: listed}}
+    for name in ("excluded_embed_metadata_keys", "excluded_llm_metadata_keys"):
+        changed[name] = [*getattr(node, name), ITEM_IMAGES]
+    return NodeWithScore(node=node.model_copy(update=changed), score=hit.score)
 
 
 class _QueryImage:

@@ -36,6 +36,7 @@ class ComposedImageRetriever(BaseRetriever):
         min_score: only what scores at least this.
         mode: "hybrid" searches by the words too, in a store opened with `hybrid`.
         exclude_query_image: leave out the query image itself.
+        group_by: a metadata column such as "item": only the best image of each item, as `ComposedRetriever` does it.
     """
 
     store: ImageStore
@@ -45,6 +46,7 @@ class ComposedImageRetriever(BaseRetriever):
     min_score: float | None = None
     mode: Literal["default", "hybrid"] = "default"
     exclude_query_image: bool = False
+    group_by: str | None = None
 
     def _get_relevant_documents(
         self,
@@ -66,6 +68,7 @@ class ComposedImageRetriever(BaseRetriever):
             min_score=self.min_score,
             mode=self.mode,
             exclude_query_image=self.exclude_query_image,
+            group_by=self.group_by,
         )
         return [to_document(node) for node in retriever.retrieve(model.get_query_bundle(text, image))]
 

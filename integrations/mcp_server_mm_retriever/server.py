@@ -152,6 +152,7 @@ def image_search(
     roots: Sequence[Path] | None = None,
     allow_urls: bool = False,
     device: str | None = None,
+    group_by: str | None = None,
 ) -> ImageSearch:
     """Return the search that the command line serves.
 
@@ -163,18 +164,20 @@ def image_search(
             of the store lie where its file says, which a server shared with others is not trusted with.
         allow_urls: whether a client may name images by URL.
         device: of the vision model.
+        group_by: the metadata column that names the item of an image; results are items then.
     """
     named = replace(ONLY_NAMED, roots=tuple(roots or ()), allow_urls=allow_urls)
     shared = not str(store.uri).endswith(".db")
     stored = ImagePolicy(roots=tuple(roots) if roots else () if shared else None)
     if shared and not roots:
         logger.warning("images of a shared server are read only inside folders given as roots; there are none")
+    make = partial(ImageSearch, store, embed_model, image_policy=named, stored_policy=stored, group_by=group_by)
     if vision_model is None:
-        return ImageSearch(store, embed_model, image_policy=named, stored_policy=stored)
+        return make()
     from mm_retriever.rerank import load_reranker
 
     reranker = load_reranker(vision_model, top_n=SearchLimits().max_top_k, device=device, image_policy=stored)
-    return ImageSearch(store, embed_model, rerank=reranker, llm=reranker.llm, image_policy=named, stored_policy=stored)
+    return make(rerank=reranker, llm=reranker.llm)
 
 
 def create_server(search: ImageSearch, *, one_client: bool = True) -> ImageSearchServer:

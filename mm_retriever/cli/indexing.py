@@ -30,6 +30,10 @@ def index(
     drop_columns: Annotated[
         bool, typer.Option("--drop-columns", help="Remove the columns and captions that this run does not give.")
     ] = False,
+    item: Annotated[
+        str | None,
+        typer.Option(help="The column whose value the images of one item share, like sku: for `search --per-item`."),
+    ] = None,
     no_exif: options.NoExif = False,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Index the words with the images too (BM25); in a new collection only.")
@@ -67,6 +71,7 @@ def index(
             prune=prune,
             sidecar=options.sidecar_of(sidecar, no_sidecar=no_sidecar),
             drop_columns=drop_columns,
+            item=item,
             exif=not no_exif,
             force=force,
             verify=verify,

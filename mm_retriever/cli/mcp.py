@@ -37,6 +37,9 @@ def mcp(
             callback=options.home,
         ),
     ] = None,
+    per_item: Annotated[
+        bool, typer.Option("--per-item", help="Give the best image of each item (column `item`), and its other images.")
+    ] = False,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let a client name images by URL.")] = False,
     http: Annotated[bool, typer.Option("--http", help="Serve streamable HTTP instead of stdin and stdout.")] = False,
     host: Annotated[str, typer.Option(help="With --http: other than loopback only with a token.")] = "127.0.0.1",
@@ -53,8 +56,10 @@ def mcp(
     r"""Serve image search to an MCP client. Needs: pip install "mm-retriever\[mcp]"."""
     from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
 
+    from mm_retriever.own_keys import ITEM_KEY
     from mm_retriever.store import check_exists, open_store
 
+    group_by = ITEM_KEY if per_item else None
     if http:
         if http_token is None:
             http_token = os.environ.get("MM_RETRIEVER_MCP_TOKEN")  # an empty one, which typer takes for none
@@ -63,8 +68,15 @@ def mcp(
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
         embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
         with open_store(db, embedding, collection=collection, token=token, create=False) as store:
+            options.check_items(store, group_by)
             search = image_search(
-                store, embedding, vision_model=vision_model, roots=root, allow_urls=allow_urls, device=device
+                store,
+                embedding,
+                vision_model=vision_model,
+                roots=root,
+                allow_urls=allow_urls,
+                device=device,
+                group_by=group_by,
             )
             if http:
                 serve_http(search, host=host, port=port, token=http_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,10 @@ def search(
     each_once: Annotated[
         bool, typer.Option("--each-once", help="Show copies of one file once; the next results take their places.")
     ] = False,
+    per_item: Annotated[
+        bool,
+        typer.Option("--per-item", help="Only the best image of each item (column `item`); --top-k counts items."),
+    ] = False,
     exclude_query: Annotated[bool, typer.Option("--exclude-query", help="Leave out the query image itself.")] = False,
     rerank: Annotated[bool, typer.Option("--rerank", help="Let a vision model rank the results and say why.")] = False,
     rerank_model: Annotated[
@@ -66,6 +71,7 @@ def search(
     revision: options.Revision = None,
 ) -> None:
     """Search by text, by image, or by both: `--text "phone case with this" --image leopard.jpg`."""
+    from mm_retriever.own_keys import ITEM_KEY
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.store import check_exists, open_store
     from mm_retriever.terminal import print_json, print_search, result_rows, search_report, write_search
@@ -73,12 +79,14 @@ def search(
     if not (text and text.strip()) and image is None:
         raise QueryError("nothing to search for: give --text, --image, or both")
     filters = options.filters_of(where)
+    group_by = ITEM_KEY if per_item else None
     check_exists(db)  # before a model is loaded
     embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         if hybrid and not store.hybrid:
             raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
         options.check_filters(store, filters)
+        options.check_items(store, group_by)
         retriever = ComposedRetriever(
             store,
             embedding,
@@ -88,13 +96,15 @@ def search(
             mode="hybrid" if hybrid else "default",
             exclude_query_image=exclude_query,
             unique=each_once,
+            group_by=group_by,
         )
         # whoever types a URL wants it fetched; addresses in a private network stay closed
         policy = replace(embedding.image_policy, allow_urls=True)
         query = embedding.get_query_bundle(text, image, image_policy=policy)
         nodes = retriever.retrieve(query)
         if len(nodes) < top_k:
-            reason = _why_fewer(store.count(), filters, min_score, each_once=each_once, exclude_query=exclude_query)
+            limits = {"--each-once": each_once, "--per-item": per_item, "--exclude-query": exclude_query}
+            reason = _why_fewer(store.count(), filters, min_score, limits)
             typer.echo(f"{len(nodes)} of the {top_k} results that were asked for: {reason}", err=True)
     reranking = None
     if rerank or rerank_url or rerank_model:
@@ -107,15 +117,8 @@ def search(
     write_search(report, html=html, png=png, quiet=as_json)
 
 
-def _why_fewer(
-    rows: int, filters: MetadataFilters | None, min_score: float | None, *, each_once: bool, exclude_query: bool
-) -> str:
-    limits = {
-        "--where": filters,
-        "--min-score": min_score is not None,
-        "--each-once": each_once,
-        "--exclude-query": exclude_query,
-    }
+def _why_fewer(rows: int, filters: MetadataFilters | None, min_score: float | None, others: Mapping[str, bool]) -> str:
+    limits = {"--where": filters, "--min-score": min_score is not None, **others}
     given = [option for option, is_given in limits.items() if is_given]
     total = f"the collection holds {rows} rows"
     return f"{total}, and {', '.join(given)} {'leaves' if len(given) == 1 else 'leave'} out others" if given else total

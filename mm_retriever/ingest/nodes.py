@@ -24,6 +24,7 @@ from mm_retriever.ingest.vectors import Vector
 from mm_retriever.own_keys import (
     BOOKKEEPING_KEYS,
     FILE_STAMP,
+    ITEM_KEY,
     LAYERS_KEY,
     OLD_LAYERS_KEY,
     OWN_KEYS,
@@ -157,6 +158,18 @@ def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer],
     if row is not None:
         layers["sidecar"] = Layer(row.text, row.columns)
     return layers, [*reserved, *too_long]
+
+
+def with_items(layers: Layers, column: str) -> tuple[dict[Kind, Layer], str]:
+    """Return the layers with what a column of theirs holds as the item, and what should be known about that, or ""."""
+    named = {kind: layer.columns[column] for kind, layer in layers.items() if column in layer.columns}
+    changed = dict(layers)
+    remark = "" if named else f"images have no column {column!r} to name their item"
+    for kind, name in named.items():
+        if layers[kind].columns.get(ITEM_KEY, name) != name:
+            remark = f"images have another value in their column {ITEM_KEY!r} than in {column!r}, which replaces it"
+        changed[kind] = Layer(layers[kind].text, {**layers[kind].columns, ITEM_KEY: name})
+    return changed, remark
 
 
 def image_node(

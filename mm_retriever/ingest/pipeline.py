@@ -39,6 +39,7 @@ from mm_retriever.ingest.nodes import (
     image_node,
     lost_columns,
     text_node,
+    with_items,
     write_each,
 )
 from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
@@ -74,6 +75,7 @@ def ingest_images(
     verify: bool = False,
     sidecar: SidecarSource | None = None,
     drop_columns: bool = False,
+    item: str | None = None,
     exif: bool = True,
     report_path: str | Path | None = None,
     show_progress: bool = True,
@@ -112,6 +114,8 @@ def ingest_images(
             written again, not embedded again. None: the `metadata.jsonl` and `metadata.csv` files in the folder, if
             there are any; False: none.
         drop_columns: remove the columns and captions that this call does not give.
+        item: a column of the sidecar or of the nodes whose value the images of one item share, such as "sku"; it is
+            stored as the column `item` too, for `ComposedRetriever(group_by="item")`. A column `item` needs no naming.
         exif: read the EXIF block of images that are new or changed.
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
@@ -131,6 +135,8 @@ def ingest_images(
             f"the store was opened for {store.model_id!r} ({store.dim} numbers), "
             f"the model given is {embed_model.model_id!r} ({embed_model.dimension} numbers)"
         )
+    if item == "":
+        raise IngestError('item="": give the name of a column')
     if force and not prune:
         raise IngestError("force=True goes with prune=True: it says that many rows may go")
     if prune and fs is None and (missing := missing_folder(source)) is not None:
@@ -157,6 +163,7 @@ def ingest_images(
                 dropped=dropped,
                 fs=fs,
                 verify=verify,
+                item=item,
             )
             report = run.report_of(source, folder if prune else None, force=force)
     if report_path is not None:
@@ -199,6 +206,7 @@ class _Run:
     dropped: tuple[Kind, ...]
     fs: Any | None
     verify: bool
+    item: str | None
     counts: Counter[str] = field(default_factory=Counter)
     skipped: list[SkippedImage] = field(default_factory=list)
     ignored: IgnoredCounts = field(default_factory=IgnoredCounts)
@@ -270,6 +278,9 @@ class _Run:
         given, left_out = given_layers(item, row)
         for key in left_out:
             self.remarks[f"nodes lose the metadata {key!r}: too long, or a name that ingestion uses itself"] += 1
+        if self.item is not None and (given or stored is None):
+            given, remark = with_items(given, self.item)
+            self.remarks.update([remark] if remark else [])
         if row is None and not self.dropped and self.sidecar.has_rows and has_columns(stored):
             self.remarks["images that the sidecar does not name keep the columns that they have"] += 1
         task = Task(item, given, stamp, stored, drop=self.dropped)

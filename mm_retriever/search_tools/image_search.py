@@ -35,7 +35,7 @@ from mm_retriever.rebuild import check_whole
 from mm_retriever.request import node_images
 from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
-from mm_retriever.retriever import ComposedRetriever
+from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever
 from mm_retriever.search_tools.arguments import read_count, read_filters, read_text
 from mm_retriever.search_tools.conversation import Conversation
 from mm_retriever.search_tools.named_image import NamedImage, named_image
@@ -86,6 +86,8 @@ class ImageSearch:
         image_policy: what arguments may name: folders that paths must lie in, and whether URLs are fetched.
         stored_policy: the same for the places that the store names; a store that others can write to needs `roots`.
         limits: bounds of what goes in and out.
+        group_by: the metadata column that names the item of an image: results are items then, each with the ids of
+            its other images, as `ComposedRetriever` groups them.
 
     Raises:
         StoreMismatchError: the store was opened for another model.
@@ -101,6 +103,7 @@ class ImageSearch:
         image_policy: ImagePolicy = ONLY_NAMED,
         stored_policy: ImagePolicy = DEFAULT_POLICY,
         limits: SearchLimits | None = None,
+        group_by: str | None = None,
     ) -> None:
         self.limits = limits or SearchLimits()
         self.image_policy = image_policy
@@ -109,7 +112,8 @@ class ImageSearch:
         self._embed_model = embed_model
         self._rerank = as_postprocessors(rerank, top_n=self.limits.max_top_k, image_policy=stored_policy)
         self._llm = llm
-        ComposedRetriever(store, embed_model)  # says now if the two do not belong together
+        self._group_by = group_by
+        ComposedRetriever(store, embed_model, group_by=group_by)  # says now if these do not belong together
 
     def __getstate__(self) -> dict[str, Any]:
         """For a pickle: all, or an error where LlamaIndex would leave out a part of the model or of a postprocessor."""
@@ -335,6 +339,7 @@ class ImageSearch:
             filters=filters,
             exclude_query_image=others,
             unique=unique,
+            group_by=self._group_by,
             image_policy=self.stored_policy,
         ).retrieve(query)
 
@@ -366,6 +371,7 @@ class ImageSearch:
             text=facts.pop("stored_text"),
             reason=one_line(node.metadata.get(RERANK_REASON, ""), limits.long_text),
             thumbnail=thumbnail,
+            item_images=tuple(image["id"] for image in node.metadata.get(ITEM_IMAGES, ()))[1:],
             note="; ".join(notes),
             **facts,
         )

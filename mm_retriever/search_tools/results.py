@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from mm_retriever.errors import one_line
 from mm_retriever.own_keys import BOOKKEEPING_KEYS, PREFIX
+from mm_retriever.retriever import ITEM_IMAGES
 
-NOT_SHOWN = frozenset({"file_path", *BOOKKEEPING_KEYS})
+NOT_SHOWN = frozenset({"file_path", ITEM_IMAGES, *BOOKKEEPING_KEYS})
 """Metadata that says something about the machine or the index, and nothing about the image."""
 
 # an absolute path in quotes, which may hold spaces, and one without
@@ -81,6 +82,7 @@ class ImageResult:
         reason: why a reranker put it here; "" if it did not say.
         metadata: what else is known, bounded.
         thumbnail: a small JPEG; None if there is none, and `note` says why.
+        item_images: ids of the other images of its item, in a search per item.
         note: why something is missing.
     """
 
@@ -92,6 +94,7 @@ class ImageResult:
     reason: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     thumbnail: bytes | None = field(default=None, repr=False)
+    item_images: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -104,6 +107,7 @@ class ImageResult:
             _named("reason", self.reason),
             _named("text", self.text),
             _quoted(dict(self.metadata)) if self.metadata else "",
+            f"other images of the item {_quoted(self.item_images)}" if self.item_images else "",
             f"({self.note})" if self.note else "",
         )
 
@@ -251,7 +255,7 @@ def without_folders(text: str) -> str:
 
 def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that are not empty and are no bytes, in types that JSON has."""
-    kept = {name: value for name, value in facts.items() if name != "thumbnail" and value not in ("", None, {})}
+    kept = {name: value for name, value in facts.items() if name != "thumbnail" and value not in ("", None, {}, ())}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 

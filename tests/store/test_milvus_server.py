@@ -33,6 +33,7 @@ from pymilvus import MilvusClient
 
 from mm_retriever.errors import StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.ingest import ingest_images
+from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever
 from mm_retriever.store import ImageStore, describe_store, open_store
 from tests.store.test_image_store import asked, node
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
@@ -49,6 +50,7 @@ from tests.support.metadata_filters import (
     where,
 )
 from tests.support.milvus_server import MilvusServer
+from tests.test_items import draw_shop
 
 pytestmark = pytest.mark.slow
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
@@ -150,6 +152,25 @@ def test_images_are_added_replaced_pruned_and_found_as_on_milvus_lite(opened, fo
         step()
         assert store.count(MetadataFilters(filters=[where("price", ">", 4)])) == 1
     check_whole(store, folder, sidecar=sidecar)
+
+
+def test_results_are_items_as_on_milvus_lite(opened, tmp_path):
+    """Truth: the same images in a Milvus Lite file. This server's own grouping search takes no column of metadata."""
+    model, stores = ColourEmbedding(), []
+    columns = draw_shop(tmp_path / "photos")
+    with open_store(tmp_path / "a.db", model) as single:
+        for store in (opened(model), single):
+            ingest_images(tmp_path / "photos", store, model, sidecar=columns, item="sku", show_progress=False)
+            stores.append(store)
+        front = MetadataFilters(filters=[MetadataFilter(key="view", value="front")])
+        for options in ({"top_k": 2}, {"top_k": 5}, {"filters": front}, {"min_score": 0.7}):
+            there, here = (ComposedRetriever(one, model, group_by="item", **options).retrieve("red") for one in stores)
+            assert [hit.score for hit in there] == pytest.approx([hit.score for hit in here], abs=1e-6)
+            for ours, theirs in zip(here[1:], there[1:], strict=True):  # all of A's images are equally near
+                assert ours.node.node_id == theirs.node.node_id
+                assert ours.node.metadata[ITEM_IMAGES] == theirs.node.metadata[ITEM_IMAGES]
+            if "filters" not in options:
+                assert len(there[0].node.metadata[ITEM_IMAGES]) == 40
 
 
 def test_a_row_is_replaced_whole_and_is_gone_as_soon_as_it_is_removed(opened):
