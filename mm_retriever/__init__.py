@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mm_retriever.bulk import ImportReport, ShardReport, embed_to_shards, embed_to_shards_on_ray, import_shards
     from mm_retriever.embedders.bge_m3 import BGEM3SparseEmbedding
     from mm_retriever.embedders.registry import load_embedder
+    from mm_retriever.embedders.remote import RemoteEmbedding
     from mm_retriever.embedding import ComposedEmbedding, VisualizedBGEEmbedding
     from mm_retriever.engine import image_query_engine
     from mm_retriever.errors import MMRetrieverError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from mm_retriever.images.sheet import before_after, contact_sheet
     from mm_retriever.ingest import IngestReport, ingest_images, prune_images, remove_images
     from mm_retriever.phi3_vision.llm import Phi3VisionLLM
-    from mm_retriever.rerank import Phi3VisionRerank, TextRerank, VisionLLMRerank, load_reranker
+    from mm_retriever.rerank import Phi3VisionRerank, RemoteRerank, TextRerank, VisionLLMRerank, load_reranker
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.search_tools import Conversation, ImageSearch
     from mm_retriever.store import ImageStore, open_store
@@ -42,6 +43,8 @@ _HOME = {
     "MMRetrieverError": "errors",
     "Phi3VisionLLM": "phi3_vision.llm",
     "Phi3VisionRerank": "rerank",
+    "RemoteEmbedding": "embedders.remote",
+    "RemoteRerank": "rerank",
     "TextRerank": "rerank",
     "ShardReport": "bulk",
     "VisionLLMRerank": "rerank",
@@ -75,6 +78,8 @@ __all__ = [
     "MMRetrieverError",
     "Phi3VisionLLM",
     "Phi3VisionRerank",
+    "RemoteEmbedding",
+    "RemoteRerank",
     "ShardReport",
     "TextRerank",
     "VisionLLMRerank",

@@ -7,7 +7,7 @@ Owns what is MCP's: content blocks, resource URIs, progress, sessions. Knows not
 import base64
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -149,6 +149,7 @@ def image_search(
     embed_model: ComposedEmbedding,
     *,
     vision_model: str | None = None,
+    vision_server: Mapping[str, Any] | None = None,
     roots: Sequence[Path] | None = None,
     allow_urls: bool = False,
     device: str | None = None,
@@ -160,10 +161,11 @@ def image_search(
         store: from `open_store`.
         embed_model: the model that the store was opened for.
         vision_model: a name of `load_reranker`; the model ranks the results and, if it can, describes images.
+        vision_server: `base_url`, `api` and `api_key` of `load_reranker`, for a model that runs on a server.
         roots: folders that images may be read from, those of the store and those that a client names. None: those
             of the store lie where its file says, which a server shared with others is not trusted with.
         allow_urls: whether a client may name images by URL.
-        device: of the vision model.
+        device: of a vision model on this machine.
         group_by: the metadata column that names the item of an image; results are items then.
     """
     named = replace(ONLY_NAMED, roots=tuple(roots or ()), allow_urls=allow_urls)
@@ -176,7 +178,13 @@ def image_search(
         return make()
     from mm_retriever.rerank import load_reranker
 
-    reranker = load_reranker(vision_model, top_n=SearchLimits().max_top_k, device=device, image_policy=stored)
+    reranker = load_reranker(
+        vision_model,
+        top_n=SearchLimits().max_top_k,
+        device=None if vision_server else device,
+        image_policy=stored,
+        **vision_server or {},
+    )
     return make(rerank=reranker, llm=reranker.llm)
 
 

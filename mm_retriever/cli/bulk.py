@@ -23,6 +23,8 @@ def embed(
         typer.Argument(help="A folder of images. Default: go on with what OUT was begun for.", callback=options.home),
     ] = None,
     model: options.Model = options.REAL_MODEL,
+    model_url: options.ModelUrl = None,
+    model_key: options.ModelKey = None,
     rows_per_file: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
     batch_size: options.BatchSize = 32,
     sidecar: options.Sidecar = None,
@@ -48,7 +50,9 @@ def embed(
 
     if workers is not None and not ray:
         raise QueryError("--workers is taken only with --ray")
-    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
+    embedding = options.embed_model(
+        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+    )
     run = partial(embed_to_shards_on_ray, workers=workers) if ray else embed_to_shards
     with redirect_stdout(sys.stderr):  # where Ray says that a worker died
         result = run(

@@ -64,7 +64,7 @@ def demo(
         source, sidecar, db = written.products, written.labels, out / "catalogue.db"
         queries = catalogue_queries(out / "queries")
     with_reranker = (drawn if rerank is None else rerank) or rerank_model
-    ranker = reranker(model, rerank_model, None, top_n=9, device=device) if with_reranker else None
+    ranker = reranker(model, rerank_model, {}, top_n=9, device=device) if with_reranker else None
     _run(source, db, queries, embedding, out, sidecar=sidecar, ranker=ranker)
     typer.echo(
         "\nYour own photos, with BAAI's weights (downloaded once, 400 MB):\n"

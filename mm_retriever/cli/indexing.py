@@ -20,6 +20,8 @@ def index(
     source: Annotated[Path, typer.Argument(help="A folder of images (read recursively).", callback=options.home)],
     db: options.Db = "photos.db",
     model: options.Model = options.REAL_MODEL,
+    model_url: options.ModelUrl = None,
+    model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
     batch_size: options.BatchSize = 32,
     prune: Annotated[bool, typer.Option("--prune", help="Also remove images whose files are gone.")] = False,
@@ -61,7 +63,9 @@ def index(
 
     if analyzer is not None and not hybrid:
         raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
-    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, batch_size=batch_size)
+    embedding = options.embed_model(
+        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+    )
     with open_store(db, embedding, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
         result = ingest_images(
             source,

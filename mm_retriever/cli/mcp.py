@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mm_retriever.cli import options
+from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
     from mm_retriever.store import ImageStore
@@ -22,12 +23,27 @@ if TYPE_CHECKING:
 def mcp(
     db: options.Db = "photos.db",
     model: options.Model = options.REAL_MODEL,
+    model_url: options.ModelUrl = None,
+    model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
     vision_model: Annotated[
         str | None,
         typer.Option(
             help="A model that ranks results and, if it can, describes images. Default: none.",
             autocompletion=options.reranker_names,
+        ),
+    ] = None,
+    vision_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server that runs the --vision-model.")
+    ] = None,
+    vision_api: Annotated[
+        str | None,
+        typer.Option(help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model)."),
+    ] = None,
+    vision_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MM_RETRIEVER_VISION_KEY", help="The key that the server of --vision-url wants.", show_envvar=True
         ),
     ] = None,
     root: Annotated[
@@ -64,15 +80,21 @@ def mcp(
         if http_token is None:
             http_token = os.environ.get("MM_RETRIEVER_MCP_TOKEN")  # an empty one, which typer takes for none
         check_access(host, http_token)
+    server = options.served_by(vision_url, vision_api, vision_key, "vision")
+    if server and vision_model is None:
+        raise QueryError("--vision-url needs --vision-model: the name under which the server serves the model")
     check_exists(db)  # before a model is loaded
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
-        embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
+        embedding = options.embed_model(
+            model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key
+        )
         with open_store(db, embedding, collection=collection, token=token, create=False) as store:
             options.check_items(store, group_by)
             search = image_search(
                 store,
                 embedding,
                 vision_model=vision_model,
+                vision_server=server,
                 roots=root,
                 allow_urls=allow_urls,
                 device=device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -72,6 +72,16 @@ Model = Annotated[
         autocompletion=model_names,
     ),
 ]
+ModelUrl = Annotated[
+    str | None,
+    typer.Option(help="A server that embeds, like http://gpu:8000/v1; --model is then the name that it serves."),
+]
+ModelKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MM_RETRIEVER_MODEL_KEY", help="The key that the server of --model-url wants.", show_envvar=True
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: float32.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
@@ -88,21 +98,62 @@ NoExif = Annotated[bool, typer.Option("--no-exif", help="Do not store date, came
 
 
 def embed_model(
-    name: str, *, device: str | None, dtype: str | None, revision: str | None = None, batch_size: int = 32
+    name: str,
+    *,
+    device: str | None,
+    dtype: str | None,
+    revision: str | None = None,
+    url: str | None = None,
+    key: str | None = None,
+    batch_size: int = 32,
 ) -> ComposedEmbedding:
-    """The model that `--model` names."""
+    """The model that `--model` names, on this machine or on the server of `--model-url`."""
     from mm_retriever.embedding import ComposedEmbedding
 
-    return ComposedEmbedding(name, device=device, dtype=dtype, revision=revision, embed_batch_size=batch_size)
+    here = {"--device": device, "--dtype": dtype, "--revision": revision}
+    if url is not None and (given := [option for option, value in here.items() if value]):
+        raise QueryError(f"{', '.join(given)}: the server of --model-url chooses for itself; leave that out")
+    return ComposedEmbedding(
+        name,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        base_url=url,
+        api_key=key if url is not None else None,  # from the environment, for another run
+        embed_batch_size=batch_size,
+    )
 
 
-def reranker(model: str, rerank_model: str | None, url: str | None, *, top_n: int, device: str | None) -> Reranker:
+def served_by(url: str | None, api: str | None, key: str | None, option: str) -> dict[str, Any]:
+    """The server of a reranker as `load_reranker` takes it; empty where there is none.
+
+    Args:
+        url: of the server.
+        api: "chat", "rerank", "score" or None.
+        key: that it wants.
+        option: what the options of the three begin with.
+    """
+    if api not in (None, "chat", "rerank", "score"):
+        raise QueryError(f"--{option}-api {api}: there are chat, rerank and score")
+    if url is None:
+        if api is not None:
+            raise QueryError(f"--{option}-api {api} is asked of a server: give --{option}-url")
+        return {}
+    server = {"base_url": url, "api": api, "api_key": key}
+    return {name: value for name, value in server.items() if value is not None}
+
+
+def reranker(
+    model: str, rerank_model: str | None, server: Mapping[str, Any], *, top_n: int, device: str | None
+) -> Reranker:
     """The reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`."""
     from mm_retriever.phi3_vision.config import DEFAULT_MODEL
     from mm_retriever.rerank.registry import load_reranker
 
-    name = rerank_model or ("tiny" if model == "tiny" and url is None else DEFAULT_MODEL)
-    return load_reranker(name, top_n=top_n, base_url=url, device=device if url is None else None)
+    if server.get("api") in ("rerank", "score") and not rerank_model:
+        raise QueryError("--rerank-api needs --rerank-model: the name under which the server serves a reranking model")
+    name = rerank_model or ("tiny" if model == "tiny" and not server else DEFAULT_MODEL)
+    return load_reranker(name, top_n=top_n, device=None if server else device, **server)
 
 
 def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:

@@ -29,6 +29,8 @@ def search(
     ] = None,
     db: options.Db = "photos.db",
     model: options.Model = options.REAL_MODEL,
+    model_url: options.ModelUrl = None,
+    model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=16_384, help="How many results.")] = 9,
     where: Annotated[
@@ -58,7 +60,17 @@ def search(
         ),
     ] = None,
     rerank_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server that runs the vision model.")
+        str | None, typer.Option(help="An OpenAI-compatible server that runs the model that reranks.")
+    ] = None,
+    rerank_api: Annotated[
+        str | None,
+        typer.Option(help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model)."),
+    ] = None,
+    rerank_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MM_RETRIEVER_RERANK_KEY", help="The key that the server of --rerank-url wants.", show_envvar=True
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page of the results.", callback=options.home)] = None,
@@ -80,8 +92,9 @@ def search(
         raise QueryError("nothing to search for: give --text, --image, or both")
     filters = options.filters_of(where)
     group_by = ITEM_KEY if per_item else None
+    server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     check_exists(db)  # before a model is loaded
-    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
+    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         if hybrid and not store.hybrid:
             raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
@@ -108,7 +121,7 @@ def search(
             typer.echo(f"{len(nodes)} of the {top_k} results that were asked for: {reason}", err=True)
     reranking = None
     if rerank or rerank_url or rerank_model:
-        reranking = options.reranker(model, rerank_model, rerank_url, top_n=top_k, device=device).rerank(nodes, query)
+        reranking = options.reranker(model, rerank_model, server, top_n=top_k, device=device).rerank(nodes, query)
     report = search_report(text, query.image_path, nodes, reranking=reranking)
     if as_json:
         print_json(result_rows(nodes if reranking is None else reranking.nodes))

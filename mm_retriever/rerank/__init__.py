@@ -1,8 +1,8 @@
 """Rerankers for LlamaIndex: `load_reranker` gives the one of a name.
 
-`Phi3VisionRerank` runs on this machine, `VisionLLMRerank` asks any LLM that takes images, `TextRerank` is for texts
-alone, and `ScorerRerank` ranks by a `Scorer` of your own. All are node postprocessors and return new nodes. Facts about
-the ranking are in their metadata, hidden from embeddings and prompts:
+`Phi3VisionRerank` runs on this machine, `VisionLLMRerank` asks any LLM that takes images, `RemoteRerank` a reranking
+model on a server, `TextRerank` is for texts alone, and `ScorerRerank` ranks by a `Scorer` of your own. All are node
+postprocessors and return new nodes. Facts about the ranking are in their metadata, hidden from embeddings and prompts:
 
     retrieval_score     the score the node came with
     retrieval_rank      its place before, from 1
@@ -24,16 +24,19 @@ if TYPE_CHECKING:
     from mm_retriever.rerank.cross_encoder import TextRerank
     from mm_retriever.rerank.phi3_vision.reranker import Phi3VisionRerank
     from mm_retriever.rerank.registry import load_reranker
+    from mm_retriever.rerank.remote import CHAT_TEMPLATE, RemoteRerank
     from mm_retriever.rerank.reranker import Reranking, ScorerRerank
     from mm_retriever.rerank.scorer import METADATA_KEYS, Candidate, Meter, Query, Scorer, Usage
     from mm_retriever.rerank.vision_llm import VisionLLMRerank
 
 _HOME = {  # a remote reranker must not load torch
+    "CHAT_TEMPLATE": "remote",
     "METADATA_KEYS": "scorer",
     "Candidate": "scorer",
     "Meter": "scorer",
     "Phi3VisionRerank": "phi3_vision.reranker",
     "Query": "scorer",
+    "RemoteRerank": "remote",
     "Reranking": "reranker",
     "Scorer": "scorer",
     "ScorerRerank": "reranker",
@@ -44,11 +47,13 @@ _HOME = {  # a remote reranker must not load torch
 }
 
 __all__ = [
+    "CHAT_TEMPLATE",
     "METADATA_KEYS",
     "Candidate",
     "Meter",
     "Phi3VisionRerank",
     "Query",
+    "RemoteRerank",
     "Reranking",
     "Scorer",
     "ScorerRerank",

@@ -19,10 +19,11 @@ from typing import Any, Protocol, cast
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
 from mm_retriever.checkpoint import ModelEntry
-from mm_retriever.errors import ModelNotFoundError, one_line
+from mm_retriever.errors import ModelNotFoundError, QueryError, one_line, shown
+from mm_retriever.rerank.remote import API
 from mm_retriever.rerank.reranker import Reranker
 
-FAMILIES: tuple[str, ...] = ("vision_llm", "phi3_vision", "cross_encoder")
+FAMILIES: tuple[str, ...] = ("remote", "phi3_vision", "cross_encoder")
 """A word is a module of `mm_retriever.rerank`; a dotted name is any module that can be imported. The first that
 recognises a model loads it."""
 
@@ -49,25 +50,30 @@ def load_reranker(
     dtype: str | None = None,
     revision: str | None = None,
     base_url: str | None = None,
+    api: API | None = None,
     **options: Any,
 ) -> Reranker:
     """Return the reranker called `name`.
 
     Args:
         name: "tiny", a hub id or folder of Phi-3 Vision or of a cross-encoder, a name that another family knows, or
-            the name under which a server serves a vision LLM.
+            the name under which a server serves a model.
         top_n: how many nodes it keeps.
         device: "cpu", "cuda", ...; default: the fastest there is.
         dtype: "float32", "bfloat16", ...; default: what the weights are stored in.
         revision: of a hub repository.
         base_url: of a server that speaks OpenAI's protocol.
+        api: what is asked there: "chat" (default) asks a vision LLM for a ranking, "rerank" and "score" ask a
+            reranking model for scores.
         options: of the reranker, for example `fusion_weight`, `on_error` or `image_policy`.
 
     Raises:
         ModelNotFoundError: no family knows the model, or the hub is out of reach.
         QueryError: an option that this reranker does not have.
     """
-    given = {"device": device, "dtype": dtype, "revision": revision, "base_url": base_url}
+    if api is not None and base_url is None:
+        raise QueryError(f"api={shown(api)} is of a server: give its base_url")
+    given = {"device": device, "dtype": dtype, "revision": revision, "base_url": base_url, "api": api}
     given = {option: value for option, value in given.items() if value is not None}
     return _family(name, revision, base_url).load(name, top_n=top_n, **given, **options)
 

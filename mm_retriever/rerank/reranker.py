@@ -339,10 +339,11 @@ class ScorerRerank(Reranker):
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
-        given = self._scorer.score(query, [candidates[i] for i in visible], meter) if visible else []
+        scorer = self.scorer
+        given = scorer.score(query, [candidates[i] for i in visible], meter) if visible else []
         if len(given) != len(visible):
             raise RerankError(f"{self.model_name!r} gave {len(given)} scores for {len(visible)} candidates")
-        calibrated = self._scorer.calibrated
+        calibrated = scorer.calibrated
         for score in given:
             if score is not None and not (0 <= score <= 1 if calibrated else math.isfinite(score)):
                 expected = "calibrated scores go from 0 to 1" if calibrated else "a score is a finite number or None"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,6 @@ from llama_index.core.llms import LLM
 from PIL import Image
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from mm_retriever.checkpoint import Models
 from mm_retriever.errors import CopyError, QueryError, RerankError
 from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
@@ -50,18 +49,6 @@ _EXAMPLES: dict[str, Any] = {
 }
 NO_RANKING = "no ranking in the answer; appended all in the order of retrieval"
 _NOT_RANKED = "the model gave no ranking; the order is that of retrieval"
-
-MODELS: Models = {}
-
-
-def recognises(name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
-    """Whether a server serves the model."""
-    return base_url is not None
-
-
-def load(name: str, *, base_url: str, **options: Any) -> Reranker:
-    """Return the reranker of a model that a server serves under `name`."""
-    return VisionLLMRerank(base_url=base_url, model=name, **options)
 
 
 class VisionLLMRerank(Reranker):
