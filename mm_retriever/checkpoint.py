@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pickle
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,10 @@ M = TypeVar("M", bound="nn.Module")
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, f"0_CLIPModel/{SAFETENSORS}")
+_ELSE = ("pytorch_model.bin", "0_CLIPModel/pytorch_model.bin")  # of repositories without safetensors
+_BESIDE = ("*.json", "*.jinja", "merges.txt", "*.model", "model-*-of-*.safetensors", "[1-9]_*/model.safetensors")
+"""Patterns of a hub repository; "*" crosses folders."""
 MAX_JSON_BYTES = 64 * 1024**2  # of a config or shard index; bge-m3's tokenizer.json has 17 MiB
 MAX_LISTED_KEYS = 12  # keys that an error message lists before it only counts
 
@@ -111,8 +114,7 @@ def locate(name_or_path: str | os.PathLike[str], models: Models, *, revision: st
     repo = entry.repo if entry is not None and entry.repo else name
     if path.is_absolute() or name.startswith((".", "~")) or repo.count("/") != 1 or path.suffix in TORCH_SUFFIXES:
         raise ModelNotFoundError(f"{name!r} does not exist; {_choices(models)}")
-    beside = ["config.json", "preprocessor_config.json", "tokenizer.json", "model-*-of-*.safetensors"]
-    folder = _download(repo, [SAFETENSORS, SAFETENSORS_INDEX], beside=beside, revision=revision, models=models)
+    folder = _download(repo, _WEIGHTS, otherwise=_ELSE, beside=_BESIDE, revision=revision, models=models)
     return _in_folder(folder, name)
 
 
@@ -128,16 +130,26 @@ def locate_tokenizer(source: str | os.PathLike[str]) -> Path:
     return path / "tokenizer.json"
 
 
-def _in_folder(folder: Path, name: str) -> ModelFiles:
-    candidates = [folder / SAFETENSORS, folder / SAFETENSORS_INDEX]
-    if not any(weights.is_file() for weights in candidates):
-        candidates = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
-        if len(candidates) > 1:
-            found = ", ".join(path.name for path in candidates)
-            raise ModelNotFoundError(f"{name!r} holds several weight files ({found}); name one of them")
-    for weights in candidates:
+def weights_in(folder: Path) -> Path | None:
+    """The weight file of a folder, or the index of several; None where there is none.
+
+    Raises:
+        ModelNotFoundError: there are several.
+    """
+    for weights in (folder / SAFETENSORS, folder / SAFETENSORS_INDEX):
         if weights.is_file():
-            return replace(_beside(weights), name=name)
+            return weights
+    candidates = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
+    if len(candidates) > 1:
+        found = ", ".join(path.name for path in candidates)
+        raise ModelNotFoundError(f"{str(folder)!r} holds several weight files ({found}); name one of them")
+    return next(iter(candidates), None)
+
+
+def _in_folder(folder: Path, name: str) -> ModelFiles:
+    places = [folder, *sorted(folder.glob("0_*/"))]  # sentence-transformers may put the first module into its own
+    for weights in filter(None, map(weights_in, places)):
+        return replace(_beside(weights), name=name)
     raise ModelNotFoundError(f"no {SAFETENSORS}, {SAFETENSORS_INDEX} or .pth file in {name!r}")
 
 
@@ -163,22 +175,28 @@ def _download(
     wanted: Sequence[str],
     *,
     models: Models,
+    otherwise: Sequence[str] = (),
     beside: Sequence[str] = (),
     revision: str | None = None,
 ) -> Path:
-    """Local folder with ``beside`` and what there is of ``wanted``, one at least; from the cache when it is there."""
+    """Local folder with ``beside`` and what there is of ``wanted``, one at least; from the cache when it is there.
+
+    A repository that has none of ``wanted`` is asked for ``otherwise``.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    def snapshot(*, cached: bool) -> Path:
-        patterns = [*wanted, *beside]
+    def snapshot(names: Sequence[str], *, cached: bool) -> Path:
+        patterns = [*names, *beside]
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=cached))
 
     with suppress(OSError, HFValidationError):  # not cached: ask the hub
-        if _complete(folder := snapshot(cached=True), wanted):
+        if _complete(folder := snapshot(wanted, cached=True), [*wanted, *otherwise]):
             return folder
     try:
-        folder = snapshot(cached=False)
+        folder = snapshot(wanted, cached=False)
+        if otherwise and not _complete(folder, wanted):
+            folder = snapshot(otherwise, cached=False)
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelNotFoundError(f"the hub refused {repo!r} (revision {revision or 'main'}): {reason}") from error
@@ -186,7 +204,7 @@ def _download(
         raise ModelNotFoundError(
             f"{repo!r} is not on this machine and the model hub cannot be reached; {_choices(models)}"
         ) from error
-    if not _complete(folder, wanted):
+    if not _complete(folder, [*wanted, *otherwise]):
         raise ModelNotFoundError(
             f"the hub repository {repo!r} has not the files {', '.join(wanted)}; {_choices(models)}"
         )
@@ -407,38 +425,3 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {list(state_dict[key].shape)}".encode())
         digest.update(sample.cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def warn_if_not_published(weights: Path, models: Models) -> None:
-    """Warns when a file that bears a published name is not, byte for byte, the file that was published."""
-    published = next((entry for entry in models.values() if entry.file == weights.name and entry.sha256), None)
-    if published is None:
-        return
-    size = weights.stat().st_size
-    if size != published.size:
-        differs = f"it has {size:,} bytes, the published file {published.size:,}"
-    elif (digest := _sha256(weights)) != published.sha256:
-        differs = f"its sha256 is {digest}, that of the published file {published.sha256}"
-    else:
-        return
-    warnings.warn(f"{weights} is not the published {published.file}: {differs}", UserWarning, stacklevel=3)
-
-
-def _sha256(path: Path) -> str:
-    """Of a file's content; remembered in the user's cache by place, size and time of change."""
-    status = path.stat()
-    identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / "sha256"
-    remembered = cache / hashlib.sha256(identity.encode()).hexdigest()
-    with suppress(OSError):
-        if len(known := remembered.read_text(encoding="ascii")) == 64:
-            return known
-    running = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            running.update(block)
-    digest = running.hexdigest()
-    with suppress(OSError):  # a read-only home costs a second, no more
-        cache.mkdir(parents=True, exist_ok=True)
-        remembered.write_text(digest, encoding="ascii")
-    return digest

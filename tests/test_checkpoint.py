@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_retriever.checkpoint import ModelEntry, load_strict, locate, read_state_dict, warn_if_not_published
+from mm_retriever.checkpoint import ModelEntry, load_strict, locate, read_state_dict
 from mm_retriever.embedders import visualized_bge
+from mm_retriever.embedders.folder import warn_if_not_published
 from mm_retriever.embedders.registry import convert_model
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_retriever.checkpoint import SAFETENSORS, ModelFiles, fingerprint, locate_tokenizer
+from mm_retriever.checkpoint import SAFETENSORS, ModelFiles, Models, fingerprint, locate_tokenizer
 from mm_retriever.errors import ModelNotFoundError
 
 
@@ -74,3 +76,38 @@ def copy_tokenizer(folder: Path, files: ModelFiles, given: str | os.PathLike[str
         return
     if source.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(source, folder / "tokenizer.json")
+
+
+def warn_if_not_published(weights: Path, models: Models) -> None:
+    """Warns when a file that bears a published name is not, byte for byte, the file that was published."""
+    published = next((entry for entry in models.values() if entry.file == weights.name and entry.sha256), None)
+    if published is None:
+        return
+    size = weights.stat().st_size
+    if size != published.size:
+        differs = f"it has {size:,} bytes, the published file {published.size:,}"
+    elif (digest := _sha256(weights)) != published.sha256:
+        differs = f"its sha256 is {digest}, that of the published file {published.sha256}"
+    else:
+        return
+    warnings.warn(f"{weights} is not the published {published.file}: {differs}", UserWarning, stacklevel=3)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content; remembered in the user's cache by place, size and time of change."""
+    status = path.stat()
+    identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / "sha256"
+    remembered = cache / hashlib.sha256(identity.encode()).hexdigest()
+    with suppress(OSError):
+        if len(known := remembered.read_text(encoding="ascii")) == 64:
+            return known
+    running = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            running.update(block)
+    digest = running.hexdigest()
+    with suppress(OSError):  # a read-only home costs a second, no more
+        cache.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(digest, encoding="ascii")
+    return digest

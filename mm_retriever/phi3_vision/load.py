@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from mm_retriever.checkpoint import ModelFiles, load_strict, locate, read_state_dict, skeleton
 from mm_retriever.devices import as_device, as_dtype, stored_dtype
+from mm_retriever.from_pretrained import without_progress_bar
 from mm_retriever.phi3_vision.config import DEFAULT_MODEL, MODELS, read_config
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, read_processor
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
-
-_BAR_LOCK = threading.Lock()  # transformers has one hook for all threads
 
 
 def load_phi3_vision(
@@ -58,29 +52,7 @@ def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtyp
     unused = re.compile("|".join(empty._keys_to_ignore_on_load_unexpected or ()))
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not unused.search(key)}
     load_strict(empty, state, source=files.weights, device="meta")  # compares names and shapes, copies nothing
-    with _without_progress_bar():
+    with without_progress_bar():
         model = Phi3Vision.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     assert isinstance(model, Phi3Vision)
     return model
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """No bar from transformers in this thread: the tensors are in memory already. Other threads keep theirs."""
-    set_hook: Any = getattr(transformers_logging, "set_tqdm_hook", None)
-    if set_hook is None:  # the first versions 5 have no such hook, and draw their bar
-        yield
-        return
-    here = threading.get_ident()
-
-    def hook(bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if threading.get_ident() == here:
-            return transformers_logging.EmptyTqdm(*args, **options)
-        return bar(*args, **options) if others is None else others(bar, args, options)
-
-    with _BAR_LOCK:
-        others = set_hook(hook)
-        try:
-            yield
-        finally:
-            set_hook(others)

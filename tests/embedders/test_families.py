@@ -30,7 +30,7 @@ COLOURS = ("red", "blue", "green", "white")
 TEXTS = ("red mug", "a", "phone case with this in the red and the blue and the white", "")
 
 
-@pytest.fixture(scope="module", params=registry.FAMILIES)
+@pytest.fixture(scope="module", params=MAKERS)
 def make(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., SmallModel]]:
@@ -169,7 +169,8 @@ def test_a_float_format_changes_the_note_and_hardly_the_vectors(model: SmallMode
     if model.least_cosine is None:
         pytest.skip("computes in one float format only")
     half = load(model, dtype="bfloat16")
-    assert (half.space, half.note) == (embedder.space, "bfloat16")
+    assert (half.space, half.note) == (embedder.space, embedder.note.replace("float32", "bfloat16"))
+    assert half.note != embedder.note
     assert cache_identity(half, query=False) != cache_identity(embedder, query=False)
     contents = every_kind(model, embedder)
     cosine = (half.encode(contents) * embedder.encode(contents)).sum(1)
@@ -256,8 +257,9 @@ def test_a_folder_is_indexed_searched_and_reranked(
         assert ingest_images(photos, store, embedding, show_progress=False).indexed == 4
         assert ingest_images(photos, store, embedding, show_progress=False).unchanged == 4
         nearest = ComposedRetriever(store, embedding).retrieve(QueryBundle("", image_path=image))
-        assert Path(nearest[0].node.image_path).stem == "red"
-        assert nearest[0].score == pytest.approx(1, abs=1e-4)
+        if not model.instructed:
+            assert Path(nearest[0].node.image_path).stem == "red"
+            assert nearest[0].score == pytest.approx(1, abs=1e-4)
         hits = ComposedRetriever(store, embedding, exclude_query_image=True).retrieve(query)
         assert {Path(hit.node.image_path).stem for hit in hits} == {"blue", "green", "white"}
         hybrid = ComposedRetriever(store, embedding, mode="hybrid").retrieve(query)

@@ -23,6 +23,7 @@ from transformers import CLIPModel
 
 from mm_retriever.embedders.clip import clip_config
 from tests.support.golden import small_config, small_model, word_tokenizer
+from tests.support.sentence_models import qwen3_vl_embedding_folder, siglip2_folder
 
 WORDS = ["red", "green", "blue", "white", "a", "mug", "phone", "case", "with", "this", "in", "and", "the"]
 
@@ -37,6 +38,7 @@ class SmallModel:
         refuses: what it cannot embed, of "text", "image", "pair".
         weights: its weight file; None where no file on this machine is read.
         least_cosine: of a vector in bfloat16 with that in float32; None where there is one float format only.
+        instructed: whether queries are told something that documents are not.
     """
 
     name: str
@@ -44,6 +46,7 @@ class SmallModel:
     refuses: frozenset[str] = frozenset()
     weights: Path | None = None
     least_cosine: float | None = 0.99
+    instructed: bool = False
 
 
 Maker = Callable[[Path, int], AbstractContextManager[SmallModel]]
@@ -66,8 +69,23 @@ def bge_vl(folder: Path, seed: int) -> Iterator[SmallModel]:
     yield SmallModel(str(folder), weights=folder / "model.safetensors")
 
 
-MAKERS: dict[str, Maker] = {"visualized_bge": visualized_bge, "bge_vl": bge_vl}
-"""By the word in `registry.FAMILIES`."""
+@contextmanager
+def qwen3_vl_embedding(folder: Path, seed: int) -> Iterator[SmallModel]:
+    yield SmallModel(str(qwen3_vl_embedding_folder(folder, seed=seed)), instructed=True)
+
+
+@contextmanager
+def siglip2(folder: Path, seed: int) -> Iterator[SmallModel]:
+    yield SmallModel(str(siglip2_folder(folder, seed=seed)))
+
+
+MAKERS: dict[str, Maker] = {
+    "visualized_bge": visualized_bge,
+    "bge_vl": bge_vl,
+    "sentence_transformers": qwen3_vl_embedding,
+    "sentence_transformers.siglip2": siglip2,
+}
+"""By the word in `registry.FAMILIES`; more of the same family after a dot."""
 
 
 # odd, distinct sizes: a swapped axis cannot pass

@@ -11,16 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_retriever.checkpoint import (
-    ModelFiles,
-    load_strict,
-    locate,
-    read_state_dict,
-    skeleton,
-    warn_if_not_published,
-)
+from mm_retriever.checkpoint import ModelFiles, load_strict, locate, read_state_dict, skeleton
 from mm_retriever.devices import as_device, as_dtype
-from mm_retriever.embedders.folder import copy_tokenizer, find_tokenizer, original_fingerprint, write_folder
+from mm_retriever.embedders.folder import (
+    copy_tokenizer,
+    find_tokenizer,
+    original_fingerprint,
+    warn_if_not_published,
+    write_folder,
+)
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS
 from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, tokenizer_repo
 from mm_retriever.embedders.visualized_bge.model import (

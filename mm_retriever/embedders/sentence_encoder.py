@@ -1,0 +1,332 @@
+"""`SentenceTransformersEncoder`: a `SentenceTransformer` as an `Embedder`, in passes of bounded size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.sentence_files import MAX_PIXELS, plain_text
+from mm_retriever.errors import QueryError
+from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.images.square import LONGEST
+from mm_retriever.tokenizer import valid_unicode
+
+logger = logging.getLogger(__name__)
+
+PASS_PIXELS = {"cpu": 2_000_000, "other": 32_000_000}
+PASS_ROWS = {"cpu": 8, "other": 64}
+"""What goes through the model together at most."""
+_CHARACTER = 256  # pixels that cost a model of patches as much as a character of text: 1024 to a token of four
+MAX_ASPECT = 200  # of an image for Qwen's models, whose processor refuses more; narrower ones are widened
+_PROBES = ("a photo of a red shoe", "XK-2041", "Ein Foto, 日本語, مرحبا")
+
+
+class SentenceTransformersEncoder:
+    """A model of sentence-transformers as an `Embedder`.
+
+    Args:
+        model: a `SentenceTransformer`.
+        name: for people.
+        weights: their fingerprint.
+        dimension: of the vectors; None: the model's.
+        text_weight: of the text in the sum, for models that take no image and text together.
+
+    Raises:
+        QueryError: the dimension is longer than the model's.
+    """
+
+    def __init__(self, model: Any, *, name: str, weights: str, dimension: int | None, text_weight: float) -> None:
+        self.model = model
+        self.name = name
+        own = int(model.get_embedding_dimension())
+        if dimension is not None and not 1 <= dimension <= own:
+            raise QueryError(f"dimension={dimension!r}: {name!r} has vectors of 1 to {own} numbers")
+        self._dimension = dimension or own
+        self._text_weight = text_weight
+        self._chat = "message" in model.modalities
+        self.takes = {kind for kind in ("text", "image", ("image", "text")) if model.supports(kind)}
+        self._turn = ForkLock()
+        self._loaded_in = os.getpid()
+        _pad_as_trained(model)
+        self._pixels = Pixels(model) if "image" in self.takes else None
+        self.space = f"sentence-transformers@{weights}.{self._inputs()}/{self._dimension}"
+        self._cut_is_said = False
+
+    @property
+    def dimension(self) -> int:
+        """Length of every vector."""
+        return self._dimension
+
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(self.model.device)
+
+    @property
+    def note(self) -> str:
+        """Float format; what queries are told; and how an image with a text is embedded."""
+        facts = [str(self.model.dtype).removeprefix("torch.")]
+        if told := self.model.prompts.get("query"):
+            facts.append(f"queries told {told!r}")
+        if self._sums:
+            facts.append(f"image and text as a sum, {self._text_weight:g} of it the text")
+        return ", ".join(facts)
+
+    @property
+    def _sums(self) -> bool:
+        return {"text", "image"} <= self.takes and ("image", "text") not in self.takes
+
+    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+        """(H, W, 3): an image at the size that the model sees.
+
+        Raises:
+            QueryError: the model takes no images.
+        """
+        if self._pixels is None:
+            raise QueryError(f"{self.name!r} embeds texts alone: take another model for images")
+        return self._pixels.prepare(image.convert("RGB"))
+
+    def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
+        """(B, D), rows of length 1.
+
+        Args:
+            contents: what to embed.
+            query: with the model's instruction for queries, in place of the one for documents.
+
+        Raises:
+            QueryError: the model cannot embed this kind of content.
+        """
+        check_forked(self._loaded_in, self.model.device.type)
+        kinds = [_kind(content) for content in contents]
+        self._check(kinds)
+        vectors = np.empty((len(contents), self._dimension), dtype=np.float32)
+        for kind in dict.fromkeys(kinds):
+            rows = [row for row, of_row in enumerate(kinds) if of_row == kind]
+            given = [contents[row] for row in rows]
+            if kind == ("image", "text") and self._sums:
+                texts = self._encode([Content(content.text) for content in given], ("text",), query)
+                images = self._encode([Content(image=content.image) for content in given], ("image",), query)
+                vectors[rows] = _unit(self._text_weight * texts + (1 - self._text_weight) * images)
+            else:
+                vectors[rows] = self._encode(given, kind, query)
+        return vectors
+
+    def _check(self, kinds: Sequence[tuple[str, ...]]) -> None:
+        for kind in set(kinds):
+            lacking = [part for part in kind if part not in self.takes]
+            if lacking:
+                known = " or ".join(one if isinstance(one, str) else "an image with a text" for one in self.takes)
+                raise QueryError(
+                    f"{self.name!r} cannot embed {' and '.join(lacking)} "
+                    f"({kinds.count(kind)} of {len(kinds)} contents): it takes {known}"
+                )
+
+    def _encode(self, contents: Sequence[Content], kind: tuple[str, ...], query: bool) -> NDArray[np.float32]:
+        """(B, D) of contents of one kind."""
+        encode = self.model.encode_query if query else self.model.encode_document
+        options: dict[str, Any] = {} if self._pixels is None else {"processing_kwargs": self._pixels.call}
+        vectors = np.empty((len(contents), self._dimension), dtype=np.float32)
+        sizes = [_size(content) for content in contents]
+        self._say_cut([content.text for content in contents if "text" in kind])
+        for rows in self._passes(sizes):
+            inputs = [self._input(contents[row], kind) for row in rows]
+            with self._turn:
+                computed = encode(
+                    inputs,
+                    batch_size=len(inputs),
+                    show_progress_bar=False,
+                    truncate_dim=self._dimension,
+                    **options,
+                )
+            vectors[rows] = _unit(np.asarray(computed, dtype=np.float32))
+        return vectors
+
+    def _input(self, content: Content, kind: tuple[str, ...]) -> dict[str, Any]:
+        """What the library takes; the order of its keys is the order in the model's prompt."""
+        given: dict[str, Any] = {}
+        if "image" in kind and content.image is not None:
+            given["image"] = Image.fromarray(content.image)
+        if "text" in kind:
+            text = valid_unicode(content.text)
+            given["text"] = plain_text(text, self.model.tokenizer) if self._chat else text
+        return given
+
+    def _passes(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+        """Rows that go through the model together, small ones with small ones."""
+        machine = "cpu" if self.model.device.type == "cpu" else "other"
+        part: list[int] = []
+        for row in sorted(range(len(sizes)), key=sizes.__getitem__):
+            if part and (len(part) >= PASS_ROWS[machine] or (len(part) + 1) * sizes[row] > PASS_PIXELS[machine]):
+                yield part
+                part = []
+            part.append(row)
+        if part:
+            yield part
+
+    def _say_cut(self, texts: Sequence[str]) -> None:
+        """Say once in the log that a text is longer than the model reads."""
+        most, tokenizer = self.model.max_seq_length, self.model.tokenizer
+        long = [text for text in texts if most and len(text) >= most] if not self._cut_is_said else []
+        if not long or tokenizer is None:
+            return
+        cut = sum(len(tokenizer(valid_unicode(text), verbose=False)["input_ids"]) > most for text in long)
+        if cut:
+            logger.warning(
+                "%s reads %d tokens of a text: the rest is cut off (%d of %d texts)", self.name, most, cut, len(texts)
+            )
+            self._cut_is_said = True
+
+    def _inputs(self) -> str:
+        """Six hex digits of what decides, beside the weights, which vector a document gets."""
+        prompts = self.model.prompts
+        told = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+        facts: list[Any] = [told]
+        for module in list(self.model)[1:]:
+            settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
+            facts.append([type(module).__name__, {name: value for name, value in settings.items() if value}])
+        if "text" in self.takes:
+            for probe in _PROBES:
+                tokens = self.model.preprocess([{"text": probe}], prompt=told or None, task="document")
+                facts.append(np.asarray(tokens["input_ids"]).tolist())
+        if self._pixels is not None:
+            facts.append(self._pixels.facts())
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:6]
+
+
+class Pixels:
+    """How images become what a model sees: as squares of one size, as patches of their own shape, or as they are.
+
+    Args:
+        model: a model of sentence-transformers that takes images.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        processor = model.processor
+        self._processor: Any = getattr(processor, "image_processor", processor)
+        self._factor = _patch_factor(self._processor)
+        self._squares = self._factor is None and self._makes_squares()
+        self.call: dict[str, Any] = {}
+        """What the library's processor is told about images that were prepared."""
+        if self._squares:
+            self.call = {"image": {"do_resize": False, "do_center_crop": False}}
+        elif self._factor is not None:
+            self.call = {"image": {"do_resize": False}}
+
+    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+        """(H, W, 3) of an RGB image."""
+        if self._squares:
+            return self._square(image)
+        if self._factor is None:
+            return np.asarray(bounded(image))
+        least_side = math.ceil(max(image.size) / MAX_ASPECT)
+        width, height = max(image.width, least_side), max(image.height, least_side)
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        size = dict(self._processor.size)
+        most = min(int(size["longest_edge"]), MAX_PIXELS)
+        least = min(int(size["shortest_edge"]), most)
+        height, width = smart_resize(height, width, self._factor, least, most)
+        return np.asarray(image.resize((width, height), self._processor.resample))
+
+    def facts(self) -> list[Any]:
+        """What tells processors apart: shapes, and the mean of a plain image's values."""
+        found: list[Any] = []
+        for size in ((1700, 1300), (40, 60)):
+            prepared = self.prepare(Image.new("RGB", size, (200, 90, 30)))
+            image = {"image": Image.fromarray(prepared)}
+            values = self._model.preprocess([image], processing_kwargs=self.call)["pixel_values"].float()
+            found.append([list(prepared.shape), list(values.shape), round(float(values.mean()), 2)])
+        return found
+
+    def _square(self, image: Image.Image) -> NDArray[np.uint8]:
+        if getattr(self._processor, "do_center_crop", False):
+            image = _middle(image)
+        values = self._processor(images=image, do_rescale=False, do_normalize=False, return_tensors="np")
+        return np.ascontiguousarray(np.asarray(values["pixel_values"])[0].transpose(1, 2, 0))
+
+    def _makes_squares(self) -> bool:
+        """Whether every image becomes bytes of one shape."""
+        shapes = set()
+        for size in ((64, 48), (30, 90)):
+            values = self._processor(
+                images=Image.new("RGB", size), do_rescale=False, do_normalize=False, return_tensors="np"
+            )
+            pixels = np.asarray(values["pixel_values"])
+            if pixels.ndim != 4 or pixels.dtype != np.uint8:
+                return False
+            shapes.add(pixels.shape)
+        return len(shapes) == 1
+
+
+def bounded(image: Image.Image) -> Image.Image:
+    """The image with at most `MAX_PIXELS`."""
+    if (pixels := image.width * image.height) <= MAX_PIXELS:
+        return image
+    scale = math.sqrt(MAX_PIXELS / pixels)
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _patch_factor(processor: Any) -> int | None:
+    """The multiple of pixels that sides are rounded to; None for other processors than those of Qwen's models."""
+    patch, merge = getattr(processor, "patch_size", None), getattr(processor, "merge_size", None)
+    size = getattr(processor, "size", None)
+    if not isinstance(patch, int) or not isinstance(merge, int) or size is None:
+        return None
+    return patch * merge if {"shortest_edge", "longest_edge"} <= set(dict(size)) else None
+
+
+def _pad_as_trained(model: Any) -> None:
+    """Pad texts of SigLIP to the length it was trained with, unmasked; it reads the text at the last place.
+
+    sentence-transformers pads to the longest text of a batch, where a vector depends on the texts beside it.
+    """
+    first = model[0]
+    config: Any = getattr(getattr(first, "model", None), "config", None)
+    if getattr(config, "model_type", "") not in ("siglip", "siglip2"):
+        return
+    length = int(config.text_config.max_position_embeddings)
+    own = first.processing_kwargs.get("text", {})
+    first.processing_kwargs = {
+        **first.processing_kwargs,
+        "text": {"padding": "max_length", "max_length": length, "return_attention_mask": False, **own},
+    }
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, from which the model's square is cut; resized whole it would fill memory."""
+    short = min(image.size)
+    long = min(max(image.size), LONGEST * short)
+    if long == max(image.size):
+        return image
+    start = (max(image.size) - long) // 2
+    box = (start, 0, start + long, short) if image.width > image.height else (0, start, short, start + long)
+    return image.crop(box)
+
+
+def _kind(content: Content) -> tuple[str, ...]:
+    if content.image is None:
+        return ("text",)
+    return ("image", "text") if content.text.strip() else ("image",)
+
+
+def _size(content: Content) -> int:
+    pixels = 0 if content.image is None else content.image.shape[0] * content.image.shape[1]
+    return pixels + _CHARACTER * len(content.text)
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit

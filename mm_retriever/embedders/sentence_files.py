@@ -1,0 +1,162 @@
+"""A model of sentence-transformers: its files, what in them is refused, and how it is loaded.
+
+Embedders and rerankers share it. A folder is untrusted: its pickles are read as tensors alone, its Python files only
+where the caller says so by the name of the option, and it cannot send the loader to another folder or to a hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict, weights_in
+from mm_retriever.errors import CheckpointError, MissingExtraError, MMRetrieverError, one_line, reason_of
+from mm_retriever.from_pretrained import without_progress_bar, without_random_weights, without_video_processor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MODULES = "modules.json"
+LIBRARY_CONFIG = "config_sentence_transformers.json"
+MAX_PIXELS = 1800 * 32 * 32
+"""Of an image that a model of many patches sees: the bound of Qwen3-VL-Embedding's and -Reranker's own scripts."""
+_MISSING = 'sentence-transformers is not installed: pip install "mm-retriever[sentence-transformers]"'
+
+
+def model_folder(files: ModelFiles) -> Path:
+    """The folder that holds all of the model; its weights may be in a folder of their own in it."""
+    folder = files.weights.parent
+    return folder.parent if not (folder / MODULES).is_file() and (folder.parent / MODULES).is_file() else folder
+
+
+def library_kind(folder: Path) -> str:
+    """Which class of sentence-transformers saved the folder; empty if none did."""
+    if (folder / LIBRARY_CONFIG).is_file():
+        return str(read_json(folder / LIBRARY_CONFIG).get("model_type", "SentenceTransformer"))
+    return "SentenceTransformer" if (folder / MODULES).is_file() else ""
+
+
+def model_tensors(files: ModelFiles) -> dict[str, Tensor]:
+    """Every tensor of every module, by the module's folder and its own name; mapped, not read."""
+    folder = model_folder(files)
+    places = _module_folders(folder) or [""]
+    tensors: dict[str, Tensor] = {}
+    for place in places:
+        if weights := weights_in(folder / place):
+            tensors |= {f"{place}/{key}": tensor for key, tensor in read_state_dict(weights).items()}
+    return tensors
+
+
+def load_model(
+    kind: Literal["SentenceTransformer", "CrossEncoder"],
+    files: ModelFiles,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """The model of a folder, ready to be asked.
+
+    Args:
+        kind: the class of sentence-transformers.
+        files: from `locate`.
+        device: where it computes.
+        dtype: of the computation.
+        trust_remote_code: run the Python files that the folder brings.
+        **options: of the class.
+
+    Raises:
+        MissingExtraError: sentence-transformers is not installed.
+        CheckpointError: the files are damaged, unsafe, or not all of a model.
+    """
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise MissingExtraError(_MISSING) from error
+    folder = model_folder(files)
+    _check_folder(folder, files.name)
+    weights = {"use_safetensors": True} if ".safetensors" in files.weights.name else {}
+    with ExitStack() as around:
+        around.enter_context(without_random_weights(files.name))
+        around.enter_context(without_progress_bar())
+        around.enter_context(without_video_processor())
+        try:
+            model = getattr(sentence_transformers, kind)(
+                str(folder),
+                device=str(device),
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                model_kwargs={"dtype": dtype, **weights},
+                **options,
+            )
+        except MMRetrieverError:
+            raise
+        except Exception as error:  # configs and weights of every kind of damage
+            raise CheckpointError(_why_not(files.name, error)) from error
+    return model.eval()
+
+
+def plain_text(text: str, tokenizer: Any) -> str:
+    """The text without the power of a model's control tokens: their names in a user's words get a space.
+
+    A text that held ``<|image_pad|>`` or ``<|im_end|>`` would otherwise end its own message, or claim an image.
+    """
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and len(str(token)) > 1]
+    if not any(token in text for token in tokens):
+        return text
+    names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+    return re.sub(names, lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+
+def _module_folders(folder: Path) -> list[str]:
+    """The places of the modules in the folder, "" for the folder itself."""
+    if not (folder / MODULES).is_file():
+        return []
+    try:
+        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        places = [str(module["path"]) for module in modules]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MODULES} is no list of modules: {reason_of(error)}") from error
+    for place in places:
+        if place and (Path(place).name != place or "\\" in place or place == ".."):
+            raise CheckpointError(
+                f"{folder / MODULES} names the folder {one_line(place, 200)!r}; only its own are read"
+            )
+    return places
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Refuse what would make the loader read another place."""
+    for place in _module_folders(folder) or [""]:
+        if (folder / place / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{name!r} is an adapter for another model, which it names itself: merge the two with peft "
+                "(merge_and_unload) and give the folder of the result"
+            )
+        config = folder / place / "sentence_bert_config.json"
+        if not config.is_file():
+            continue
+        options = read_json(config)
+        if options.get("tokenizer_name_or_path"):
+            raise CheckpointError(f"{config} takes its tokenizer from another place; put it into the folder")
+        for part in ("model_args", "model_kwargs"):
+            wanted = options.get(part)
+            attention = wanted.get("attn_implementation") if isinstance(wanted, Mapping) else None
+            if "/" in str(attention):  # the name of code on the hub
+                raise CheckpointError(f"{config} asks for the attention {one_line(attention, 100)!r} of a hub")
+
+
+def _why_not(name: str, error: Exception) -> str:
+    reason = reason_of(error)
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name!r} needs Python code that its own repository brings, which is not run by default: read it, then "
+            "allow it in Python with trust_remote_code=True"
+        )
+    return f"{name!r} cannot be loaded by sentence-transformers: {reason}"

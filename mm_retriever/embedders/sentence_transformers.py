@@ -1,0 +1,135 @@
+"""Any embedding model of sentence-transformers: Qwen3-VL-Embedding, SigLIP2, CLIP, and models that are made like them.
+
+Vectors are those of ``SentenceTransformer.encode_query`` and ``encode_document``, of length 1. A model that embeds an
+image and a text only apart gets their weighted sum for both together. Images reach the library as pixels and texts
+under the key "text": a text that looks like a URL or a path is embedded as text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json
+from mm_retriever.embedders.sentence_files import MODULES, library_kind, load_model, model_folder, model_tensors
+from mm_retriever.errors import CheckpointError, QueryError, shown
+
+if TYPE_CHECKING:
+    import torch
+
+    from mm_retriever.embedders.sentence_encoder import SentenceTransformersEncoder
+
+_EXTRA = "sentence-transformers"
+_QWEN_LANGUAGES = "more than 30 languages"
+_SUM = "an image with a text is the weighted sum of both"
+
+
+def _qwen(repo: str, dimension: int, parameters: int, mmeb: float) -> ModelEntry:
+    return ModelEntry(
+        repo=repo,
+        licence="Apache-2.0",
+        note="instructions for queries and documents; any shorter dimension",
+        dimension=dimension,
+        parameters=parameters,
+        languages=_QWEN_LANGUAGES,
+        figures=(f"MMEB-V2 image {mmeb} (model card)",),
+        needs=_EXTRA,
+    )
+
+
+def _pair(repo: str, dimension: int, parameters: int, languages: str, licence: str) -> ModelEntry:
+    return ModelEntry(
+        repo=repo,
+        licence=licence,
+        note=_SUM,
+        dimension=dimension,
+        parameters=parameters,
+        languages=languages,
+        composed="sum",
+        needs=_EXTRA,
+    )
+
+
+MODELS: Models = {
+    entry.repo: entry
+    for entry in (
+        _qwen("Qwen/Qwen3-VL-Embedding-2B", 2048, 2_100_000_000, 75.0),
+        _qwen("Qwen/Qwen3-VL-Embedding-8B", 4096, 8_100_000_000, 80.1),
+        _pair("google/siglip2-base-patch16-224", 768, 375_000_000, "109 languages", "Apache-2.0"),
+        _pair("google/siglip2-so400m-patch14-384", 1152, 1_136_000_000, "109 languages", "Apache-2.0"),
+        _pair("openai/clip-vit-large-patch14", 768, 428_000_000, "English", "MIT"),
+    )
+}
+
+_TWO_TOWERS = frozenset(("clip", "siglip", "siglip2"))
+"""Model types that are an embedder without a list of modules: text features and image features of one space."""
+
+
+def recognises(files: ModelFiles) -> bool:
+    """Whether the files are an embedder of sentence-transformers, or a model that it makes one of."""
+    folder = model_folder(files)
+    if kind := library_kind(folder):
+        return kind == "SentenceTransformer"
+    return files.config is not None and read_json(files.config).get("model_type") in {*_TWO_TOWERS, "qwen3_vl"}
+
+
+def load(
+    files: ModelFiles,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    dimension: int | None = None,
+    query_instruction: str | None = None,
+    document_instruction: str | None = None,
+    text_weight: float = 0.5,
+    trust_remote_code: bool = False,
+) -> SentenceTransformersEncoder:
+    """The model of these files as an `Embedder`.
+
+    Args:
+        files: from `locate`.
+        device: default: CUDA, else MPS, else the CPU.
+        dtype: of the computation; default float32.
+        dimension: of the vectors; a shorter one than the model's keeps the first numbers, for models that were trained
+            for it (Matryoshka); default: the model's.
+        query_instruction: what the model is told beside a query; default: the model's own.
+        document_instruction: beside what is stored; default: the model's own.
+        text_weight: of the text, from 0 to 1, where an image with a text is the sum of both.
+        trust_remote_code: run the Python files of the model's repository.
+
+    Raises:
+        CheckpointError: the files are damaged, unsafe, of another model, or need code that is not trusted.
+        MissingExtraError: sentence-transformers is not installed.
+        QueryError: an option that is out of range.
+    """
+    from mm_retriever.checkpoint import fingerprint
+    from mm_retriever.devices import as_device, as_dtype
+
+    if not isinstance(text_weight, int | float) or not 0 <= text_weight <= 1:
+        raise QueryError(f"text_weight={shown(text_weight)}: a number from 0 (the image alone) to 1 (the text alone)")
+    folder = model_folder(files)
+    if not (folder / MODULES).is_file() and not _two_towers(files):
+        raise CheckpointError(
+            f"{files.name!r} has no {MODULES}, which says how its vectors are made of what the model computes: take a "
+            "revision of the repository that has one, or all of its files"
+        )
+    weights = fingerprint(model_tensors(files))
+    prompts: Mapping[str, str | None] = {"query": query_instruction, "document": document_instruction}
+    model = load_model(
+        "SentenceTransformer",
+        files,
+        device=as_device(device),
+        dtype=as_dtype(dtype),
+        trust_remote_code=trust_remote_code is True,
+        prompts={name: prompt for name, prompt in prompts.items() if prompt is not None},
+    )
+    from mm_retriever.embedders.sentence_encoder import SentenceTransformersEncoder
+
+    return SentenceTransformersEncoder(
+        model, name=os.fspath(files.name), weights=weights, dimension=dimension, text_weight=float(text_weight)
+    )
+
+
+def _two_towers(files: ModelFiles) -> bool:
+    return files.config is not None and read_json(files.config).get("model_type") in _TWO_TOWERS
