@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from mm_retriever.images.sheet import before_after, contact_sheet
     from mm_retriever.ingest import IngestReport, ingest_images, prune_images, remove_images
     from mm_retriever.phi3_vision.llm import Phi3VisionLLM
-    from mm_retriever.rerank import Phi3VisionRerank, RemoteRerank, TextRerank, VisionLLMRerank, load_reranker
+    from mm_retriever.rerank import (
+        CrossEncoderRerank,
+        Phi3VisionRerank,
+        RemoteRerank,
+        TextRerank,
+        VisionLLMRerank,
+        load_reranker,
+    )
     from mm_retriever.retriever import ComposedRetriever
     from mm_retriever.search_tools import Conversation, ImageSearch
     from mm_retriever.store import ImageStore, open_store
@@ -34,6 +41,7 @@ _HOME = {
     "ComposedEmbedding": "embedding",
     "ComposedRetriever": "retriever",
     "Conversation": "search_tools",
+    "CrossEncoderRerank": "rerank",
     "ImagePolicy": "images",
     "ImageSearch": "search_tools",
     "ImageSearchToolSpec": "tools",
@@ -69,6 +77,7 @@ __all__ = [
     "ComposedEmbedding",
     "ComposedRetriever",
     "Conversation",
+    "CrossEncoderRerank",
     "ImagePolicy",
     "ImageSearch",
     "ImageSearchToolSpec",

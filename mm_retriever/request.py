@@ -11,15 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.images import (
-    ImageDataURI,
-    ImagePolicy,
-    ImageSource,
-    first_readable,
-    opened_image,
-    pixel_digest,
-    source_name,
-)
+from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image, source_name
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,6 @@ class Request:
 
         def prepared(source: ImageSource) -> NDArray[np.uint8]:
             with opened_image(source, policy=self.policy or policy, keep_mode=True) as image:
-                if isinstance(source, ImageDataURI) and image.mode == "RGB":
-                    source.pixels = image.size, pixel_digest(image)
                 return prepare(image)
 
         return Content(self.text or "", first_readable((self.image, *self.elsewhere), prepared))

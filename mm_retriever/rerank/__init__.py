@@ -1,8 +1,9 @@
 """Rerankers for LlamaIndex: `load_reranker` gives the one of a name.
 
 `Phi3VisionRerank` runs on this machine, `VisionLLMRerank` asks any LLM that takes images, `RemoteRerank` a reranking
-model on a server, `TextRerank` is for texts alone, and `ScorerRerank` ranks by a `Scorer` of your own. All are node
-postprocessors and return new nodes. Facts about the ranking are in their metadata, hidden from embeddings and prompts:
+model on a server, `CrossEncoderRerank` scores pairs by a model of sentence-transformers, and `ScorerRerank` ranks by a
+`Scorer` of your own. All are node postprocessors and return new nodes. Facts about the ranking are in their metadata,
+hidden from embeddings and prompts:
 
     retrieval_score     the score the node came with
     retrieval_rank      its place before, from 1
@@ -21,7 +22,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mm_retriever.rerank.cross_encoder import TextRerank
+    from mm_retriever.rerank.cross_encoder import CrossEncoderRerank, TextRerank
     from mm_retriever.rerank.phi3_vision.reranker import Phi3VisionRerank
     from mm_retriever.rerank.registry import load_reranker
     from mm_retriever.rerank.remote import CHAT_TEMPLATE, RemoteRerank
@@ -33,6 +34,7 @@ _HOME = {  # a remote reranker must not load torch
     "CHAT_TEMPLATE": "remote",
     "METADATA_KEYS": "scorer",
     "Candidate": "scorer",
+    "CrossEncoderRerank": "cross_encoder",
     "Meter": "scorer",
     "Phi3VisionRerank": "phi3_vision.reranker",
     "Query": "scorer",
@@ -50,6 +52,7 @@ __all__ = [
     "CHAT_TEMPLATE",
     "METADATA_KEYS",
     "Candidate",
+    "CrossEncoderRerank",
     "Meter",
     "Phi3VisionRerank",
     "Query",

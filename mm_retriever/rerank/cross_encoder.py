@@ -1,92 +1,176 @@
-"""Cross-encoders for texts, by FlagEmbedding, as a `Scorer`; `TextRerank` ranks by one.
+"""Cross-encoders of sentence-transformers as a `Scorer`: for texts, or for texts and images; needs its extra.
 
-Owns how FlagEmbedding's reranker is loaded and asked; needs the extra ``[hybrid]``. Knows nothing of images.
+Owns what the library is told of a query and a candidate, and what its numbers mean. A model that reads texts alone
+ranks images by their captions.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mm_retriever.errors import MissingExtraError, QueryError, RerankError
-from mm_retriever.forks import ForkLock
-from mm_retriever.rebuild import field_arguments, portable_name
+from llama_index.core.schema import MetadataMode
+from PIL import Image
+
+from mm_retriever.errors import CheckpointError, QueryError
+from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.rebuild import Name, field_arguments, portable_name
 from mm_retriever.rerank.published import CROSS_ENCODER
-from mm_retriever.rerank.reranker import Reranker, ScorerRerank
+from mm_retriever.rerank.reranker import NO_TIME, Reranker, ScorerRerank
 from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking
 
 logger = logging.getLogger(__name__)
 
 IMAGE_NOT_SEEN = "ranked by the words of the query alone: a text reranker cannot see its image"
+CAPTION_SEEN = "ranked by its caption: a text reranker cannot see its image"
+NO_CAPTION = "not judged: a text reranker cannot see its image, and it has no caption"
 MODELS = CROSS_ENCODER
 DEFAULT_MODEL = next(iter(MODELS))
-_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "sentencepiece*")
+PASS_ROWS = {"cpu": 4, "other": 16}
+"""Pairs that go through the model together at most, those with images; texts go in four times as many."""
 
 
 def recognises(name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
-    """Whether a model is a cross-encoder: one score for a pair of texts."""
+    """Whether a model is a cross-encoder: one score for a pair."""
     kinds = config.get("architectures")
     classifies = isinstance(kinds, list) and any("SequenceClassification" in str(kind) for kind in kinds)
-    return base_url is None and (name in MODELS or classifies)
+    saved_as_one = config.get("sentence_transformers_class") == "CrossEncoder"
+    return base_url is None and (name in MODELS or classifies or saved_as_one)
 
 
 def load(name: str, **options: Any) -> Reranker:
-    """Return the reranker; options are those of `TextRerank`."""
-    return TextRerank(name, **options)
+    """Return the reranker; options are those of `CrossEncoderRerank`."""
+    return CrossEncoderRerank(name, **options)
 
 
 class CrossEncoder:
-    """Logits of a cross-encoder for question and text. They order a list and are not calibrated.
+    """How well each candidate answers the query, from 0 to 1: the sigmoid of the model's logit.
+
+    Args:
+        name: hub id, or a local folder.
+        revision: of the hub repository.
+        device: "cpu", "cuda", ...; default: the fastest there is.
+        dtype: of the computation; default: what the weights are stored in, but float32 for float16 on a CPU.
+        max_length: tokens of a pair of texts that count; None: as many as the model takes.
+        instruction: what a model that takes instructions is told; default: its own.
+        trust_remote_code: run the Python files of the model's repository.
 
     Raises:
-        MissingExtraError: FlagEmbedding is not installed.
+        MissingExtraError: sentence-transformers is not installed.
         ModelNotFoundError: the hub is out of reach, and the name is no folder.
+        CheckpointError: the files are damaged, unsafe, of another kind of model, or need code that is not trusted.
     """
 
-    calibrated = False
+    calibrated = True
 
-    def __init__(self, name: str, *, revision: str | None, device: str | None, max_length: int) -> None:
-        try:
-            from FlagEmbedding import FlagReranker
-        except ImportError as error:
-            raise MissingExtraError('FlagEmbedding is not installed: pip install "mm-retriever[hybrid]"') from error
-        from mm_retriever.devices import default_device
-        from mm_retriever.embedders.bge_m3 import flag_model_folder
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        max_length: int | None = None,
+        instruction: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        from mm_retriever.checkpoint import locate
+        from mm_retriever.devices import as_device, as_dtype, stored_dtype
+        from mm_retriever.embedders.sentence_files import load_model, model_tensors
 
-        self.name = name
-        folder = flag_model_folder(name, revision, _FILES)
-        self._model: Any = FlagReranker(
-            str(folder), use_fp16=False, devices=device or default_device(), max_length=max_length
+        self.name, self._instruction = name, instruction
+        files = locate(name, {}, revision=revision)
+        stored = next((tensor.dtype for tensor in model_tensors(files).values() if tensor.is_floating_point()), None)
+        place = as_device(device)
+        self._model: Any = load_model(
+            "CrossEncoder",
+            files,
+            device=place,
+            dtype=as_dtype(dtype, default=stored_dtype(stored, place)),
+            trust_remote_code=trust_remote_code is True,
         )
+        if self._model.num_labels != 1:
+            raise CheckpointError(f"{name!r} gives {self._model.num_labels} numbers for a pair; a reranker gives one")
+        if max_length is not None and not self.sees_images:
+            self._model.max_seq_length = min(max_length, self._model.max_seq_length or max_length)
+        self._is_probability = _ends_in_sigmoid(self._model)
         self._lock = ForkLock()
+        self._loaded_in = os.getpid()
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the model takes images."""
+        return bool(self._model.supports("image"))
 
     def score(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> list[float | None]:
-        """The logit of each text.
+        """From 0 to 1 for each; None for one that the model cannot see, or that there was no time for.
 
         Raises:
-            QueryError: the query has no words.
-            RerankError: a candidate is an image.
+            QueryError: the query has no words, and the model reads nothing else.
         """
-        if not query.text:
+        check_forked(self._loaded_in, self._model.device.type)
+        if not self.sees_images and not query.text:
             raise QueryError("a text reranker needs a question in words")
-        images = sum(candidate.image is not None for candidate in candidates)
-        if images:
-            raise RerankError(
-                f"{images} of {len(candidates)} candidates are images, which a text reranker cannot see: use "
-                'Phi3VisionRerank or VisionLLMRerank, or on_error="keep_order"'
-            )
-        pairs = [(query.text, candidate.node.node.get_content()) for candidate in candidates]
-        with self._lock:
-            values = self._model.compute_score(pairs, batch_size=len(pairs) + 1)  # or it draws a progress bar
-        meter.passes += 1
-        return [float(value) for value in (values if isinstance(values, list) else [values])]
+        asked = self._input(query.text, query.image)
+        scores: list[float | None] = [None] * len(candidates)
+        shown = {
+            row: self._input("", each.image)
+            if each.image is not None and self.sees_images
+            else self._input(_words(each))
+            for row, each in enumerate(candidates)
+        }
+        for rows in self._passes([row for row, given in shown.items() if given], candidates):
+            if meter.out_of_time():
+                break
+            with self._lock:
+                values = self._model.predict(
+                    [(asked, shown[row]) for row in rows],
+                    prompt=self._instruction,
+                    batch_size=len(rows),
+                    show_progress_bar=False,
+                    activation_fn=_as_they_are,
+                )
+            meter.passes += 1
+            meter.images += sum(self.sees_images and candidates[row].image is not None for row in rows)
+            for row, value in zip(rows, values, strict=True):
+                scores[row] = float(value) if self._is_probability else _sigmoid(float(value))
+        return scores
+
+    def _input(self, text: str, image: Image.Image | None = None) -> Any:
+        """What the library takes: the image before the text, and a text never as what may be taken for a place.
+
+        None where there is nothing for this model.
+        """
+        from mm_retriever.embedders.sentence_encoder import bounded
+        from mm_retriever.embedders.sentence_files import plain_text
+        from mm_retriever.tokenizer import valid_unicode
+
+        words, chat = valid_unicode(text), "message" in self._model.modalities
+        if chat:
+            words = plain_text(words, self._model.tokenizer)
+        if not self.sees_images and not (chat and self._model[0].input_formatter.message_format == "structured"):
+            return words or None
+        given: dict[str, Any] = {"image": bounded(image)} if image is not None and self.sees_images else {}
+        return given | ({"text": words} if words else {}) or None
+
+    def _passes(self, rows: Sequence[int], candidates: Sequence[Candidate]) -> Iterator[list[int]]:
+        most = PASS_ROWS["cpu" if self._model.device.type == "cpu" else "other"]
+        for images in (True, False):
+            kind = [row for row in rows if (candidates[row].image is not None and self.sees_images) == images]
+            step = most if images else 4 * most
+            for start in range(0, len(kind), step):
+                yield kind[start : start + step]
 
 
-class TextRerank(ScorerRerank):
-    """Ranks texts by how well they answer a question; images it cannot see, the query's or a candidate's, and says so.
+class CrossEncoderRerank(ScorerRerank):
+    """Ranks by a cross-encoder; scores go from 0 to 1 and mean the same in every list.
+
+    A model that reads texts alone ranks images by their captions, leaves out the query's image, and says both in the
+    notes. Images without a caption are not judged and come last, with a note.
 
     Args:
         model_name: hub id, or a local folder.
@@ -95,15 +179,26 @@ class TextRerank(ScorerRerank):
 
     revision: str | None = None
     """Of the hub repository."""
-    device: str | None = None
+    device: Name = None
     """"cpu", "cuda", ...; default: the fastest there is."""
+    dtype: Name = None
+    """Default: what the weights are stored in, but float32 for float16 on a CPU."""
     max_length: int = 512
-    """Tokens of question and text together that count."""
+    """Tokens of question and text together that count, in models that read texts alone."""
+    instruction: str | None = None
+    """What a model that takes instructions is told; default: its own."""
+    trust_remote_code: bool = False
+    """Run the Python files of the model's repository."""
 
     def __init__(self, model_name: str | os.PathLike[str] = DEFAULT_MODEL, **options: Any) -> None:
         name = os.fspath(model_name)
-        chosen = {option: options.get(option) for option in ("revision", "device")}
-        scorer = CrossEncoder(name, max_length=options.get("max_length") or 512, **chosen)
+        chosen = {option: options.get(option) for option in ("revision", "device", "dtype", "instruction")}
+        scorer = CrossEncoder(
+            name,
+            max_length=options.get("max_length") or 512,
+            trust_remote_code=options.get("trust_remote_code") is True,
+            **chosen,
+        )
         super().__init__(scorer, **options)
 
     def _made_of(self) -> dict[str, Any]:
@@ -111,7 +206,40 @@ class TextRerank(ScorerRerank):
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         ranking = super()._rank(query, candidates, meter)
-        if query.image is None:
+        scorer = self._scorer
+        if not isinstance(scorer, CrossEncoder) or scorer.sees_images:
             return ranking
-        logger.warning("%s: %s", self.model_name, IMAGE_NOT_SEEN)
-        return replace(ranking, notes=dict.fromkeys(range(len(candidates)), IMAGE_NOT_SEEN))
+        notes = dict(ranking.notes)
+        for row, candidate in enumerate(candidates):
+            facts = [IMAGE_NOT_SEEN] if query.image is not None and row in ranking.model_scores else []
+            if candidate.image is not None and row in ranking.model_scores:
+                facts.append(CAPTION_SEEN)
+            if candidate.image is not None and not _words(candidate) and notes.get(row) != NO_TIME:
+                facts.append(NO_CAPTION)
+            notes |= {row: "; ".join(facts)} if facts else {}
+        if query.image is not None:
+            logger.warning("%s: %s", self.model_name, IMAGE_NOT_SEEN)
+        return replace(ranking, notes=notes)
+
+
+TextRerank = CrossEncoderRerank  # its earlier name
+
+
+def _words(candidate: Candidate) -> str:
+    """All of a candidate's text: of an image, its caption."""
+    return str(candidate.node.node.get_content(MetadataMode.NONE)).strip()
+
+
+def _as_they_are(scores: Any) -> Any:
+    return scores
+
+
+def _sigmoid(logit: float) -> float:
+    """In double precision: two candidates that a model is sure of still differ."""
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
+
+
+def _ends_in_sigmoid(model: Any) -> bool:
+    """Whether the last module gives probabilities already."""
+    activation = getattr(list(model)[-1], "activation_function", None)
+    return type(activation).__name__ == "Sigmoid"

@@ -3,7 +3,8 @@
 A family of models is a module with three members, and a word in `FAMILIES`:
 
     MODELS                                 names that people choose from, with what is known of each, or a short note
-    recognises(name, config, base_url)     whether a model is of this family; `config` is its config.json, if it has one
+    recognises(name, config, base_url)     whether a model is of this family; `config` is its config.json, if it has
+                                           one, with "sentence_transformers_class", if that library saved it
     load(name, **options)                  its reranker; for a `Scorer`: ``ScorerRerank(scorer, **options)``
 
 `load` is given `top_n`, what else the caller set, and of device, dtype, revision and base_url those that are not None.
@@ -12,6 +13,7 @@ A family of models is a module with three members, and a word in `FAMILIES`:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -78,15 +80,6 @@ def load_reranker(
     return _family(name, revision, base_url).load(name, top_n=top_n, **given, **options)
 
 
-def check_reranker(name: str, *, revision: str | None = None, base_url: str | None = None) -> None:
-    """Refuse a name that `load_reranker` would refuse, and load nothing.
-
-    Raises:
-        ModelNotFoundError: no family knows the model, or the hub is out of reach.
-    """
-    _family(name, revision, base_url)
-
-
 def as_postprocessors(
     rerank: str | BaseNodePostprocessor | Sequence[BaseNodePostprocessor], **options: Any
 ) -> tuple[BaseNodePostprocessor, ...]:
@@ -107,9 +100,10 @@ def _family(name: str, revision: str | None, base_url: str | None) -> Family:
         if family.recognises(name, {}, base_url):
             return family
     config = _config(name, revision)
-    for family in _families():
-        if family.recognises(name, config, base_url):
-            return family
+    for known in (config, config | {"sentence_transformers_class": _saved_by(name, revision)}):
+        for family in _families():
+            if family.recognises(name, known, base_url):
+                return family
     kind = one_line(config.get("model_type"), 80)
     raise ModelNotFoundError(f"{name!r} is a model of type {kind!r}, which is no reranker; {_choices()}")
 
@@ -143,6 +137,24 @@ def published_rerankers() -> Iterator[tuple[str, ModelEntry]]:
     for family in _families():
         for name, entry in family.MODELS.items():
             yield name, entry if isinstance(entry, ModelEntry) else ModelEntry(note=entry)
+
+
+def _saved_by(name: str, revision: str | None) -> str:
+    """The class of sentence-transformers that saved a folder or hub repository; empty if none did."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    from mm_retriever.checkpoint import read_json
+    from mm_retriever.embedders.sentence_files import LIBRARY_CONFIG, library_kind
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return library_kind(folder)
+    for cached in (True, False):
+        with suppress(OSError, HFValidationError):
+            file = hf_hub_download(name, LIBRARY_CONFIG, revision=revision, local_files_only=cached)
+            return str(read_json(Path(file)).get("model_type", ""))
+    return ""
 
 
 def _choices() -> str:
