@@ -8,11 +8,8 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import numpy as np
 from llama_index.core.base.embeddings.base import Embedding
@@ -22,9 +19,9 @@ from llama_index.core.embeddings import MultiModalEmbedding
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
 from llama_index.core.schema import BaseNode, QueryBundle
-from llama_index.core.utils import get_tqdm_iterable
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm.auto import tqdm
 
 from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
 from mm_retriever.embedders.registry import load_embedder, server_options
@@ -32,7 +29,7 @@ from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portable_image
 from mm_retriever.rebuild import Rebuilt, Secret, field_arguments, portable_name
-from mm_retriever.request import Request, node_image, node_images
+from mm_retriever.request import Request, node_image, node_images, paired, read_ahead
 from mm_retriever.threads import in_thread
 from mm_retriever.vector_cache import MAX_BYTES, VectorCache
 
@@ -41,11 +38,12 @@ if TYPE_CHECKING:
 
     from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
 
-_READERS = min(8, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
-
 __all__ = ["DEFAULT_MODEL", "ComposedEmbedding", "Request", "VisualizedBGEEmbedding", "node_image", "node_images"]
 
 dispatcher = get_dispatcher(__name__)
+spanned = cast("Callable[[F], F]", dispatcher.span)  # LlamaIndex's decorator drops the signature
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
@@ -192,34 +190,13 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         self, requests: Sequence[Request], *, show_progress: bool, name: str, query: bool = False
     ) -> list[Embedding]:
         """Vectors in the order of the requests; images of the next batch are read while the model works on this one."""
-        order = sorted(range(len(requests)), key=lambda row: len(requests[row].text or ""))
         embeddings: list[Embedding] = [[]] * len(requests)
-        bar: Any = get_tqdm_iterable(order, show_progress, name)
-        rows = iter(bar)
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
-
-            def read(start: int) -> list[Callable[[], Content]]:
-                batch = [requests[row] for row in order[start : start + self.embed_batch_size]]
-                return [
-                    partial(self._content, request)
-                    if request.image is None
-                    else readers.submit(self._content, request).result
-                    for request in batch
-                ]
-
-            reading = read(0)
-            try:
-                for start in range(0, len(order), self.embed_batch_size):
-                    batch = list(islice(rows, self.embed_batch_size))
-                    contents = [content() for content in reading]
-                    reading = read(start + self.embed_batch_size)
-                    computed = self._announced([requests[row].label for row in batch], contents, query=query)
-                    for row, embedding in zip(batch, computed, strict=True):
-                        embeddings[row] = embedding
-            finally:
-                readers.shutdown(wait=True, cancel_futures=True)
-                if show_progress:
-                    bar.close()
+        with tqdm(total=len(requests), desc=name, disable=not show_progress) as bar:
+            for rows, contents in read_ahead(requests, self.embed_batch_size, self._content):
+                computed = self._announced([requests[row].label for row in rows], contents, query=query)
+                for row, embedding in zip(rows, computed, strict=True):
+                    embeddings[row] = embedding
+                bar.update(len(rows))
         return embeddings
 
     def _announced(self, labels: list[str], contents: Sequence[Content], *, query: bool) -> list[Embedding]:
@@ -269,6 +246,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     _aget_image_embedding = in_thread(_get_image_embedding)  # type: ignore[arg-type]
 
+    @spanned
     def get_image_embedding(self, img_file_path: ImageSource, *, query: bool = False) -> Embedding:
         """Vector of an image: a path, bytes, a file object, a PIL image, ... (see :func:`load_image`).
 
@@ -283,6 +261,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     aget_image_embedding = in_thread(get_image_embedding)  # type: ignore[arg-type]
 
+    @spanned
     def get_image_embedding_batch(
         self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
     ) -> list[Embedding]:
@@ -305,6 +284,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         prepared = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
         return self._vectors([Content(image=image) for image in prepared])
 
+    @spanned
     def get_composed_embedding(self, text: str, image: ImageSource, *, query: bool = True) -> Embedding:
         """Vector of an image and a text about it ("the same in red") together.
 
@@ -320,6 +300,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     aget_composed_embedding = in_thread(get_composed_embedding)
 
+    @spanned
     def get_composed_embedding_batch(
         self,
         texts: Sequence[str],
@@ -328,18 +309,37 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         *,
         query: bool = True,
     ) -> list[Embedding]:
-        """Vectors of pairs, the first text with the first image and so on, in the order given.
+        """Vectors of pairs, the first text with the first image and so on; errors are those of :meth:`embed`."""
+        return self._batch(paired(texts, images), show_progress=show_progress, name="Embedding pairs", query=query)
+
+    aget_composed_embedding_batch = in_thread(get_composed_embedding_batch)
+
+    @spanned
+    def embed(
+        self,
+        texts: Sequence[str | None] | None = None,
+        images: Sequence[ImageSource | None] | None = None,
+        *,
+        query: bool = False,
+        show_progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """(B, D), rows of length 1 in the order given: of texts, of images, or of each text with its image.
+
+        Args:
+            texts: None beside an image is the image alone.
+            images: None beside a text is the text alone.
+            query: whether the vectors are searched with, rather than stored.
+            show_progress: draw a progress bar.
 
         Raises:
             QueryError: there are not as many texts as images.
             ImageLoadError: names the first image that cannot or must not be read.
         """
-        if len(texts) != len(images):
-            raise QueryError(f"{len(texts)} texts and {len(images)} images: give one text for each image")
-        requests = [Request(text, image) for text, image in zip(texts, images, strict=True)]
-        return self._batch(requests, show_progress=show_progress, name="Embedding pairs", query=query)
+        requests = paired(texts, images)
+        vectors = self._batch(requests, show_progress=show_progress, name="Embedding", query=query)
+        return np.array(vectors, dtype=np.float32).reshape(len(requests), self.dimension)
 
-    aget_composed_embedding_batch = in_thread(get_composed_embedding_batch)
+    aembed = in_thread(embed)
 
     def get_query_bundle(
         self,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from llama_index.core.schema import BaseNode, MetadataMode
@@ -11,7 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.embedders.embedder import Content
+from mm_retriever.errors import QueryError
 from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image, source_name
+
+_READERS = min(8, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,52 @@ class Request:
                 return prepare(image)
 
         return Content(self.text or "", first_readable((self.image, *self.elsewhere), prepared))
+
+
+def paired(texts: Sequence[str | None] | None, images: Sequence[ImageSource | None] | None) -> list[Request]:
+    """A request for each text, each image, or each text with the image in its place.
+
+    Raises:
+        QueryError: there are not as many texts as images, or a place has neither.
+    """
+    texts = [None] * len(images or ()) if texts is None else texts
+    images = [None] * len(texts) if images is None else images
+    if len(texts) != len(images):
+        raise QueryError(f"{len(texts)} texts and {len(images)} images: give one text for each image")
+    requests = [Request(text, image) for text, image in zip(texts, images, strict=True)]
+    for place, request in enumerate(requests):
+        if request.text is None and request.image is None:
+            raise QueryError(f"there is neither a text nor an image at place {place}")
+    return requests
+
+
+def read_ahead(
+    requests: Sequence[Request], batch_size: int, read: Callable[[Request], Content]
+) -> Iterator[tuple[list[int], list[Content]]]:
+    """Yield the rows of each batch and what `read` makes of them; the images of the next batch are read meanwhile.
+
+    Texts of like length share a batch, so that little is padded.
+    """
+    order = sorted(range(len(requests)), key=lambda row: len(requests[row].text or ""))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
+
+        def begin(rows: list[int]) -> list[Callable[[], Content]]:
+            return [
+                partial(read, requests[row])
+                if requests[row].image is None
+                else readers.submit(read, requests[row]).result
+                for row in rows
+            ]
+
+        reading = begin(batches[0]) if batches else []
+        try:
+            for number, batch in enumerate(batches, 1):
+                contents = [content() for content in reading]
+                reading = begin(batches[number]) if number < len(batches) else []
+                yield batch, contents
+        finally:
+            readers.shutdown(wait=True, cancel_futures=True)
 
 
 def node_images(node: BaseNode) -> tuple[ImageSource, ...]:

@@ -20,7 +20,7 @@ from llama_index.core.base.embeddings.base import mean_agg
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
-from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle, QueryType
 from llama_index.core.vector_stores.types import (
     FilterCondition,
     FilterOperator,
@@ -49,6 +49,7 @@ from mm_retriever.own_keys import PREFIX, own_value
 from mm_retriever.request import node_images
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 from mm_retriever.store.schema import key_problem
+from mm_retriever.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class ComposedRetriever(BaseRetriever):
     Args:
         store: from `open_store`.
         embed_model: the model that the store was opened for.
-        top_k: how many results, 1 to 16384.
+        top_k: how many results, 1 to 16384; LlamaIndex's name for it, `similarity_top_k`, is taken too.
         filters: only what matches these.
         min_score: only what scores at least this.
         mode: "default" searches by vector; "hybrid" also by the words of the query, in a store opened with `hybrid`.
@@ -114,7 +115,9 @@ class ComposedRetriever(BaseRetriever):
         group_by: str | None = None,
         image_policy: ImagePolicy | None = None,
         callback_manager: CallbackManager | None = None,
+        similarity_top_k: int | None = None,
     ) -> None:
+        top_k = top_k if similarity_top_k is None else similarity_top_k
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
             raise QueryError(f"top_k {top_k!r}: give a whole number from 1 to {MAX_TOP_K}")
         if min_score is not None and min_score != min_score:
@@ -155,6 +158,26 @@ class ComposedRetriever(BaseRetriever):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
+
+    def retrieve_many(self, queries: Sequence[QueryType]) -> list[list[NodeWithScore]]:
+        """Return what `retrieve` returns for each query, in the order given; the model embeds all of them together.
+
+        Raises:
+            QueryError: one of them has nothing to search for.
+        """
+        bundles = [query if isinstance(query, QueryBundle) else QueryBundle(query) for query in queries]
+        plain = [row for row, one in enumerate(bundles) if one.embedding is None and not one.custom_embedding_strs]
+        texts = [bundles[row].query_str.strip() and bundles[row].query_str for row in plain]
+        images: list[Any] = [bundles[row].image_path for row in plain]
+        if not all(text or image for text, image in zip(texts, images, strict=True)):
+            raise QueryError("nothing to search for: give a text, QueryBundle(query_str, image_path=...), or both")
+        carried = [image and portable_image(image, policy=self._policy) for image in images]
+        vectors = self._embed_model.embed([text or None for text in texts], carried, query=True)
+        for row, image, vector in zip(plain, carried, vectors, strict=True):
+            bundles[row] = replace(bundles[row], image_path=image, embedding=vector.tolist())
+        return [self.retrieve(bundle) for bundle in bundles]
+
+    aretrieve_many = in_thread(retrieve_many)
 
     def _vector(self, query: QueryBundle) -> list[float]:
         if query.embedding is not None:

@@ -27,6 +27,7 @@ from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events.embedding import EmbeddingEndEvent, EmbeddingStartEvent
+from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
 from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image, ImageDraw
@@ -423,6 +424,57 @@ def test_pictures_send_the_events_that_texts_send(folder: Path, pictures: list[P
     assert sorted(ends[2].chunks + ends[3].chunks) == sorted(repr(str(path)) for path in pictures)
     assert any(chunk.endswith("+ red shoe") for chunk in ends[4].chunks + ends[5].chunks)
     assert [len(payload[EventPayload.EMBEDDINGS]) for payload in called.payloads] == [4, 3, 4, 3, 4, 3, 1]
+
+
+class Spans(SimpleSpanHandler):
+    @classmethod
+    def class_name(cls) -> str:
+        return "Spans"
+
+
+def test_images_and_pairs_have_spans_as_texts_have(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+    """Tracers (OpenTelemetry, through openinference) make one span of each span of LlamaIndex's dispatcher."""
+    root, spans = get_dispatcher(), Spans()
+    root.add_span_handler(spans)
+    try:
+        model.get_text_embedding_batch(TEXTS[:1])
+        model.get_image_embedding(pictures[0])
+        model.get_image_embedding_batch(pictures[:1])
+        model.get_composed_embedding("red", pictures[0])
+        asyncio.run(model.aget_composed_embedding_batch(["red"], pictures[:1]))
+        model.embed(images=pictures[:1])
+    finally:
+        root.span_handlers.remove(spans)
+    called = [span.id_.split("-")[0].split(".")[1] for span in spans.completed_spans]
+    assert called == [
+        "get_text_embedding_batch",
+        "get_image_embedding",
+        "get_image_embedding_batch",
+        "get_composed_embedding",
+        "get_composed_embedding_batch",
+        "embed",
+    ]
+
+
+def test_one_call_embeds_texts_images_and_pairs_as_an_array(
+    model: VisualizedBGEEmbedding, pictures: list[Path]
+) -> None:
+    """Row by row what the single calls give; a place may have only the text or only the image."""
+    assert np.allclose(model.embed(TEXTS), model.get_text_embedding_batch(TEXTS), atol=1e-6)
+    assert np.allclose(model.embed(images=pictures), model.get_image_embedding_batch(pictures), atol=1e-6)
+    mixed = model.embed(["red", "mug", None], [pictures[0], None, pictures[1]], query=True)
+    single = [
+        model.get_composed_embedding("red", pictures[0]),
+        model.get_query_embedding("mug"),
+        model.get_image_embedding(pictures[1], query=True),
+    ]
+    assert mixed.dtype == np.float32
+    assert np.allclose(mixed, single, atol=1e-6)
+    assert model.embed().shape == model.embed([], []).shape == (0, model.dimension)
+    with pytest.raises(QueryError, match="1 texts and 7 images"):
+        model.embed(["red"], pictures)
+    with pytest.raises(QueryError, match="neither a text nor an image at place 1"):
+        model.embed(["red", None])
 
 
 def test_progress_is_shown_on_request(

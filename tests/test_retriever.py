@@ -87,6 +87,27 @@ def test_several_texts_of_a_bundle_are_averaged_as_llamaindex_does(world):
     assert set(names(retriever(world, top_k=2).retrieve(bundle))) == {"green.png", "blue.png"}
 
 
+def test_many_queries_are_embedded_together_and_answered_in_their_order(world):
+    """Each answer is that of `retrieve`; five queries are one call of the model."""
+    _, model, folder = world
+    image = str(folder / "yellow.png")
+    queries = [
+        "green",
+        QueryBundle(query_str="", image_path=image),
+        QueryBundle(query_str="blue", image_path=image),
+        QueryBundle(query_str="x", embedding=model.get_text_embedding("purple")),
+        QueryBundle(query_str="x", custom_embedding_strs=["green", "blue"]),
+    ]
+    one = retriever(world, similarity_top_k=2)
+    alone = [names(one.retrieve(query)) for query in queries]
+    assert [len(found) for found in alone] == [2] * 5
+    assert [names(found) for found in one.retrieve_many(queries)] == alone
+    assert [names(found) for found in asyncio.run(one.aretrieve_many(queries))] == alone
+    assert one.retrieve_many([]) == []
+    with pytest.raises(QueryError, match="nothing to search for"):
+        one.retrieve_many(["green", " "])
+
+
 def test_asynchronous_retrieval_gives_the_same_in_every_event_loop(world):
     one = retriever(world, top_k=3)
     expected = names(one.retrieve("red"))

@@ -23,7 +23,7 @@ from llama_index.core.schema import BaseNode, ImageNode
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
-from mm_retriever.embedding import ComposedEmbedding
+from mm_retriever.embedding import ComposedEmbedding, spanned
 from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.folder import walk
@@ -64,6 +64,7 @@ _retried = Retrying(  # calls the store; a server that is away for a moment is a
 )
 
 
+@spanned
 def ingest_images(
     source: Source,
     store: ImageStore,
