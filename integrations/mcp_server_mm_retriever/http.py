@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mcp_server_mm_retriever.server import MAX_SESSIONS, Conversations, ImageSearchServer
 from mm_retriever.errors import MMRetrieverError, QueryError, one_line
+from mm_retriever.images.memory import give_back
 from mm_retriever.search_tools import ImageSearch
 
 SHORTEST_TOKEN = 16
@@ -29,6 +30,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_CONNECTIONS = 512
 MAX_BODY_BYTES = 28 * 2**20  # a data URI of the largest image that a client may send, and the call around it
 MAX_BODIES_BYTES = 8 * MAX_BODY_BYTES  # of all requests together
+LARGE_BODY_BYTES = 2**20  # after which memory goes back to the system
 HEADER_SECONDS = 10.0
 BODY_SECONDS = 60.0
 BACKLOG = 32  # as many are accepted in one go, before the limit of connections is looked at
@@ -147,6 +149,9 @@ class Admission:
             await self._app(scope, receive, send_with_words)
         finally:
             self._under_way -= size
+            if size >= LARGE_BODY_BYTES:  # a moment later, when nothing holds its texts any more
+                loop = asyncio.get_running_loop()
+                loop.call_later(1.0, loop.run_in_executor, None, give_back)
         if scope["type"] == "http" and scope["method"] == "DELETE":
             for session in _headers(scope, b"mcp-session-id"):
                 self._conversations.forget(session.decode("latin-1"))

@@ -13,7 +13,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -68,6 +68,7 @@ _READERS = {
 }
 _NO_READER = ImportError("no decoder")  # tells a reader that is missing from a file that is damaged
 _BYTES_A_PIXEL = {"JPEG": 8, "PNG": 8, "BMP": 8, "WEBP": 20, "AVIF": 16, "HEIC": 16}
+_STRIP = 2**20  # pixels that are hashed at a time
 _LONGEST_SIDE = 1_000_000  # pixels; each row costs 8 bytes and more beside its pixels
 _MEDIA_TYPES = {"PPM": "image/x-portable-anymap"}
 
@@ -211,7 +212,9 @@ def pixel_digest(image: Image.Image) -> str:
     if image.mode in ("P", "PA"):  # palette numbers alone say nothing
         image = image.convert("RGBA")
     digest = hashlib.sha256(f"{image.mode} {image.width} {image.height}\0".encode())
-    digest.update(image.tobytes())
+    rows = max(1, _STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):  # strip by strip: the whole as bytes would take as much again
+        digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     return digest.hexdigest()
 
 
@@ -311,7 +314,7 @@ def _decoded(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str) -> It
         memory.enter_context(DECODING.hold(_memory(header.format, header.size or (0, 0))))
         for ending in (b"", JPEG_END):
             # the reader itself: Image.open would try every format, and warn of large images before we can look
-            with reader(io.BytesIO(data + ending), "") as image:
+            with closing(reader(io.BytesIO(data + ending), "")) as image:  # its pixels go before those of the result
                 memory.enter_context(DECODING.hold(_memory(header.format, image.size)))
                 if reduced:
                     image.draft(None, (image.width // 2, image.height // 2))
