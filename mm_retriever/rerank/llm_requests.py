@@ -65,19 +65,39 @@ class Requests:
             logger.info("%s takes no JSON schema (%s); going on without", self._name, short(error))
             response = self._retried(messages, {})
             self.schema_refused = True  # it was the schema, not the rest, that it did not like
+        return self._counted(response)
+
+    def first_token(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse | None:
+        """The answer's first token with its log-probabilities; None if the server refuses such a request.
+
+        Args:
+            messages: of the request.
+            options: from `single_pass.options`.
+        """
+        try:
+            return self._counted(self._retried(messages, options, needed=True))
+        except Exception as error:
+            if not is_schema_refusal(error):
+                raise
+            logger.info("%s gives no log-probabilities (%s); going on without", self._name, short(error))
+            return None
+
+    def _counted(self, response: ChatResponse) -> ChatResponse:
         prompt, answer = _token_counts(response)
         self._meter.prefilled += prompt
         self._meter.generated += answer
         return response
 
-    def _retried(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse:
-        """The answer to one request, asked again where that may help."""
+    def _retried(
+        self, messages: list[ChatMessage], options: Mapping[str, Any], *, needed: bool = False
+    ) -> ChatResponse:
+        """The answer to one request, asked again where that may help; without the options only if not `needed`."""
         meter, server_failed = self._meter, False
 
         def once() -> ChatResponse:
             nonlocal server_failed
             # a server that fails on the schema alone is asked without it the next time
-            fields = {} if server_failed else options
+            fields = {} if server_failed and not needed else options
             meter.passes += 1
             left = meter.left()
             limit = self._timeout_s if left is None else min(self._timeout_s, left)
@@ -159,22 +179,24 @@ def openai_like(
 def _ending(response: ChatResponse) -> tuple[str, str]:
     """Why the answer ended, lower-cased, and in which words the model refused; "" where the client does not say."""
     raw = response.raw
-    choice = _first(_field(raw, "choices")) or _first(_field(raw, "candidates"))
-    message = _field(choice, "message")
-    refusal = _field(message, "refusal") or response.message.additional_kwargs.get("refusal")
+    choice = first(field(raw, "choices")) or first(field(raw, "candidates"))
+    message = field(choice, "message")
+    refusal = field(message, "refusal") or response.message.additional_kwargs.get("refusal")
     for holder, name in ((choice, "finish_reason"), (raw, "stop_reason"), (raw, "finish_reason"), (raw, "done_reason")):
-        reason = _field(holder, name)
+        reason = field(holder, name)
         if reason:
             ended = str(getattr(reason, "name", reason)).lower()
             return ended, refusal if isinstance(refusal, str) else ""
     return "", refusal if isinstance(refusal, str) else ""
 
 
-def _field(holder: Any, name: str) -> Any:
+def field(holder: Any, name: str) -> Any:
+    """Return what an object or mapping has under a name; None if it has not."""
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
 
 
-def _first(items: Any) -> Any:
+def first(items: Any) -> Any:
+    """Return the first of a list; None if there is none."""
     return items[0] if isinstance(items, list | tuple) and items else None
 
 

@@ -20,6 +20,7 @@ from mm_retriever.errors import CopyError, QueryError, RerankError
 from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
 from mm_retriever.rebuild import Secret, check_whole, field_arguments
+from mm_retriever.rerank import single_pass
 from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
 from mm_retriever.rerank.llm_requests import Requests, UnrankedError, check_ending, openai_like
 from mm_retriever.rerank.reranker import Reranker
@@ -38,6 +39,10 @@ PROMPTS = {
         "name every number exactly once."
     ),
     "rank_composed": "The query changes the query image: what is wanted is what both together describe.",
+    "first": (
+        "There are {count} candidates, numbered 1 to {count}. Answer with the number of the one that fits best, and "
+        "with nothing else."
+    ),
     "answer": "Answer with one JSON object and nothing else: {example}",
 }
 _EXAMPLES: dict[str, Any] = {
@@ -76,6 +81,10 @@ class VisionLLMRerank(Reranker):
     """Whether to ask what the query image shows."""
     reasons: Literal["first", "all", "none"] = "first"
     """For which of the kept ones to ask why they fit."""
+    single_pass: bool = False
+    """Whether to ask for one token instead of an answer: candidates are ranked by the log-probabilities of their
+    numbers as that token. Takes a fraction of the time, and gives no caption and no reasons. Where a server does not
+    tell the log-probability of every number, that window is ranked by an answer, and the repairs say so."""
     structured: Literal["auto", "json_schema", "guided_json", "none"] = "auto"
     """How a JSON schema is sent: "json_schema" in OpenAI's ``response_format``, "guided_json" in older vLLM's field,
     "none" not at all; "auto" tries the first with LLMs that speak OpenAI's protocol, and goes on without where the
@@ -98,6 +107,7 @@ class VisionLLMRerank(Reranker):
 
     _llm: LLM = PrivateAttr()
     _schema_refused: bool = PrivateAttr(default=False)
+    _number_ids: tuple[int, ...] | None = PrivateAttr(default=None)
     _server: dict[str, str | None] | None = PrivateAttr(default=None)
 
     def __init__(
@@ -114,6 +124,8 @@ class VisionLLMRerank(Reranker):
         if llm is None and not (base_url and model):
             raise QueryError(f"base_url={base_url!r}, model={model!r}: give both")
         super().__init__(**options | {"model_name": model if llm is None else str(llm.metadata.model_name)})
+        if self.single_pass and self.window > single_pass.MOST:
+            raise QueryError(f"window={self.window}: single_pass ranks {single_pass.MOST} at a time at most")
         if llm is None and base_url and model:
             llm, connections = openai_like(
                 base_url, model, api_key, timeout_s=self.timeout_s, max_tokens=self.max_tokens
@@ -172,7 +184,7 @@ class VisionLLMRerank(Reranker):
         order = asked.slide(visible)
         if asked.refusal is not None and not asked.proven:
             raise asked.refusal
-        scores = rank_scores(order)
+        scores = asked.logprobs if asked.logprobs.keys() == set(order) else rank_scores(order)
         ranking = self._settle(candidates, [scores.get(i) for i in range(len(candidates))])
         if order and asked.unproven and not asked.proven:
             ranking = replace(ranking, model_scores={}, notes=dict.fromkeys(range(len(candidates)), _NOT_RANKED))
@@ -190,7 +202,7 @@ class VisionLLMRerank(Reranker):
     def _messages(
         self, query: Query, candidates: Sequence[Candidate], images: Sequence[ImageBlock | None], keys: Sequence[str]
     ) -> list[ChatMessage]:
-        """The messages; `images` are the query's and the candidates', None for a text."""
+        """The messages; `images` are the query's and the candidates', None for a text; without keys for one token."""
         blocks: list[ContentBlock] = []
         if images and images[0] is not None:
             blocks += [TextBlock(text=self._say("query_picture")), images[0]]
@@ -205,9 +217,15 @@ class VisionLLMRerank(Reranker):
             for number, (candidate, image) in enumerate(zip(candidates, images[1:], strict=True), start=1):
                 blocks.append(TextBlock(text=self._say("candidate", number=number)))
                 blocks.append(TextBlock(text=candidate.text) if image is None else image)
+        if not keys:
+            blocks.append(TextBlock(text=self._say("first", count=len(candidates))))
+            return self._turns(blocks)
         blocks.append(TextBlock(text=self._say("rank", count=len(candidates))))
         example = json.dumps({key: _EXAMPLES[key] for key in keys})
         blocks.append(TextBlock(text=self._say("answer", example=example)))
+        return self._turns(blocks)
+
+    def _turns(self, blocks: list[ContentBlock]) -> list[ChatMessage]:
         return [
             ChatMessage(role=MessageRole.SYSTEM, content=self._say("system")),
             ChatMessage(role=MessageRole.USER, blocks=blocks),
@@ -232,12 +250,26 @@ class VisionLLMRerank(Reranker):
             properties["reasons"] = {"type": "array", "items": text, "minItems": count, "maxItems": count}
         return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
+    @property
+    def _speaks_openai(self) -> bool:
+        return "openai" in type(self._llm).class_name().lower()
+
+    def _first_token_ids(self, meter: Meter) -> tuple[int, ...]:
+        """The tokens of the numbers, for which the server is asked once; empty if it does not tell."""
+        if self._number_ids is None:
+            server = self._server or {}
+            base_url, model, key = (server.get(name) for name in ("base_url", "model", "api_key"))
+            timing: dict[str, Any] = {"timeout_s": self.timeout_s, "left": meter.left}
+            known = single_pass.number_ids(base_url, model, key, **timing) if base_url and model else ()
+            self._number_ids = known
+        return self._number_ids
+
     def _schema_options(self, schema: dict[str, Any]) -> dict[str, Any]:
         if self.structured == "none" or self._schema_refused:
             return {}
         if self.structured == "guided_json":
             return {"extra_body": {"guided_json": schema}}
-        if self.structured == "auto" and "openai" not in type(self._llm).class_name().lower():
+        if self.structured == "auto" and not self._speaks_openai:
             return {}
         named = {"name": "ranking", "strict": True, "schema": schema}
         return {"response_format": {"type": "json_schema", "json_schema": named}}
@@ -258,6 +290,8 @@ class _Windows:
         )
         self._blocks: dict[int, ImageBlock] = {}
         self.caption = self.wanted = ""
+        self.logprobs: dict[int, float] = {}
+        self._in_words = not reranker.single_pass
         self.reasons: dict[int, str] = {}
         self.repairs: list[str] = []
         self.proven = self.unproven = 0
@@ -282,6 +316,10 @@ class _Windows:
     def _ranked(self, items: list[int]) -> list[int]:
         if not items:
             return items
+        if not self._in_words and (logprobs := self._first_token(items)):
+            self.proven += 1
+            self.logprobs = logprobs
+            return sorted(items, key=lambda i: (-logprobs[i], i))
         try:
             answer = self._answer(items)
         except UnrankedError as error:
@@ -304,19 +342,44 @@ class _Windows:
         ranked = [items[label - 1] for label in named]
         return [*ranked, *(i for i in sorted(items) if i not in ranked)]
 
+    def _first_token(self, items: Sequence[int]) -> dict[int, float]:
+        """The log-probability of each candidate's number as the first token; empty, with a note, if not of all."""
+        reranker = self._reranker
+        problem = "the client does not speak OpenAI's protocol" if not reranker._speaks_openai else ""
+        if not problem:
+            messages = reranker._messages(self._query, *self._shown(items), [])
+            found: dict[int, float] = {}
+            for ask_ids in (False, True):
+                ids = reranker._number_ids or (reranker._first_token_ids(self._meter) if ask_ids else ())
+                if ask_ids and not ids:
+                    break  # this server has no more to say
+                response = self._requests.first_token(messages, single_pass.options(ids[: len(items)]))
+                found = {} if response is None else single_pass.number_logprobs(response.raw, len(items))
+                problem = single_pass.problem(found, len(items))
+                if not problem:
+                    return {items[number - 1]: logprob for number, logprob in found.items()}
+                if response is None or ids:
+                    break
+        self._in_words = True  # the next window would fare no better
+        self._note(f"{problem}; ranked by a written answer instead")
+        return {}
+
     def _answer(self, items: Sequence[int]) -> Answer:
         """What the model says to these candidates, all of which can be shown."""
         reranker = self._reranker
         schema = reranker._schema(self._query, len(items))
-        candidates = [self._candidates[i] for i in items]
-        images = [] if reranker.mode == "sheet" else [self._block(i) for i in (-1, *items)]
-        messages = reranker._messages(self._query, candidates, images, schema["required"])
+        messages = reranker._messages(self._query, *self._shown(items), schema["required"])
         response = self._requests.ask(messages, reranker._schema_options(schema))
         reranker._schema_refused = reranker._schema_refused or self._requests.schema_refused
         answer = read_answer(str(response.message.content or ""))
         refusal = "" if answer.ranking else answer.refusal
         check_ending(response, refusal, reranker.model_name, reranker.window, reranker.max_tokens)
         return answer
+
+    def _shown(self, items: Sequence[int]) -> tuple[list[Candidate], list[ImageBlock | None]]:
+        """The candidates, and their images after the query's; none of those on a sheet."""
+        images = [] if self._reranker.mode == "sheet" else [self._block(i) for i in (-1, *items)]
+        return [self._candidates[i] for i in items], images
 
     def _block(self, position: int) -> ImageBlock | None:
         """The image of a candidate, or of the query (-1), as it is sent; made once for all requests."""
