@@ -100,8 +100,8 @@ class Columns:
         if operator in _ORDER:
             return self._order_problem(key, operator, item.value)
         wanted = _wanted(alternatives)
-        if wanted and not any(self._has(key, kind) for kind in wanted):
-            kinds = self._known(key)
+        kinds = self._known(key)
+        if wanted and not wanted & kinds and not any(self._has(key, kind) for kind in wanted):
             advice = "contains" if "lists" in kinds else "text_match" if "text" in kinds else "== or in"
             return f"column {key!r} holds {self._described(key)}, which {operator.value} never matches; use {advice}"
         return None
