@@ -15,7 +15,15 @@ from PIL import Image
 
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.errors import QueryError
-from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image, source_name
+from mm_retriever.images import (
+    ImageDataURI,
+    ImagePolicy,
+    ImageSource,
+    first_readable,
+    opened_image,
+    pixel_digest,
+    source_name,
+)
 
 _READERS = min(8, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
 
@@ -67,6 +75,8 @@ class Request:
 
         def prepared(source: ImageSource) -> NDArray[np.uint8]:
             with opened_image(source, policy=self.policy or policy, keep_mode=True) as image:
+                if isinstance(source, ImageDataURI) and image.mode == "RGB":
+                    source.pixels = image.size, pixel_digest(image)
                 return prepare(image)
 
         return Content(self.text or "", first_readable((self.image, *self.elsewhere), prepared))

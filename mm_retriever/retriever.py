@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -29,7 +28,6 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQuery,
     VectorStoreQueryMode,
 )
-from PIL import Image
 
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMismatchError
@@ -37,9 +35,10 @@ from mm_retriever.images import (
     DEFAULT_POLICY,
     ImageDataURI,
     ImagePolicy,
+    ImageSource,
     first_readable,
     is_place,
-    load_image,
+    opened_image,
     pixel_digest,
     portable_image,
     read_image_bytes,
@@ -132,7 +131,6 @@ class ComposedRetriever(BaseRetriever):
             raise StoreMismatchError(
                 f"the store was opened for {store.model_id!r}, the model given is {embed_model.model_id!r}"
             )
-        filter_expression(filters)  # what cannot be expressed is refused here, not at the first query
         for problem in () if group_by is None else item_problems(store, group_by):
             logger.warning("group_by=%r: %s; each image is an item of its own", group_by, problem)
         super().__init__(callback_manager=callback_manager)
@@ -140,6 +138,7 @@ class ComposedRetriever(BaseRetriever):
         self._embed_model = embed_model
         self._top_k = top_k
         self._filters = filters
+        self._expression = filter_expression(filters)  # what cannot be expressed is refused here, and not later
         self._min_score = min_score
         self._mode = VectorStoreQueryMode(mode)
         self._exclude_query_image = exclude_query_image
@@ -195,14 +194,15 @@ class ComposedRetriever(BaseRetriever):
         raise QueryError("nothing to search for: give a text, QueryBundle(query_str, image_path=...), or both")
 
     def _search(self, query: QueryBundle, vector: list[float], top_k: int) -> Iterator[NodeWithScore]:
-        found = self._store.query(
+        found = self._store.search(
             VectorStoreQuery(
                 query_str=query.query_str,
                 query_embedding=vector,
                 similarity_top_k=top_k,
                 filters=self._filters,
                 mode=self._mode,
-            )
+            ),
+            self._expression,
         )
         for node, score in zip(found.nodes or (), found.similarities or (), strict=True):
             if self._min_score is None or score >= self._min_score:
@@ -357,7 +357,8 @@ class _QueryImage:
             self._places = {image, os.path.abspath(image), os.path.realpath(image)}  # noqa: PTH100 - may be a URL
         self._digest: str | None = None
         self._lossless = False
-        self._loaded: Image.Image | None = None
+        self._pixels: tuple[tuple[int, int], str] | None = None
+        self._is_same: dict[str, bool] = {}  # by node: more results are fetched as long as these take up places
         in_memory = not is_place(image)
         # what is in memory already is not limited again
         largest = max(policy.max_bytes, len(image)) if in_memory else policy.max_bytes
@@ -382,24 +383,27 @@ class _QueryImage:
         return isinstance(node, ImageNode) and (node.image_path in self._places or node.image_url in self._places)
 
     def _without_same_pixels(self, found: list[NodeWithScore]) -> list[NodeWithScore]:
-        read = partial(load_image, policy=self._policy)
         try:
-            self._loaded = self._loaded or read(self._image)
+            self._pixels = self._pixels or getattr(self._image, "pixels", None) or self._size_and_digest(self._image)
         except ImageLoadError as error:
             logger.warning("the pixels of the results are not compared with the query image: %s", error)
             return found
-        query, pixels = self._loaded, pixel_digest(self._loaded)
+        for one in found:
+            if one.node.node_id not in self._is_same:
+                self._is_same[one.node.node_id] = self._has_pixels(one.node, *self._pixels)
+        return [one for one in found if not self._is_same[one.node.node_id]]
 
-        def is_same(node: BaseNode) -> bool:
-            own = [own_value(node.metadata, key) for key in ("width", "height")]
-            size = own[0] or query.width, own[1] or query.height
-            images = node_images(node)
-            if not images or size != query.size:
-                return False
-            try:
-                return pixel_digest(first_readable(images, read)) == pixels
-            except ImageLoadError as error:
-                logger.warning("not compared with the query image: %s", error)
-                return False
+    def _has_pixels(self, node: BaseNode, size: tuple[int, int], digest: str) -> bool:
+        images = node_images(node)
+        own = [own_value(node.metadata, key) or side for key, side in zip(("width", "height"), size, strict=True)]
+        if not images or tuple(own) != size:
+            return False
+        try:
+            return first_readable(images, self._size_and_digest) == (size, digest)
+        except ImageLoadError as error:
+            logger.warning("not compared with the query image: %s", error)
+            return False
 
-        return [one for one in found if not is_same(one.node)]
+    def _size_and_digest(self, source: ImageSource) -> tuple[tuple[int, int], str]:
+        with opened_image(source, policy=self._policy) as image:
+            return image.size, pixel_digest(image)

@@ -50,6 +50,8 @@ def demo(
         raise QueryError(f"{str(archive)!r} is taken only with --amazon; for your own folder use --photos {archive}")
     drawn = photos is None and not amazon
     model = model or ("tiny" if drawn else REAL_MODEL)
+    with_reranker = (drawn if rerank is None else rerank) or rerank_model
+    load_ranker = reranker(model, rerank_model, {}, top_n=9, device=device) if with_reranker else None
     embedding = embed_model(model, device=device, dtype=dtype)
     out.mkdir(parents=True, exist_ok=True)
     sidecar: Path | None = None
@@ -63,8 +65,7 @@ def demo(
         written = write_catalogue(out / "catalogue", show_progress=True)
         source, sidecar, db = written.products, written.labels, out / "catalogue.db"
         queries = catalogue_queries(out / "queries")
-    with_reranker = (drawn if rerank is None else rerank) or rerank_model
-    ranker = reranker(model, rerank_model, {}, top_n=9, device=device) if with_reranker else None
+    ranker = load_ranker() if load_ranker else None
     _run(source, db, queries, embedding, out, sidecar=sidecar, ranker=ranker)
     typer.echo(
         "\nYour own photos, with BAAI's weights (downloaded once, 400 MB):\n"

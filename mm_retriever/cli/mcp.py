@@ -73,6 +73,7 @@ def mcp(
     from mcp_server_mm_retriever import check_access, image_search, serve_http, serve_stdio
 
     from mm_retriever.own_keys import ITEM_KEY
+    from mm_retriever.rerank.registry import check_reranker
     from mm_retriever.store import check_exists, open_store
 
     group_by = ITEM_KEY if per_item else None
@@ -84,6 +85,8 @@ def mcp(
     if server and vision_model is None:
         raise QueryError("--vision-url needs --vision-model: the name under which the server serves the model")
     check_exists(db)  # before a model is loaded
+    if vision_model is not None:
+        check_reranker(vision_model, base_url=server.get("base_url"))
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
         embedding = options.embed_model(
             model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -145,15 +146,19 @@ def served_by(url: str | None, api: str | None, key: str | None, option: str) ->
 
 def reranker(
     model: str, rerank_model: str | None, server: Mapping[str, Any], *, top_n: int, device: str | None
-) -> Reranker:
-    """The reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`."""
+) -> Callable[[], Reranker]:
+    """What loads the reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`.
+
+    A wrong name is an error now, before any model is loaded.
+    """
     from mm_retriever.phi3_vision.config import DEFAULT_MODEL
-    from mm_retriever.rerank.registry import load_reranker
+    from mm_retriever.rerank.registry import check_reranker, load_reranker
 
     if server.get("api") in ("rerank", "score") and not rerank_model:
         raise QueryError("--rerank-api needs --rerank-model: the name under which the server serves a reranking model")
     name = rerank_model or ("tiny" if model == "tiny" and not server else DEFAULT_MODEL)
-    return load_reranker(name, top_n=top_n, device=None if server else device, **server)
+    check_reranker(name, base_url=server.get("base_url"))
+    return partial(load_reranker, name, top_n=top_n, device=None if server else device, **server)
 
 
 def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:
@@ -182,7 +187,7 @@ def filters_of(conditions: Sequence[str] | None) -> MetadataFilters | None:
 
 def check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:
     """Refuse filters that no row of the store can meet."""
-    if problems := store.filter_problems(filters):
+    if filters is not None and (problems := store.filter_problems(filters)):
         raise QueryError(f"--where: {'; '.join(problems)}")
 
 

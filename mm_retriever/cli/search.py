@@ -94,11 +94,13 @@ def search(
     group_by = ITEM_KEY if per_item else None
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     check_exists(db)  # before a model is loaded
+    load_ranker = None
+    if rerank or rerank_url or rerank_model:
+        load_ranker = options.reranker(model, rerank_model, server, top_n=top_k, device=device)
     embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         if hybrid and not store.hybrid:
             raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
-        options.check_filters(store, filters)
         options.check_items(store, group_by)
         retriever = ComposedRetriever(
             store,
@@ -111,6 +113,7 @@ def search(
             unique=each_once,
             group_by=group_by,
         )
+        options.check_filters(store, filters)
         # whoever types a URL wants it fetched; addresses in a private network stay closed
         policy = replace(embedding.image_policy, allow_urls=True)
         query = embedding.get_query_bundle(text, image, image_policy=policy)
@@ -119,9 +122,7 @@ def search(
             limits = {"--each-once": each_once, "--per-item": per_item, "--exclude-query": exclude_query}
             reason = _why_fewer(store.count(), filters, min_score, limits)
             typer.echo(f"{len(nodes)} of the {top_k} results that were asked for: {reason}", err=True)
-    reranking = None
-    if rerank or rerank_url or rerank_model:
-        reranking = options.reranker(model, rerank_model, server, top_n=top_k, device=device).rerank(nodes, query)
+    reranking = None if load_ranker is None else load_ranker().rerank(nodes, query)
     report = search_report(text, query.image_path, nodes, reranking=reranking)
     if as_json:
         print_json(result_rows(nodes if reranking is None else reranking.nodes))

@@ -95,16 +95,20 @@ DEFAULT_POLICY = ImagePolicy()
 class ImageDataURI(str):
     """A data URI that holds a whole image, and never shows it: its repr is short, for logs and events.
 
-    It is a string in all other respects. Copies and pickles keep the two attributes; JSON keeps the URI alone.
+    It is a string in all other respects. Copies and pickles keep the attributes; JSON keeps the URI alone.
 
     Args:
         uri: the data URI.
         name: what messages call the image; by default the beginning of the URI.
         url: where the image was fetched from; "" if nowhere.
+
+    Attributes:
+        pixels: size and digest of the decoded image, for whoever would decode it again to compare it; None: not known.
     """
 
     name: str
     url: str
+    pixels: tuple[tuple[int, int], str] | None = None
 
     def __new__(cls, uri: str, name: str = "", url: str = "") -> ImageDataURI:
         """Return the string with its attributes."""

@@ -80,6 +80,15 @@ def load_reranker(
     return _family(name, revision, base_url).load(name, top_n=top_n, **given, **options)
 
 
+def check_reranker(name: str, *, revision: str | None = None, base_url: str | None = None) -> None:
+    """Refuse a name that `load_reranker` would refuse, and load nothing.
+
+    Raises:
+        ModelNotFoundError: no family knows the model, or the hub is out of reach.
+    """
+    _family(name, revision, base_url)
+
+
 def as_postprocessors(
     rerank: str | BaseNodePostprocessor | Sequence[BaseNodePostprocessor], **options: Any
 ) -> tuple[BaseNodePostprocessor, ...]:

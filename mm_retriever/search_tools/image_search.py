@@ -110,10 +110,10 @@ class ImageSearch:
         self.stored_policy = stored_policy
         self._store = store
         self._embed_model = embed_model
-        self._rerank = as_postprocessors(rerank, top_n=self.limits.max_top_k, image_policy=stored_policy)
         self._llm = llm
         self._group_by = group_by
-        ComposedRetriever(store, embed_model, group_by=group_by)  # says now if these do not belong together
+        self._retriever(None, 1)  # says now if these do not belong together
+        self._rerank = as_postprocessors(rerank, top_n=self.limits.max_top_k, image_policy=stored_policy)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a pickle: all, or an error where LlamaIndex would leave out a part of the model or of a postprocessor."""
@@ -275,20 +275,20 @@ class ImageSearch:
     ) -> SearchResult:
         count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
         asked = read_filters(filters)
-        if problems := self._store.filter_problems(asked):  # refused before a model is asked
-            raise FilterError(f"filters: {'; '.join(problems)}")
         tell, steps = progress or _nobody, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
         named = self._named(image, conversation) if image else None
-        query = self._query(words, named)
-        tell(1, steps, "searching")
-        nodes = self._retrieve(
-            query,
+        retriever = self._retriever(
             _but_not(named.node if named and others else None, asked),
             max(count, self.limits.candidates) if self._rerank else count,
             others=others,
             unique=unique,
         )
+        if problems := self._store.filter_problems(asked):  # refused before a model is asked
+            raise FilterError(f"filters: {'; '.join(problems)}")
+        query = self._query(words, named)
+        tell(1, steps, "searching")
+        nodes = retriever.retrieve(query)
         matching = len(nodes)
         if self._rerank and nodes:
             tell(2, steps, f"reranking {len(nodes)} results")
@@ -323,15 +323,9 @@ class ImageSearch:
             notes.append(f"the first {thumbnails} have thumbnails")
         return "; ".join(notes)
 
-    def _retrieve(
-        self,
-        query: QueryBundle,
-        filters: MetadataFilters | None,
-        top_k: int,
-        *,
-        others: bool = False,
-        unique: bool = False,
-    ) -> list[NodeWithScore]:
+    def _retriever(
+        self, filters: MetadataFilters | None, top_k: int, *, others: bool = False, unique: bool = False
+    ) -> ComposedRetriever:
         return ComposedRetriever(
             self._store,
             self._embed_model,
@@ -341,7 +335,7 @@ class ImageSearch:
             unique=unique,
             group_by=self._group_by,
             image_policy=self.stored_policy,
-        ).retrieve(query)
+        )
 
     def _views(self, data: bytes, policy: ImagePolicy) -> tuple[tuple[int, int], bytes, bytes]:
         """Size of an image, a view for the model that describes it, and a thumbnail."""
@@ -391,7 +385,7 @@ class ImageSearch:
 
     def _hint(self, query: QueryBundle, filters: MetadataFilters | None) -> str:
         """What helps a model that found nothing: the keys that there are to filter by."""
-        nearest = self._retrieve(query, None, 1)
+        nearest = self._retriever(None, 1).retrieve(query)
         if not nearest:
             return "The store is empty."
         keys = ", ".join(shown_metadata(nearest[0].node.metadata, self.limits, without=frozenset(METADATA_KEYS)))

@@ -22,7 +22,7 @@ from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
 from mm_retriever.store.inspection import Verification, verify_collection
 from mm_retriever.store.pixels import embedded_by_pixels
-from mm_retriever.store.queries import WORD_MODES, answer, refuse_options
+from mm_retriever.store.queries import answer, log_unserved, refuse_options
 from mm_retriever.store.rows import log_unfiltered, row_to_node, storable_node, stored_row
 from mm_retriever.store.schema import (
     CONTENT_FIELD,
@@ -135,7 +135,6 @@ class ImageStore(MilvusVectorStore):
     _embed_model: Any = PrivateAttr(default=None)
     _opening: dict[str, Any] = PrivateAttr(default_factory=dict)
     _logged: set[str] = PrivateAttr(default_factory=set)
-    _logged_unserved: bool = PrivateAttr(default=False)
 
     def __init__(
         self,
@@ -267,8 +266,7 @@ class ImageStore(MilvusVectorStore):
         opening = {name: data[name] for name in known if name in data} | kwargs
         if isinstance(opening.get("hybrid"), str):
             raise StoreError(f"this store has words by the model {opening['hybrid']!r}: give it as hybrid=")
-        embed_model = opening.pop("embed_model", None)
-        return _opened_again(cls, opening, embed_model)
+        return _opened_again(cls, opening, opening.pop("embed_model", None))
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -286,8 +284,7 @@ class ImageStore(MilvusVectorStore):
             NodeError: a node cannot be stored; none was.
         """
         refuse_options("add", add_kwargs)
-        stored = embedded_by_pixels(nodes, self._embed_model)
-        self._write(stored)
+        self._write(stored := embedded_by_pixels(nodes, self._embed_model))
         return [node.node_id for node in stored]
 
     def write(self, nodes: Sequence[BaseNode]) -> None:
@@ -362,17 +359,13 @@ class ImageStore(MilvusVectorStore):
             FilterError: a filter that cannot be expressed.
             QueryError: no vector, a wrong one, a top_k outside 1 to 16384, or a mode that the store does not have.
         """
-        words = self._collection.words
-        text = query.query_str
-        if words is not None and query.mode in WORD_MODES and words.unserved(text) and not self._logged_unserved:
-            self._logged_unserved = True
-            logger.warning(
-                "collection %r finds words by the analyzer 'standard', which finds those of languages without spaces, "
-                "like %r, only where they stand alone; a new collection (hybrid=True) finds them",
-                self.collection_name,
-                (text or "")[:60],
-            )
-        return answer(self._collection, query, self._expression(query.filters), kwargs)
+        return self.search(query, filter_expression(query.filters), **kwargs)
+
+    def search(self, query: VectorStoreQuery, expression: str, **kwargs: Any) -> VectorStoreQueryResult:
+        """As `query`, for whoever has the expression of its filters already (`filter_expression`)."""
+        self._log_problems(query.filters)
+        log_unserved(self._collection, query, self._logged)
+        return answer(self._collection, query, expression, kwargs)
 
     def get_nodes(
         self,
@@ -422,21 +415,21 @@ class ImageStore(MilvusVectorStore):
 
         A column that no row has, an order comparison with values of another type, a list operator on a column without
         lists: Milvus answers them with nothing, or with everything. The command line and the tools of agents refuse
-        such filters; every other method of the store answers them and logs a warning.
-
-        Raises:
-            FilterError: a filter that cannot be expressed.
+        such filters; every other method of the store answers them and logs a warning. What cannot be expressed at all
+        is no matter of columns: `query` refuses it.
         """
-        filter_expression(filters)
         return self._columns.problems(filters)
 
     def _expression(self, filters: MetadataFilters | None) -> str:
-        """The expression of filters; what is wrong with them is logged once for each column and operator."""
         expression = filter_expression(filters)
-        if expression and filters is not None:
+        self._log_problems(filters)
+        return expression
+
+    def _log_problems(self, filters: MetadataFilters | None) -> None:
+        """Log what is wrong with filters, once for each column and operator."""
+        if filters is not None and filters.filters:
             for problem in self._columns.new_problems(filters):
                 logger.warning("filter on collection %r: %s", self.collection_name, problem)
-        return expression
 
     def verify(self) -> Verification:
         """Return whether every row, and every file of a Milvus Lite store, still is what was stored; reads it all."""

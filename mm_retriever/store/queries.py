@@ -5,6 +5,7 @@ Owns which query modes and options there are, and how a query is checked and ans
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from mm_retriever.store.filters import all_of, one_of
 from mm_retriever.store.rows import damaged_rows, row_to_node, vector_is_damaged
 from mm_retriever.store.schema import DOC_ID_FIELD, ID_FIELD, NODE_FIELDS, VECTOR_FIELD
 from mm_retriever.store.words import WordIndex
+
+logger = logging.getLogger(__name__)
 
 MAX_TOP_K = 16_384
 """The most rows that one Milvus request returns."""
@@ -82,6 +85,20 @@ def answer(
         nodes=[_hit_node(hit) for hit in hits],
         similarities=[float(hit["distance"]) for hit in hits],
         ids=[str(hit[ID_FIELD]) for hit in hits],
+    )
+
+
+def log_unserved(collection: Collection, query: VectorStoreQuery, logged: set[str]) -> None:
+    """Log once that the words of a query are of a script that the index of words hardly finds."""
+    words, what = collection.words, "words that the analyzer does not serve"
+    if words is None or query.mode not in WORD_MODES or what in logged or not words.unserved(query.query_str):
+        return
+    logged.add(what)
+    logger.warning(
+        "collection %r finds words by the analyzer 'standard', which finds those of languages without spaces, like %r, "
+        "only where they stand alone; a new collection (hybrid=True) finds them",
+        collection.name,
+        (query.query_str or "")[:60],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,6 +186,30 @@ def test_tools_and_the_mcp_server_take_the_name(
     answer = asyncio.run(ask())
     assert not answer.is_error
     assert_scores([each["score"] for each in answer.structured_content["results"]], name)
+
+
+def test_a_wrong_name_is_told_before_any_model_is_loaded_and_anything_is_searched(
+    capfd: pytest.CaptureFixture[str], store: ImageStore, embed_model: VisualizedBGEEmbedding, db: Path, leopard: Path
+) -> None:
+    """Truth: the embedding model named beside it does not exist either, and would be the error of whoever loads it."""
+    wrong = ["--db", str(db), "--model", "/nowhere/at/all"]
+    demo = ["demo", "--photos", str(leopard.parent), "--out", str(leopard.parent / "out"), "--model", "/nowhere/at/all"]
+    commands = [
+        ["search", "--text", "red", *wrong, "--rerank-model", "nobody/nothing"],
+        [*demo, "--rerank-model", "nobody/nothing"],
+    ]
+    if importlib.util.find_spec("mcp"):
+        commands.append(["mcp", *wrong, "--vision-model", "nobody/nothing"])
+    for command in commands:
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        said = capfd.readouterr().err
+        assert stopped.value.code == 2
+        assert "'nobody/nothing' is no folder here" in said
+        assert "/nowhere" not in said
+    for make in (image_query_engine, ImageSearch):
+        with pytest.raises(ModelNotFoundError, match="'nobody/nothing' is no folder here"):
+            make(store, embed_model, rerank="nobody/nothing")
 
 
 # ------------------------------------------------------------------------------------------ which family

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
+import sys
+import threading
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -18,6 +22,7 @@ from mm_retriever.demo.catalogue import draw_product
 from mm_retriever.errors import ImageLoadError, QueryError
 from mm_retriever.images import read_image_bytes
 from mm_retriever.ingest import ingest_images
+from mm_retriever.rerank import load_reranker
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
 from mm_retriever.search_tools.results import one_line
 from mm_retriever.store import open_store
@@ -185,6 +190,37 @@ def test_rerankers_see_the_query_image_and_their_order_is_kept(store, embed_mode
     assert "rerank_rank" not in found.results[0].metadata
     assert read_image_bytes(reranker.asked[0].image_path) == leopard.read_bytes()
     assert reranker.asked[0].query_str == "phone case"
+
+
+def test_a_query_translates_its_filters_once_and_decodes_every_image_once_a_stage(store, embed_model, talk, leopard):
+    """Truth: Python's own record of calls; the stages are retrieval, reranking and thumbnails."""
+    counts: Counter[str] = Counter()
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_name == "filter_expression" and frame.f_locals["filters"]:
+            counts["filters"] += 1
+        elif event == "call" and code.co_name == "load" and code.co_filename.endswith("PIL/ImageFile.py"):
+            opened = frame.f_locals["self"]
+            if opened.tile:  # not loaded yet
+                data = opened.fp.getvalue()
+                counts[
+                    "query image" if data.startswith(leopard.read_bytes()) else hashlib.sha256(data).hexdigest()
+                ] += 1
+
+    search = ImageSearch(store, embed_model, rerank=load_reranker("tiny", device="cpu", reasons="none"))
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        found = search.search("this", "photo.png", {"width": 160}, top_k=3, conversation=talk)
+    finally:
+        threading.setprofile(None)
+        sys.setprofile(None)
+    assert len(found.results) == 3
+    assert counts.pop("filters") == 1
+    assert counts.pop("query image") == 2, "it has no thumbnail"
+    assert len(counts) == 10, "so many are compared with the query image, as they are of its size"
+    assert max(counts.values()) == 3
 
 
 def test_a_vision_model_describes_the_image_that_it_is_shown(store, embed_model, talk):
