@@ -31,7 +31,7 @@ from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portab
 from mm_retriever.rebuild import Rebuilt, Secret, field_arguments, portable_name
 from mm_retriever.request import Request, node_image, node_images, paired, read_ahead
 from mm_retriever.threads import in_thread
-from mm_retriever.vector_cache import MAX_BYTES, VectorCache
+from mm_retriever.vector_cache import MAX_BYTES, VectorCache, VectorOrigins
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     _embedder: Any = PrivateAttr(default=None)
     _given: Embedder | None = PrivateAttr(default=None)
     _cache: VectorCache | None = PrivateAttr(default=None)
+    _origins: VectorOrigins = PrivateAttr(default_factory=VectorOrigins)
 
     def __init__(
         self,
@@ -181,7 +182,12 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         vectors = np.empty((len(keys), self.dimension), dtype=np.float32)
         for row, key in enumerate(keys):
             vectors[row] = known[key]
+        self._origins.note(vectors, [content.text if content.image is None else None for content in contents])
         return vectors
+
+    def is_of_text(self, vector: Embedding, text: str) -> bool | None:
+        """Whether a vector is of this text, and not of an image; None where it was not made here, or long ago."""
+        return self._origins.is_of_text(vector, text)
 
     def _content(self, request: Request) -> Content:
         return request.content(self.prepare_image, self.image_policy)
@@ -214,18 +220,14 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     def _single(self, request: Request, *, query: bool) -> Embedding:
         return self._announced([request.label], [self._content(request)], query=query)[0]
 
-    def _embeddings(self, requests: Sequence[Request], *, query: bool = False) -> list[Embedding]:
-        vectors: list[Embedding] = self._vectors([self._content(one) for one in requests], query=query).tolist()
-        return vectors
-
     def _get_text_embedding(self, text: str) -> Embedding:
-        return self._embeddings([Request(text)])[0]
+        return self._get_text_embeddings([text])[0]
 
     def _get_query_embedding(self, query: str) -> Embedding:
-        return self._embeddings([Request(query)], query=True)[0]
+        return cast("Embedding", self._vectors([Content(query)], query=True)[0].tolist())
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._embeddings([Request(text) for text in texts])
+        return cast("list[Embedding]", self._vectors([Content(text) for text in texts]).tolist())
 
     _aget_text_embedding = in_thread(_get_text_embedding)  # type: ignore[arg-type]
     _aget_query_embedding = in_thread(_get_query_embedding)  # type: ignore[arg-type]
@@ -242,7 +244,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     aget_text_embedding_batch = in_thread(get_text_embedding_batch)
 
     def _get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
-        return self._embeddings([Request(image=img_file_path)])[0]
+        return cast("Embedding", self._vectors([self._content(Request(image=img_file_path))])[0].tolist())
 
     _aget_image_embedding = in_thread(_get_image_embedding)  # type: ignore[arg-type]
 

@@ -9,18 +9,20 @@ used for longest are removed.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sqlite3
 import time
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from cachetools import LRUCache
+from numpy.typing import ArrayLike, NDArray
 
 from mm_retriever.errors import VectorCacheError
 from mm_retriever.forks import ForkLock
@@ -31,6 +33,7 @@ FILE_NAME = "vectors.sqlite3"
 BUSY_SECONDS = 30.0  # wait for another process that writes
 KEYS_A_QUERY = 500  # SQLite takes 999 variables at least
 MAX_BYTES = 4 * 2**30
+ORIGINS_KEPT = 2**16  # 20 MB
 
 _TABLE = (
     "CREATE TABLE vectors (key BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, checksum INTEGER NOT NULL, "
@@ -242,6 +245,36 @@ class VectorCache:
 
     def _failed(self, error: sqlite3.Error) -> VectorCacheError:
         return VectorCacheError(f"the cache of vectors {self.path} failed: {error}; delete it or choose another folder")
+
+
+class VectorOrigins:
+    """What the vectors that were made lately are of, told by their numbers; threads may share it."""
+
+    def __init__(self) -> None:
+        self._texts = LRUCache[bytes, bytes](ORIGINS_KEPT)  # digests; b"" for an image
+        self._lock = ForkLock()
+
+    def note(self, vectors: NDArray[np.float32], texts: Sequence[str | None]) -> None:
+        """Take note of vectors (B, D), each of a text alone, or, where that is None, of an image."""
+        digests = [b"" if text is None else _digest(text.encode("utf-8", "replace")) for text in texts]
+        with self._lock:
+            self._texts.update(zip(map(_numbers_digest, vectors), digests, strict=True))
+
+    def is_of_text(self, vector: ArrayLike, text: str) -> bool | None:
+        """Whether a vector (D,) is of this text, and not of an image; None: that is not known here."""
+        with self._lock:
+            origin = self._texts.get(_numbers_digest(vector))
+        if origin == b"":
+            return False
+        return True if origin == _digest(text.encode("utf-8", "replace")) else None
+
+
+def _numbers_digest(vector: ArrayLike) -> bytes:
+    return _digest(np.ascontiguousarray(vector, dtype="<f4").tobytes())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _checksum(key: bytes, blob: bytes) -> int:

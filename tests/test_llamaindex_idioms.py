@@ -16,11 +16,11 @@ import pytest
 from llama_index.core import SimpleDirectoryReader, StorageContext, VectorStoreIndex
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
-from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, Node, TextNode
+from llama_index.core.schema import Document, ImageDocument, ImageNode, MediaResource, MetadataMode, Node, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
 from mm_retriever.demo.catalogue import draw_product
-from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.embedding import ComposedEmbedding, VisualizedBGEEmbedding
 from mm_retriever.errors import IngestError, NodeError
 from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import ingest_images
@@ -149,6 +149,47 @@ def test_vectors_that_the_caller_made_stay(store, model, folder):
     store.add([ImageNode(id_=id_, image_path=str(path), embedding=vector) for id_, vector in given.items()])
     stored = vectors(store)
     assert all(stored[id_] @ np.asarray(vector) > 0.9999 for id_, vector in given.items())
+
+
+class Recorder:
+    """The small model, and whether each content that it was asked for had an image."""
+
+    def __init__(self, model: VisualizedBGEEmbedding) -> None:
+        self._embedder, self.asked = model.embedder, list[bool]()
+        for name in ("name", "space", "dimension", "note", "prepare"):
+            setattr(self, name, getattr(self._embedder, name))
+
+    def encode(self, contents: Any, *, query: bool = False) -> Any:
+        self.asked += [content.image is not None for content in contents]
+        return self._embedder.encode(contents, query=query)
+
+
+def test_the_text_of_an_image_is_embedded_only_to_judge_a_vector_that_the_model_did_not_make(store, model, folder):
+    """Truth: what the model is asked for."""
+    recorder = Recorder(model)
+    mine = ComposedEmbedding(recorder)
+    nodes = [image_node(path, text=f"some {path.stem}") for path in folder.glob("*.png")]
+    words = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    judged = [image for _ in nodes for image in (False, True)]
+
+    def rounded(vectors: list[list[float]]) -> list[list[float]]:
+        """As another process sends them, in half precision."""
+        return np.float16(vectors).astype(float).tolist()
+
+    with open_store(store.uri, mine) as opened:
+        for vectors_of, expected in (
+            (lambda: [node.embedding for node in mine(nodes)], []),
+            (lambda: mine.get_text_embedding_batch(words), [True] * len(nodes)),
+            (lambda: rounded(mine.get_text_embedding_batch(words)), sorted(judged)),
+            (lambda: rounded([node.embedding for node in mine(nodes)]), [False] * len(nodes)),
+        ):
+            given = [
+                node.model_copy(update={"embedding": vector}) for node, vector in zip(nodes, vectors_of(), strict=True)
+            ]
+            recorder.asked.clear()
+            opened.add(given)
+            assert sorted(recorder.asked) == expected
+            assert_by_pixels(opened, model, list(folder.glob("*.png")))
 
 
 def test_texts_keep_the_vectors_of_their_words(store, model):

@@ -276,9 +276,9 @@ class ImageStore(MilvusVectorStore):
         Once it returns, the rows of a Milvus Lite file are on the disk and survive a power cut; a server keeps them by
         its own rules. All nodes are checked before the first is written. Of two nodes with one id the later is kept. An
         image node under the vector of its text, which is what a `VectorStoreIndex` gives it, is embedded by its pixels
-        with the `embed_model` of `open_store`; for that, the text of every image node is embedded and compared, unless
-        it goes to `write`. Metadata come back as JSON has them (see `plain_value`); a value that no filter can name or
-        compare is in the node only, which is logged once for each key.
+        with the `embed_model` of `open_store`; where that did not make the vector itself, the text is embedded and
+        compared, unless the node goes to `write`. Metadata come back as JSON has them (see `plain_value`); a value that
+        no filter can name or compare is in the node only, which is logged once for each key.
 
         Raises:
             NodeError: a node cannot be stored; none was.

@@ -59,11 +59,18 @@ def embedded_by_pixels(nodes: Sequence[BaseNode], embed_model: Any) -> list[Imag
 
 
 def _by_words(nodes: Sequence[BaseNode], embed_model: Any) -> list[bool]:
-    """Whether the vector of each node is the one that the model gives for its words."""
+    """Whether the vector of each node is of its words: the model knows that of the vectors that it made itself.
+
+    Of others, as of those that come from another process, the words are embedded and compared.
+    """
     texts = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+    is_of_text = getattr(embed_model, "is_of_text", lambda *_: None)
+    known = [is_of_text(node.embedding, text) for node, text in zip(nodes, texts, strict=True)]
+    unknown = [text for text, of_text in zip(texts, known, strict=True) if of_text is None]
+    vectors = iter(embed_model.get_text_embedding_batch(unknown) if unknown else ())
     return [
-        _cosine(node.embedding, vector) > _SAME
-        for node, vector in zip(nodes, embed_model.get_text_embedding_batch(texts), strict=True)
+        _cosine(node.embedding, next(vectors)) > _SAME if of_text is None else of_text
+        for node, of_text in zip(nodes, known, strict=True)
     ]
 
 
