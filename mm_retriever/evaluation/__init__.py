@@ -1,0 +1,1 @@
+"""How good retrieval is: `mteb`, by the tasks of the Massive Text Embedding Benchmark."""
