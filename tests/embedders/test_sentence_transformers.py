@@ -11,6 +11,7 @@ import logging
 import shutil
 import socket
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,7 @@ from mm_retriever.cli import main
 from mm_retriever.embedders.embedder import Content, cache_identity
 from mm_retriever.errors import CheckpointError, MissingExtraError, QueryError
 from mm_retriever.from_pretrained import without_progress_bar, without_video_processor
+from tests.support.scripted_hub import scripted_hub
 from tests.support.sentence_models import (
     QUERY_TOLD,
     byte_tokenizer,
@@ -251,6 +253,10 @@ def test_images_of_any_shape_are_embedded(embedders):
         assert not any(side % 16 for side in prepared.shape[:2])
         assert prepared.nbytes < 100_000
         assert np.isfinite(embedders["qwen3_vl"].encode([Content(image=prepared)])).all()
+    tracemalloc.start()
+    embedders["clip"].prepare(Image.new("RGB", (1, 60_000)))
+    assert tracemalloc.get_traced_memory()[1] < 20e6  # resized whole it would be 184 MB
+    tracemalloc.stop()
     for mode in ("L", "CMYK"):
         image = images()[0].convert(mode)
         assert np.array_equal(embedders["siglip2"].prepare(image), embedders["siglip2"].prepare(image.convert("RGB")))
@@ -412,6 +418,33 @@ def test_models_that_are_no_embedder_are_refused_in_one_line(tmp_path):
             load_embedder(folder, device="cpu")
     with pytest.raises(CheckpointError, match=r"has no modules\.json, which says how its vectors are made"):
         load_embedder(qwen3_vl(tmp_path / "chat", "{{ messages }}"), device="cpu")
+
+
+# ------------------------------------------------------------------------------------------ from a hub
+
+
+def test_of_a_hub_repository_what_the_model_needs_is_fetched_once(folders, embedders, tmp_path, monkeypatch):
+    """Modules, template and processor, not other formats of the weights; then from the cache, without the hub."""
+    repo = Path(shutil.copytree(folders["qwen3_vl"], tmp_path / "repo"))
+    for other in ("pytorch_model.bin", "onnx/model.onnx", "own.py", "README.md"):
+        (repo / other).parent.mkdir(exist_ok=True)
+        (repo / other).write_bytes(b"not needed")
+    old = clip_folder(tmp_path / "old")
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with scripted_hub({"some/qwen": repo, "some/clip": old}) as (address, fetched):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert load_embedder("some/qwen", device="cpu").space == embedders["qwen3_vl"].space
+        own = {str(file.relative_to(folders["qwen3_vl"])) for file in folders["qwen3_vl"].rglob("*") if file.is_file()}
+        assert set(fetched) == own
+        assert load_embedder("some/clip", device="cpu").space == embedders["clip"].space
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, kind in (("some/qwen", "qwen3_vl"), ("some/clip", "clip")):
+        assert load_embedder(name, device="cpu").space == embedders[kind].space
 
 
 # ------------------------------------------------------------------------------------------ in use
