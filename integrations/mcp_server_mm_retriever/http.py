@@ -39,6 +39,7 @@ _TOO_LARGE = (
     f"the request is larger than {MAX_BODY_BYTES // 2**20} MiB; "
     "send a smaller image, or name one that is indexed by its id"
 )
+_SMALL_MESSAGE = b'{"jsonrpc": "2.0", "method": "notifications/roots/list_changed"}'
 _ENOUGH_DESCRIPTORS = 8 * MAX_CONNECTIONS  # under a flood several are accepted before one is let go
 
 
@@ -149,12 +150,30 @@ class Admission:
             await self._app(scope, receive, send_with_words)
         finally:
             self._under_way -= size
-            if size >= LARGE_BODY_BYTES:  # a moment later, when nothing holds its texts any more
-                loop = asyncio.get_running_loop()
-                loop.call_later(1.0, loop.run_in_executor, None, give_back)
+            if size >= LARGE_BODY_BYTES:
+                await self._let_go(scope)
         if scope["type"] == "http" and scope["method"] == "DELETE":
             for session in _headers(scope, b"mcp-session-id"):
                 self._conversations.forget(session.decode("latin-1"))
+
+    async def _let_go(self, scope: Scope) -> None:
+        """Give back the memory of a large request.
+
+        A session of the SDK holds its last message, body and all, until the next one comes: here is a small one.
+        """
+        if _headers(scope, b"mcp-session-id"):
+            headers = [header for header in scope["headers"] if header[0].lower() != b"content-length"]
+            length = (b"content-length", str(len(_SMALL_MESSAGE)).encode())
+
+            async def receive() -> Message:
+                return {"type": "http.request", "body": _SMALL_MESSAGE}
+
+            async def send(_: Message) -> None:
+                """Nobody waits for the answer."""
+
+            await self._app({**scope, "method": "POST", "headers": [*headers, length]}, receive, send)
+        loop = asyncio.get_running_loop()
+        loop.call_later(1.0, loop.run_in_executor, None, give_back)  # when nothing holds its texts any more
 
 
 class BoundedProtocol(H11Protocol):

@@ -21,6 +21,7 @@ from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_server_mm_retriever import ImageSearchServer, check_access, create_server, http_app
 from mcp_server_mm_retriever.http import Admission, BoundedProtocol
+from mcp_server_mm_retriever.server import Conversations
 
 from mm_retriever.cli import main
 from mm_retriever.embedding import VisualizedBGEEmbedding
@@ -269,6 +270,27 @@ async def test_a_client_is_not_told_where_files_lie(search, tmp_path):
     assert "home of someone" not in told
     assert "photos'" in told
     assert str(tmp_path) not in told
+
+
+@pytest.mark.parametrize(("session", "size", "followed"), [(b"a", 2**20, True), (b"a", 99, False), (b"", 2**20, False)])
+async def test_a_small_message_follows_a_large_one_of_a_session(session, size, followed):
+    """The SDK's session holds its last message with its body: 256 of them would be 12 GB."""
+    bodies = []
+
+    async def app(scope, receive, send):
+        bodies.append((await receive())["body"])
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * size}
+
+    async def send(message):
+        pass
+
+    headers = [(b"content-length", str(size).encode()), *([(b"mcp-session-id", session)] if session else [])]
+    scope = {"type": "http", "method": "POST", "headers": headers}
+    await Admission(app, Conversations(one_client=False), None)(scope, receive, send)
+    assert len(bodies[0]) == size
+    assert (len(bodies) == 2 and b"notifications/" in bodies[1]) is followed
 
 
 @pytest.mark.slow
