@@ -31,7 +31,7 @@ from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, caption, catal
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
-from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.phi3_vision.processor import Message, Phi3VisionProcessor, Slot
 from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
 from mm_retriever.rerank.scorer import fuse
@@ -152,7 +152,7 @@ def described(model: Phi3Vision, processor: Phi3VisionProcessor, products: Seque
     for start in range(0, len(ordered), 64):
         some = ordered[start : start + 64]
         pictures = processor.image_inputs([product.draw() for product in some])
-        ids = processor.encode_turns([Turn("user", [DESCRIBE, Slot(pictures.token_counts[0])])])
+        ids = processor.encode_messages([Message("user", [DESCRIBE, Slot(pictures.token_counts[0])])])
         features = model.image_features(pictures.pixel_values, pictures.image_sizes)
         prefix = model.prefill(torch.tensor([ids] * len(some)), features)
         written = [prefix.logits.argmax(1)]

@@ -183,12 +183,10 @@ def _download(
 
     A repository that has none of ``wanted`` is asked for ``otherwise``.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     def snapshot(names: Sequence[str], *, cached: bool) -> Path:
-        patterns = [*names, *beside]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=cached))
+        return hub_files(repo, [*names, *beside], revision, cached=cached)
 
     with suppress(OSError, HFValidationError):  # not cached: ask the hub
         if _complete(folder := snapshot(wanted, cached=True), [*wanted, *otherwise]):
@@ -209,6 +207,24 @@ def _download(
             f"the hub repository {repo!r} has not the files {', '.join(wanted)}; {_choices(models)}"
         )
     return folder
+
+
+def hub_files(repo: str, names: Sequence[str], revision: str | None = None, *, cached: bool = False) -> Path:
+    """Local folder with those of the files, or patterns of names, that a hub repository has.
+
+    Args:
+        repo: of the hub.
+        names: of files.
+        revision: branch, tag or commit.
+        cached: take what is on this machine already, and ask nobody.
+
+    Raises:
+        OSError: the hub is out of reach or refuses, or nothing of it is on this machine.
+        ValueError: no repository can have this name.
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names), local_files_only=cached))
 
 
 def _complete(folder: Path, wanted: Sequence[str]) -> bool:

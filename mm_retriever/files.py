@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -21,21 +22,27 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666, synced: b
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-            if synced:
-                file.flush()
-                flush(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    with drafted(path) as draft, os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+        if synced:
+            file.flush()
+            flush(file.fileno())
     if synced:
         with suppress(OSError):  # some file systems sync no folders
             sync(path.parent)
     return path
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """Give the place of a new file, which takes the place of `path` after the block, or goes if the block fails."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield draft
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def sync(place: Path) -> None:

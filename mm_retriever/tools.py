@@ -5,12 +5,13 @@ Knows nothing of models and stores. (No `from __future__ import annotations` her
 """
 
 import asyncio
+import copy
 import inspect
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from cachetools import LRUCache
 from llama_index.core.agent.react import ReActChatFormatter
 from llama_index.core.agent.react.types import BaseReasoningStep
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, ImageBlock, TextBlock
@@ -65,17 +66,17 @@ class ImageSearchToolSpec(BaseToolSpec):
     def __init__(self, search: ImageSearch, conversation: Conversation | None = None) -> None:
         self.search = search
         self.conversation = Conversation() if conversation is None else conversation
-        self._turn = ForkLock()
-        self._shown: OrderedDict[str, list[ContentBlock]] = OrderedDict()
+        self._lock = ForkLock()
+        self._shown = LRUCache[str, list[ContentBlock]](_OUTPUTS_KEPT)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, for a pickle or a copy."""
-        with self._turn:
-            kept = {name: value for name, value in self.__dict__.items() if name != "_turn"}
-            return kept | {"_shown": self._shown.copy()}
+        with self._lock:
+            kept = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+            return kept | {"_shown": copy.deepcopy(self._shown)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _turn=ForkLock())
+        self.__dict__.update(state, _lock=ForkLock())
 
     def attach(self, name: str, image: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
         """Let the model refer to an image by a name, and return the name; say it in the message to the agent.
@@ -139,14 +140,12 @@ class ImageSearchToolSpec(BaseToolSpec):
 
     def keep_output(self, output: ToolOutput) -> None:
         """Remember the images of an output by its text, for `react_formatter`."""
-        with self._turn:
+        with self._lock:
             self._shown[output.content] = output.blocks
-            while len(self._shown) > _OUTPUTS_KEPT:
-                self._shown.popitem(last=False)
 
     def shown_blocks(self, text: str) -> list[ContentBlock]:
         """Return the blocks of an earlier output with this text, none if it is forgotten."""
-        with self._turn:
+        with self._lock:
             return self._shown.get(text, [])
 
 

@@ -79,7 +79,7 @@ class VectorCache:
         self.path = Path(folder).expanduser() / FILE_NAME
         self.dimension, self.unit, self.max_bytes = dimension, unit, max_bytes
         self.damaged = self.removed = 0
-        self._turn = ForkLock()
+        self._lock = ForkLock()
         self._has_forgotten = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class VectorCache:
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         try:
-            with self._turn, self._own_connection():
+            with self._lock, self._own_connection():
                 self._connection.executemany(statement, rows)
                 self._make_room()
         except sqlite3.OperationalError as error:
@@ -226,12 +226,12 @@ class VectorCache:
 
     def close(self) -> None:
         """Closes the file; the cache is not usable afterwards."""
-        with self._turn:
+        with self._lock:
             self._own_connection().close()
 
     def _run(self, query: str, values: list[bytes]) -> list[tuple[Any, ...]]:
         try:
-            with self._turn:
+            with self._lock:
                 return self._own_connection().execute(query, values).fetchall()
         except sqlite3.OperationalError:
             raise

@@ -1,8 +1,8 @@
 """What the bundled tiny reranker learns to say: its tokenizer, and conversations in the reranker's own prompts.
 
-Every conversation goes through ``Phi3VisionProcessor.encode_turns``, so that the ids of training are those of use. Only
-answers are scored. What training never shows together is no evidence against it: the patterns of ``HELD_OUT`` are left
-out of the softmax where their kind has been named, and their kinds where that pattern is shown.
+Every conversation goes through ``Phi3VisionProcessor.encode_messages``, so that the ids of training are those of use.
+Only answers are scored. What training never shows together is no evidence against it: the patterns of ``HELD_OUT`` are
+left out of the softmax where their kind has been named, and their kinds where that pattern is shown.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mm_retriever.demo.catalogue import (
     colours_of,
 )
 from mm_retriever.phi3_vision import prompts
-from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.phi3_vision.processor import Message, Phi3VisionProcessor, Slot
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 _MARKS = (",", ".", ":", "-", "'", "?", "!", "\n")
@@ -135,7 +135,7 @@ class Conversations:
 
     def _ask(self, talk: Conversation, parts: list[str | Slot], *pictures: Looks, opening: str = "") -> None:
         """A user's turn, and the words that open every answer to it."""
-        talk.ids += self.processor.encode_turns([Turn("user", parts)], first=not talk.ids)
+        talk.ids += self.processor.encode_messages([Message("user", parts)], first=not talk.ids)
         talk.pictures += pictures
         self._answer(talk, opening.lstrip(), None)  # a line break beside a control token is swallowed
 

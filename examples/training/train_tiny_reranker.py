@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from mm_retriever.demo.catalogue import PATTERNS, Looks, all_looks, catalogue
 from mm_retriever.phi3_vision import prompts
 from mm_retriever.phi3_vision.model import Phi3Vision
-from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn, processor_for
+from mm_retriever.phi3_vision.processor import Message, Phi3VisionProcessor, Slot, processor_for
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 
@@ -266,8 +266,8 @@ def describe(model: Phi3Vision, processor: Phi3VisionProcessor, images: Sequence
     texts = []
     for start in range(0, len(images), 64):
         pictures = processor.image_inputs(images[start : start + 64])
-        turn = Turn("user", [prompts.DESCRIBE, Slot(pictures.token_counts[0])])
-        ids = torch.tensor([processor.encode_turns([turn])] * len(pictures))
+        turn = Message("user", [prompts.DESCRIBE, Slot(pictures.token_counts[0])])
+        ids = torch.tensor([processor.encode_messages([turn])] * len(pictures))
         prefix = model.prefill(ids, model.image_features(pictures.pixel_values, pictures.image_sizes))
         written = [prefix.logits.argmax(1)]
         for _ in range(15):

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.files import drafted
 from mm_retriever.images import is_image_path
 
 AMAZON_URL = "https://github.com/milvus-io/bootcamp/releases/download/data/amazon_reviews_2023_subset.tar.gz"
@@ -90,21 +91,20 @@ def download_amazon(target: Path, *, progress: Callable[[int], object] = lambda 
     if target.is_file() and target.stat().st_size == AMAZON_BYTES:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".part")
     try:
         with (
             urllib.request.urlopen(AMAZON_URL, timeout=DOWNLOAD_TIMEOUT_S) as response,
-            partial.open("wb") as file,
+            drafted(target) as draft,
         ):
-            received = _copy(response, file, limit=AMAZON_BYTES, progress=progress)
+            with draft.open("xb") as file:
+                received = _copy(response, file, limit=AMAZON_BYTES, progress=progress)
+            if received != AMAZON_BYTES:
+                size = f"{received} bytes or more, not the published {AMAZON_BYTES}"
+                raise MMRetrieverError(f"{AMAZON_URL} has {size}; not used")
     except OSError as error:
         raise MMRetrieverError(
             f"cannot download {AMAZON_URL} ({error}); fetch it elsewhere and run: mm-retriever demo --amazon ARCHIVE"
         ) from error
-    if received != AMAZON_BYTES:
-        partial.unlink(missing_ok=True)
-        raise MMRetrieverError(f"{AMAZON_URL} has {received} bytes or more, not the published {AMAZON_BYTES}; not used")
-    partial.replace(target)
     return target
 
 
@@ -148,10 +148,8 @@ def _extract_images(tar: tarfile.TarFile, folder: Path) -> None:
         source = tar.extractfile(member)
         if source is None:
             continue
-        partial = target.with_name(target.name + ".part")
-        with source, partial.open("wb") as file:
+        with source, drafted(target) as draft, draft.open("xb") as file:
             shutil.copyfileobj(source, file, CHUNK_BYTES)
-        partial.replace(target)
 
 
 def _members(tar: tarfile.TarFile) -> Iterable[tarfile.TarInfo]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.checkpoint import fingerprint
+from mm_retriever.checkpoint import fingerprint, hub_files
 from mm_retriever.devices import default_device
 from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError, one_line
 from mm_retriever.forks import ForkLock
@@ -107,10 +107,8 @@ def flag_model_folder(name: str | os.PathLike[str], revision: str | None, files:
     """
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(os.fspath(name), revision=revision, allow_patterns=list(files)))
+        return hub_files(os.fspath(name), files, revision)
     except Exception as error:  # the hub's client has a dozen kinds
         raise ModelNotFoundError(
             f"{os.fspath(name)!r} is no folder here and cannot be downloaded from the hub: {one_line(error, 300)}"

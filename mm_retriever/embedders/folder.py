@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mm_retriever.checkpoint import SAFETENSORS, ModelFiles, Models, fingerprint, locate_tokenizer
 from mm_retriever.errors import ModelNotFoundError
+from mm_retriever.files import drafted
 
 
 def original_fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
@@ -38,9 +39,8 @@ def write_folder(
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{SAFETENSORS}.part"
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, part, metadata={"format": "pt"})
-    part.replace(folder / SAFETENSORS)
+    with drafted(folder / SAFETENSORS) as draft:
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, draft, metadata={"format": "pt"})
     rounded = {} if (own := fingerprint(state)) == original else {"rounded": {own: original}}
     content = {key: value for key, value in config.items() if key != "rounded"} | rounded
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"

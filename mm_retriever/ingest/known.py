@@ -15,7 +15,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
 
-_REQUESTS = 8
+REQUESTS = 8
 """Batches that are looked up one by one, each with a pass over the collection, before all digests are fetched."""
 
 _COLUMNS = own_columns("digest", "file_path", "width", "height", FILE_STAMP)
@@ -43,7 +43,7 @@ class KnownVectors:
         wanted = sorted(set(digests))
         if not wanted:
             return {}
-        if self._empty or self._requests >= _REQUESTS:
+        if self._empty or self._requests >= REQUESTS:
             ids = self._kept_ids(wanted)
         else:
             self._requests += 1

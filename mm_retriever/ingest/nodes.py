@@ -43,7 +43,7 @@ Kind: TypeAlias = Literal["earlier", "exif", "node", "sidecar"]
 
 _KINDS: tuple[Kind, ...] = ("earlier", "exif", "node", "sidecar")
 
-_SETTLED_NS = 2_000_000_000
+SETTLED_NS = 2_000_000_000
 """The coarsest clock of a file system in use: FAT's."""
 
 
@@ -316,7 +316,7 @@ def file_stamp(path: str) -> dict[str, int | str]:
         raise ValueError("not a file")
     stamp: dict[str, int | str] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     now = time.time_ns()
-    if min(abs(now - status.st_mtime_ns), abs(now - status.st_ctime_ns)) > _SETTLED_NS:
+    if min(abs(now - status.st_mtime_ns), abs(now - status.st_ctime_ns)) > SETTLED_NS:
         stamp[FILE_STAMP] = f"{status.st_ctime_ns}-{status.st_ino}-{status.st_dev}"
     return stamp
 

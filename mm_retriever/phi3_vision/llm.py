@@ -45,7 +45,7 @@ from mm_retriever.phi3_vision.config import DEFAULT_MODEL
 from mm_retriever.phi3_vision.decoding import Sampler, TextStream
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
-from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, Slot, Turn
+from mm_retriever.phi3_vision.processor import Message, Phi3VisionProcessor, Slot
 from mm_retriever.rebuild import Name, Rebuilt, field_arguments, loaded_model_error, portable_name, wrong_options
 from mm_retriever.threads import in_thread
 
@@ -172,7 +172,7 @@ class Phi3VisionLLM(Rebuilt, LLM):
 
     @property
     def processor(self) -> Phi3VisionProcessor:
-        """Images to crops, turns to ids."""
+        """Images to crops, messages to ids."""
         return self._processor
 
     @property
@@ -242,16 +242,16 @@ class Phi3VisionLLM(Rebuilt, LLM):
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> _Prompt:
         images: list[Image.Image] = []
-        turns = [Turn(_ROLES[message.role], self._parts(message, images)) for message in messages]
-        if not any(turn.parts for turn in turns):
+        asked = [Message(_ROLES[message.role], self._parts(message, images)) for message in messages]
+        if not any(message.parts for message in asked):
             raise PromptError("nothing to answer: no message has text or an image")
-        return _Prompt(self._processor.encode_turns(turns), images)
+        return _Prompt(self._processor.encode_messages(asked), images)
 
     def _text_prompt(self, prompt: str, formatted: bool) -> _Prompt:
         if formatted:
             return _Prompt(self._processor.encode(prompt), [])
         prompt = self.completion_to_prompt(prompt) if self.completion_to_prompt else prompt
-        return _Prompt(self._processor.encode_turns([Turn("user", [prompt])]), [])
+        return _Prompt(self._processor.encode_messages([Message("user", [prompt])]), [])
 
     def _parts(self, message: ChatMessage, images: list[Image.Image]) -> list[str | Slot]:
         """Texts and slots of one message, a line each; its images are put into `images`."""

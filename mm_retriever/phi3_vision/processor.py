@@ -65,11 +65,11 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Message:
     """What one side says: texts and image slots in reading order. ``role``: "system", "user" or "assistant".
 
     Texts are taken literally: ``<|end|>`` or ``<|image_1|>`` inside one is plain characters, so what a document or a
-    caller says cannot end the turn or speak for the other side.
+    caller says cannot end the message or speak for the other side.
     """
 
     role: str
@@ -212,7 +212,7 @@ class Phi3VisionProcessor:
     def encode(self, prompt: str, token_counts: Sequence[int] = ()) -> list[int]:
         """Ids of a prompt in the original's notation; slots of the image ``<|image_k|>`` are ``-k``.
 
-        Control tokens in `prompt` are control tokens: for text you did not write, use :meth:`encode_turns`.
+        Control tokens in `prompt` are control tokens: for text you did not write, use :meth:`encode_messages`.
 
         Raises:
             PromptError: The tags are not ``<|image_1|>`` to ``<|image_n|>``, once each and in this order.
@@ -229,20 +229,22 @@ class Phi3VisionProcessor:
             ids += [-tag] * token_counts[tag - 1] + self.tokenizer.encode(text).ids
         return ids
 
-    def encode_turns(self, turns: Iterable[Turn], *, answer: bool | str = True, first: bool = True) -> list[int]:
+    def encode_messages(
+        self, messages: Iterable[Message], *, answer: bool | str = True, first: bool = True
+    ) -> list[int]:
         """Ids of a conversation; the slots of its k-th image are ``-k``.
 
         Args:
-            turns: In order.
-            answer: True opens the assistant's turn at the end; a text is put into its mouth.
+            messages: In order.
+            answer: True opens the assistant's message at the end; a text is put into its mouth.
             first: False: the ids continue a conversation in which the assistant was speaking; images count from 1
                 again, as each piece of a conversation is embedded on its own.
         """
         pieces: list[Piece] = [] if first else [Control("<|end|>"), "\n"]
-        for turn in turns:
-            if f"<|{turn.role}|>" not in self._added:
-                raise PromptError(f"this tokenizer has no <|{turn.role}|>: it knows no {turn.role} turns")
-            pieces += [Control(f"<|{turn.role}|>"), "\n", *turn.parts, Control("<|end|>"), "\n"]
+        for message in messages:
+            if f"<|{message.role}|>" not in self._added:
+                raise PromptError(f"this tokenizer has no <|{message.role}|>: it knows no {message.role} messages")
+            pieces += [Control(f"<|{message.role}|>"), "\n", *message.parts, Control("<|end|>"), "\n"]
         if answer is not False:
             pieces += [Control("<|assistant|>"), "\n", "" if answer is True else answer]
         return self.encode_pieces(pieces, first=first)

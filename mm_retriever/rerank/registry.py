@@ -119,10 +119,9 @@ def _family(name: str, revision: str | None, base_url: str | None) -> Family:
 
 def _config(name: str, revision: str | None) -> dict[str, Any]:
     """The config.json of a folder or hub repository, from the hub's cache if it is there."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    from mm_retriever.checkpoint import read_json
+    from mm_retriever.checkpoint import hub_files, read_json
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -132,7 +131,7 @@ def _config(name: str, revision: str | None) -> dict[str, Any]:
     reason: Exception | None = None
     for cached in (True, False):
         try:
-            return read_json(Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached)))
+            return read_json(hub_files(name, ["config.json"], revision, cached=cached) / "config.json")
         except (OSError, HFValidationError) as error:
             reason = error
     raise ModelNotFoundError(
@@ -150,10 +149,9 @@ def published_rerankers() -> Iterator[tuple[str, ModelEntry]]:
 
 def _saved_by(name: str, revision: str | None) -> str:
     """The class of sentence-transformers that saved a folder or hub repository; empty if none did."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    from mm_retriever.checkpoint import read_json
+    from mm_retriever.checkpoint import hub_files, read_json
     from mm_retriever.embedders.sentence_files import LIBRARY_CONFIG, library_kind
 
     folder = Path(name).expanduser()
@@ -161,8 +159,8 @@ def _saved_by(name: str, revision: str | None) -> str:
         return library_kind(folder)
     for cached in (True, False):
         with suppress(OSError, HFValidationError):
-            file = hf_hub_download(name, LIBRARY_CONFIG, revision=revision, local_files_only=cached)
-            return str(read_json(Path(file)).get("model_type", ""))
+            folder = hub_files(name, [LIBRARY_CONFIG], revision, cached=cached)
+            return str(read_json(folder / LIBRARY_CONFIG).get("model_type", ""))
     return ""
 
 

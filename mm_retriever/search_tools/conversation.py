@@ -6,10 +6,12 @@ third of the last search of this one. Knows nothing of stores and models.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from cachetools import FIFOCache
 
 from mm_retriever.errors import QueryError
 from mm_retriever.forks import ForkLock
@@ -39,19 +41,19 @@ class Conversation:
     """
 
     def __init__(self) -> None:
-        self._turn = ForkLock()
-        self._attachments: OrderedDict[str, Attachment] = OrderedDict()
-        self._searches: OrderedDict[int, tuple[str, ...]] = OrderedDict()  # ids: nodes would take megabytes
+        self._lock = ForkLock()
+        self._attachments = FIFOCache[str, Attachment](MAX_ATTACHED_BYTES, getsizeof=_weight)
+        self._searches = FIFOCache[int, tuple[str, ...]](MAX_SEARCHES)  # ids: nodes would take megabytes
         self._count = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the lock, for a pickle or a copy."""
-        with self._turn:
-            kept = {name: value for name, value in self.__dict__.items() if name != "_turn"}
-            return kept | {"_attachments": self._attachments.copy(), "_searches": self._searches.copy()}
+        with self._lock:
+            kept = {name: value for name, value in self.__dict__.items() if name != "_lock"}
+            return kept | {name: copy.deepcopy(kept[name]) for name in ("_attachments", "_searches")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _turn=ForkLock())
+        self.__dict__.update(state, _lock=ForkLock())
 
     def attach(self, name: str, image: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
         """Let the model refer to an image by a name, and return the name. Another of that name is replaced.
@@ -68,38 +70,34 @@ class Conversation:
         with opened_image(data, policy=policy):
             pass  # refused now, by its host, rather than later, by a tool
         attached = Attachment(name, data, policy)
-        with self._turn:
+        with self._lock:
             self._attachments.pop(name.casefold(), None)
             self._attachments[name.casefold()] = attached
-            while len(self._attachments) > 1 and self._is_full():
-                self._attachments.popitem(last=False)
         return name
 
     @property
     def attachments(self) -> tuple[str, ...]:
         """The names of the attachments, the latest last."""
-        with self._turn:
+        with self._lock:
             return tuple(attached.name for attached in self._attachments.values())
 
     def attachment(self, name: str) -> Attachment | None:
         """The attachment of that name, in capitals or not; None if there is none."""
-        with self._turn:
+        with self._lock:
             return self._attachments.get(name.strip().casefold())
 
     def latest(self, text: str) -> Attachment | None:
         """The attachment that came last, if the text says no more than "attachment"; else None."""
-        with self._turn:
+        with self._lock:
             if text.strip().casefold() not in _LATEST or not self._attachments:
                 return None
-            return next(reversed(self._attachments.values()))
+            return list(self._attachments.values())[-1]
 
     def remember(self, node_ids: Sequence[str]) -> int:
         """Keep the ids of what a search found, best first, and return the number of the search."""
-        with self._turn:
+        with self._lock:
             self._count += 1
             self._searches[self._count] = tuple(node_ids)
-            while len(self._searches) > MAX_SEARCHES:
-                self._searches.popitem(last=False)
             return self._count
 
     def has_result(self, rank: int, search: int | None = None) -> bool:
@@ -115,14 +113,14 @@ class Conversation:
         Raises:
             QueryError: there was no such search, or it has no such result.
         """
-        with self._turn:
+        with self._lock:
             if search is None:
-                search = next((number for number in reversed(self._searches) if self._searches[number]), None)
+                search = max((number for number, ids in self._searches.items() if ids), default=None)
                 if search is None:
                     raise QueryError(
                         f"there is no result {rank}: nothing was found yet in this conversation; search first"
                     )
-            ids, known = self._searches.get(search), list(self._searches)
+            ids, known = self._searches.get(search), sorted(self._searches)
         if ids is None:
             which = f"searches {known[0]} to {known[-1]} are known" if known else "nothing was searched yet"
             raise QueryError(f"there is no search {search} in this conversation: {which}")
@@ -130,9 +128,10 @@ class Conversation:
             raise QueryError(f"there is no result {rank}: search {search} found {len(ids)}, numbered from 1")
         return ids[rank - 1]
 
-    def _is_full(self) -> bool:
-        size = sum(len(attached.data) for attached in self._attachments.values())
-        return len(self._attachments) > MAX_ATTACHMENTS or size > MAX_ATTACHED_BYTES
+
+def _weight(attached: Attachment) -> int:
+    """Its bytes; at least a share that bounds the number of attachments, and at most all, so that the latest stays."""
+    return min(max(len(attached.data), MAX_ATTACHED_BYTES // MAX_ATTACHMENTS), MAX_ATTACHED_BYTES)
 
 
 def _checked_name(name: object) -> str:

@@ -72,7 +72,7 @@ def test_known_digests_are_found_by_requests_first_and_from_one_list_later(tmp_p
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for n in range(8):
         shutil.copy(paint(tmp_path / "b" / f"x{n}.png", names[n], size=(9, 9)), tmp_path / "b" / f"y{n}.png")
-    monkeypatch.setattr(known, "_REQUESTS", 2)
+    monkeypatch.setattr(known, "REQUESTS", 2)
     report = ingest(tmp_path / "b", store, model, batch_size=2)
     assert (report.indexed, report.reused, model.embedded) == (24, 16, 16)
 
@@ -118,7 +118,7 @@ def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):
 @pytest.fixture
 def quick_clocks(monkeypatch):
     """Stamps settle after 50 ms, so that tests need not wait for the clock of a FAT disk."""
-    monkeypatch.setattr(nodes_module, "_SETTLED_NS", 50_000_000)
+    monkeypatch.setattr(nodes_module, "SETTLED_NS", 50_000_000)
 
 
 def keep_times(path: Path, colour: str) -> None:

@@ -233,7 +233,7 @@ def test_scores_of_longer_numbers_are_the_probabilities_of_constrained_sampling(
 def test_both_ways_agree_on_the_first_place_with_the_real_model() -> None:
     """Truth: the first greedy choice is the most likely fork at each step; for single digits the best score."""
     model, processor = small_model(), small_processor()
-    prefix = model.prefill(processor.encode_turns([]))
+    prefix = model.prefill(processor.encode_messages([]))
     sequences = label_sequences(processor.encode_literal, numbers(9))
     opening = processor.encode_literal("Ranking:")
     ranked = rank_by_generation(model, prefix, sequences, opening=opening)

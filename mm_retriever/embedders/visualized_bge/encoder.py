@@ -175,7 +175,7 @@ class VisualizedBGEEncoder:
         self.note = str(model.dtype).removeprefix("torch.")
         self.space = f"visualized-bge@{model.fingerprint}.{processor.fingerprint()}"
         self.cache_identity = f"{model.fingerprint}/{self.note}"
-        self._turn = ForkLock()
+        self._lock = ForkLock()
         self._loaded_in = os.getpid()
 
     @property
@@ -209,7 +209,7 @@ class VisualizedBGEEncoder:
                 places = [order[place] for place in part]
                 tokens = self.processor.pad([ids[place] for place in places])
                 squares = [contents[rows[place]].image for place in places] if beside_image else []
-                with self._turn, torch.inference_mode():
+                with self._lock, torch.inference_mode():
                     encoded = self._encode(tokens, squares).cpu().numpy()
                 vectors[[rows[place] for place in places]] = encoded
         return vectors

@@ -16,7 +16,7 @@ from torch import Tensor
 from mm_retriever.errors import PromptError, RerankError
 from mm_retriever.images.sheet import contact_sheet
 from mm_retriever.phi3_vision.decoding import TOKENS_AT_ONCE, finite, label_sequences, rank_at_once, rank_by_generation
-from mm_retriever.phi3_vision.processor import Slot, Turn
+from mm_retriever.phi3_vision.processor import Message, Slot
 from mm_retriever.rebuild import Name
 from mm_retriever.rerank.phi3_vision.dialogue import Counted, Dialogue, SharedModel
 from mm_retriever.rerank.reranker import Reranker
@@ -80,7 +80,7 @@ class RerankSession:
         self.shared, self.options, self.meter = shared, options, meter
         self.query, self.candidates = query, candidates
         self.processor = shared.with_crops(options.num_crops)
-        self.encode = self.processor.encode_turns
+        self.encode = self.processor.encode_messages
         self.caption = self.wanted = ""
         self._say = say
         self._features: dict[int, tuple[Tensor, ...]] = {}
@@ -104,7 +104,7 @@ class RerankSession:
             parts = [Slot(self.processor.image_tokens(*image.size)), ask]
         captioned = image is not None and self.options.caption
         answer = self._say("answer_picture") if captioned else self._say("answer_wanted").strip()
-        return self.encode([Turn("user", parts)], answer=answer)
+        return self.encode([Message("user", parts)], answer=answer)
 
     def understand(self, known_caption: Sequence[int] | None = None) -> list[int]:
         """Fill in `caption` and `wanted`; ids of the caption come back, to be given as `known_caption` another time."""
@@ -148,19 +148,19 @@ class RerankSession:
         for group in (images, texts):
             prompts, targets = [], []
             for i in group:
-                turn = self._describe(i)
-                whole = self.encode([turn], answer=self.wanted)
-                start = _common(whole, self.encode([turn]))
+                message = self._describe(i)
+                whole = self.encode([message], answer=self.wanted)
+                start = _common(whole, self.encode([message]))
                 prompts.append(whole[:start])
                 targets.append([*whole[start:], self._end])
             yield from self._scored(group, prompts, targets)
 
-    def _describe(self, position: int) -> Turn:
+    def _describe(self, position: int) -> Message:
         candidate = self.candidates[position]
         if candidate.image is None:
-            return Turn("user", [self._say("describe_text", text=candidate.text)])
+            return Message("user", [self._say("describe_text", text=candidate.text)])
         slot = Slot(self.processor.image_tokens(*candidate.image.size))
-        return Turn("user", [self._say("describe"), slot])
+        return Message("user", [self._say("describe"), slot])
 
     def _scored(
         self, group: Sequence[int], prompts: Sequence[list[int]], targets: Sequence[list[int]]
@@ -191,8 +191,8 @@ class RerankSession:
         if not group:
             return
         yes, no, undecided = self._answers()
-        turns = [Turn("user", [self._part(i), self._say("ask_fits")]) for i in group]
-        prompts = [self.encode([turn], first=False, answer=YES[0])[:-undecided] for turn in turns]
+        messages = [Message("user", [self._part(i), self._say("ask_fits")]) for i in group]
+        prompts = [self.encode([message], first=False, answer=YES[0])[:-undecided] for message in messages]
         head = _beginning(prompts)
         dialogue = self.dialogue.fork()
         dialogue.say(prompts[0][:head])
@@ -212,7 +212,7 @@ class RerankSession:
 
     def _answers(self) -> tuple[list[int], list[int], int]:
         """Ids that decide for yes and for no, in any case, and how many ids of a "yes" come from there on."""
-        words = {word: self.encode([Turn("user", [""])], first=False, answer=word) for word in YES + NO}
+        words = {word: self.encode([Message("user", [""])], first=False, answer=word) for word in YES + NO}
         fork = _common(words[YES[0]], words[NO[0]])
         start = words[YES[0]][:fork]
         firsts = [
@@ -252,7 +252,7 @@ class RerankSession:
         """A value for each of these candidates that can be shown, from one look at a sheet of all of them."""
         sheet = contact_sheet([self.candidates[i].tile() for i in items], self.query.image)
         slot = Slot(self.shared.with_crops(self.options.sheet_crops).image_tokens(*sheet.size))
-        ask = Turn("user", [slot, self._say("rank_sheet", count=len(items))])
+        ask = Message("user", [slot, self._say("rank_sheet", count=len(items))])
         dialogue = self.dialogue.fork()
         dialogue.say(
             self.encode([ask], first=False, answer=self._say("answer_ranking")),
@@ -278,7 +278,7 @@ class RerankSession:
         if not asked or self.meter.out_of_time():
             return {}
         ask = self._say("ask_reason")
-        turns = [self.encode([Turn("user", [self._part(i), ask])], first=False) for i in asked]
+        turns = [self.encode([Message("user", [self._part(i), ask])], first=False) for i in asked]
         answers = self.dialogue.answers(
             turns, self._show(asked), stop_ids=self._stops, max_new_tokens=self.options.max_new_tokens
         )

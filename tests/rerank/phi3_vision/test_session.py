@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_retriever.images import load_image
 from mm_retriever.images.sheet import contact_sheet
-from mm_retriever.phi3_vision.processor import Slot, Turn
+from mm_retriever.phi3_vision.processor import Message, Slot
 from mm_retriever.phi3_vision.prompts import (
     ANSWER_PICTURE,
     ANSWER_RANKING,
@@ -45,7 +45,7 @@ class FromScratch:
         self.images = [load_image(node.node.image_path) for node in nodes]  # type: ignore[attr-defined]
         self.query = load_image(bundle.image_path or "")
         ask = ASK_COMPOSED.format(query=bundle.query_str)
-        self.asked = Turn("user", [self.slot(self.query), ask])
+        self.asked = Message("user", [self.slot(self.query), ask])
         start = self.encode([self.asked], answer=ANSWER_PICTURE)
         self.caption_ids = self.greedy(start, [self.query])
         self.opened = start + self.caption_ids + small_ids_after(ANSWER_WANTED)
@@ -53,8 +53,8 @@ class FromScratch:
         self.understood = self.opened + self.wanted_ids
         self.wanted = self.processor.decode(self.wanted_ids)
 
-    def encode(self, turns: list[Turn], **options: Any) -> list[int]:
-        return self.processor.encode_turns(turns, **options)
+    def encode(self, turns: list[Message], **options: Any) -> list[int]:
+        return self.processor.encode_messages(turns, **options)
 
     def slot(self, image: Image.Image) -> Slot:
         return Slot(self.processor.image_tokens(*image.size))
@@ -89,14 +89,14 @@ class FromScratch:
             written.append(token)
         return written
 
-    def log_likelihood(self, turn: Turn, features: Sequence[Tensor]) -> float:
+    def log_likelihood(self, turn: Message, features: Sequence[Tensor]) -> float:
         prompt = self.encode([turn])
         whole = [*self.encode([turn], answer=self.wanted), self.processor.token_id("<|end|>")]
         scores = self.logits(whole, features).log_softmax(-1)
         return sum(float(scores[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
 
     def continued(self, parts: list[str | Slot], answer: bool | str = True) -> list[int]:
-        return self.understood + self.encode([Turn("user", parts)], first=False, answer=answer)
+        return self.understood + self.encode([Message("user", parts)], first=False, answer=answer)
 
 
 def small_ids_after(text: str) -> list[int]:
@@ -127,7 +127,7 @@ def test_reusing_what_is_computed_changes_nothing(folder: Path, scratch: FromScr
     for image in scratch.images:
         shown = scratch.features([image])
         if mode == "likelihood":
-            expected.append(scratch.log_likelihood(Turn("user", [DESCRIBE, scratch.slot(image)]), shown))
+            expected.append(scratch.log_likelihood(Message("user", [DESCRIBE, scratch.slot(image)]), shown))
         if mode == "pointwise":
             ids = scratch.continued([scratch.slot(image), ASK_FITS])
             space = small_processor().encode_literal("yes")[0]
@@ -177,7 +177,7 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     likelihood = make_plain(mode="likelihood", reasons="none")
     usage = likelihood.rerank(nodes, bundle).usage
     rows = [
-        scratch.encode([Turn("user", [DESCRIBE, scratch.slot(image)])], answer=scratch.wanted)
+        scratch.encode([Message("user", [DESCRIBE, scratch.slot(image)])], answer=scratch.wanted)
         for image in scratch.images
     ]
     head = rows[0].index(-1)
