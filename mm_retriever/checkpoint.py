@@ -28,6 +28,7 @@ M = TypeVar("M", bound="nn.Module")
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = (*TORCH_SUFFIXES, ".pkl")  # of files without a fixed name; the last, of flax, is read by its family
 _WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, f"0_CLIPModel/{SAFETENSORS}")
 _ELSE = ("pytorch_model.bin", "0_CLIPModel/pytorch_model.bin")  # of repositories without safetensors
 _BESIDE = ("*.json", "*.jinja", "merges.txt", "*.model", "model-*-of-*.safetensors", "[1-9]_*/model.safetensors")
@@ -112,7 +113,7 @@ def locate(name_or_path: str | os.PathLike[str], models: Models, *, revision: st
         folder = _download(entry.repo, [entry.file], revision=revision, models=models)
         return replace(_beside(folder / entry.file), name=name)
     repo = entry.repo if entry is not None and entry.repo else name
-    if path.is_absolute() or name.startswith((".", "~")) or repo.count("/") != 1 or path.suffix in TORCH_SUFFIXES:
+    if path.is_absolute() or name.startswith((".", "~")) or repo.count("/") != 1 or path.suffix in SUFFIXES:
         raise ModelNotFoundError(f"{name!r} does not exist; {_choices(models)}")
     folder = _download(repo, _WEIGHTS, otherwise=_ELSE, beside=_BESIDE, revision=revision, models=models)
     return _in_folder(folder, name)
@@ -139,7 +140,7 @@ def weights_in(folder: Path) -> Path | None:
     for weights in (folder / SAFETENSORS, folder / SAFETENSORS_INDEX):
         if weights.is_file():
             return weights
-    candidates = sorted(path for path in folder.iterdir() if path.suffix in TORCH_SUFFIXES)
+    candidates = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(candidates) > 1:
         found = ", ".join(path.name for path in candidates)
         raise ModelNotFoundError(f"{str(folder)!r} holds several weight files ({found}); name one of them")
@@ -150,7 +151,7 @@ def _in_folder(folder: Path, name: str) -> ModelFiles:
     places = [folder, *sorted(folder.glob("0_*/"))]  # sentence-transformers may put the first module into its own
     for weights in filter(None, map(weights_in, places)):
         return replace(_beside(weights), name=name)
-    raise ModelNotFoundError(f"no {SAFETENSORS}, {SAFETENSORS_INDEX} or .pth file in {name!r}")
+    raise ModelNotFoundError(f"no {SAFETENSORS}, {SAFETENSORS_INDEX} or {', '.join(SUFFIXES)} file in {name!r}")
 
 
 def _beside(weights: Path) -> ModelFiles:

@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -64,18 +64,20 @@ def clip_config(content: Mapping[str, Any], source: str | os.PathLike[str]) -> C
     width = content.get("projection_dim", 512)
     try:
         for given in (*sides.values(), {"projection_dim": width}):
-            _check_sizes(given)
+            check_sizes(given)
         # parity: the published configs say 2, which makes transformers pool a text at its highest id
         text = sides["text"] | {"eos_token_id": LEGACY_EOS, "bos_token_id": 0, "pad_token_id": 1}
         config = CLIPConfig(text_config=text, vision_config=sides["vision"], projection_dim=width)
-        for part in (config.text_config, config.vision_config):
+        parts: tuple[Any, ...] = (config.text_config, config.vision_config)
+        for part in parts:
             part.projection_dim = width
     except Exception as error:  # transformers checks values with errors of its own
         raise CheckpointError(f"{os.fspath(source)} does not describe a CLIP model: {reason_of(error)}") from error
     return config
 
 
-def _check_sizes(given: Mapping[str, Any]) -> None:
+def check_sizes(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for a size that no model has."""
     for name, value in given.items():
         if name in ("hidden_act", "layer_norm_eps"):
             continue
@@ -111,7 +113,8 @@ def clip_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()  # a file may carry both
     tokenizer.no_padding()
-    size, room = tokenizer.get_vocab_size(), config.text_config.vocab_size
+    text: Any = config.text_config
+    size, room = tokenizer.get_vocab_size(), text.vocab_size
     if size > room:
         raise CheckpointError(f"{path} has {size:,} entries, the model {room:,}: not its tokenizer")
     empty = tokenizer.encode("").ids
@@ -149,19 +152,17 @@ class ClipEncoder(ABC):
         self.tokenizer = tokenizer
         self.name = name
         self.note = str(clip.dtype).removeprefix("torch.")
-        self.side = int(clip.config.vision_config.image_size)
-        self.room = int(clip.config.text_config.max_position_embeddings)
+        self._text = cast(Any, clip.config.text_config)
+        self._vision = cast(Any, clip.config.vision_config)
+        self.dimension = int(self._text.projection_dim)  # length of every vector
+        self.side = int(self._vision.image_size)
+        self.room = int(self._text.max_position_embeddings)
         self._turn = ForkLock()
         self._loaded_in = os.getpid()
         self._said_cut = False
         inputs = [config_content(clip.config), *facts, self.token_ids(_PROBES)]
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:6]
         self.space = f"{family}@{fingerprint}.{digest}"
-
-    @property
-    def dimension(self) -> int:
-        """Length of every vector."""
-        return int(self.clip.config.projection_dim)
 
     @property
     def device(self) -> str:
@@ -204,8 +205,8 @@ class ClipEncoder(ABC):
         ids = self.token_ids(texts)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         features = torch.empty((len(ids), self.dimension), device=self._device)
-        widest = int(self.clip.config.text_config.intermediate_size)
-        for part in passes([len(ids[row]) for row in order], widest, self._device.type):
+        lengths = [len(ids[row]) for row in order]
+        for part in passes(lengths, int(self._text.intermediate_size), self._device.type):
             rows = [order[place] for place in part]
             input_ids = torch.zeros((len(rows), len(ids[rows[-1]])), dtype=torch.long)
             for place, row in enumerate(rows):
@@ -225,10 +226,9 @@ class ClipEncoder(ABC):
 
     def image_features(self, images: Sequence[NDArray[Any]]) -> Tensor:
         """(B, D) float32 of what `prepare` made of images, not normalised."""
-        vision = self.clip.config.vision_config
         features = torch.empty((len(images), self.dimension), device=self._device)
-        patches = (self.side // int(vision.patch_size)) ** 2 + 1
-        for part in passes([patches] * len(images), int(vision.intermediate_size), self._device.type):
+        patches = (self.side // int(self._vision.patch_size)) ** 2 + 1
+        for part in passes([patches] * len(images), int(self._vision.intermediate_size), self._device.type):
             pixel_values = self.pixel_values([images[row] for row in part]).to(self._device)
             with self._turn, torch.inference_mode():
                 pooled = self.clip.vision_model(pixel_values=pixel_values).pooler_output

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+Pixels: TypeAlias = NDArray[Any]
+"""(H, W, 3): uint8, or, for a model that was made for finer steps, float32 in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Content:
     """
 
     text: str = ""
-    image: NDArray[np.uint8] | None = None
+    image: Pixels | None = None
 
     def key(self, model: str) -> bytes:
         """A digest that is equal for equal content and model only; vector caches on disk keep vectors by it."""
@@ -60,7 +63,7 @@ class Embedder(Protocol):
         """Length of every vector."""
         ...
 
-    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+    def prepare(self, image: Image.Image) -> Pixels:
         """(H, W, 3): all that the model will see of an image; called in reading threads."""
         ...
 

@@ -12,7 +12,7 @@ from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, locate
 from mm_retriever.embedders.embedder import Embedder
 from mm_retriever.errors import CheckpointError, QueryError
 
-FAMILIES: tuple[str, ...] = ("visualized_bge", "bge_vl", "sentence_transformers")
+FAMILIES: tuple[str, ...] = ("visualized_bge", "bge_vl", "magiclens", "sentence_transformers")
 """Modules: of `mm_retriever.embedders`, or, with dots, of anywhere. A model on a server is of none: see `remote`."""
 
 

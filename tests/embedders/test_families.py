@@ -129,7 +129,7 @@ def test_different_contents_have_different_vectors(model: SmallModel, embedder: 
     if "text" not in model.refuses:
         contents += [Content("red mug"), Content("a blue case")]
     vectors = embedder.encode(contents)
-    assert (vectors @ vectors.T - np.eye(len(contents))).max() < 1 - 1e-4
+    assert (vectors @ vectors.T - np.eye(len(contents))).max() < 1 - 2e-5
 
 
 def test_a_batch_is_its_rows_one_by_one_in_their_order(model: SmallModel, embedder: Embedder) -> None:
@@ -145,7 +145,7 @@ def test_a_batch_is_its_rows_one_by_one_in_their_order(model: SmallModel, embedd
 
 @pytest.mark.parametrize("text", ["", " ", "\x00", "\ud800 broken", "é\u202e🦒", "red " * 3000])
 def test_any_text_has_a_vector(model: SmallModel, embedder: Embedder, text: str) -> None:
-    image = None if "text" in model.refuses else embedder.prepare(noise(1))
+    image = embedder.prepare(noise(1)) if "text" in model.refuses else None
     assert np.isfinite(embedder.encode([Content(text, image)])).all()
 
 

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel
 
 from mm_retriever.embedders.clip import clip_config
+from mm_retriever.embedders.magiclens.model import MagicLens, MagicLensConfig
 from tests.support.golden import small_config, small_model, word_tokenizer
 from tests.support.sentence_models import qwen3_vl_embedding_folder, siglip2_folder
 
@@ -64,9 +63,23 @@ def visualized_bge(folder: Path, seed: int) -> Iterator[SmallModel]:
 def bge_vl(folder: Path, seed: int) -> Iterator[SmallModel]:
     content = {**CLIP_SHAPE, "model_type": "clip", "auto_map": {"AutoModel": "modeling_MMRet_CLIP.CLIPModel"}}
     (folder / "config.json").write_text(json.dumps(content))
-    save_file(random_clip(seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        random_state(lambda: CLIPModel(clip_config(CLIP_SHAPE, "")), seed),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     clip_words(CLIP_SHAPE["text_config"]["vocab_size"]).save(str(folder / "tokenizer.json"))
     yield SmallModel(str(folder), weights=folder / "model.safetensors")
+
+
+@contextmanager
+def magiclens(folder: Path, seed: int) -> Iterator[SmallModel]:
+    content = {**CLIP_SHAPE, "num_layers": 2, "num_heads": 4, "ff_hidden_size": 72}
+    config = MagicLensConfig(clip=clip_config(content, ""), num_layers=2, num_heads=4, ff_hidden_size=72)
+    (folder / "config.json").write_text(json.dumps({**content, "model_type": "magiclens"}))
+    save_file(random_state(lambda: MagicLens(config), seed), folder / "model.safetensors", metadata={"format": "pt"})
+    clip_words(CLIP_SHAPE["text_config"]["vocab_size"]).save(str(folder / "tokenizer.json"))
+    yield SmallModel(str(folder), refuses=frozenset({"text"}), weights=folder / "model.safetensors")
 
 
 @contextmanager
@@ -82,6 +95,7 @@ def siglip2(folder: Path, seed: int) -> Iterator[SmallModel]:
 MAKERS: dict[str, Maker] = {
     "visualized_bge": visualized_bge,
     "bge_vl": bge_vl,
+    "magiclens": magiclens,
     "sentence_transformers": qwen3_vl_embedding,
     "sentence_transformers.siglip2": siglip2,
 }
@@ -111,10 +125,10 @@ CLIP_SHAPE: dict[str, Any] = {
 }
 
 
-def random_clip(seed: int) -> dict[str, Tensor]:
-    """The tensors of a CLIP of `CLIP_SHAPE`, large enough to tell inputs apart."""
+def random_state(build: Callable[[], nn.Module], seed: int) -> dict[str, Tensor]:
+    """Tensors of a model, large enough to tell inputs apart."""
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in CLIPModel(clip_config(CLIP_SHAPE, "")).state_dict().items()}
+        shapes = {key: tensor.shape for key, tensor in build().state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, shape in shapes.items():
@@ -122,7 +136,7 @@ def random_clip(seed: int) -> dict[str, Tensor]:
         if len(shape) >= 2 and "position" not in key:
             state[key] = z / math.sqrt(math.prod(shape[1:])) if "embedding" not in key else z * 0.3
         else:
-            state[key] = 1 + 0.1 * z if key.endswith("norm.weight") else z * 0.1
+            state[key] = 1 + 0.1 * z if "norm.weight" in key or "_ln.weight" in key else z * 0.1
     return state
 
 
@@ -138,17 +152,3 @@ def clip_words(size: int) -> Tokenizer:
         single="<start> $A <end>", special_tokens=[(name, vocabulary[name]) for name in ("<start>", "<end>")]
     )
     return tokenizer
-
-
-def clip_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of BGE-VL that is a function of its name, as the golden outputs were made with."""
-    f32 = np.float32
-    seeded = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
-    z = np.asarray(seeded.standard_normal(shape)).astype(f32)
-    if name.endswith(("class_embedding", "position_embedding.weight", "token_embedding.weight")):
-        z = z * f32(0.02)
-    elif len(shape) >= 2:
-        z = z / f32(math.sqrt(math.prod(shape[1:])))
-    else:
-        z = f32(1) + f32(0.1) * z if name.endswith("weight") else z * f32(0.02)
-    return torch.from_numpy(np.asarray(z, dtype=f32))

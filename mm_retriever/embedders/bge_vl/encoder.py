@@ -42,7 +42,7 @@ DEAD_KEYS = re.compile(r"(text|vision)_model\.embeddings\.position_ids")  # in f
 
 # parity: transformers' CLIPImageProcessor scales in float64 and normalises in float32
 _SCALED = (np.arange(256) * (1 / 255)).astype(np.float32)
-_NORMALISED = (_SCALED[:, None] - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)  # (256, 3)
+_NORMALISED = (_SCALED[:, None] - np.asarray(CLIP_MEAN, np.float32)) / np.asarray(CLIP_STD, np.float32)  # (256, 3)
 
 
 class BGEVLEncoder(ClipEncoder):
