@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mm_retriever.errors import MMRetrieverError
     from mm_retriever.images import ImagePolicy, load_image
     from mm_retriever.images.sheet import before_after, contact_sheet
-    from mm_retriever.ingest import IngestReport, ingest_images, prune_images, remove_images
+    from mm_retriever.ingest import IngestReport, ReindexReport, ingest_images, prune_images, reindex, remove_images
     from mm_retriever.phi3_vision.llm import Phi3VisionLLM
     from mm_retriever.rerank import (
         CrossEncoderRerank,
@@ -54,6 +54,7 @@ _HOME = {
     "RemoteEmbedding": "embedders.remote",
     "RemoteRerank": "rerank",
     "TextRerank": "rerank",
+    "ReindexReport": "ingest",
     "ShardReport": "bulk",
     "VisionLLMRerank": "rerank",
     "load_reranker": "rerank",
@@ -69,6 +70,7 @@ _HOME = {
     "load_image": "images",
     "open_store": "store",
     "prune_images": "ingest",
+    "reindex": "ingest",
     "remove_images": "ingest",
 }
 
@@ -87,6 +89,7 @@ __all__ = [
     "MMRetrieverError",
     "Phi3VisionLLM",
     "Phi3VisionRerank",
+    "ReindexReport",
     "RemoteEmbedding",
     "RemoteRerank",
     "ShardReport",
@@ -105,6 +108,7 @@ __all__ = [
     "load_reranker",
     "open_store",
     "prune_images",
+    "reindex",
     "remove_images",
 ]
 

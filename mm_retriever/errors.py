@@ -13,6 +13,7 @@ Every class also inherits the builtin it specialises, so that code that has neve
     ├── RerankError             (RuntimeError)     a ranking that could not be obtained
     ├── ModelServerError        (ConnectionError)  a server of models that gave no answer, or one that cannot be used
     ├── IngestError             (ValueError)       a source or sidecar that cannot be ingested
+    │   └── ReindexError        (ValueError)       a collection whose model was not changed
     ├── CopyError               (TypeError)        an object that cannot be taken to another process
     ├── VectorCacheError        (OSError)          a cache file of vectors that cannot be used
     ├── StoreError              (RuntimeError)     the vector store refused
@@ -29,6 +30,7 @@ A message says what was given, what is accepted, and what to do; `shown` writes 
 
 import reprlib
 import unicodedata
+from typing import Any
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -119,6 +121,16 @@ class ModelServerError(MMRetrieverError, ConnectionError):
 
 class IngestError(MMRetrieverError, ValueError):
     """A source or sidecar file that cannot be ingested at all."""
+
+
+class ReindexError(IngestError):
+    """A collection whose model was not changed; it is as it was.
+
+    Attributes:
+        unreadable: rows that cannot be embedded anew, with `path` and `reason`.
+    """
+
+    unreadable: tuple[Any, ...] = ()
 
 
 class CopyError(MMRetrieverError, TypeError):

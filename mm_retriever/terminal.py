@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llama_index.core.schema import NodeWithScore
 
     from mm_retriever.bulk import ShardReport
-    from mm_retriever.ingest import IngestReport
+    from mm_retriever.ingest import IngestReport, SkippedImage
     from mm_retriever.rerank.reranker import Reranking
 
 SKIPPED_SHOWN = 10
@@ -119,10 +119,7 @@ def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report
         typer.echo(one_line(f"  note: {note}"))
     if len(report.notes) > NOTES_SHOWN:
         typer.echo(f"  and {len(report.notes) - NOTES_SHOWN} more notes; {rest}")
-    for skipped in report.skipped[:SKIPPED_SHOWN]:
-        typer.echo(one_line(f"  skipped {skipped.path}: {skipped.reason}"))
-    if len(report.skipped) > SKIPPED_SHOWN:
-        typer.echo(f"  and {len(report.skipped) - SKIPPED_SHOWN} more; {rest}")
+    print_skipped(report.skipped, rest=rest)
     if report.ignored:
         typer.echo(f"not taken, because they are no images that are read; {rest}:")
     for files in report.ignored[:SKIPPED_SHOWN]:
@@ -130,6 +127,14 @@ def print_ingestion(report: IngestReport | ShardReport, *, rest: str = "--report
     if len(report.ignored) > SKIPPED_SHOWN:
         others = report.ignored[SKIPPED_SHOWN:]
         typer.echo(f"  {sum(files.count for files in others):>7} of {len(others)} more types")
+
+
+def print_skipped(images: Sequence[SkippedImage], *, rest: str) -> None:
+    """The first of the images that could not be read, and why; `rest` says where all are listed."""
+    for skipped in images[:SKIPPED_SHOWN]:
+        typer.echo(one_line(f"  skipped {skipped.path}: {skipped.reason}"))
+    if len(images) > SKIPPED_SHOWN:
+        typer.echo(f"  and {len(images) - SKIPPED_SHOWN} more; {rest}")
 
 
 def print_facts(facts: Mapping[str, str]) -> None:

@@ -38,6 +38,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 COMMANDS: dict[str, Callable[..., None]] = {
     "index": indexing.index,
     "search": search.search,
+    "reindex": indexing.reindex,
     "prune": indexing.prune,
     "remove": indexing.remove,
     "clear": indexing.clear,

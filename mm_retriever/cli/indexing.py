@@ -1,7 +1,8 @@
-"""``mm-retriever index | prune | remove | clear``: the rows of a collection."""
+"""``mm-retriever index | reindex | prune | remove | clear``: the rows of a collection."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +89,60 @@ def index(
         print_ingestion(result)
     if result.kept:
         options.fail(f"{result.kept} rows were kept: {options.KEPT}", options.EXIT_INCOMPLETE)
+
+
+def reindex(
+    model: options.Model,
+    db: options.Db = "photos.db",
+    collection: options.Collection = "mm_retriever",
+    batch_size: options.BatchSize = 32,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Leave out rows whose image cannot be read.")
+    ] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch images that are stored by URL.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, with all that cannot be read.")
+    ] = False,
+    token: options.Token = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    model_url: options.ModelUrl = None,
+    model_key: options.ModelKey = None,
+) -> None:
+    """Change the model of a collection, all in one step at the end. Run it again to go on where it was ended."""
+    from mm_retriever.errors import ReindexError
+    from mm_retriever.images import ImagePolicy
+    from mm_retriever.ingest import reindex
+    from mm_retriever.store import check_exists
+    from mm_retriever.terminal import print_json, print_skipped
+
+    check_exists(db)  # before a model is loaded
+    embedding = options.embed_model(
+        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+    )
+    try:
+        report = reindex(
+            db,
+            embedding,
+            collection=collection,
+            token=token,
+            batch_size=batch_size,
+            drop_missing=drop_missing,
+            show_progress=not as_json,
+            image_policy=ImagePolicy(allow_urls=allow_urls),
+        )
+    except ReindexError as error:
+        if as_json:
+            print_json({"error": str(error), "unreadable": [asdict(row) for row in error.unreadable]})
+        else:
+            print_skipped(error.unreadable, rest="--json lists them all")
+        options.fail(str(error), options.EXIT_INCOMPLETE)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+        print_skipped(report.dropped, rest="--json lists them all")
 
 
 def prune(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mm_retriever.cli.options import Token, home
 from mm_retriever.errors import QueryError
 
+if TYPE_CHECKING:
+    from mm_retriever.checkpoint import ModelEntry
+
+_COMPOSED = {
+    "trained": "composed, as it was trained",
+    "sum": "by the sum of both vectors",
+    "no": "not embedded",
+}
 PACKAGES = ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilvus", "pillow")
 
 
@@ -70,7 +79,7 @@ def info(
     if db is not None:
         check_exists(db)
         for name, described in describe_store(db, token=token).items():
-            facts[f"collection {name}"] = ", ".join(f"{key} {value}" for key, value in described.items())
+            facts[f"collection {name}"] = _described(described, models)
         verified = verify_store(db, token=token) if verify else {}
         facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
     elif verify:
@@ -79,3 +88,19 @@ def info(
     for verification in verified.values():
         if not isinstance(verification, str):
             verification.raise_damage()
+
+
+def _described(collection: Mapping[str, Any], models: Mapping[str, ModelEntry]) -> str:
+    """Rows and model of a collection: its name and note, whether it composes or adds, its space, its dimension."""
+    name, _, _ = collection.get("model_note", "").rpartition(", ")
+    entry = models.get(name)
+    facts = [
+        f"{collection['rows']} rows",
+        f"model {collection.get('model_note') or 'not named'}",
+        "" if entry is None else f"image with text {_COMPOSED[entry.composed]}",
+        f"space {collection['model']}",
+        f"dimension {collection['dimension']}",
+    ]
+    if whole := collection.get("left_by_reindex"):
+        facts.insert(0, f"left by a reindex of {whole} that has not ended: the next one goes on with it or removes it")
+    return ", ".join(filter(None, facts))

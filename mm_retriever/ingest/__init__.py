@@ -11,23 +11,27 @@ One image goes through the files in this order:
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
 - `known.py`: vectors that the store has already of the same file contents.
 - `removal.py`: which files are provably gone, and rows out of the store.
+- `reindexing.py`: the rows of a collection under another model.
 - `report.py`: what was done.
 """
 
 from mm_retriever.ingest.ignored import IgnoredFiles
 from mm_retriever.ingest.pipeline import ingest_images
+from mm_retriever.ingest.reindexing import reindex
 from mm_retriever.ingest.removal import PruneReport, prune_images, remove_images
-from mm_retriever.ingest.report import IngestReport, SkippedImage
+from mm_retriever.ingest.report import IngestReport, ReindexReport, SkippedImage
 from mm_retriever.ingest.sidecar import Sidecar, read_sidecar
 
 __all__ = [
     "IgnoredFiles",
     "IngestReport",
     "PruneReport",
+    "ReindexReport",
     "Sidecar",
     "SkippedImage",
     "ingest_images",
     "prune_images",
     "read_sidecar",
+    "reindex",
     "remove_images",
 ]

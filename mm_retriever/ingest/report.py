@@ -82,3 +82,36 @@ class IngestReport:
         except OSError as error:
             reason = error.strerror or error
             raise IngestError(f"{self}; but the report cannot be written to {str(target)!r}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class ReindexReport:
+    """What one call of `reindex` did."""
+
+    collection: str
+    model: str  # that it has now, for people
+    before: str  # that it had
+    rows: int  # that it has now
+    seconds: float
+    embedded: int = 0
+    reused: int = 0  # embedded by an earlier run that did not come to its end
+    changed: int = 0  # whose image is not the one that was indexed: the vector is that of the image as it is now
+    dropped: tuple[SkippedImage, ...] = ()  # rows that are gone, because their image cannot be read
+    already: bool = False  # the collection had this model: nothing was done
+
+    def __str__(self) -> str:
+        if self.already:
+            return f"{self.collection!r} has vectors of {self.model} already: nothing to do"
+        others = {
+            "from an earlier run": self.reused,
+            "of them changed since they were indexed (index them again for the rest of their metadata)": self.changed,
+            "dropped": len(self.dropped),
+        }
+        parts = [f"{self.embedded} rows embedded", *(f"{count} {name}" for name, count in others.items() if count)]
+        rate = self.embedded / self.seconds if self.seconds > 0 else 0.0
+        now = f"{self.collection!r} has {self.rows} rows of {self.model} now, in place of {self.before}"
+        return f"{', '.join(parts)} in {self.seconds:.1f} s ({rate:.1f} rows/s); {now}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON takes it."""
+        return asdict(self)

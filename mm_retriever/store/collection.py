@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from mm_retriever.store.schema import (
     same_model,
     stored_model,
 )
+from mm_retriever.store.switching import LOOK_SECONDS, ModelWatch, come_back, is_away
 from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Collection:
     Attributes:
         model_note: name and float format of the model, for people.
         index_type: what the vectors are indexed by, once open.
+        made_from: of a new collection of a `reindex`, the model of the one before.
         words: the index of words; None if there is none.
     """
 
@@ -81,6 +82,8 @@ class Collection:
         self.metric = (metric or "").upper()
         self.index_type = "auto" if index.lower() == "auto" else index.upper()
         self.words: WordIndex | None = None
+        self.made_from = ""
+        self._watch = ModelWatch(connection, name)
         self._scans_are_strong = True
         self._last_delete = -_STRONG_AFTER_DELETE_SECONDS
 
@@ -99,26 +102,36 @@ class Collection:
         Raises:
             StoreError: there is none, and `create` is False.
         """
-        with self.connection.request("opening the collection"), self.connection.turn():
-            exists = self._ask(self._client.has_collection)
-            if not exists and not create:
-                raise self._missing()
-            if exists and not overwrite:
-                self._check(hybrid, analyzer)
-            else:
-                self.words = new_word_index(hybrid, analyzer)
-                self._check_server()
-                if exists:
-                    self._ask(self._client.drop_collection)
-                if not self._create():
-                    self._check(hybrid, analyzer)
-            self._create_indexes()
-            self._check_index()
-            self.load()
+        with self.connection.request("opening the collection"):
+            while True:
+                with self.connection.turn():
+                    exists = self._ask(self._client.has_collection)
+                    if exists or not is_away(self.connection, self.name):
+                        if not exists and not create:
+                            raise self._missing()
+                        self._open(hybrid, analyzer, exists=exists, overwrite=overwrite)
+                        break
+                come_back(self.connection, self.name)
         if not exists or overwrite:
             self._sync(sync_new_collection)
         elif damaged := [row[ID_FIELD] for row in self.some(["*"], "", _SAMPLED_ROWS) if row_is_damaged(row)]:
             logger.warning("%s: %s", self.connection.where, damaged_rows(damaged))
+
+    def _open(
+        self, hybrid: bool | SparseEmbedding | None, analyzer: str | None, *, exists: bool, overwrite: bool
+    ) -> None:
+        if exists and not overwrite:
+            self._check(hybrid, analyzer)
+        else:
+            self.words = new_word_index(hybrid, analyzer)
+            self._check_server()
+            if exists:
+                self._ask(self._client.drop_collection)
+            if not self._create():
+                self._check(hybrid, analyzer)
+        self._create_indexes()
+        self._check_index()
+        self.load()
 
     def clear(self) -> None:
         """Remove every row; the collection stays open."""
@@ -137,7 +150,9 @@ class Collection:
         if not self.dimension:
             raise StoreError("dimension: a new collection needs to know how many numbers a vector has")
         # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
-        kept = model_properties(self.model_id, self.model_note) | ({} if self.words is None else self.words.properties)
+        kept = model_properties(self.model_id, self.model_note, self.made_from)
+        kept |= {} if self.words is None else self.words.properties
+        self._watch.saw(self.model_id or None, self.dimension)
         schema = collection_schema(self.dimension, "" if self._lite else json.dumps(kept))
         if self.words is not None:
             self.words.add_to(schema)
@@ -176,16 +191,9 @@ class Collection:
 
     def _check_server(self) -> None:
         """Refuse an index of words where the server is too old, before a collection is dropped or half of one made."""
-        if self.words is None or self._lite:
-            return
-        answer = str(self.connection.ask(self._client.get_server_version))
-        version = re.match(r"v?(\d+)\.(\d+)", answer)
-        first, hybrid = ((2, 4), "a sparse model") if self.words.model else ((2, 5), "True")
-        if version and (int(version[1]), int(version[2])) < first:
-            needed = ".".join(map(str, first))
-            raise StoreError(
-                f"{self.connection.where} is Milvus {answer.lstrip('v')}; hybrid={hybrid} needs {needed} or later"
-            )
+        if self.words is not None and not self._lite:
+            first, hybrid = ((2, 4), "a sparse model") if self.words.model else ((2, 5), "True")
+            self.connection.check_version(first, f"hybrid={hybrid}")
 
     def _check(self, hybrid: bool | SparseEmbedding | None, analyzer: str | None) -> None:
         description = self._ask(self._client.describe_collection)
@@ -198,6 +206,7 @@ class Collection:
         if self.dimension not in (0, dimension):
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self.dimension}")
         self.dimension = dimension
+        self._watch.saw(stored_model(description)[0], dimension)
         words = word_index_of(description, hybrid, analyzer)
         if isinstance(words, str):
             raise self._mismatch(words)
@@ -255,6 +264,7 @@ class Collection:
         # On a server an insert leaves the old row there, and an upsert replaces it whole.
         call = self._client.insert if self._lite else self._client.upsert
         with self.connection.request(f"storing {len(rows)} rows"):
+            self._watch.check(0)
             self._ask(call, data=list(rows))
         self._sync(sync_logs)
 
@@ -350,6 +360,7 @@ class Collection:
     def _search(
         self, query: Any, field: str, params: dict[str, Any], expression: str, limit: int, names: Sequence[str]
     ) -> list[Hit]:
+        self._watch.check(LOOK_SECONDS)
         options = {"filter": expression, "limit": limit, "output_fields": list(names), **self._strong_after_delete}
         hits = self._read(self._client.search, data=[query], anns_field=field, search_params=params, **options)
         return list(hits[0]) if hits else []
@@ -371,6 +382,7 @@ class Collection:
             parts.append(AnnSearchRequest([text], index.vector_field, params, most, expr=expression))
         options = {"limit": limit, "output_fields": list(names), **self._strong_after_delete}
         with self.connection.request("searching vectors and words"):
+            self._watch.check(LOOK_SECONDS)
             hits = self._read(self._client.hybrid_search, reqs=parts, ranker=RRFRanker(RRF_K), **options)
         return list(hits[0]) if hits else []
 
@@ -387,8 +399,9 @@ class Collection:
                 try:
                     return self._ask(call, **options)
                 except MilvusException as error:
-                    if error.code != _NOT_LOADED or until.left <= 0:
+                    if until.left <= 0 or (error.code != _NOT_LOADED and not self._watch.is_back(error)):
                         raise
+                self._watch.check(0)
                 self.load()
 
     def load(self) -> None:

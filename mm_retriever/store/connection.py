@@ -109,6 +109,14 @@ class Connection:
                     raise
                 raise _TimeOverError(until.reason or _short(error)) from error
 
+    def check_version(self, first: tuple[int, int], what: str) -> None:
+        """Refuse what needs a later version than the server's."""
+        answer = str(self.ask(self.client.get_server_version))
+        version = re.match(r"v?(\d+)\.(\d+)", answer)
+        if version and (int(version[1]), int(version[2])) < first:
+            needed = ".".join(map(str, first))
+            raise StoreError(f"{self.where} is Milvus {answer.lstrip('v')}; {what} needs {needed} or later")
+
     @contextmanager
     def request(self, doing: str) -> Iterator[None]:
         """Run requests to Milvus: every failure becomes one error of ours, and nothing is printed.

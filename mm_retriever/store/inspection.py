@@ -14,6 +14,7 @@ from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.lite_durability import damaged_files
 from mm_retriever.store.rows import damaged_rows, has_checksum, row_is_damaged
 from mm_retriever.store.schema import ID_FIELD, stored_model
+from mm_retriever.store.switching import left_by_reindex
 
 _PAGE_ROWS = 1_000
 
@@ -90,7 +91,8 @@ def _verified(collection: Collection) -> Verification | str:
 def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:
     """Return the number of ``rows``, ``dimension``, ``model`` and ``model_note`` of each collection.
 
-    Nothing is loaded or changed.
+    ``left_by_reindex`` is the collection whose `reindex` made this one and has not come to its end. Nothing is loaded
+    or changed.
 
     Raises:
         StoreError: there is no such Milvus Lite file, it is locked, or the server does not answer.
@@ -108,6 +110,7 @@ def _described(connection: Connection, name: str) -> dict[str, Any]:
         "dimension": dimensions[0] if dimensions else None,
         "model": model or "not said",
         **({"model_note": note} if note else {}),
+        **({"left_by_reindex": whole} if (whole := left_by_reindex(name)) else {}),
     }
 
 

@@ -65,6 +65,16 @@ def sync_new_collection(place: Path, name: str) -> None:
             sync(above)
 
 
+def sync_renamed_collection(place: Path, name: str) -> None:
+    """Return when a collection is on the disk under its new name; no request may reach it meanwhile."""
+    folder = place / "collections" / name
+    for record, file in list(recorded_files(folder)):
+        if not file.exists():  # a log that renaming wrote into a data file; the next one may have its number
+            record.unlink(missing_ok=True)
+    keep_copy(folder, "schema.json")  # it has the name
+    sync_new_collection(place, name)
+
+
 def sync_logs(place: Path, name: str) -> None:
     """Return when every row and removal that Milvus Lite has acknowledged for a collection is on the disk.
 

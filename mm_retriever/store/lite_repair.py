@@ -135,7 +135,7 @@ def _checked_schema(folder: Path) -> dict[str, Any] | None:
     """The schema of a collection, restored from its copy if it is damaged; None if there is none."""
     path = folder / "schema.json"
     content, copy = _content(path), read_copy(folder, path.name)
-    if copy is not None and content != copy:
+    if copy is not None and content != copy and not _renamed(content, copy):
         if content is None and not _holds_rows(folder):
             return None  # the collection was being dropped
         _restore(folder, path, copy)
@@ -151,6 +151,14 @@ def _checked_schema(folder: Path) -> dict[str, Any] | None:
     with _unless_read_only():
         keep_copy(folder, path.name)
     return dict(schema)
+
+
+def _renamed(content: bytes | None, copy: bytes) -> bool:
+    """Whether a schema differs from its copy by the name of the collection alone, which nothing reads."""
+    schema, copied = _json(content or b""), _json(copy)
+    if not isinstance(schema, dict) or not isinstance(copied, dict):
+        return False
+    return {**schema, "collection_name": None} == {**copied, "collection_name": None}
 
 
 def _holds_rows(folder: Path) -> bool:

@@ -89,6 +89,7 @@ METRICS = ("IP", "COSINE")
 
 _MODEL_PROPERTY = "mm_retriever.model"
 _NOTE_PROPERTY = "mm_retriever.model_note"
+MADE_FROM_PROPERTY = "mm_retriever.reindexed_from"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
@@ -116,15 +117,27 @@ def check_options(collection: str, dimension: int | None, index: str, metric: st
         raise StoreError(f"metric {metric!r} is not one of {', '.join(METRICS)}{hint}")
 
 
-def model_properties(model_id: str, model_note: str) -> dict[str, str]:
-    """Return the properties of a new collection that say which model its vectors come from."""
-    properties = {_MODEL_PROPERTY: model_id, _NOTE_PROPERTY: model_note}
+def model_properties(model_id: str, model_note: str, made_from: str = "") -> dict[str, str]:
+    """Return the properties of a new collection that say which model its vectors come from.
+
+    Args:
+        model_id: the model.
+        model_note: on it, for people.
+        made_from: the model before, where `reindex` makes the collection.
+    """
+    properties = {_MODEL_PROPERTY: model_id, _NOTE_PROPERTY: model_note, MADE_FROM_PROPERTY: made_from}
     return {name: value for name, value in properties.items() if value}
 
 
 def stored_model(description: Mapping[str, Any]) -> tuple[str | None, str]:
     """Return the model whose vectors a collection holds, None if it does not say, and the note on it for people."""
     return stored_property(description, _MODEL_PROPERTY), stored_property(description, _NOTE_PROPERTY) or ""
+
+
+def vector_length(description: Mapping[str, Any]) -> int:
+    """Return how many numbers a vector of a collection has, 0 without our column of vectors."""
+    fields = {field["name"]: field for field in description["fields"]}
+    return int(fields.get(VECTOR_FIELD, {}).get("params", {}).get("dim", 0))
 
 
 def stored_property(description: Mapping[str, Any], name: str) -> str | None:

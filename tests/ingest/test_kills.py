@@ -42,9 +42,9 @@ MOST_BYTES = 200_000
 
 
 @contextmanager
-def warm(flush_bytes: int = 128 * 2**20) -> Iterator[Any]:
+def warm(flush_bytes: int = 128 * 2**20, what: str = "run") -> Iterator[Any]:
     """Runs in forks of one process; Milvus Lite writes a segment after so many bytes, by itself after 128 MB."""
-    process = python("-m", "tests.support.mortal", flush_bytes, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = python("-m", "tests.support.mortal", flush_bytes, what, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def run(place: Path, by: str = "never", at: float = 0) -> dict[str, Any]:
         process.stdin.write(json.dumps([str(place), by, at]) + "\n")

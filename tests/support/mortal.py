@@ -1,6 +1,6 @@
-"""A warm process that forks runs of ingestion and lets them die: a hundred kills without a hundred imports.
+"""A warm process that forks runs of ingestion or of `reindex` and lets them die: many kills, and one import.
 
-    python -m tests.support.mortal BYTES   # after which Milvus Lite writes a segment
+    python -m tests.support.mortal BYTES [reindexing]   # after so many bytes Milvus Lite writes a segment
 
 Requests come and answers go as one line of JSON each.
 
@@ -8,6 +8,8 @@ A request is [place, by, at]; the run dies, if it does not end before,
 
 - by "time": of SIGKILL, so many seconds after it began;
 - by "operation": of SIGKILL, before it makes, renames or removes its so-manieth file or folder;
+- by "rename": of SIGKILL, before it renames a collection for the so-manieth time;
+- by "drop": of SIGKILL, before it removes the so-manieth collection;
 - by "byte": in the middle of a write, where a file would grow beyond so many bytes (those before are written).
 
 An answer has "step" (where the run was last), "killed", "seconds" and, from a run that ended, "operations".
@@ -22,6 +24,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "sqlite3.connect")
@@ -51,12 +54,33 @@ def run(place: Path, step) -> None:
         step("close")
 
 
+def reindexing(place: Path, step) -> None:
+    """The collection of `a.db`, or of the server that the file `uri` names, goes to the model in the file `target`."""
+    from mm_retriever.embedding import ComposedEmbedding
+    from mm_retriever.ingest import reindex
+    from tests.support.mean_colour import MeanColour
+
+    step("load")
+    target, uri = (place / "target").read_text(), place / "uri"
+    model = ComposedEmbedding("tiny", device="cpu") if target == "tiny" else ComposedEmbedding(MeanColour())
+    step("reindex")
+    where = uri.read_text() if uri.exists() else place / "a.db"
+    reindex(where, model, collection="photos", batch_size=4, show_progress=False)
+    step("close")
+
+
 def mortal(place: Path, by: str, at: float, told: int) -> None:
     """In the fork: run, and die at the moment that was asked for."""
     operations = 0
+    collections = Counter()
 
     def heard(event: str, arguments: tuple) -> None:
         nonlocal operations
+        kind = {"os.rename": "rename", "shutil.rmtree": "drop"}.get(event)
+        if kind is not None and Path(arguments[0]).parent == place / "a.db" / "collections":
+            collections[kind] += 1
+            if by == kind and collections[kind] == at:
+                os.kill(os.getpid(), signal.SIGKILL)
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if (writes or event in OPERATIONS) and str(arguments[0]).startswith(str(place)):
             operations += 1
@@ -68,8 +92,11 @@ def mortal(place: Path, by: str, at: float, told: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(at), resource.RLIM_INFINITY))
-    run(place, lambda name: os.write(told, f"{name}\n".encode()))
+    RUNS[sys.argv[2] if len(sys.argv) > 2 else "run"](place, lambda name: os.write(told, f"{name}\n".encode()))
     os.write(told, f"{operations}\n".encode())
+
+
+RUNS = {"run": run, "reindexing": reindexing}
 
 
 def answer(place: str, by: str, at: float) -> dict[str, object]:
