@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,11 +84,15 @@ def reindex(
     if embed_model.compose_nodes:
         raise IngestError("reindex embeds images by their pixels alone: give a model without compose_nodes=True")
     start = time.perf_counter()
-    into = {"dimension": embed_model.dimension, "model_id": embed_model.model_id, "model_note": embed_model.model_note}
+    into: dict[str, Any] = {
+        "dimension": embed_model.dimension,
+        "model_id": embed_model.model_id,
+        "model_note": embed_model.model_note,
+    }
     with Succession(store_uri, collection, token=token, timeout=timeout, **into) as succession:
         was = succession.old.model_note or succession.old.model_id or "a model that it does not name"
         rows = succession.old.count("")
-        facts = {"collection": collection, "model": embed_model.model_note, "before": was}
+        facts: dict[str, Any] = {"collection": collection, "model": embed_model.model_note, "before": was}
         if succession.is_done:
             return ReindexReport(**facts, rows=rows, seconds=time.perf_counter() - start, already=True)
         with tqdm(total=rows, desc="Reindexing", unit="row", smoothing=0, disable=not show_progress) as bar:
@@ -265,7 +269,7 @@ class _Run:
                 rows.append((task.row, None, vector))
         self._write(rows)
 
-    def _write(self, rows: list[tuple[Any, BaseNode | None, Any]]) -> None:
+    def _write(self, rows: Sequence[tuple[Any, BaseNode | None, Any]]) -> None:
         if rows:
             self.succession.write(rows)
             self.embedded += len(rows)
