@@ -30,7 +30,6 @@ A message says what was given, what is accepted, and what to do; `shown` writes 
 
 import reprlib
 import unicodedata
-from typing import Any
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -127,10 +126,10 @@ class ReindexError(IngestError):
     """A collection whose model was not changed; it is as it was.
 
     Attributes:
-        unreadable: rows that cannot be embedded anew, with `path` and `reason`.
+        unreadable: rows that cannot be embedded anew: image or id, and the reason.
     """
 
-    unreadable: tuple[Any, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
 class CopyError(MMRetrieverError, TypeError):

@@ -113,7 +113,7 @@ def reindex(
     """Change the model of a collection, all in one step at the end. Run it again to go on where it was ended."""
     from mm_retriever.errors import ReindexError
     from mm_retriever.images import ImagePolicy
-    from mm_retriever.ingest import reindex
+    from mm_retriever.ingest import SkippedImage, reindex
     from mm_retriever.store import check_exists
     from mm_retriever.terminal import print_json, print_skipped
 
@@ -133,10 +133,11 @@ def reindex(
             image_policy=ImagePolicy(allow_urls=allow_urls),
         )
     except ReindexError as error:
+        unreadable = [SkippedImage(*row) for row in error.unreadable]
         if as_json:
-            print_json({"error": str(error), "unreadable": [asdict(row) for row in error.unreadable]})
+            print_json({"error": str(error), "unreadable": [asdict(row) for row in unreadable]})
         else:
-            print_skipped(error.unreadable, rest="--json lists them all")
+            print_skipped(unreadable, rest="--json lists them all")
         options.fail(str(error), options.EXIT_INCOMPLETE)
     if as_json:
         print_json(report.to_dict())

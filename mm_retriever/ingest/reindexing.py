@@ -100,7 +100,7 @@ def reindex(
             try:
                 run.finish(drop_missing=drop_missing)
             except ReindexError as error:
-                error.unreadable = tuple(run.unreadable)
+                error.unreadable = tuple((row.path, row.reason) for row in run.unreadable)
                 raise
             except StoreError as error:
                 raise type(error)(
