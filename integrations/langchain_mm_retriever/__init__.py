@@ -1,4 +1,4 @@
-"""Image search in LangChain: embeddings, a retriever, a document compressor and tools over mm_retriever.
+"""Image search in LangChain: embeddings, vector store, retriever, document compressor and tools over mm_retriever.
 
 Adapters only: each hands over to the class of mm_retriever that does the work, and gives its answer in LangChain's
 types. The store is mm_retriever's own; langchain-milvus needs another pymilvus.
@@ -17,5 +17,12 @@ from langchain_mm_retriever.compressor import RerankCompressor
 from langchain_mm_retriever.embeddings import VisualizedBGEEmbeddings
 from langchain_mm_retriever.retriever import ComposedImageRetriever
 from langchain_mm_retriever.tools import image_search_tools
+from langchain_mm_retriever.vectorstore import ImageVectorStore
 
-__all__ = ["ComposedImageRetriever", "RerankCompressor", "VisualizedBGEEmbeddings", "image_search_tools"]
+__all__ = [
+    "ComposedImageRetriever",
+    "ImageVectorStore",
+    "RerankCompressor",
+    "VisualizedBGEEmbeddings",
+    "image_search_tools",
+]

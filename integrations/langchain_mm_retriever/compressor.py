@@ -42,4 +42,4 @@ class RerankCompressor(BaseDocumentCompressor):
         policy = self.reranker.image_policy if isinstance(self.reranker, Reranker) else DEFAULT_POLICY
         bundle = QueryBundle(text, image_path=None if image is None else portable_image(image, policy=policy))
         nodes = self.reranker.postprocess_nodes([to_node(document) for document in documents], query_bundle=bundle)
-        return [to_document(node) for node in nodes]
+        return [to_document(node, with_score=True) for node in nodes]

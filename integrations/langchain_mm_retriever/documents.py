@@ -1,34 +1,61 @@
-"""LlamaIndex nodes to LangChain documents and back, and what a query may look like in LangChain."""
+"""LlamaIndex nodes to LangChain documents and back, and what queries and filters may look like in LangChain."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from langchain_core.documents import Document
-from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from langchain_core.messages import BaseMessage
+from langchain_core.messages.content import ContentBlock
+from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, TextNode
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
+from pydantic import ValidationError
 
-from mm_retriever.errors import QueryError
+from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.images import ImageSource
 
 SCORE = "relevance_score"
 IMAGE_PATH = "image_path"
 IMAGE_URL = "image_url"
 
-ComposedQuery: TypeAlias = str | Mapping[str, Any]
-"""A text, or `{"text": ..., "image": ...}` with either or both: a chain hands on one value."""
+ComposedQuery: TypeAlias = str | Mapping[str, Any] | BaseMessage | Sequence[ContentBlock | dict[str, Any] | str]
+"""A text; `{"text": ..., "image": ...}` with either or both, since a chain hands on one value; a message, or its
+content blocks, with at most one image."""
+
+Filters: TypeAlias = MetadataFilters | Mapping[str, Any]
+"""LlamaIndex's filters, or a mapping: `{"label": "mug", "price": {"$lt": 20}}`."""
+
+_NAMES = ("caption", "label", "file_name")  # what an image is said to be, where it has no text
+_Op = FilterOperator
+_OPERATORS = {
+    "$eq": _Op.EQ, "$ne": _Op.NE, "$gt": _Op.GT, "$gte": _Op.GTE, "$lt": _Op.LT, "$lte": _Op.LTE,
+    "$in": _Op.IN, "$nin": _Op.NIN,
+}  # fmt: skip
+_JOINED = {"$and": FilterCondition.AND, "$or": FilterCondition.OR}
 
 
-def to_document(scored: NodeWithScore) -> Document:
-    """Return the document of a node: its text ("" for most images), and path, score and all else in the metadata."""
+def to_document(scored: NodeWithScore, *, with_score: bool = False) -> Document:
+    """Return the document of a node.
+
+    Its `page_content` is the text of the node, or, for an image without text, what the image is: caption, label and
+    file name, as far as they are known.
+
+    Args:
+        scored: the node.
+        with_score: also put the score into the metadata, where it makes one image of two queries two documents.
+    """
     node = scored.node
-    facts = {
-        IMAGE_PATH: getattr(node, "image_path", None),
-        IMAGE_URL: getattr(node, "image_url", None),
-        SCORE: scored.score,
-    }
+    facts = {IMAGE_PATH: getattr(node, "image_path", None), IMAGE_URL: getattr(node, "image_url", None)}
+    if with_score:
+        facts[SCORE] = scored.score
     metadata = {**node.metadata, **{key: value for key, value in facts.items() if value is not None}}
-    return Document(id=node.node_id, page_content=node.get_content(), metadata=metadata)
+    text = node.get_content() or (_what_it_is(node.metadata) if isinstance(node, ImageNode) else "")
+    return Document(id=node.node_id, page_content=text, metadata=metadata)
+
+
+def _what_it_is(metadata: Mapping[str, Any]) -> str:
+    return ", ".join(str(metadata[name]) for name in _NAMES if metadata.get(name))
 
 
 def to_node(document: Document) -> NodeWithScore:
@@ -36,11 +63,12 @@ def to_node(document: Document) -> NodeWithScore:
     metadata = dict(document.metadata)
     score, path, url = (metadata.pop(key, None) for key in (SCORE, IMAGE_PATH, IMAGE_URL))
     named: dict[str, Any] = {"id_": document.id} if document.id else {}
-    node = (
-        ImageNode(text=document.page_content, image_path=path, image_url=url, metadata=metadata, **named)
-        if path or url
-        else TextNode(text=document.page_content, metadata=metadata, **named)
-    )
+    node: BaseNode
+    if path or url:
+        own = "" if document.page_content == _what_it_is(metadata) else document.page_content
+        node = ImageNode(text=own, image_path=path, image_url=url, metadata=metadata, **named)
+    else:
+        node = TextNode(text=document.page_content, metadata=metadata, **named)
     return NodeWithScore(node=node, score=score)
 
 
@@ -48,12 +76,81 @@ def read_query(query: ComposedQuery, image: ImageSource | None = None) -> tuple[
     """Return text and image of a query.
 
     Raises:
-        QueryError: a mapping with other keys, or an image given twice.
+        QueryError: a mapping with other keys, a block of another kind, or more than one image.
     """
-    if not isinstance(query, Mapping):
+    if isinstance(query, BaseMessage):
+        query = query.content_blocks
+    if isinstance(query, str):
         return query, image
-    if query.keys() - {"text", "image"}:
-        raise QueryError(f"a query of {', '.join(map(repr, query))}: give 'text', 'image', or both")
-    if image is not None and query.get("image") is not None:
-        raise QueryError("an image in the query and image= as well: give one of them")
-    return query.get("text") or "", query.get("image") if image is None else image
+    images = [] if image is None else [image]
+    if isinstance(query, Mapping):
+        if query.keys() - {"text", "image"}:
+            raise QueryError(f"a query of {', '.join(map(repr, query))}: give 'text', 'image', or both")
+        text = query.get("text") or ""
+        images += [] if query.get("image") is None else [query["image"]]
+    else:
+        read = [_read_block(block) for block in query]
+        text = "\n".join(words for words, _ in read if words)
+        images += [picture for _, picture in read if picture is not None]
+    if len(images) > 1:
+        raise QueryError(f"{len(images)} images in one query: give one of them")
+    return text, images[0] if images else None
+
+
+def _read_block(block: ContentBlock | dict[str, Any] | str) -> tuple[str, ImageSource | None]:
+    """Text and image of a content block, in LangChain's standard form or in OpenAI's."""
+    if isinstance(block, str):
+        return block, None
+    given: Mapping[str, Any] = dict(block)
+    if given.get("type") in ("text", "text-plain"):
+        return str(given.get("text") or ""), None
+    if given.get("type") == "image_url":
+        linked = given.get("image_url")
+        linked = linked.get("url") if isinstance(linked, Mapping) else linked
+        if isinstance(linked, str):
+            return "", linked
+    if given.get("type") == "image":
+        if isinstance(given.get("base64"), str):
+            return "", f"data:{given.get('mime_type') or 'image/unknown'};base64,{given['base64']}"
+        if isinstance(given.get("url"), str):
+            return "", given["url"]
+    raise QueryError(f"a content block of type {shown(given.get('type'))}: give text, and an image as base64 or URL")
+
+
+def read_filters(filters: Filters | None) -> MetadataFilters | None:
+    """Return filters as LlamaIndex has them.
+
+    A mapping names columns: `{"label": "mug"}`; a list means any of them. `$eq`, `$ne`, `$gt`, `$gte`, `$lt`, `$lte`,
+    `$in` and `$nin` compare otherwise, `{"price": {"$gte": 5, "$lt": 20}}`; `$and` and `$or` join lists of mappings.
+
+    Raises:
+        FilterError: anything else.
+    """
+    if filters is None or isinstance(filters, MetadataFilters):
+        return filters
+    if not isinstance(filters, Mapping):
+        raise FilterError(f"filters must be MetadataFilters or a mapping like {{'label': 'mug'}}, got {shown(filters)}")
+    return _joined(filters)
+
+
+def _joined(filters: Mapping[str, Any]) -> MetadataFilters:
+    return MetadataFilters(filters=[part for key, value in filters.items() for part in _conditions(key, value)])
+
+
+def _conditions(key: object, value: Any) -> list[MetadataFilter | MetadataFilters]:
+    if not isinstance(key, str):
+        raise FilterError(f"key {shown(key)}: give the name of a metadata column")
+    if key in _JOINED:
+        if not isinstance(value, list | tuple) or not all(isinstance(part, Mapping) for part in value):
+            raise FilterError(f"{key} {shown(value)}: give a list of mappings")
+        return [MetadataFilters(filters=[_joined(part) for part in value], condition=_JOINED[key])]
+    if key.startswith("$"):
+        raise FilterError(f"{key} is not one of {', '.join([*_JOINED, *_OPERATORS])}, or needs a column before it")
+    compared = value if isinstance(value, Mapping) else {"$in" if isinstance(value, list | tuple) else "$eq": value}
+    for operator in compared:
+        if operator not in _OPERATORS:
+            raise FilterError(f"operator {shown(operator)} of {key!r}: give one of {', '.join(_OPERATORS)}")
+    try:
+        return [MetadataFilter(key=key, value=wanted, operator=_OPERATORS[name]) for name, wanted in compared.items()]
+    except ValidationError:
+        raise FilterError(f"{key!r}: {shown(value)} is no value of a filter: give text, a number or a list") from None

@@ -1,10 +1,12 @@
 """`image_search_tools`: the tools of mm_retriever for LangChain's agents."""
 
-from __future__ import annotations
-
+import threading
+from collections.abc import Callable
 from typing import Any
 
+from cachetools import LRUCache
 from langchain_core.messages.content import create_image_block, create_text_block
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import StructuredTool, ToolException
 from llama_index.core.base.llms.types import ContentBlock, ImageBlock, TextBlock
 from llama_index.core.tools import FunctionTool
@@ -12,9 +14,13 @@ from llama_index.core.tools import FunctionTool
 from mm_retriever.search_tools import Conversation, ImageSearch
 from mm_retriever.tools import ImageSearchToolSpec
 
+_THREADS = 1_000  # conversations that are remembered
 
-def image_search_tools(search: ImageSearch, conversation: Conversation | None = None) -> list[StructuredTool]:
-    """Return search_images, find_similar and describe_image for one conversation.
+
+def image_search_tools(
+    search: ImageSearch, conversation: Conversation | Callable[[str], Conversation] | None = None
+) -> list[StructuredTool]:
+    """Return search_images, find_similar and describe_image.
 
     A `ToolMessage` has a line of text for each result and its thumbnail after it, as LangChain's standard content
     blocks, and the answer as plain data in `artifact`. A mistake of the model comes back as a message with
@@ -22,24 +28,46 @@ def image_search_tools(search: ImageSearch, conversation: Conversation | None = 
 
     Args:
         search: what is asked.
-        conversation: what the model may refer to, with `conversation.attach(name, image)`; by default a new one.
+        conversation: what the model may refer to, with `conversation.attach(name, image)`. By default each `thread_id`
+            of a run's configuration has one of its own, so that all users may share the tools: "result 3" is the
+            user's own. Runs without a `thread_id` share one. A function gives the conversation of a `thread_id`.
     """
-    spec = ImageSearchToolSpec(search, conversation)
-    return [_tool(tool) for tool in spec.to_tool_list()]
+    if isinstance(conversation, Conversation):
+        spec = ImageSearchToolSpec(search, conversation)
+        threads = _Threads(lambda _: spec)
+    else:
+        of_thread = conversation or (lambda _: Conversation())
+        threads = _Threads(lambda thread_id: ImageSearchToolSpec(search, of_thread(thread_id)))
+    return [_tool(tool, threads) for tool in ImageSearchToolSpec(search).to_tool_list()]
 
 
-def _tool(tool: FunctionTool) -> StructuredTool:
-    schema = tool.metadata.fn_schema
+class _Threads:
+    """The tools of each conversation, by `thread_id`; the ones unused for longest are forgotten beyond a number."""
+
+    def __init__(self, make: Callable[[str], ImageSearchToolSpec]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._specs: LRUCache[str, list[FunctionTool]] = LRUCache(_THREADS)
+
+    def tools(self, thread_id: str) -> list[FunctionTool]:
+        with self._lock:
+            if thread_id not in self._specs:
+                self._specs[thread_id] = self._make(thread_id).to_tool_list()
+            return self._specs[thread_id]
+
+
+def _tool(tool: FunctionTool, threads: _Threads) -> StructuredTool:
+    schema, name = tool.metadata.fn_schema, tool.metadata.get_name()
     assert schema is not None
 
-    def call(**arguments: Any) -> tuple[list[dict[str, Any]], Any]:
-        output = tool.call(**arguments)
+    def call(config: RunnableConfig, **arguments: Any) -> tuple[list[dict[str, Any]], Any]:
+        tools = threads.tools(str((config.get("configurable") or {}).get("thread_id", "")))
+        output = next(one for one in tools if one.metadata.get_name() == name).call(**arguments)
         if output.is_error:
             raise ToolException(output.raw_output)
         return [_block(block) for block in output.blocks], output.raw_output
 
     return StructuredTool(
-        name=tool.metadata.get_name(),
+        name=name,
         description=tool.metadata.description,
         args_schema=schema,
         func=call,

@@ -14,13 +14,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from langchain_core.documents import Document
-from langchain_core.embeddings import Embeddings
-from langchain_core.messages import ToolMessage
+from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
+from langchain_core.indexing import InMemoryRecordManager, index
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_mm_retriever import (
     ComposedImageRetriever,
+    ImageVectorStore,
     RerankCompressor,
     VisualizedBGEEmbeddings,
     image_search_tools,
@@ -29,13 +31,14 @@ from langchain_tests.integration_tests import (
     EmbeddingsIntegrationTests,
     RetrieversIntegrationTests,
     ToolsIntegrationTests,
+    VectorStoreIntegrationTests,
 )
 from langchain_tests.unit_tests import EmbeddingsUnitTests, ToolsUnitTests
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from mm_retriever import ComposedRetriever, ImageStore, VisualizedBGEEmbedding, ingest_images, open_store
 from mm_retriever.demo.catalogue import draw_product, draw_theme
@@ -188,6 +191,92 @@ class TestDescribeToolIntegration(_DescribeTool, ToolsIntegrationTests):
     pass
 
 
+class TestVectorStoreIntegration(VectorStoreIntegrationTests):
+    """On embeddings of LangChain's own, which know no images."""
+
+    @pytest.fixture
+    def vectorstore(self, tmp_path: Path):
+        dimension = len(self.get_embeddings().embed_query("dimension"))
+        with ImageStore(tmp_path / "a.db", dimension=dimension) as store:
+            yield ImageVectorStore(store, self.get_embeddings())
+
+
+# ------------------------------------------------------------------------------------------ the vector store
+
+
+def test_a_vector_store_holds_texts_and_images(shop, tmp_path):
+    """One collection, searched by either or both; what is stored twice under one id is there once."""
+    vectors = ImageVectorStore.from_texts(
+        ["porcelain care"],
+        VisualizedBGEEmbeddings(shop.model),
+        [{"topic": "care"}],
+        ids=["care"],
+        uri=tmp_path / "a.db",
+    )
+    with vectors.store:
+        images = [
+            Document("", id=name, metadata={"image_path": str(shop.folder / f"{name}.png"), "stock": place})
+            for place, name in enumerate(PRODUCTS)
+        ]
+        assert vectors.add_documents(images) == vectors.add_documents(images) == list(PRODUCTS)
+        assert vectors.store.count() == 6
+        query = {"text": "phone case with this", "image": shop.leopard}
+        ((best, score),) = vectors.similarity_search_with_score(query, k=1)
+        assert (best.id, best.metadata["stock"]) == ("leopard", 1)
+        core = ComposedRetriever(vectors.store, shop.model, top_k=1)
+        (expected,) = core.retrieve(shop.model.get_query_bundle("phone case with this", shop.leopard))
+        assert score == pytest.approx(expected.score)
+        relevant = vectors.similarity_search_with_relevance_scores(query, k=1)
+        assert relevant[0][1] == pytest.approx((1 + score) / 2)
+        assert [one.id for one in vectors.similarity_search("a mug", k=9, filter={"stock": {"$gte": 3}})]
+        assert {one.id for one in vectors.similarity_search("a mug", k=9, filters={"topic": "care"})} == {"care"}
+        assert len(vectors.max_marginal_relevance_search("a mug", k=3, fetch_k=6)) == 3
+        assert vectors.as_retriever(search_kwargs={"k": 1}).invoke("a red mug with hearts")[0].id == "hearts"
+        with pytest.raises(QueryError, match="a search takes no 'expr'"):
+            vectors.similarity_search("a mug", expr="1 == 1")
+        assert vectors.delete(["care", "nobody"])
+        assert [one.id for one in vectors.get_by_ids(["hearts", "care"])] == ["hearts"]
+        vectors.delete()
+        assert vectors.store.count() == 0
+
+
+def test_images_and_other_embeddings_do_not_go_together(shop, tmp_path):
+    """Its text would be embedded in its place, and the image never found."""
+    embeddings = DeterministicFakeEmbedding(size=6)
+    vectors = ImageVectorStore.from_texts(["words"], embeddings, uri=tmp_path / "a.db")
+    with vectors.store:
+        image = Document("", id="x", metadata={"image_path": str(shop.leopard)})
+        with pytest.raises(QueryError, match="'x' is an image, which DeterministicFakeEmbedding cannot embed"):
+            vectors.add_documents([image])
+        with pytest.raises(QueryError, match="cannot embed an image"):
+            vectors.similarity_search({"image": shop.leopard})
+        assert vectors.store.count() == 1
+
+
+def test_the_indexing_api_keeps_a_vector_store_in_step(shop, tmp_path):
+    """Unchanged documents are passed over, changed ones replaced, missing ones removed."""
+    records = InMemoryRecordManager("photos")
+    records.create_schema()
+    vectors = ImageVectorStore.from_texts([], VisualizedBGEEmbeddings(shop.model), uri=tmp_path / "a.db")
+
+    def documents(*names: str, stock: int = 1) -> list[Document]:
+        return [
+            Document("", metadata={"image_path": str(shop.folder / f"{name}.png"), "source": name, "stock": stock})
+            for name in names
+        ]
+
+    def run(*given: Document) -> tuple[int, int, int]:
+        done = index(list(given), records, vectors, cleanup="full", source_id_key="source", key_encoder="sha256")
+        return done["num_added"], done["num_skipped"], done["num_deleted"]
+
+    with vectors.store:
+        assert run(*documents("hearts", "dots")) == (2, 0, 0)
+        assert run(*documents("hearts", "dots")) == (0, 2, 0)
+        assert run(*documents("hearts"), *documents("dots", stock=2)) == (1, 1, 1)
+        assert run(*documents("hearts")) == (0, 1, 1)
+        assert names(vectors.similarity_search("a mug", k=9)) == ["hearts"]
+
+
 # ------------------------------------------------------------------------------------------ embeddings
 
 
@@ -242,18 +331,20 @@ def test_text_image_and_both_find_what_the_core_finds(shop, retriever):
     core = ComposedRetriever(shop.store, shop.model, top_k=3)
     expected = core.retrieve(QueryBundle("phone case with this", image_path=str(leopard)))
     found = retriever.invoke("phone case with this", image=leopard)
-    assert [(one.id, one.metadata["relevance_score"]) for one in found] == [
-        (one.node_id, one.score) for one in expected
-    ]
+    assert [one.id for one in found] == [one.node_id for one in expected]
     assert names(asyncio.run(retriever.ainvoke("phone case with this", image=leopard, k=1))) == ["leopard"]
 
 
-def test_documents_carry_path_score_and_metadata(retriever):
+def test_documents_carry_path_metadata_and_what_the_image_is(retriever):
+    """A chain that puts documents into a prompt shows the model words, not blank lines."""
     (document,) = retriever.invoke("a red mug with hearts", k=1)
+    assert document.page_content == "hearts.png"
     assert Path(document.metadata["image_path"]).is_file()
     assert document.metadata["sku"] == "XK-7"
     assert document.metadata["width"] == 320
-    assert 0 < document.metadata["relevance_score"] <= 1
+    assert "relevance_score" not in document.metadata
+    scored = retriever.model_copy(update={"with_score": True}).invoke("a red mug with hearts", k=1)
+    assert 0 < scored[0].metadata["relevance_score"] <= 1
     (text,) = retriever.invoke("can mugs go into the dishwasher?", k=1)
     assert text.page_content.startswith("All mugs are made of porcelain")
     assert "image_path" not in text.metadata
@@ -271,15 +362,82 @@ def test_filters_and_options_reach_the_core(shop, retriever):
 
 
 def test_filters_cannot_be_broken_out_of(shop, retriever):
-    """LangChain hands them on as they are: the store's own rules hold; an expression or a mapping is no filter."""
+    """LangChain hands them on as they are: the store's own rules hold; an expression is no filter."""
     for value in ('x" or sku like "%', "x' or sku like '%", 'x"] or id in ["y'):
         hostile = MetadataFilters(filters=[MetadataFilter(key="sku", value=value)])
         assert retriever.invoke("a sock", filters=hostile) == []
     with pytest.raises(FilterError, match="is not a key"):
         retriever.invoke("a sock", filters=MetadataFilters(filters=[MetadataFilter(key='sku" != "" or id', value=1)]))
-    for raw in ({"sku": "XK-7"}, "sku != ''", [MetadataFilter(key="sku", value="XK-7")]):
+    for raw in ("sku != ''", [MetadataFilter(key="sku", value="XK-7")]):
         with pytest.raises(FilterError, match="filters must be MetadataFilters"):
             retriever.invoke("a sock", filters=raw)
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"sku": "XK-7"}, {"hearts"}),
+        ({"sku": {"$ne": "XK-7"}, "file_name": ["dots.png", "hearts.png"]}, {"dots"}),
+        ({"width": {"$gte": 320, "$lt": 321}, "file_name": {"$nin": ["leopard.png", "stars.png"]}}, None),
+        ({"$or": [{"file_name": "stars.png"}, {"$and": [{"sku": "XK-7"}, {"width": 320}]}]}, {"stars", "hearts"}),
+        ({}, None),
+    ],
+)
+def test_filters_are_mappings_too(retriever, filters, expected):
+    """The operators as LangChain's other stores spell them."""
+    found = set(names(retriever.invoke("a sock", filters=filters, k=9)))
+    if expected is not None:
+        assert found == expected
+    elif filters:
+        assert found == {"hearts", "stripes", "dots"}
+    else:
+        assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("filters", "reason"),
+    [
+        ({"sku": {"$regex": ".*"}}, r"operator '\$regex' of 'sku': give one of \$eq"),
+        ({"$not": [{"sku": "XK-7"}]}, r"\$not is not one of \$and, \$or"),
+        ({"$or": {"sku": "XK-7"}}, "give a list of mappings"),
+        ({3: "XK-7"}, "name of a metadata column"),
+        ({"sku": {"$eq": object()}}, "is no value of a filter"),
+    ],
+)
+def test_mappings_that_are_no_filters_say_why(retriever, filters, reason):
+    with pytest.raises(FilterError, match=reason):
+        retriever.invoke("a sock", filters=filters)
+
+
+def test_messages_and_content_blocks_are_queries(shop, retriever):
+    """Text and image as chat models get them, in LangChain's form and in OpenAI's."""
+    data = base64.b64encode(shop.leopard.read_bytes()).decode()
+    words = {"type": "text", "text": "phone case with this"}
+    for image in (
+        {"type": "image", "base64": data, "mime_type": "image/jpeg"},
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
+    ):
+        for query in ([words, image], HumanMessage([words, image])):
+            assert names(retriever.invoke(query, k=1)) == ["leopard"]
+    assert names(retriever.invoke(HumanMessage("a red mug with hearts"), k=1)) == ["hearts"]
+    with pytest.raises(QueryError, match="2 images in one query"):
+        retriever.invoke([image, image])
+    with pytest.raises(QueryError, match="a content block of type 'audio'"):
+        retriever.invoke([{"type": "audio", "base64": "AAAA"}])
+
+
+def test_what_several_queries_find_is_found_once(shop, retriever):
+    """A MultiQueryRetriever leaves out equal documents; a score would make each of them differ."""
+    found = [document for text in ("a mug", "a cup", "porcelain") for document in retriever.invoke(text, k=6)]
+    different = [document for place, document in enumerate(found) if document not in found[:place]]
+    assert (len(found), len(different)) == (18, 6)
+
+
+def test_unknown_arguments_are_refused(shop, retriever):
+    with pytest.raises(QueryError, match="takes no 'top_k': give image, k or filters"):
+        retriever.invoke("a mug", top_k=3)
+    with pytest.raises(ValidationError, match="top_k"):
+        ComposedImageRetriever(store=shop.store, embeddings=shop.model, top_k=3)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +492,8 @@ def test_the_compressor_ranks_documents_by_their_images(retriever):
     assert len(found) == 2
     assert found[0].metadata["relevance_score"] > found[1].metadata["relevance_score"]
     original = next(one for one in before if one.id == found[0].id)
-    assert found[0].metadata | {"relevance_score": 0} == original.metadata | {"relevance_score": 0}
+    assert found[0].metadata == original.metadata | {"relevance_score": found[0].metadata["relevance_score"]}
+    assert found[0].page_content == original.page_content
     assert documents == before
     later = asyncio.run(RerankCompressor(reranker=RednessRerank()).acompress_documents(documents, "the reddest"))
     assert later == found
@@ -394,6 +553,27 @@ def test_a_conversation_with_the_tools_gives_words_and_images(shop):
     assert first["id"] not in [one["id"] for one in like.artifact["results"]]
     told = called(describe, image="result 1")
     assert [block["type"] for block in told.content] == ["text", "image"]
+
+
+def test_each_thread_has_results_of_its_own(shop):
+    """Tools are made once for all users of an app; "result 1" must not be another user's."""
+    search, similar, describe = image_search_tools(ImageSearch(shop.store, shop.model))
+
+    def ask(tool: BaseTool, thread: str, **arguments: Any) -> ToolMessage:
+        call = {"name": tool.name, "args": arguments, "id": "1", "type": "tool_call"}
+        return tool.invoke(call, {"configurable": {"thread_id": thread}})
+
+    first = ask(search, "anna", text="a red mug with hearts", top_k=1).artifact["results"][0]["id"]
+    second = ask(search, "bernd", text="a green sock", top_k=1).artifact["results"][0]["id"]
+    assert first != second
+    for thread, own in (("anna", first), ("bernd", second)):
+        assert ask(describe, thread, image="result 1").artifact["id"] == own
+    assert ask(similar, "clara", result="result 1").status == "error"
+
+    kept = {"anna": Conversation()}
+    kept["anna"].attach("photo", shop.leopard)
+    described = image_search_tools(ImageSearch(shop.store, shop.model), lambda thread: kept[thread])[2]
+    assert ask(described, "anna", image="photo").status == "success"
 
 
 def test_a_mistake_of_the_model_comes_back_as_a_message(shop):
