@@ -35,16 +35,18 @@ from tests.support.sentence_models import (
     byte_tokenizer,
     change_json,
     clip_folder,
+    old_clip_folder,
     qwen3_vl,
     qwen3_vl_embedding_folder,
     qwen3_vl_reranker_folder,
     siglip2_folder,
+    siglip2_naflex_folder,
     text_reranker_folder,
 )
 
 pytest.importorskip("sentence_transformers", reason='needs pip install "mm-retriever[sentence-transformers]"')
 
-NAMES = ("clip", "siglip2", "qwen3_vl")
+NAMES = ("clip", "siglip2", "siglip2_naflex", "qwen3_vl")
 TEXTS = ["a red shoe", "", "Grüße, 日本", "the same in blue with laces"]
 
 
@@ -60,6 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "clip": clip_folder(root / "clip"),
         "siglip2": siglip2_folder(root / "siglip2"),
+        "siglip2_naflex": siglip2_naflex_folder(root / "siglip2_naflex"),
         "qwen3_vl": qwen3_vl_embedding_folder(root / "qwen3_vl"),
         "text": text_embedder(root / "text"),
     }
@@ -114,7 +117,8 @@ def test_vectors_are_those_of_sentence_transformers(folders, embedders, name, qu
     """Texts, images of all sizes, and both, in one call of mixed kinds; SigLIP's texts padded as it was trained."""
     embedder, model = embedders[name], library(folders[name])
     encode = model.encode_query if query else model.encode_document
-    padded = {"processing_kwargs": {"text": {"padding": "max_length", "max_length": 24}}} if name == "siglip2" else {}
+    as_trained = {"text": {"padding": "max_length", "max_length": 24, "return_attention_mask": False}}
+    padded = {"processing_kwargs": as_trained} if "siglip2" in name else {}
     texts = encode([{"text": text} for text in TEXTS], normalize_embeddings=True, **padded)
     pictures = encode([{"image": image} for image in images()], normalize_embeddings=True)
     pairs = [{"image": image, "text": "in blue"} for image in images()]
@@ -133,6 +137,13 @@ def test_vectors_are_those_of_sentence_transformers(folders, embedders, name, qu
     assert np.ptp(found @ found[0]) > 0.01
     alone = np.concatenate([embedder.encode([content], query=query) for content in contents])
     assert np.abs(found - alone).max() < 1e-6
+
+
+def test_the_layout_of_earlier_versions_gives_the_same_vectors(embedders, tmp_path):
+    """The published clip-ViT-B-32 of sentence-transformers is one: no weights in the folder itself."""
+    old = load_embedder(old_clip_folder(tmp_path / "old"), device="cpu")
+    contents = [Content("red"), Content(image=old.prepare(images()[0]))]
+    assert np.abs(old.encode(contents) - embedders["clip"].encode(contents)).max() < 1e-6
 
 
 def test_siglip_reads_texts_padded_to_the_length_it_was_trained_with(folders, embedders):

@@ -19,6 +19,10 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2Processor,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
@@ -28,6 +32,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from mm_retriever.from_pretrained import without_progress_bar, without_video_processor
 
@@ -99,6 +104,33 @@ def siglip2_folder(path: Path, *, seed: int = 1) -> Path:
     SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(path)
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     SiglipProcessor(images, tokenizer).save_pretrained(path)
+    return path
+
+
+def siglip2_naflex_folder(path: Path, *, seed: int = 5) -> Path:
+    """A SigLIP2 that sees images in their own shape, at most 256 patches of 16 x 16: its processor takes no other."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *map(chr, range(33, 127))]
+    tokenizer = Siglip2Tokenizer({name: number for number, name in enumerate(names)}, [], model_max_length=24)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 24, "projection_size": 24,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16,
+        "num_patches": 256,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)).save_pretrained(path)
+    images = Siglip2ImageProcessorPil()
+    Siglip2Processor(images, tokenizer).save_pretrained(path)
+    return path
+
+
+def old_clip_folder(path: Path, *, seed: int = 0) -> Path:
+    """The same CLIP as sentence-transformers saved it before version 5: the model in a folder of its own."""
+    clip_folder(path / "0_CLIPModel", seed=seed)
+    modules = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
+    (path / "modules.json").write_text(json.dumps(modules))
     return path
 
 
