@@ -125,14 +125,14 @@ def test_every_path_gives_the_same_vectors(model: VisualizedBGEEmbedding, pictur
     assert close(asyncio.run(model.aget_text_embedding(TEXTS[3])), singles["text"][3])
 
 
-def test_a_picture_with_an_empty_text_is_the_picture(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_an_image_with_an_empty_text_is_the_image(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
     """Definition in the original; and text moves the vector."""
     alone = model.get_image_embedding(pictures[0])
     assert close(model.get_composed_embedding("", pictures[0]), alone)
     assert not close(model.get_composed_embedding("red", pictures[0]), alone)
 
 
-def test_every_kind_of_source_is_the_same_picture(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_every_kind_of_source_is_the_same_image(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
     """Path, string, bytes, file object, PIL, and the fast path that ingestion takes."""
     path = pictures[2]
     with Image.open(path) as opened:
@@ -170,7 +170,7 @@ def test_nothing_gives_nothing(model: VisualizedBGEEmbedding) -> None:
     assert list(model([])) == []
 
 
-def test_text_of_any_length_beside_a_picture_is_cut_not_refused(
+def test_text_of_any_length_beside_an_image_is_cut_not_refused(
     model: VisualizedBGEEmbedding, pictures: list[Path]
 ) -> None:
     """The original crashes on it."""
@@ -180,7 +180,7 @@ def test_text_of_any_length_beside_a_picture_is_cut_not_refused(
     assert close(model.get_text_embedding(endless), model.get_text_embedding(endless + "mug"))
 
 
-def test_a_bad_picture_is_named(model: VisualizedBGEEmbedding, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_bad_image_is_named(model: VisualizedBGEEmbedding, pictures: list[Path], tmp_path: Path) -> None:
     """In a batch too; and no thread is left behind."""
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(pictures[6].read_bytes()[:200])
@@ -195,7 +195,7 @@ def test_a_bad_picture_is_named(model: VisualizedBGEEmbedding, pictures: list[Pa
     assert not any(thread.name.startswith("read-picture") for thread in threading.enumerate())
 
 
-def test_pictures_outside_the_policy_are_not_read(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_images_outside_the_policy_are_not_read(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
     """The policy holds on every path into the class."""
     shut = VisualizedBGEEmbedding(folder, device="cpu", image_policy=ImagePolicy(roots=(tmp_path,)))
     for call in (
@@ -290,7 +290,7 @@ def test_nodes_get_the_vector_of_what_they_are(model: VisualizedBGEEmbedding, pi
     assert node_image(ImageNode()) is None
 
 
-def test_picture_and_text_are_composed_on_request(folder: Path, pictures: list[Path]) -> None:
+def test_image_and_text_are_composed_on_request(folder: Path, pictures: list[Path]) -> None:
     """Text without metadata that a node hides from embeddings; a node without text stays its picture."""
     composing = VisualizedBGEEmbedding(folder, device="cpu", compose_nodes=True)
     nodes = [
@@ -307,7 +307,7 @@ def test_picture_and_text_are_composed_on_request(folder: Path, pictures: list[P
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_cached_pipeline_never_takes_one_picture_for_another(
+def test_a_cached_pipeline_never_takes_one_image_for_another(
     model: VisualizedBGEEmbedding, pictures: list[Path], asynchronous: bool
 ) -> None:
     """LlamaIndex's cache key ignores pixels: without our guard the second run returns the first run's nodes."""
@@ -401,7 +401,7 @@ class Called(BaseCallbackHandler):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_pictures_send_the_events_that_texts_send(folder: Path, pictures: list[Path], asynchronous: bool) -> None:
+def test_images_send_the_events_that_texts_send(folder: Path, pictures: list[Path], asynchronous: bool) -> None:
     """Instrumentation and callbacks, one start and one end a batch, with names and vectors."""
     called = Called()
     model = VisualizedBGEEmbedding(folder, device="cpu", embed_batch_size=4, callback_manager=CallbackManager([called]))

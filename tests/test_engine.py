@@ -28,7 +28,7 @@ from mm_retriever.images import ImagePolicy
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import read_filters
 from mm_retriever.store import ImageStore, open_store
-from tests.support.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, pictures_of, says, texts_of
+from tests.support.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, images_of, says, texts_of
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_the_model_is_shown_the_query_image_and_what_was_found(store, embed_mode
     assert isinstance(response.source_nodes[0].node, ImageNode)
     assert response.metadata[response.source_nodes[0].node_id]["file_name"] == "natural leopard.jpg"
     (message,) = llm.asked[0]
-    assert sizes(pictures_of([message])) == [(80, 80)] * 4
+    assert sizes(images_of([message])) == [(80, 80)] * 4
     words = texts_of([message])
     assert words.startswith("Query image:")
     assert "1. label: phone case" in words
@@ -86,7 +86,7 @@ async def test_the_asynchronous_engine_says_the_same(store, embed_model, query):
     llm = ScriptedLLM.of(says("Number 1."))
     response = await image_query_engine(store, embed_model, llm=llm, top_k=2).aquery(query)
     assert str(response) == "Number 1."
-    assert len(pictures_of(llm.asked[0])) == 3
+    assert len(images_of(llm.asked[0])) == 3
     assert len(response.source_nodes) == 2
 
 
@@ -121,14 +121,14 @@ def test_filters_postprocessors_and_the_number_of_images_are_kept_to(store, embe
     )
     response = engine.query(query)
     assert {node.node.metadata["label"] for node in response.source_nodes} == {"mug"}
-    assert len(pictures_of(llm.asked[0])) == 2
+    assert len(images_of(llm.asked[0])) == 2
     assert "4. label: mug" in texts_of(llm.asked[0])
 
 
 def test_a_model_that_takes_no_images_is_shown_none(store, embed_model, query):
     llm = ScriptedLLM.of(says("ok"))
     image_query_engine(store, embed_model, llm=llm, max_images=0).query(query)
-    assert not pictures_of(llm.asked[0])
+    assert not images_of(llm.asked[0])
 
 
 def test_an_image_alone_is_a_question_too(store, embed_model, leopard):
@@ -147,7 +147,7 @@ def test_an_image_that_must_not_be_read_is_shown_as_words(store, embed_model, tm
     llm = ScriptedLLM.of(says("ok"))
     engine = image_query_engine(store, embed_model, llm=llm, top_k=2, image_policy=ImagePolicy(roots=(tmp_path,)))
     assert str(engine.query("mug")) == "ok"
-    assert not pictures_of(llm.asked[0])
+    assert not images_of(llm.asked[0])
     assert "the image cannot be read: outside the folders" in texts_of(llm.asked[0])
 
 
@@ -183,7 +183,7 @@ def test_the_retriever_works_in_llamaindexs_own_engine(store, embed_model, query
     engine = RetrieverQueryEngine.from_args(retriever=retriever, llm=llm, multimodal=True)
     response = engine.query(query)
     assert str(response) == "ok"
-    assert sum(len(pictures_of(messages)) for messages in llm.asked) == 2
+    assert sum(len(images_of(messages)) for messages in llm.asked) == 2
     assert response.source_nodes[0].node.metadata["label"] == "phone case"
 
 
@@ -250,7 +250,7 @@ def test_chat_engines_take_the_retriever_and_the_engine(store, embed_model):
     engine = MultiModalContextChatEngine.from_defaults(retriever=retriever, multi_modal_llm=llm, memory=memory)
     seen = engine.chat("a mug")
     assert str(seen) == "ok"
-    assert len(pictures_of(llm.asked[0])) == 2
+    assert len(images_of(llm.asked[0])) == 2
 
 
 def test_a_store_that_is_closed_and_opened_again_answers_the_same(tmp_path, embed_model, query):

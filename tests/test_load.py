@@ -46,7 +46,7 @@ from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.channel import deadline
 from mm_retriever.store.lite_server import FairLock
 from mm_retriever.vector_cache import VectorCache
-from tests.support.drawn_store import KINDS, draw_leopard, draw_pictures
+from tests.support.drawn_store import KINDS, draw_images, draw_leopard
 from tests.support.effort import EFFORT
 from tests.support.processes import python
 
@@ -387,7 +387,7 @@ def fill_shelf(folder: Path, label: str, pictures: Sequence[Path], model: Visual
 
 
 def draw_all(folder: Path) -> Path:
-    draw_pictures(folder / "still")
+    draw_images(folder / "still")
     draw_leopard(folder / "leopard.png")
     return folder
 
@@ -524,7 +524,7 @@ def folder(drawn, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["computed", "cached"])
-def test_threads_and_event_loops_get_the_known_answers_while_pictures_come_and_go(
+def test_threads_and_event_loops_get_the_known_answers_while_images_come_and_go(
     folder, tmp_path, alone, restless, tried, caplog, cached
 ):
     """Truth: the model and NumPy with nothing else running. 16 threads, 32 tasks in one loop and 8 in another."""

@@ -1,4 +1,4 @@
-"""Texts, pictures and pictures with text in one collection and one ranking; words that count exactly."""
+"""Texts, images and images with text in one collection and one ranking; words that count exactly."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEXTS = {
     "plastic": "Article XK-2042: spare lid for the travel bottle, plastic.",
     "shop": "Our shop in Lisbon opens at nine and closes at six.",
 }
-PICTURES = {
+IMAGES = {
     "hearts": ("mug", "hearts", "red"),
     "leopard": ("phone case", "leopard", "natural"),
     "stripes": ("cap", "stripes", "blue"),
@@ -52,22 +52,22 @@ def model() -> VisualizedBGEEmbedding:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    for name, (kind, pattern, colour) in PICTURES.items():
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("images")
+    for name, (kind, pattern, colour) in IMAGES.items():
         draw_product(kind, pattern, colour, 3).save(folder / f"{name}.png")
-    return {name: folder / f"{name}.png" for name in PICTURES}
+    return {name: folder / f"{name}.png" for name in IMAGES}
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, model: VisualizedBGEEmbedding, pictures: dict[str, Path]):
-    """Six texts, five pictures, and one picture with a text that is embedded together with it."""
+def corpus(tmp_path_factory: pytest.TempPathFactory, model: VisualizedBGEEmbedding, images: dict[str, Path]):
+    """Six texts, five images, and one image with a text that is embedded together with it."""
     with open_store(tmp_path_factory.mktemp("mixed") / "corpus.db", model, hybrid=True) as store:
         nodes: list[Any] = [TextNode(id_=name, text=text, metadata={"kind": "text"}) for name, text in TEXTS.items()]
-        nodes += [ImageNode(id_=name, image_path=str(path)) for name, path in pictures.items()]
+        nodes += [ImageNode(id_=name, image_path=str(path)) for name, path in images.items()]
         ingest_images(nodes, store, model, show_progress=False)
-        both = ImageNode(id_="both", text="made by Nordlicht", image_path=str(pictures["hearts"]))
-        both.embedding = model.get_composed_embedding("this in blue", pictures["hearts"])
+        both = ImageNode(id_="both", text="made by Nordlicht", image_path=str(images["hearts"]))
+        both.embedding = model.get_composed_embedding("this in blue", images["hearts"])
         store.add([both])
         yield store
 
@@ -91,33 +91,33 @@ def ids(found: list[Any]) -> list[str]:
         ("a phone case with a leopard pattern", "leopard", "hybrid"),
     ],
 )
-def test_texts_and_pictures_answer_in_one_ranking(corpus, model, question, answer, mode):
-    """Our choice: a question answered by a text node and one answered by a picture node both come first."""
+def test_texts_and_images_answer_in_one_ranking(corpus, model, question, answer, mode):
+    """Our choice: a question answered by a text node and one answered by an image node both come first."""
     found = ComposedRetriever(corpus, model, top_k=3, mode=mode).retrieve(question)
     assert found[0].node.node_id == answer
     assert type(found[0].node) is (TextNode if answer in TEXTS else ImageNode)
 
 
-def test_a_picture_and_text_query_finds_the_picture_and_the_pair(corpus, model, pictures):
-    """A node of picture and text together lies where the same composed query lies."""
-    query = QueryBundle("this in blue", image_path=str(pictures["hearts"]))
+def test_an_image_and_text_query_finds_the_image_and_the_pair(corpus, model, images):
+    """A node of image and text together lies where the same composed query lies."""
+    query = QueryBundle("this in blue", image_path=str(images["hearts"]))
     for mode in ("default", "hybrid"):
         assert ComposedRetriever(corpus, model, top_k=1, mode=mode).retrieve(query)[0].node.node_id == "both"
     leopard = draw_theme("leopard", "natural", 2)
-    path = pictures["hearts"].parent / "theme.png"
+    path = images["hearts"].parent / "theme.png"
     leopard.save(path)
     bundle = QueryBundle("phone case with this", image_path=str(path))
     assert ids(ComposedRetriever(corpus, model, top_k=1).retrieve(bundle)) == ["leopard"]
 
 
-def test_an_index_and_a_pipeline_of_llamaindex_mix_as_well(tmp_path, model, pictures):
-    """Users have pipelines: texts are split, pictures pass, all land in one collection."""
+def test_an_index_and_a_pipeline_of_llamaindex_mix_as_well(tmp_path, model, images):
+    """Users have pipelines: texts are split, images pass, all land in one collection."""
     with open_store(tmp_path / "pipeline.db", model, hybrid=True) as store:
         pipeline = IngestionPipeline(transformations=[SentenceSplitter(), model], vector_store=store)
         pipeline.run(
             documents=[
                 *(Document(text=text, id_=name) for name, text in TEXTS.items()),
-                *(ImageDocument(id_=name, image_path=str(path)) for name, path in pictures.items()),
+                *(ImageDocument(id_=name, image_path=str(path)) for name, path in images.items()),
             ]
         )
         index = VectorStoreIndex.from_vector_store(store, embed_model=model)
@@ -125,8 +125,8 @@ def test_an_index_and_a_pipeline_of_llamaindex_mix_as_well(tmp_path, model, pict
             retriever = index.as_retriever(similarity_top_k=2, vector_store_query_mode=mode)
             assert retriever.retrieve("can mugs go into the dishwasher?")[0].node.ref_doc_id == "care"
             assert retriever.retrieve("a red mug with hearts")[0].node.ref_doc_id == "hearts"
-            composed = model.get_query_bundle(image=pictures["dots"])  # no words at all: by vector alone
-            assert retriever.retrieve(composed)[0].node.image_path == str(pictures["dots"])
+            composed = model.get_query_bundle(image=images["dots"])  # no words at all: by vector alone
+            assert retriever.retrieve(composed)[0].node.image_path == str(images["dots"])
 
 
 # ------------------------------------------------------------------------------------------ exact words
@@ -164,7 +164,7 @@ def test_the_scores_are_sums_of_reciprocal_ranks(corpus, model):
 
 
 def test_words_are_those_that_an_embedding_model_would_be_shown():
-    """Text, and texts of the metadata that are not hidden; where a file lies says nothing of one picture."""
+    """Text, and texts of the metadata that are not hidden; where a file lies says nothing of one image."""
     node = ImageNode(
         text="made by Nordlicht",
         metadata={"sku": "XK-1", "tags": ["soft", 3], "year": 2020, "secret": "hidden", "file_path": "/home/a/b.png"},
@@ -175,7 +175,7 @@ def test_words_are_those_that_an_embedding_model_would_be_shown():
 
 
 def test_words_of_metadata_are_found(tmp_path):
-    """A picture rarely has a text; its article number is in its metadata."""
+    """An image rarely has a text; its article number is in its metadata."""
     colours = ColourEmbedding()
     for name in ("a", "b", "c"):
         paint(tmp_path / f"{name}.png", "red")
@@ -195,9 +195,9 @@ def test_stop_words_have_no_say(corpus):
 
 def test_filters_hold_in_both_halves(corpus, model):
     """The word half must not bring back what a filter leaves out, whatever the values hold."""
-    only_pictures = MetadataFilters(filters=[MetadataFilter(key="kind", value="text")], condition=FilterCondition.NOT)
-    found = ComposedRetriever(corpus, model, top_k=20, filters=only_pictures, mode="hybrid").retrieve("XK-2042 lid")
-    assert set(ids(found)) == {*PICTURES, "both"}
+    only_images = MetadataFilters(filters=[MetadataFilter(key="kind", value="text")], condition=FilterCondition.NOT)
+    found = ComposedRetriever(corpus, model, top_k=20, filters=only_images, mode="hybrid").retrieve("XK-2042 lid")
+    assert set(ids(found)) == {*IMAGES, "both"}
     hostile = MetadataFilters(
         filters=[MetadataFilter(key="kind", value='text" or id != "', operator=FilterOperator.EQ)]
     )
@@ -325,13 +325,13 @@ class PDFPages(BaseReader):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, pictures: dict[str, Path]) -> Path:
+def folder(tmp_path: Path, images: dict[str, Path]) -> Path:
     path = tmp_path / "shop"
     path.mkdir()
     (path / "hours.md").write_text(f"# Hours\n\n{TEXTS['shop']}\n", encoding="utf-8")
     (path / "terms.pdf").write_bytes(pdf(TEXTS["orders"], TEXTS["returns"]))
     for name in ("hearts", "leopard"):
-        (path / f"{name}.png").write_bytes(pictures[name].read_bytes())
+        (path / f"{name}.png").write_bytes(images[name].read_bytes())
     return path
 
 
@@ -361,8 +361,8 @@ def pdf(*pages: str) -> bytes:
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_a_folder_of_markdown_pdfs_and_pictures_ends_up_right(tmp_path, folder, model, split):
-    """SimpleDirectoryReader without llama-index-readers-file hands out pictures as text; they become pictures again."""
+def test_a_folder_of_markdown_pdfs_and_images_ends_up_right(tmp_path, folder, model, split):
+    """SimpleDirectoryReader without llama-index-readers-file hands out images as text; they become images again."""
     documents: Any = SimpleDirectoryReader(folder, file_extractor={".pdf": PDFPages()}).load_data()
     if split:
         documents = SentenceSplitter(chunk_size=400).get_nodes_from_documents(documents)

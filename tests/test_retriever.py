@@ -22,7 +22,7 @@ from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """One picture of each colour, red three times over (two copies of one file, one of another size)."""
+    """One image of each colour, red three times over (two copies of one file, one of another size)."""
     folder = tmp_path_factory.mktemp("retriever")
     for colour in COLOURS:
         paint(folder / "photos" / f"{colour}.png", colour)
@@ -51,7 +51,7 @@ def where(key: str, value: Any, operator: str = "==") -> MetadataFilters:
 # ------------------------------------------------------------------------------------------ the three kinds of query
 
 
-def test_a_text_finds_pictures(world):
+def test_a_text_finds_images(world):
     found = retriever(world, top_k=1).retrieve("something green")
     assert names(found) == ["green.png"]
     assert isinstance(found[0].node, ImageNode)
@@ -59,14 +59,14 @@ def test_a_text_finds_pictures(world):
     assert found[0].node.embedding is None
 
 
-def test_a_picture_finds_pictures_like_it(world):
+def test_an_image_finds_images_like_it(world):
     folder = world[2]
     bundle = QueryBundle(query_str="", image_path=str(folder.parent / "outside.png"))
     assert names(retriever(world, top_k=1).retrieve(bundle)) == ["green.png"]
 
 
-def test_a_picture_and_a_text_are_one_query(world):
-    """LlamaIndex's own multi-modal retriever ignores the picture as soon as there is text."""
+def test_an_image_and_a_text_are_one_query(world):
+    """LlamaIndex's own multi-modal retriever ignores the image as soon as there is text."""
     folder = world[2]
     bundle = QueryBundle(query_str="blue", image_path=str(folder / "yellow.png"))
     found = retriever(world, top_k=2).retrieve(bundle)
@@ -124,7 +124,7 @@ def test_it_serves_a_query_engine(world):
     assert names(engine.query("purple").source_nodes) == ["purple.png"]
 
 
-def test_text_nodes_beside_pictures_are_found_too(world, tmp_path):
+def test_text_nodes_beside_images_are_found_too(world, tmp_path):
     _, model, folder = world
     with open_store(tmp_path / "mixed.db", model) as store:
         ingest_images([folder / "red.png", TextNode(text="a green note")], store, model, show_progress=False)
@@ -150,12 +150,12 @@ def test_top_k_is_the_number_of_results(world):
             retriever(world, top_k=bad)
 
 
-# ------------------------------------------------------------------------------------------ without the query picture
+# ------------------------------------------------------------------------------------------ without the query image
 
 
 @pytest.mark.parametrize("text", ["", "blue"])
-def test_the_query_picture_and_its_copies_are_left_out_on_request(world, text, monkeypatch):
-    """By contents: a copy under another name is the same picture, one of another size is not."""
+def test_the_query_image_and_its_copies_are_left_out_on_request(world, text, monkeypatch):
+    """By contents: a copy under another name is the same image, one of another size is not."""
     folder = world[2]
     bundle = QueryBundle(query_str=text, image_path=str(folder / "red.png"))
     assert "red.png" in names(retriever(world, top_k=4).retrieve(bundle))
@@ -181,7 +181,7 @@ def test_more_copies_than_results_are_all_left_out(world, tmp_path):
         assert names(alone.retrieve(bundle)) == ["blue.png"]
 
 
-def test_a_query_picture_that_is_gone_is_left_out_by_its_name(world):
+def test_a_query_image_that_is_gone_is_left_out_by_its_name(world):
     """A bundle may bring its vector along, and the file need not be on this machine."""
     _, model, _ = world
     bundle = QueryBundle(query_str="", image_path="/not/here/red.png", embedding=model.get_text_embedding("red"))
@@ -201,7 +201,7 @@ def test_an_empty_query_is_refused(world, bundle):
         retriever(world).retrieve(bundle)
 
 
-def test_a_picture_that_cannot_be_read_is_an_error(world):
+def test_an_image_that_cannot_be_read_is_an_error(world):
     with pytest.raises(ImageLoadError, match="no such file"):
         retriever(world).retrieve(QueryBundle("", image_path="/nowhere.png"))
 

@@ -18,7 +18,7 @@ from mm_retriever.demo.catalogue import catalogue, draw_theme
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Twenty drawn products, and pictures in the modes that are prepared differently."""
+    """Twenty drawn products, and images in the modes that are prepared differently."""
     folder = tmp_path_factory.mktemp("search") / "photos"
     folder.mkdir()
     for number, product in enumerate(catalogue(20, seed=3)):
@@ -35,7 +35,7 @@ def world(tmp_path_factory):
 
 
 def test_ingested_vectors_are_those_of_the_embedding_itself(world):
-    """Truth: `get_image_embedding` of the file; grey and CMYK pictures must not take another path."""
+    """Truth: `get_image_embedding` of the file; grey and CMYK images must not take another path."""
     store, model, _ = world
     rows = [row for page in store.scan(["file_path", "embedding"]) for row in page]
     expected = np.array(model.get_image_embedding_batch([row["file_path"] for row in rows]))
@@ -49,7 +49,7 @@ def test_a_second_run_embeds_nothing(world):
 
 
 @pytest.mark.parametrize(("text", "image"), [("phone case with this", True), ("", True), ("a blue mug", False)])
-def test_the_nearest_pictures_come_back_in_their_order(world, text, image):
+def test_the_nearest_images_come_back_in_their_order(world, text, image):
     """Truth: the inner products with all vectors, by numpy."""
     store, model, folder = world
     path = str(folder.parent / "leopard.jpg") if image else None
@@ -63,7 +63,7 @@ def test_the_nearest_pictures_come_back_in_their_order(world, text, image):
 
 
 def test_an_existing_llamaindex_app_gives_the_same_results(world):
-    """With a text as it is, and with `get_query_bundle` for pictures and both."""
+    """With a text as it is, and with `get_query_bundle` for images and both."""
     store, model, folder = world
     index = VectorStoreIndex.from_vector_store(store, model)
     ours = ComposedRetriever(store, model, top_k=5)
@@ -76,7 +76,7 @@ def test_an_existing_llamaindex_app_gives_the_same_results(world):
     assert len(engine.query(bundle).source_nodes) == 3
 
 
-def test_a_pipeline_with_a_cache_stores_two_vectors_for_two_pictures(world, tmp_path):
+def test_a_pipeline_with_a_cache_stores_two_vectors_for_two_images(world, tmp_path):
     """Truth: `get_image_embedding`. LlamaIndex's cache key knows nothing of pixels."""
     _, model, folder = world
     paths = [folder / "00.jpg", folder / "05.jpg"]

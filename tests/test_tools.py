@@ -20,7 +20,7 @@ from PIL import Image
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits
 from mm_retriever.tools import ImageSearchToolSpec, ImageTool
-from tests.support.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, pictures_of, says, texts_of
+from tests.support.drawn_store import ScriptedLLM, calls, draw_leopard, drawn_store, images_of, says, texts_of
 
 # What LlamaIndex does to itself: its agents use deprecated ways into pydantic, and its memory is not serialised
 pytestmark = [
@@ -142,7 +142,7 @@ def test_an_unexpected_failure_tells_no_secrets(search, caplog):
 def test_a_model_that_takes_no_images_is_given_none(spec):
     words = ImageSearch(spec.search._store, spec.search._embed_model, limits=SearchLimits(thumbnails=0))
     output = tool(ImageSearchToolSpec(words, spec.conversation), "search_images").call(image="photo.png")
-    assert not pictures_of([ChatMessage(blocks=output.blocks)])
+    assert not images_of([ChatMessage(blocks=output.blocks)])
     assert "result 9" in output.content
 
 
@@ -163,7 +163,7 @@ def assert_three_turns(
     """The model saw the results of each turn as text and as images, and the last is about the one before."""
     assert list(answers) == list(ANSWERS)
     assert len(asked) == 6
-    seen = [pictures_of(asked[after]) for after in (1, 3, 5)]
+    seen = [images_of(asked[after]) for after in (1, 3, 5)]
     assert [opened(block).size for block in seen[0]] == [(64, 64)] * 3
     assert len(seen[1]) >= 2
     assert len(seen[2]) >= 1
@@ -217,7 +217,7 @@ async def test_a_react_agent_without_the_formatter_reads_the_results_as_text(spe
     llm = ScriptedLLM.of(thinks(*CALLS[0]), says("Thought: I know.\nAnswer: done"))
     agent = ReActAgent(tools=spec.to_tool_list(), llm=llm)
     assert str(await agent.run(TURNS[0])).strip() == "done"
-    assert not pictures_of(llm.asked[1])
+    assert not images_of(llm.asked[1])
     assert "result 3: " in texts_of(llm.asked[1])
 
 
@@ -239,7 +239,7 @@ async def test_an_agent_workflow_runs_the_tools(spec):
     llm = ScriptedLLM.of(calls("search_images", text="mug", top_k=1), says("a mug"))
     workflow = AgentWorkflow.from_tools_or_functions(spec.to_tool_list(), llm=llm)
     assert str(await workflow.run("find a mug")).strip() == "a mug"
-    assert len(pictures_of(llm.asked[1])) == 1
+    assert len(images_of(llm.asked[1])) == 1
 
 
 async def test_conversations_at_the_same_time_stay_apart(search):
@@ -263,7 +263,7 @@ async def test_parallel_calls_of_one_turn_all_come_back(spec):
     both.blocks += calls("find_similar", result="photo.png", top_k=1).blocks
     llm = ScriptedLLM.of(both, says("done"))
     await FunctionAgent(tools=spec.to_tool_list(), llm=llm).run("go")
-    assert len(pictures_of(llm.asked[1])) == 2
+    assert len(images_of(llm.asked[1])) == 2
 
 
 def test_the_tools_do_not_block_an_event_loop(spec):

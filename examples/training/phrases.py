@@ -17,14 +17,14 @@ from mm_retriever.demo.catalogue.captions import PATTERN_PHRASES, pattern_phrase
 
 Mode = Literal["theme", "kind", "colour", "pattern"]
 MODES: tuple[Mode, ...] = ("theme", "kind", "colour", "pattern")
-"""How a picture and a text make one query: a theme picture and the kind of product wanted; a product picture and
+"""How an image and a text make one query: a theme image and the kind of product wanted; a product image and
 another kind; the same in another colour; the same with another pattern."""
 Wording = Literal["training", "held-out"]
 
 
 @dataclass(frozen=True)
 class ComposedQuery:
-    """A picture to draw, a text beside it, and what both together ask for."""
+    """An image to draw, a text beside it, and what both together ask for."""
 
     source: Looks
     text: str
@@ -243,14 +243,14 @@ def compose_query(
     wording: Wording = "training",
     never: frozenset[tuple[str, str]] = frozenset(),
 ) -> ComposedQuery | None:
-    """A query whose one right answer is ``wanted``, or None where no picture can be its source.
+    """A query whose one right answer is ``wanted``, or None where no image can be its source.
 
     Args:
         wanted: looks of a product.
         mode: kind of query; ``"colour"`` needs ``can_recolour(wanted)``.
-        rng: chooses the source picture and the words.
+        rng: chooses the source image and the words.
         wording: which set of templates.
-        never: (kind, pattern) pairs that the source picture must not show.
+        never: (kind, pattern) pairs that the source image must not show.
     """
     kind, pattern, colour = wanted
     if kind is None:
@@ -275,14 +275,14 @@ def compose_query(
 def _pattern_query(
     wanted: Looks, template: str, rng: np.random.Generator, never: frozenset[tuple[str, str]]
 ) -> ComposedQuery | None:
-    """The same product with another pattern; the text names the colour wherever the picture does not give it."""
+    """The same product with another pattern; the text names the colour wherever the image does not give it."""
     kind, pattern, colour = wanted
     others = tuple(other for other in PATTERNS if other != pattern and (kind, other) not in never)
     if not others:
         return None
     before = _pick(others, rng)
     shades = colours_of(before)
-    # "with zebra" alone means the natural zebra, whatever the picture's colour
+    # "with zebra" alone means the natural zebra, whatever the image's colour
     unsaid = colour == NATURAL or (NATURAL not in colours_of(pattern) and colour in shades and rng.random() < 0.7)
     if unsaid:
         shade = _pick(shades, rng) if colour == NATURAL else colour

@@ -113,7 +113,7 @@ class Absent:
 
 @dataclass
 class Conversation:
-    """Ids with slots (below zero) for ``pictures``, in reading order. ``scored``: positions whose token is learned.
+    """Ids with slots (below zero) for ``images``, in reading order. ``scored``: positions whose token is learned.
 
     ``absent``: (position, token) pairs that are left out of the softmax that predicts this position.
     """

@@ -1,8 +1,8 @@
-"""What the trainings of the bundled tiny models share: endless drawn pictures, words, noise, and the loop itself.
+"""What the trainings of the bundled tiny models share: endless drawn images, words, noise, and the loop itself.
 
-A drawn picture is linear in its colours (see ``mm_retriever.demo.catalogue.drawing``). ``LayerCache`` therefore draws
+A drawn image is linear in its colours (see ``mm_retriever.demo.catalogue.drawing``). ``LayerCache`` therefore draws
 shapes and pattern textures once, with the very code that draws the catalogue, and composes batches of them in
-torch: about a millisecond a picture instead of twenty.
+torch: about a millisecond an image instead of twenty.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mm_retriever.demo.catalogue.drawing import (
 from mm_retriever.demo.catalogue.patterns import texture
 from mm_retriever.images.square import CLIP_MEAN, CLIP_STD
 
-THEME = len(KINDS)  # the "kind" of a theme picture in label tensors
+THEME = len(KINDS)  # the "kind" of a theme image in label tensors
 TRAINING_BLOCK = 1000  # pattern maps from here on are drawn for training only (a catalogue's seed is its block)
 SEEN_PAIRS = tuple((kind, pattern) for kind in KINDS for pattern in PATTERNS if (kind, pattern) not in HELD_OUT)
 
@@ -44,7 +44,7 @@ for _kind, _pattern in HELD_OUT:
 
 
 def labels_of(looks: Sequence[Looks]) -> Tensor:
-    """(B, 3) indices of kind (``THEME`` for a theme picture), pattern and colour."""
+    """(B, 3) indices of kind (``THEME`` for a theme image), pattern and colour."""
     rows = [
         (THEME if kind is None else KINDS.index(kind), PATTERNS.index(pattern), COLOURS.index(colour))
         for kind, pattern, colour in looks
@@ -60,28 +60,28 @@ def random_colour(pattern: str, rng: np.random.Generator) -> str:
     return colours[int(rng.integers(len(colours)))]
 
 
-# ---------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------- images
 
 
 def _reduced(planes: np.ndarray, size: int, resample: int) -> np.ndarray:
-    """Planes resized as the preprocessing resizes pictures."""
+    """Planes resized as the preprocessing resizes images."""
     how = Image.Resampling(resample)
     resized = [Image.fromarray(plane).resize((size, size), how) for plane in planes]
     return np.stack([np.asarray(plane) for plane in resized])
 
 
 class LayerCache:
-    """Shapes and textures of one size, drawn once; ``render`` composes them into labelled pictures.
+    """Shapes and textures of one size, drawn once; ``render`` composes them into labelled images.
 
     Args:
-        size: pixels of the pictures.
+        size: pixels of the images.
         shapes: drawings of each kind of product, and half as many theme scenes for each pattern.
         textures: windows on each pattern, three on each pattern map.
         seed: of everything drawn; maps come from blocks of seeds that no catalogue uses.
         resample: how the model's preprocessing resizes: bicubic for Visualized BGE, bilinear for Phi-3 Vision.
     """
 
-    margin = 1.4  # textures are this much larger than pictures, and cut out at random places
+    margin = 1.4  # textures are this much larger than images, and cut out at random places
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class LayerCache:
         return cache
 
     def render(self, labels: Tensor, rng: np.random.Generator) -> Tensor:
-        """(B, 3) labels -> (B, 3, size, size) float32 pictures, 0 to 255."""
+        """(B, 3) labels -> (B, 3, size, size) float32 images, 0 to 255."""
         kind, pattern, colour = labels.unbind(1)
         count, size = len(labels), self.size
         product = torch.from_numpy(rng.integers(self.shapes, size=count)) + kind * self.shapes
@@ -165,7 +165,7 @@ class LayerCache:
 
 
 def augmented(pictures: Tensor, rng: np.random.Generator, *, noise: float = 3.0) -> Tensor:
-    """Pictures under other light: contrast, brightness, tint and grain, still 0 to 255."""
+    """Images under other light: contrast, brightness, tint and grain, still 0 to 255."""
     count = len(pictures)
     contrast = torch.from_numpy(rng.uniform(0.85, 1.15, (count, 1, 1, 1)).astype(np.float32))
     shift = rng.normal(0, 9, (count, 1, 1, 1)) + rng.normal(0, 3, (count, 3, 1, 1))
@@ -174,13 +174,13 @@ def augmented(pictures: Tensor, rng: np.random.Generator, *, noise: float = 3.0)
 
 
 def normalised(pictures: Tensor) -> Tensor:
-    """0 to 255 pictures as ``pixel_values``, in the memory layout that convolutions like."""
+    """0 to 255 images as ``pixel_values``, in the memory layout that convolutions like."""
     mean, std = (torch.tensor(channel).view(3, 1, 1) * 255 for channel in (CLIP_MEAN, CLIP_STD))
     return ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def enlarged_crops(pictures: Tensor, rng: np.random.Generator, smallest: float = 0.35) -> Tensor:
-    """A random square of each picture, enlarged to full size: hides the kind, shows the pattern."""
+    """A random square of each image, enlarged to full size: hides the kind, shows the pattern."""
     count = len(pictures)
     scale = torch.from_numpy(rng.uniform(smallest, 1, (count, 1)).astype(np.float32))
     centre = torch.from_numpy(rng.uniform(-1, 1, (count, 2)).astype(np.float32)) * (1 - scale)
@@ -319,9 +319,9 @@ def train_naming(
     adjust: bool,
     rng: np.random.Generator,
 ) -> None:
-    """The first stage of both models: kind, pattern and colour of a picture.
+    """The first stage of both models: kind, pattern and colour of an image.
 
-    ``render`` draws pictures of labels, ``logits_of`` tells from their ``pixel_values``; a share of ``crops`` is
+    ``render`` draws images of labels, ``logits_of`` tells from their ``pixel_values``; a share of ``crops`` is
     enlarged parts, which hide the kind.
     """
     for step in stage:

@@ -2,10 +2,10 @@
 
     python examples/training/train_tiny_embedder.py --out tiny-embedder
 
-Two stages. First the vision tower learns to name kind, pattern and colour of a picture; then tower and text encoder
-learn together to place a picture, a text, or a picture with a text where the wanted product lies (multi-positive
+Two stages. First the vision tower learns to name kind, pattern and colour of an image; then tower and text encoder
+learn together to place an image, a text, or an image with a text where the wanted product lies (multi-positive
 InfoNCE, and kind, pattern and colour of every vector as a second task). The (kind, pattern) pairs of
-``mm_retriever.demo.catalogue.HELD_OUT`` appear in no picture, source or text of the training.
+``mm_retriever.demo.catalogue.HELD_OUT`` appear in no image, source or text of the training.
 
 ``python benchmarks/tiny_quality.py --model tiny-embedder`` measures the result.
 """
@@ -91,7 +91,7 @@ def build_model(arguments: argparse.Namespace, vocab_size: int) -> VisualizedBGE
 def train_tower(
     model: VisualizedBGE, layers: LayerCache, arguments: argparse.Namespace, rng: np.random.Generator
 ) -> None:
-    """First stage: kind, pattern and colour of a picture from its tokens."""
+    """First stage: kind, pattern and colour of an image from its tokens."""
     head = nn.Linear(2 * model.config.dimension, sum(HEADS))
     parameters = [*model.model_visual.parameters(), *model.visual_proj.parameters(), *head.parameters()]
     rates = [(parameters, arguments.tower_lr)]
@@ -174,7 +174,7 @@ class Joint(nn.Module):
 
 
 def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespace, rng: np.random.Generator) -> None:
-    """Second stage: pictures, texts and composed queries into one space."""
+    """Second stage: images, texts and composed queries into one space."""
     tower = [*joint.model.model_visual.parameters(), *joint.model.visual_proj.parameters()]
     known = {id(parameter) for parameter in tower}
     rest = [parameter for parameter in joint.parameters() if id(parameter) not in known]
@@ -196,7 +196,7 @@ def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespa
         pictures = augmented(layers.render(torch.cat((wanted, sources)), rng), rng)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = joint.model.image_tokens(normalised(pictures))
-            shown = joint.encode(tokens, empty)  # the wanted products, then the query pictures as more to tell apart
+            shown = joint.encode(tokens, empty)  # the wanted products, then the query images as more to tell apart
             composed = joint.encode(tokens[len(wanted) :], [reworded(query.text, rng) for query in queries])
             text = joint.encode(None, [reworded(phrase, rng) for phrase in full])
         labels = torch.cat((wanted, sources))

@@ -2,9 +2,9 @@
 
     python examples/training/train_tiny_reranker.py --out tiny-reranker
 
-Three stages of one ``Phi3Vision``. First the CLIP tower learns to name kind, pattern and colour of a picture; then the
+Three stages of one ``Phi3Vision``. First the CLIP tower learns to name kind, pattern and colour of an image; then the
 decoder learns captions, wanted descriptions and reasons on what the finished tower sees; at last all of it learns
-together on fresh pictures. The (kind, pattern) pairs of ``mm_retriever.demo.catalogue.HELD_OUT`` appear in no picture
+together on fresh images. The (kind, pattern) pairs of ``mm_retriever.demo.catalogue.HELD_OUT`` appear in no image
 and no text of the training.
 
 ``python benchmarks/rerank_quality.py --reranker tiny-reranker`` measures the result.
@@ -106,7 +106,7 @@ def train_eyes(
     rng: np.random.Generator,
     seconds: float | None,
 ) -> nn.Module:
-    """Kind, pattern and colour of a picture from the tower's tokens; returns the heads that name them."""
+    """Kind, pattern and colour of an image from the tower's tokens; returns the heads that name them."""
     tower = model.model.vision_embed_tokens.img_processor
     head = nn.Linear(2 * model.config.vision_config.hidden_size, sum(HEADS))
     parameters = [*tower.parameters(), *head.parameters()]
@@ -127,7 +127,7 @@ def train_eyes(
 
 
 class Seen:
-    """What the finished tower sees in many pictures of everything that training may show: merged patches in half."""
+    """What the finished tower sees in many images of everything that training may show: merged patches in half."""
 
     def __init__(self, model: Phi3Vision, sets: Sequence[LayerCache], each: int, rng: np.random.Generator) -> None:
         shown = [looks for looks in all_looks() if (looks.kind, looks.pattern) in SEEN_PAIRS]
@@ -146,13 +146,13 @@ class Seen:
         self.merged = torch.cat(parts)
 
     def __call__(self, looks: Sequence[Looks], rng: np.random.Generator) -> Tensor:
-        """(N, g/2, g/2, 4C) of one picture of each."""
+        """(N, g/2, g/2, 4C) of one image of each."""
         rows = [self.rows[look][int(rng.integers(len(self.rows[look])))] for look in looks]
         return self.merged[rows].float()
 
 
 def photographed(layers: LayerCache, labels: Tensor, rng: np.random.Generator) -> Tensor:
-    """``pixel_values`` of fresh pictures, half of them a little closer than drawn: few shapes, many places."""
+    """``pixel_values`` of fresh images, half of them a little closer than drawn: few shapes, many places."""
     pictures = layers.render(labels, rng)
     closer = torch.from_numpy(rng.random(len(labels)) < 0.5)
     pictures[closer] = enlarged_crops(pictures[closer], rng, smallest=0.85)
@@ -160,7 +160,7 @@ def photographed(layers: LayerCache, labels: Tensor, rng: np.random.Generator) -
 
 
 def projected(model: Phi3Vision, merged: Tensor) -> Tensor:
-    """(N, g/2, g/2, 4C) -> (N, tokens, D), as ``Phi3VisionEmbeddings`` lays out one view per picture."""
+    """(N, g/2, g/2, 4C) -> (N, tokens, D), as ``Phi3VisionEmbeddings`` lays out one view per image."""
     embeddings = model.model.vision_embed_tokens
     ends = embeddings.sub_GN.expand(len(merged), merged.shape[1], 1, -1).to(merged.dtype)
     laid_out: Tensor = embeddings.img_projection(torch.cat((merged, ends), dim=2).flatten(1, 2))
@@ -170,7 +170,7 @@ def projected(model: Phi3Vision, merged: Tensor) -> Tensor:
 def answers_loss(model: Phi3Vision, talks: Sequence[Conversation], pictures: Tensor) -> tuple[Tensor, float]:
     """Cross-entropy of the answers' tokens, and the share of them that is the most likely one.
 
-    ``pictures``: (pictures of all talks, tokens, D).
+    ``images``: (images of all talks, tokens, D).
     """
     longest = max(len(talk.ids) for talk in talks)
     ids = torch.tensor([talk.ids + [0] * (longest - len(talk.ids)) for talk in talks])
@@ -207,7 +207,7 @@ def train_words(
     rng: np.random.Generator,
     seconds: float | None,
 ) -> None:
-    """Projector and decoder, on pictures that went through the tower once."""
+    """Projector and decoder, on images that went through the tower once."""
     started = time.monotonic()
     seen = Seen(model, sets, arguments.pictures, rng)
     print(f"{len(seen.merged)} pictures seen in {time.monotonic() - started:.0f} s", flush=True)
@@ -237,7 +237,7 @@ def train_jointly(
     rng: np.random.Generator,
     seconds: float | None,
 ) -> None:
-    """Tower and decoder together on fresh pictures, the first stage's task beside them."""
+    """Tower and decoder together on fresh images, the first stage's task beside them."""
     parameters = [*model.parameters(), *head.parameters()]
     stage = Stage("joint", [(parameters, arguments.joint_lr)], steps=arguments.joint_steps, seconds=seconds)
     embeddings = model.model.vision_embed_tokens
@@ -262,7 +262,7 @@ def train_jointly(
 
 @torch.inference_mode()
 def describe(model: Phi3Vision, processor: Phi3VisionProcessor, images: Sequence[Image.Image]) -> list[str]:
-    """Canonical descriptions of pictures, greedily, 64 at a time."""
+    """Canonical descriptions of images, greedily, 64 at a time."""
     texts = []
     for start in range(0, len(images), 64):
         pictures = processor.image_inputs(images[start : start + 64])

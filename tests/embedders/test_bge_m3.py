@@ -140,7 +140,7 @@ def test_no_file_of_a_checkpoint_runs_code(tmp_path, name):
     assert not ran.exists()
 
 
-def test_learned_weights_find_exact_words_among_pictures(tmp_path, sparse):
+def test_learned_weights_find_exact_words_among_images(tmp_path, sparse):
     """Texts, and pictures without any word, whose sparse vectors are empty."""
     colours = ColourEmbedding()
     paint(tmp_path / "red.png", "red")

@@ -82,7 +82,7 @@ def test_every_stage_equals_the_original(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_m3"])
-def test_vectors_of_pictures_texts_and_pairs_equal_the_original(name: str) -> None:
+def test_vectors_of_images_texts_and_pairs_equal_the_original(name: str) -> None:
     """Golden vectors, alone and in padded batches; also against the original run in float64."""
     theirs = golden(name)
     model = fill(VisualizedBGE(golden_config(name)))
@@ -185,7 +185,7 @@ def test_resize_comes_before_the_conversion_to_rgb(mode: str, size: tuple[int, i
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 5_000_000), (300, 250_000)])
-def test_a_picture_as_thin_as_a_thread_takes_no_memory(size: tuple[int, int]) -> None:
+def test_an_image_as_thin_as_a_thread_takes_no_memory(size: tuple[int, int]) -> None:
     """Resized whole, the first would take 9 GB, and anybody can send it in 150 bytes."""
     image = Image.new("RGB", size, (9, 120, 200))
     with peak_growth() as mib:
@@ -194,7 +194,7 @@ def test_a_picture_as_thin_as_a_thread_takes_no_memory(size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (7, 500), (1, 1000)])
-def test_the_middle_of_a_thin_picture_is_the_middle_of_its_whole(size: tuple[int, int]) -> None:
+def test_the_middle_of_a_thin_image_is_the_middle_of_its_whole(size: tuple[int, int]) -> None:
     """Truth: the original's way, short side to 64 and the middle cut out; 2 of 255 for another order of rounding."""
     ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
     image = Image.fromarray(np.stack([ramp, 255 - ramp, ramp / 2], axis=-1).astype(np.uint8))
@@ -273,7 +273,7 @@ def test_padding_does_not_change_a_vector() -> None:
     assert distance(both, model.encode_multimodal(pixels, ids, torch.ones_like(ids))) < TOLERANCE
 
 
-def test_a_picture_alone_is_a_picture_beside_an_empty_text() -> None:
+def test_an_image_alone_is_an_image_beside_an_empty_text() -> None:
     """Definition in the original."""
     model = small_model()
     pixels = torch.randn(2, 3, 48, 48)

@@ -10,7 +10,7 @@ import pytest
 from mm_retriever.cli import main
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.search_tools import ImageSearch
-from tests.support.drawn_store import draw_leopard, draw_pictures, drawn_store
+from tests.support.drawn_store import draw_images, draw_leopard, drawn_store
 
 
 @pytest.fixture(scope="module")
@@ -38,5 +38,5 @@ def db(tmp_path_factory) -> Path:
     """A store in a file that this process does not hold open."""
     folder = tmp_path_factory.mktemp("served")
     with pytest.raises(SystemExit):
-        main(["index", str(draw_pictures(folder / "images")), "--db", str(folder / "drawn.db"), "--model", "tiny"])
+        main(["index", str(draw_images(folder / "images")), "--db", str(folder / "drawn.db"), "--model", "tiny"])
     return folder / "drawn.db"

@@ -141,7 +141,7 @@ def test_without_the_extra_the_error_names_it():
     assert 'pip install "mm-retriever[mcp]"' in done.stderr
 
 
-def test_pictures_of_a_shared_server_are_read_only_inside_given_folders(search, tmp_path):
+def test_images_of_a_shared_server_are_read_only_inside_given_folders(search, tmp_path):
     """Who else can write to a server could name any file there."""
 
     class Shared:

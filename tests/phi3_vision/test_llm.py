@@ -118,7 +118,7 @@ def test_all_eight_ways_to_ask_give_one_answer(llm: Phi3VisionLLM) -> None:
     assert asyncio.run(asynchronously()) == [expected] * 4
 
 
-def test_a_picture_may_come_as_path_bytes_base64_file_or_data_uri(llm: Phi3VisionLLM, pictures: list[Path]) -> None:
+def test_an_image_may_come_as_path_bytes_base64_file_or_data_uri(llm: Phi3VisionLLM, pictures: list[Path]) -> None:
     """Truth: the same pixels give the same answer."""
     content = pictures[1].read_bytes()
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
@@ -291,9 +291,7 @@ def asked() -> Iterator[Asked]:
 
 
 @pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "simple_summarize"])
-def test_a_query_engine_answers_over_pictures(
-    llm: Phi3VisionLLM, pictures: list[Path], mode: str, asked: Asked
-) -> None:
+def test_a_query_engine_answers_over_images(llm: Phi3VisionLLM, pictures: list[Path], mode: str, asked: Asked) -> None:
     """Truth: LlamaIndex's own engine shows the picture to the LLM, whose answer to its last messages is the answer."""
     nodes = [
         NodeWithScore(node=ImageNode(image_path=str(pictures[0]), metadata={"label": "mug"}), score=0.5),

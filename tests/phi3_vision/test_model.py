@@ -101,7 +101,7 @@ def test_features_skip_the_layers_above_without_changing_a_bit() -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_crops_are_laid_out_as_one_picture_then_separator_then_global_view() -> None:
+def test_crops_are_laid_out_as_one_image_then_separator_then_global_view() -> None:
     """Truth: the layout written out token by token from the paper's description and the original code."""
     model, processor = small_model(), small_processor(7)
     embeddings = model.model.vision_embed_tokens
@@ -147,7 +147,7 @@ def test_padding_crops_are_ignored() -> None:
         model.image_features(pictures.pixel_values[:8], pictures.image_sizes)
 
 
-def test_a_picture_of_one_crop_goes_through_the_tower_once() -> None:
+def test_an_image_of_one_crop_goes_through_the_tower_once() -> None:
     """Truth: the original runs both views, which are the same pixels."""
     model, processor = small_model(), small_processor(1)
     embeddings = model.model.vision_embed_tokens
@@ -247,7 +247,7 @@ def test_a_left_padded_batch_says_what_its_rows_say_alone() -> None:
         assert together[row, -6:].tolist() == alone[0, -6:].tolist()
 
 
-def test_beams_and_penalties_work_with_pictures() -> None:
+def test_beams_and_penalties_work_with_images() -> None:
     """Truth: our choice; both index by the prompt's ids, which must not be negative there."""
     model, processor = small_model(), small_processor()
     inputs = processor(ASK, [picture(90, 30)])

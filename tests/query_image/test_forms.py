@@ -25,7 +25,7 @@ from mm_retriever.errors import ImageLoadError
 from mm_retriever.images import ImagePolicy, load_image, pixel_digest
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import open_store
-from tests.support.drawn_store import ScriptedLLM, draw_pictures, pictures_of, says
+from tests.support.drawn_store import ScriptedLLM, draw_images, images_of, says
 from tests.support.query_image import (
     FORMS,
     SIMILAR,
@@ -112,7 +112,7 @@ def test_an_engine_asked_from_an_event_loop_shows_the_same_image(world: World) -
         llm = ScriptedLLM.of(says("The first."))
         asked = image_query_engine(world.store, world.model, rerank=PixelOrder(), llm=llm, top_k=3)
         response = await asked.aquery(await world.model.aget_query_bundle(None, image))
-        return [*ids(response.source_nodes), pixel_digest(Image.open(pictures_of(llm.asked[0])[0].resolve_image()))]
+        return [*ids(response.source_nodes), pixel_digest(Image.open(images_of(llm.asked[0])[0].resolve_image()))]
 
     assert asyncio.run(ask(world.path.read_bytes())) == asyncio.run(ask(world.path))
 
@@ -213,7 +213,7 @@ def test_the_image_of_a_url_is_fetched_once_and_left_out_by_its_url_too(world: W
 def test_the_command_line_takes_a_path_and_a_data_uri_alike(
     tmp_path: Path, world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder, db = draw_pictures(tmp_path / "pictures"), tmp_path / "drawn.db"
+    folder, db = draw_images(tmp_path / "pictures"), tmp_path / "drawn.db"
     path = folder / "phone case" / "natural leopard.jpg"
 
     def run(*arguments: Any) -> str:

@@ -24,7 +24,7 @@ from mm_retriever.embedders.registry import load_embedder
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import CopyError, QueryError, RerankError
 from mm_retriever.rerank import CHAT_TEMPLATE, RemoteRerank, ScorerRerank, VisionLLMRerank
-from tests.support.drawn_store import draw_leopard, draw_pictures, drawn_store
+from tests.support.drawn_store import draw_images, draw_leopard, drawn_store
 from tests.support.llm_server import Reply, ScriptedServer, candidates
 from tests.support.model_server import CosineScorer, ModelServer, serving
 
@@ -46,7 +46,7 @@ def served(running: ModelServer) -> ModelServer:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
-    draw_pictures(folder)
+    draw_images(folder)
     draw_leopard(folder / "leopard.png")
     return folder
 

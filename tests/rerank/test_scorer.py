@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_folder(tmp_path_factory.mktemp("pictures"))
 
 
-def test_pictures_come_from_path_bytes_or_resource_and_never_from_a_url_unasked(folder: Path, tmp_path: Path) -> None:
+def test_images_come_from_path_bytes_or_resource_and_never_from_a_url_unasked(folder: Path, tmp_path: Path) -> None:
     """Truth: the same pixels; LlamaIndex's resolve_image would fetch any URL."""
     path = folder / "1.png"
     encoded = base64.b64encode(path.read_bytes()).decode()
@@ -77,7 +77,7 @@ def test_pictures_come_from_path_bytes_or_resource_and_never_from_a_url_unasked(
     assert nonsense.missing
 
 
-def test_large_pictures_are_shrunk_and_texts_cut() -> None:
+def test_large_images_are_shrunk_and_texts_cut() -> None:
     """Truth: our choice; fifty photographs must fit into memory, and a book into a prompt."""
     file = io.BytesIO()
     Image.new("RGB", (4000, 1000), "red").save(file, "PNG")

@@ -26,7 +26,7 @@ from mm_retriever.rerank import load_reranker
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
 from mm_retriever.search_tools.results import one_line
 from mm_retriever.store import open_store
-from tests.support.drawn_store import ScriptedLLM, draw_leopard, drawn_store, pictures_of, says, texts_of
+from tests.support.drawn_store import ScriptedLLM, draw_leopard, drawn_store, images_of, says, texts_of
 
 
 def name(image) -> str:
@@ -228,7 +228,7 @@ def test_a_vision_model_describes_the_image_that_it_is_shown(store, embed_model,
     search = ImageSearch(store, embed_model, llm=llm)
     assert search.describe("photo.png", conversation=talk).description == "A leopard print."
     assert search.describe("photo.png", "Is it red?", conversation=talk).description == "Yes."
-    assert [len(pictures_of(messages)) for messages in llm.asked] == [1, 1]
+    assert [len(images_of(messages)) for messages in llm.asked] == [1, 1]
     assert "Is it red?" in texts_of(llm.asked[1])
 
 

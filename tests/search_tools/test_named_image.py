@@ -139,7 +139,7 @@ def test_an_original_is_the_file_itself(store, search):
     assert (original.media_type, original.name) == ("image/jpeg", node.metadata["file_name"])
 
 
-def test_only_pictures_of_the_store_inside_the_roots_are_handed_out(store: ImageStore, embed_model, tmp_path):
+def test_only_images_of_the_store_inside_the_roots_are_handed_out(store: ImageStore, embed_model, tmp_path):
     """Whoever can write to a store must not be able to read files through it."""
     vector = embed_model.get_text_embedding("x")
     with open_store(tmp_path / "rogue.db", embed_model) as rogue:

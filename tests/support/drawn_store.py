@@ -18,7 +18,7 @@ KINDS = ("phone case", "mug", "umbrella")
 LOOKS = (("leopard", "natural"), ("leopard", "red"), ("polka dots", "red"), ("stars", "blue"))
 
 
-def draw_pictures(folder: Path) -> Path:
+def draw_images(folder: Path) -> Path:
     """Products in one sub-folder for each kind: `phone case/red leopard.jpg`."""
     for kind in KINDS:
         for pattern, colour in LOOKS:
@@ -29,15 +29,15 @@ def draw_pictures(folder: Path) -> Path:
 
 
 def draw_leopard(path: Path) -> Path:
-    """A picture that is in no store."""
+    """An image that is in no store."""
     draw_theme("leopard", "natural", seed=99, size=160).save(path)
     return path
 
 
 def drawn_store(folder: Path, embed_model: VisualizedBGEEmbedding) -> ImageStore:
-    """A Milvus Lite store of `draw_pictures`."""
+    """A Milvus Lite store of `draw_images`."""
     store = open_store(folder / "drawn.db", embed_model)
-    ingest_images(draw_pictures(folder / "pictures"), store, embed_model, show_progress=False)
+    ingest_images(draw_images(folder / "images"), store, embed_model, show_progress=False)
     return store
 
 
@@ -75,7 +75,7 @@ def calls(tool: str, **arguments: Any) -> ChatMessage:
     return ChatMessage(role=MessageRole.ASSISTANT, blocks=[call])
 
 
-def pictures_of(messages: Sequence[ChatMessage]) -> list[ImageBlock]:
+def images_of(messages: Sequence[ChatMessage]) -> list[ImageBlock]:
     return [block for message in messages for block in message.blocks if isinstance(block, ImageBlock)]
 
 

@@ -33,7 +33,7 @@ from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import ImageSearch
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.tools import ImageSearchToolSpec
-from tests.support.drawn_store import KINDS, draw_leopard, draw_pictures, drawn_store
+from tests.support.drawn_store import KINDS, draw_images, draw_leopard, drawn_store
 from tests.test_load import draw_all, open_shop, under_load
 
 COLOURS = ("red", "blue", "green", "yellow", "black")
@@ -109,7 +109,7 @@ def runs(folder: Path) -> Calls:
     """Ingestion that finds nothing to do."""
     model = VisualizedBGEEmbedding("tiny", device="cpu")
     store: ImageStore = drawn_store(folder, model)
-    pictures = draw_pictures(folder / "pictures")
+    pictures = draw_images(folder / "pictures")
 
     def run() -> object:
         report = ingest_images(

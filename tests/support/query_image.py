@@ -34,7 +34,7 @@ from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import ImageSearch
 from mm_retriever.store import ImageStore
 from mm_retriever.tools import ImageSearchToolSpec
-from tests.support.drawn_store import ScriptedLLM, pictures_of, says
+from tests.support.drawn_store import ScriptedLLM, images_of, says
 
 TEXT = "mug with this"
 
@@ -150,7 +150,7 @@ def engine(world: World, image: Any) -> list[str]:
         world.store, world.model, rerank=PixelOrder(), llm=llm, top_k=TOP_K, exclude_query_image=True
     )
     response = asked.query(world.model.get_query_bundle(TEXT, image))
-    first = pictures_of(llm.asked[0])[0]
+    first = images_of(llm.asked[0])[0]
     return [*ids(response.source_nodes), pixel_digest(Image.open(first.resolve_image()))]
 
 

@@ -124,7 +124,7 @@ def test_none_and_one(folder: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_queries_of_text_of_a_picture_and_of_both(folder: Path, mode: str) -> None:
+def test_queries_of_text_of_an_image_and_of_both(folder: Path, mode: str) -> None:
     """Truth: our choice; three questions, three understandings, and a caption only where there is a picture."""
     reranker, nodes = make(mode=mode), mixed(folder)
     image = folder / "query.png"

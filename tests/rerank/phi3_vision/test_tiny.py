@@ -107,7 +107,7 @@ def test_the_leopard_phone_case_comes_first_and_the_reason_says_what_is_seen(rer
     assert best.metadata["rerank_reason"] == "it is a phone case with leopard print, like the picture"
 
 
-def test_a_text_alone_and_a_picture_alone_are_queries_too(rerank, tmp_path):
+def test_a_text_alone_and_an_image_alone_are_queries_too(rerank, tmp_path):
     """The other two prompts of the reranker, and a text among the candidates."""
     shown = [Looks("mug", "stars", "red"), Looks("mug", "hearts", "blue"), Looks("umbrella", "hearts", "red")]
     nodes = nodes_of(tmp_path, shown)
