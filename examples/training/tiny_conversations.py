@@ -119,7 +119,7 @@ class Conversation:
     """
 
     ids: list[int] = field(default_factory=list)
-    pictures: list[Looks] = field(default_factory=list)
+    images: list[Looks] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     absent: list[tuple[int, int]] = field(default_factory=list)
 
@@ -133,10 +133,10 @@ class Conversations:
         self.end = processor.token_id("<|end|>")
         self.absent = Absent(processor.encode_literal)
 
-    def _ask(self, talk: Conversation, parts: list[str | Slot], *pictures: Looks, opening: str = "") -> None:
+    def _ask(self, talk: Conversation, parts: list[str | Slot], *images: Looks, opening: str = "") -> None:
         """A user's turn, and the words that open every answer to it."""
         talk.ids += self.processor.encode_messages([Message("user", parts)], first=not talk.ids)
-        talk.pictures += pictures
+        talk.images += images
         self._answer(talk, opening.lstrip(), None)  # a line break beside a control token is swallowed
 
     def _answer(self, talk: Conversation, text: str, looks: Looks | None, *, end: bool = False) -> None:
@@ -172,7 +172,7 @@ class Conversations:
         if chance < 0.1:
             return self._text_query(more)
         if chance < 0.16:
-            return self._picture_query(more)
+            return self._image_query(more)
         mode: Mode = "theme" if chance < 0.43 else "kind" if chance < 0.63 else "pattern" if chance < 0.83 else "colour"
         query = None
         while query is None:
@@ -192,7 +192,7 @@ class Conversations:
         self._ask(talk, [prompts.ASK_TEXT.format(query=text)], opening=prompts.ANSWER_WANTED)
         return self._wanted(talk, looks, None, more)
 
-    def _picture_query(self, more: float) -> Conversation:
+    def _image_query(self, more: float) -> Conversation:
         talk, looks = Conversation(), self.looks()
         theme = self.rng.random() < 0.3
         looks = looks._replace(kind=None) if theme else looks

@@ -54,11 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", type=int, default=112, help="drawings of each kind")
     parser.add_argument("--textures", type=int, default=240, help="windows on each pattern")
     parser.add_argument("--sets", type=int, default=2, help="sets of drawings, 1.1 GB each")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step in the first stage")
+    parser.add_argument("--batch", type=int, default=64, help="images a step in the first stage")
     parser.add_argument("--eyes-steps", type=int, default=7000)
     parser.add_argument("--eyes-lr", type=float, default=2e-3)
     parser.add_argument("--crops", type=float, default=0.35, help="share of enlarged crops in the first stage")
-    parser.add_argument("--pictures", type=int, default=16, help="of each product that the second stage sees")
+    parser.add_argument("--images", type=int, default=16, help="of each product that the second stage sees")
     parser.add_argument("--words-steps", type=int, default=1200)
     parser.add_argument("--words-lr", type=float, default=2e-3)
     parser.add_argument("--words-batch", type=int, default=24, help="queries a step, and as many descriptions")
@@ -153,10 +153,10 @@ class Seen:
 
 def photographed(layers: LayerCache, labels: Tensor, rng: np.random.Generator) -> Tensor:
     """``pixel_values`` of fresh images, half of them a little closer than drawn: few shapes, many places."""
-    pictures = layers.render(labels, rng)
+    images = layers.render(labels, rng)
     closer = torch.from_numpy(rng.random(len(labels)) < 0.5)
-    pictures[closer] = enlarged_crops(pictures[closer], rng, smallest=0.85)
-    return normalised(augmented(pictures, rng)).contiguous()
+    images[closer] = enlarged_crops(images[closer], rng, smallest=0.85)
+    return normalised(augmented(images, rng)).contiguous()
 
 
 def projected(model: Phi3Vision, merged: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def projected(model: Phi3Vision, merged: Tensor) -> Tensor:
     return laid_out
 
 
-def answers_loss(model: Phi3Vision, talks: Sequence[Conversation], pictures: Tensor) -> tuple[Tensor, float]:
+def answers_loss(model: Phi3Vision, talks: Sequence[Conversation], images: Tensor) -> tuple[Tensor, float]:
     """Cross-entropy of the answers' tokens, and the share of them that is the most likely one.
 
     ``images``: (images of all talks, tokens, D).
@@ -175,7 +175,7 @@ def answers_loss(model: Phi3Vision, talks: Sequence[Conversation], pictures: Ten
     longest = max(len(talk.ids) for talk in talks)
     ids = torch.tensor([talk.ids + [0] * (longest - len(talk.ids)) for talk in talks])
     embedded = model.model.embed_tokens(ids.clamp(min=0))
-    embedded = embedded.masked_scatter((ids < 0)[..., None], pictures.to(embedded.dtype))
+    embedded = embedded.masked_scatter((ids < 0)[..., None], images.to(embedded.dtype))
     hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     row, place, absent_at, absent, count = [], [], [], [], 0
     for number, talk in enumerate(talks):
@@ -209,15 +209,15 @@ def train_words(
 ) -> None:
     """Projector and decoder, on images that went through the tower once."""
     started = time.monotonic()
-    seen = Seen(model, sets, arguments.pictures, rng)
-    print(f"{len(seen.merged)} pictures seen in {time.monotonic() - started:.0f} s", flush=True)
+    seen = Seen(model, sets, arguments.images, rng)
+    print(f"{len(seen.merged)} images seen in {time.monotonic() - started:.0f} s", flush=True)
     frozen = {id(parameter) for parameter in model.model.vision_embed_tokens.img_processor.parameters()}
     parameters = [parameter for parameter in model.parameters() if id(parameter) not in frozen]
     stage = Stage("words", [(parameters, arguments.words_lr)], steps=arguments.words_steps, seconds=seconds)
     for step in stage:
         losses = []
         for talks in talks_of(conversations, arguments.words_batch):
-            looks = [look for talk in talks for look in talk.pictures]
+            looks = [look for talk in talks for look in talk.images]
             with torch.autocast("cpu", torch.bfloat16):
                 loss, right = answers_loss(model, talks, projected(model, seen(looks, rng)))
             losses += [loss, right]
@@ -243,16 +243,16 @@ def train_jointly(
     embeddings = model.model.vision_embed_tokens
     for step in stage:
         batches = list(talks_of(conversations, arguments.words_batch))
-        looks = [look for talks in batches for talk in talks for look in talk.pictures]
+        looks = [look for talks in batches for talk in talks for look in talk.images]
         labels = labels_of(looks)
         pixels = photographed(one_of(sets, rng), labels, rng)
         with torch.autocast("cpu", torch.bfloat16):
             tokens = embeddings.img_processor(pixels)
-            pictures = projected(model, embeddings._merge(tokens))
+            images = projected(model, embeddings._merge(tokens))
             second = attribute_loss(named(tokens, head), labels, adjust=True)
-            first = sum(len(talk.pictures) for talk in batches[0])
-            query, right = answers_loss(model, batches[0], pictures[:first])
-            described, words = answers_loss(model, batches[1], pictures[first:])
+            first = sum(len(talk.images) for talk in batches[0])
+            query, right = answers_loss(model, batches[0], images[:first])
+            described, words = answers_loss(model, batches[1], images[first:])
         stage.update(query + described + 0.3 * second)
         stage.note(step, query=query.item(), right=right, described=described.item(), words=words, second=second.item())
 
@@ -265,10 +265,10 @@ def describe(model: Phi3Vision, processor: Phi3VisionProcessor, images: Sequence
     """Canonical descriptions of images, greedily, 64 at a time."""
     texts = []
     for start in range(0, len(images), 64):
-        pictures = processor.image_inputs(images[start : start + 64])
-        turn = Message("user", [prompts.DESCRIBE, Slot(pictures.token_counts[0])])
-        ids = torch.tensor([processor.encode_messages([turn])] * len(pictures))
-        prefix = model.prefill(ids, model.image_features(pictures.pixel_values, pictures.image_sizes))
+        inputs = processor.image_inputs(images[start : start + 64])
+        turn = Message("user", [prompts.DESCRIBE, Slot(inputs.token_counts[0])])
+        ids = torch.tensor([processor.encode_messages([turn])] * len(inputs))
+        prefix = model.prefill(ids, model.image_features(inputs.pixel_values, inputs.image_sizes))
         written = [prefix.logits.argmax(1)]
         for _ in range(15):
             prefix = model.extend(prefix, written[-1][:, None])
