@@ -29,6 +29,7 @@ from tiny_quality import MODE_NAMES, Query, composed_queries, recall
 
 from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, caption, catalogue, write_catalogue
 from mm_retriever.embedding import VisualizedBGEEmbedding
+from mm_retriever.evaluation.metrics import figure
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Message, Phi3VisionProcessor, Slot
@@ -205,17 +206,12 @@ def gain(name: str, judged: Sequence[Judged], weight: float) -> Gain:
         "model": np.array([one.rank(0.0) for one in judged]),
         "fused": np.array([one.rank(weight) for one in judged]),
     }
-    figures = {key: recall(name, rank, wanted) for key, rank in ranks.items()}
-    rows = {product: index for index, product in enumerate(sorted(set(wanted)))}
-    groups = np.array([rows[product] for product in wanted])
-    change = (ranks["fused"] == 1).astype(float) - (ranks["retrieval"] == 1)
-    drawn = np.random.default_rng(0).integers(len(rows), size=(2000, len(rows)))
-    resampled = np.bincount(groups, weights=change)[drawn].sum(1) / np.bincount(groups)[drawn].sum(1)
-    low, high = np.percentile(resampled, (2.5, 97.5))
+    figures = {key: recall(name, (rank, wanted)) for key, rank in ranks.items()}
+    change = figure(((ranks["fused"] == 1).astype(float) - (ranks["retrieval"] == 1), wanted))
     return Gain(
         name=name,
         queries=len(judged),
-        products=len(rows),
+        products=figures["retrieval"].products,
         retrieval=figures["retrieval"].at_1,
         retrieval_interval=figures["retrieval"].at_1_interval,
         retrieval_at_9=figures["retrieval"].at_9,
@@ -223,8 +219,8 @@ def gain(name: str, judged: Sequence[Judged], weight: float) -> Gain:
         model_interval=figures["model"].at_1_interval,
         fused=figures["fused"].at_1,
         fused_interval=figures["fused"].at_1_interval,
-        gain=float(change.mean()),
-        gain_interval=(float(low), float(high)),
+        gain=change.mean,
+        gain_interval=(change.low, change.high),
     )
 
 

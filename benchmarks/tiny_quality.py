@@ -29,6 +29,7 @@ from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
 from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.evaluation.metrics import figure
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
 from phrases import MODES, Mode, Wording, compose_query, full_text
@@ -168,40 +169,12 @@ def ranks(vectors: np.ndarray, candidates: np.ndarray, wanted: Sequence[int]) ->
     return (scores >= own[:, None]).sum(1)
 
 
-def recall(name: str, rank: np.ndarray, wanted: Sequence[int], *, resamples: int = 2000) -> Recall:
-    """Recall with intervals by bootstrap over wanted products."""
-    products = sorted(set(wanted))
-    place = {product: index for index, product in enumerate(products)}
-    groups = np.array([place[product] for product in wanted])
-    count = np.bincount(groups)
-    hits = np.stack([np.bincount(groups, weights=rank <= top) for top in (1, 9)])
-    drawn = np.random.default_rng(0).integers(len(products), size=(resamples, len(products)))
-    resampled = hits[:, drawn].sum(2) / count[drawn].sum(1)
-    low, high = np.percentile(resampled, (2.5, 97.5), axis=1)
-    mean = hits.sum(1) / count.sum()
-    figures = [(float(m), (float(lo), float(hi))) for m, lo, hi in zip(mean, low, high, strict=True)]
-    return Recall(name, len(rank), len(products), figures[0][0], figures[0][1], figures[1][0], figures[1][1])
-
-
-def average(name: str, parts: Sequence[tuple[np.ndarray, Sequence[int]]]) -> Recall:
-    """Unweighted mean over kinds of query, with a bootstrap that draws the same products for all of them."""
-    singles = [recall(name, rank, wanted, resamples=1) for rank, wanted in parts]
-    products = sorted({product for _, wanted in parts for product in wanted})
-    place = {product: index for index, product in enumerate(products)}
-    drawn = np.random.default_rng(0).integers(len(products), size=(2000, len(products)))
-    resampled = np.zeros((2, 2000))
-    for rank, wanted in parts:
-        groups = np.array([place[product] for product in wanted])
-        count = np.bincount(groups, minlength=len(products))[drawn].sum(1)
-        for row, top in enumerate((1, 9)):
-            hits = np.bincount(groups, weights=rank <= top, minlength=len(products))
-            resampled[row] += hits[drawn].sum(1) / count / len(parts)
-    low, high = np.percentile(resampled, (2.5, 97.5), axis=1)
-    at_1, at_9 = (float(np.mean([getattr(single, field) for single in singles])) for field in ("at_1", "at_9"))
-    queries = sum(single.queries for single in singles)
-    return Recall(
-        name, queries, len(products), at_1, (float(low[0]), float(high[0])), at_9, (float(low[1]), float(high[1]))
-    )
+def recall(name: str, *parts: tuple[np.ndarray, Sequence[int]]) -> Recall:
+    """Recall of ranks and the products they are of; of several kinds of query the unweighted mean."""
+    products = {product for _, wanted in parts for product in wanted}
+    first, nine = (figure(*((rank <= top, wanted) for rank, wanted in parts)) for top in (1, 9))
+    at_1, at_9 = (each.mean for each in (first, nine))
+    return Recall(name, first.queries, len(products), at_1, (first.low, first.high), at_9, (nine.low, nine.high))
 
 
 def measure(
@@ -236,9 +209,9 @@ def measure(
             wanted = [query.wanted for query in queries]
             rank = ranks(embedder.queries(queries, use=use), candidates, wanted)
             parts.append((rank, wanted))
-            sections[title].append(recall(name, rank, wanted))
+            sections[title].append(recall(name, (rank, wanted)))
         if mean:
-            sections[title].append(average(mean, parts))
+            sections[title].append(recall(mean, *parts))
         report(table(title, sections[title]))
 
     def four(held_out: bool, times: int, wording: Wording = "training") -> list[tuple[str, list[Query], str]]:

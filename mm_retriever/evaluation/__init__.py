@@ -1,1 +1,1 @@
-"""How good retrieval is: `mteb`, by the tasks of the Massive Text Embedding Benchmark."""
+"""How good retrieval is: `metrics` of any ranking; `mteb`, by the tasks of the Massive Text Embedding Benchmark."""
