@@ -108,6 +108,8 @@ def test_every_public_class_is_in_this_file():
         "BGEM3SparseEmbedding": "tests/embedders/test_bge_m3.py: needs weights",
         "CrossEncoderRerank": "tests/rerank/test_cross_encoder.py: needs weights",
         "TextRerank": "the same",
+        "RemoteEmbedding": "tests/embedders/test_remote.py: needs a server",
+        "RemoteRerank": "tests/rerank/test_remote.py: needs a server",
         "ImportReport": "below",
         "ShardReport": "below",
         "MMRetrieverError": "below",
