@@ -115,6 +115,10 @@ class RerankError(MMRetrieverError, RuntimeError):
 class ModelServerError(MMRetrieverError, ConnectionError):
     """A server of models that gave no answer, or one that cannot be used."""
 
+    passing: bool = (
+        False  # out of reach, overloaded or broken, however often it was asked: nothing else will fare better
+    )
+
     __str__ = Exception.__str__
 
 

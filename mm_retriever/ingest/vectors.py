@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import reason_of
+from mm_retriever.errors import ModelServerError, reason_of
 
 _NEVER_WORKED = 3
 """Failures without one success, after which the model is broken and not the images."""
@@ -48,6 +48,8 @@ class Vectors:
         try:
             vectors = embed(inputs)
         except Exception as error:  # whatever a model raises
+            if isinstance(error, ModelServerError) and error.passing:
+                raise  # asked again often enough: it is not the images
             if len(inputs) > 1:
                 return [self._embed([item], embed)[0] for item in inputs]
             self._failures += 1

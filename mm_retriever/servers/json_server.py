@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from mm_retriever.errors import CopyError, ModelServerError, QueryError, one_line, shown
 from mm_retriever.forks import ForkLock
 from mm_retriever.servers.bounded_http import ANSWER_BYTES, MAX_ANSWER_BYTES, bounded_client
-from mm_retriever.servers.failures import ServerError, advice, explained, is_passing, refuse_error_body
+from mm_retriever.servers.failures import ServerError, advice, explained, is_passing, is_transient, refuse_error_body
 from mm_retriever.servers.retrying import retrying, within
 
 _LONGEST_REQUEST_S = 3600.0
@@ -106,10 +106,10 @@ class JSONServer:
         except Exception as error:  # of the client, or ServerError
             count = "1 request" if requests == 1 else f"{requests} requests"
             text = f"{self.model!r} gave no answer in {count} (last: {explained(error)}); {advice(error)}"
-            if self._api_key is None:
-                raise ModelServerError(text) from error
-            # the server may have repeated the key; its own error, which may too, goes
-            raise ModelServerError(text.replace(self._api_key, "***")) from None
+            failure = ModelServerError(text if self._api_key is None else text.replace(self._api_key, "***"))
+            failure.passing = is_transient(error)
+            # the server may have repeated the key: its own error, which may too, goes
+            raise failure from (error if self._api_key is None else None)
 
     def _answer(self, path: str, content: bytes, seconds: float) -> Any:
         headers = {"content-type": "application/json"}

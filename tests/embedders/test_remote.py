@@ -142,6 +142,32 @@ def test_it_indexes_and_searches_as_any_embedding(served: ModelServer, tmp_path:
     assert "served, server" in again.model_note
 
 
+def test_a_server_that_goes_away_ends_an_ingestion_and_none_is_lost(scripted: ScriptedServer, tmp_path: Path) -> None:
+    """Our choice: no image is skipped for it; the next run goes on. An image that the server refuses is skipped."""
+    for colour in ("red", "blue", "green"):
+        paint(tmp_path / "photos" / f"{colour}.png", colour)
+    refused: list[str] = []
+
+    def refusing(request: dict[str, Any]) -> Reply:
+        part = request["messages"][0]["content"][0]
+        if part["type"] == "image_url" and refused in ([], [part["image_url"]["url"]]):
+            refused[:] = [part["image_url"]["url"]]
+            return 400, b'{"error": "this image?"}'
+        return vectors([0.0, 1.0])
+
+    scripted.reply = refusing
+    options = {"attempts": 2, "retry_wait_s": 0.0}
+    model = ComposedEmbedding("served", base_url=scripted.url, options=options)
+    with open_store(tmp_path / "a.db", model) as store:
+        scripted.reply = lambda _: (503, b"down")
+        with pytest.raises(ModelServerError, match="status 503"):
+            ingest_images(tmp_path / "photos", store, model, show_progress=False)
+        scripted.reply = refusing
+        report = ingest_images(tmp_path / "photos", store, model, show_progress=False)
+    assert (report.indexed, len(report.skipped)) == (2, 1)
+    assert "this image?" in str(report.skipped[0])
+
+
 # ------------------------------------------------------------------------------------------ a server that says anything
 
 

@@ -53,7 +53,7 @@ class CosineScorer:
 class ModelServer:
     """The routes, and the requests that came in."""
 
-    def __init__(self, embedder: Embedder, name: str = "served") -> None:
+    def __init__(self, embedder: Embedder, name: str) -> None:
         self.embedder, self.name = embedder, name
         self.requests: list[dict[str, Any]] = []
         routes = {"embeddings": self.embeddings, "rerank": self.rerank, "score": self.score}
@@ -126,9 +126,9 @@ class ModelServer:
 
 
 @contextmanager
-def serving(embedder: Embedder) -> Iterator[ModelServer]:
+def serving(embedder: Embedder, name: str = "served") -> Iterator[ModelServer]:
     """The server, at its `url` for as long as the block runs."""
-    served = ModelServer(embedder)
+    served = ModelServer(embedder, name)
     server = uvicorn.Server(uvicorn.Config(served.app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -21,7 +21,9 @@ from transformers import CLIPModel
 
 from mm_retriever.embedders.clip import clip_config
 from mm_retriever.embedders.magiclens.model import MagicLens, MagicLensConfig
+from mm_retriever.embedders.registry import load_embedder
 from tests.support.golden import small_config, small_model, word_tokenizer
+from tests.support.model_server import serving
 from tests.support.sentence_models import qwen3_vl_embedding_folder, siglip2_folder
 
 WORDS = ["red", "green", "blue", "white", "a", "mug", "phone", "case", "with", "this", "in", "and", "the"]
@@ -34,6 +36,7 @@ class SmallModel:
     Args:
         name: for `load_embedder`.
         options: of its family.
+        where: it runs: the device, or the address of its server.
         refuses: what it cannot embed, of "text", "image", "pair".
         weights: its weight file; None where no file on this machine is read.
         least_cosine: of a vector in bfloat16 with that in float32; None where there is one float format only.
@@ -42,6 +45,7 @@ class SmallModel:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=lambda: {"device": "cpu"})
     refuses: frozenset[str] = frozenset()
     weights: Path | None = None
     least_cosine: float | None = 0.99
@@ -92,14 +96,21 @@ def siglip2(folder: Path, seed: int) -> Iterator[SmallModel]:
     yield SmallModel(str(siglip2_folder(folder, seed=seed)))
 
 
+@contextmanager
+def on_a_server(folder: Path, seed: int) -> Iterator[SmallModel]:
+    with visualized_bge(folder, seed) as model, serving(load_embedder(model.name, device="cpu"), f"m{seed}") as served:
+        yield SmallModel(served.name, where={"base_url": served.url}, least_cosine=None)
+
+
 MAKERS: dict[str, Maker] = {
     "visualized_bge": visualized_bge,
     "bge_vl": bge_vl,
     "magiclens": magiclens,
     "sentence_transformers": qwen3_vl_embedding,
     "sentence_transformers.siglip2": siglip2,
+    "remote": on_a_server,
 }
-"""By the word in `registry.FAMILIES`; more of the same family after a dot."""
+"""By the word in `registry.FAMILIES`, and a model on a server; more of the same family after a dot."""
 
 
 # odd, distinct sizes: a swapped axis cannot pass
