@@ -23,7 +23,7 @@ from mm_retriever.embedding import ComposedEmbedding, VisualizedBGEEmbedding
 from mm_retriever.engine import image_query_engine
 from mm_retriever.errors import CopyError, ImageLoadError, MMRetrieverError, QueryError, StoreError
 from mm_retriever.images import ImagePolicy
-from mm_retriever.ingest import IngestReport
+from mm_retriever.ingest import IngestReport, ReindexReport
 from mm_retriever.phi3_vision.llm import Phi3VisionLLM
 from mm_retriever.rerank import Phi3VisionRerank, VisionLLMRerank
 from mm_retriever.retriever import ComposedRetriever
@@ -58,6 +58,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "ImageSearchToolSpec": ImageSearchToolSpec(search),
         "Conversation": Conversation(),
         "ImagePolicy": POLICY,
+        "ReindexReport": ReindexReport(collection="c", model="b", before="a", rows=1, seconds=1.0),
         "IngestReport": IngestReport(indexed=1, replaced=0, updated=0, unchanged=0, removed=0, skipped=(), seconds=1.0),
         "leopard": draw_leopard(folder / "leopard.png"),
     }
@@ -98,7 +99,7 @@ NAMES = [
     *("VisualizedBGEEmbedding", "ComposedEmbedding", "ImageStore", "Phi3VisionLLM", "Phi3VisionRerank"),
     "Phi3VisionRerank of an LLM",
     *("VisionLLMRerank", "ComposedRetriever", "image_query_engine", "ImageSearch", "ImageSearchToolSpec"),
-    *("Conversation", "ImagePolicy", "IngestReport"),
+    *("Conversation", "ImagePolicy", "IngestReport", "ReindexReport"),
 ]
 
 
