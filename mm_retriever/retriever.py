@@ -45,6 +45,7 @@ from mm_retriever.images import (
 )
 from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import PREFIX, own_value
+from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
 from mm_retriever.store.schema import key_problem
@@ -93,6 +94,7 @@ class ComposedRetriever(BaseRetriever):
             image, and `top_k` are items. Its metadata `mm_item_images` then list all images of the item, whatever the
             filters: [{"id": ..., "image": path or URL}, ...]. What has no text or number there is an item of its own.
             A query image that is left out does not take the other images of its item along.
+        refinement: what else moves every query: more images, words to avoid, results that were liked or not.
         callback_manager: as LlamaIndex knows it.
 
     Raises:
@@ -112,6 +114,7 @@ class ComposedRetriever(BaseRetriever):
         exclude_query_image: bool = False,
         unique: bool = False,
         group_by: str | None = None,
+        refinement: Refinement | None = None,
         image_policy: ImagePolicy | None = None,
         callback_manager: CallbackManager | None = None,
         similarity_top_k: int | None = None,
@@ -144,6 +147,7 @@ class ComposedRetriever(BaseRetriever):
         self._exclude_query_image = exclude_query_image
         self._unique = unique
         self._group_by = group_by
+        self._refinement = refinement or Refinement()
         self._policy = image_policy or cast("ImagePolicy", getattr(embed_model, "image_policy", DEFAULT_POLICY))
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -151,6 +155,8 @@ class ComposedRetriever(BaseRetriever):
         if image is not None and not isinstance(image, str):
             query_bundle = replace(query_bundle, image_path=portable_image(image, policy=self._policy))
         vector = self._vector(query_bundle)
+        if not self._refinement.is_empty:
+            vector = self._refinement.vector(query_bundle, vector, self._embed_model, self._store).tolist()
         if self._exclude_query_image and query_bundle.image_path:
             return self._others(query_bundle, vector, query_bundle.image_path)
         return self._filled(query_bundle, vector, lambda found: found)
@@ -191,6 +197,8 @@ class ComposedRetriever(BaseRetriever):
             return self._embed_model.get_agg_embedding_from_queries(query.custom_embedding_strs)
         if text:
             return self._embed_model.get_query_embedding(text)
+        if self._refinement.images or self._refinement.liked:  # they alone are the query
+            return [0.0] * self._embed_model.dimension
         raise QueryError("nothing to search for: give a text, QueryBundle(query_str, image_path=...), or both")
 
     def _search(self, query: QueryBundle, vector: list[float], top_k: int) -> Iterator[NodeWithScore]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mm_retriever.demo import AMAZON_BYTES, download_amazon
 from mm_retriever.errors import one_line
 from mm_retriever.images import ImageSource, is_place, source_name
-from mm_retriever.own_keys import LAYERS_KEY, own_value
+from mm_retriever.own_keys import own_value
 from mm_retriever.report import Hit, SearchReport, write_html, write_png
 
 if TYPE_CHECKING:
@@ -56,21 +56,10 @@ def search_report(
     return replace(report, reranked=hits, caption=reranking.caption, reason=reason, facts=facts)
 
 
-def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
-    """The results as ``--json`` prints them: rank, id, score, text if there is one, and all metadata.
-
-    Metadata under one of these names, such as a column `id` or `rank`, are in an object `metadata` of their own.
-    """
-    rows = []
-    for rank, node in enumerate(nodes, 1):
-        row: dict[str, Any] = {"rank": rank, "id": node.node.node_id, "score": node.score}
-        if text := node.node.get_content():
-            row["text"] = text
-        metadata = {key: value for key, value in node.node.metadata.items() if key != LAYERS_KEY}
-        hidden = {key: value for key, value in metadata.items() if key in ("rank", "id", "score", "text", "metadata")}
-        row |= {key: value for key, value in metadata.items() if key not in hidden}
-        rows.append({**row, "metadata": hidden} if hidden else row)
-    return rows
+def rows_report(text: str | None, image: ImageSource | None, rows: Sequence[Mapping[str, Any]]) -> SearchReport:
+    """One search as it is shown, from the rows of a server."""
+    hits = [_hit(row["rank"], row["id"], row["score"], {**row, **row.get("metadata", {})}) for row in rows]
+    return SearchReport(query_text=text or "", query_image=image, hits=tuple(hits))
 
 
 def print_json(value: object) -> None:
@@ -157,14 +146,13 @@ def _words(text: str) -> Text:
 
 
 def _hits(nodes: Sequence[NodeWithScore]) -> tuple[Hit, ...]:
-    hits = []
-    for rank, node in enumerate(nodes, 1):
-        facts = node.node.metadata
-        label = str(facts.get("description") or facts.get("label") or "")
-        note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
-        path = str(own_value(facts, "file_path") or "")
-        hits.append(Hit(rank, node.node.node_id, score=node.score, path=path, label=label, note=note))
-    return tuple(hits)
+    return tuple(_hit(rank, node.node.node_id, node.score, node.node.metadata) for rank, node in enumerate(nodes, 1))
+
+
+def _hit(rank: int, id_: str, score: float | None, facts: Mapping[str, Any]) -> Hit:
+    label = str(facts.get("description") or facts.get("label") or "")
+    note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
+    return Hit(rank, id_, score=score, path=str(own_value(facts, "file_path") or ""), label=label, note=note)
 
 
 def _shown(hit: Hit) -> str:

@@ -14,7 +14,8 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from mm_retriever.cli import main
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.report import Hit, SearchReport
-from mm_retriever.terminal import print_facts, print_ingestion, print_json, print_search, result_rows
+from mm_retriever.search_tools.rows import result_rows
+from mm_retriever.terminal import print_facts, print_ingestion, print_json, print_search
 
 COMMANDS = [
     "\x1b]52;c;ZXZpbA==\x07 writes the clipboard",

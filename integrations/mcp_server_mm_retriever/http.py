@@ -61,7 +61,7 @@ def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765
     app = http_app(search, host=host, token=token)
     name = f"[{host}]" if ":" in host else host
     log_plainly()
-    BoundedProtocol.limit = min(MAX_CONNECTIONS, _raise_descriptor_limit() // 4)
+    limit_connections()
     print(f"serving MCP on http://{name}:{port}/mcp", file=sys.stderr)  # noqa: T201 - stdout is not for words
     uvicorn.run(
         app, host=host, port=port, http=BoundedProtocol, log_config=None, access_log=False, ws="none", backlog=BACKLOG
@@ -235,6 +235,11 @@ class BoundedProtocol(H11Protocol):
         self._deadline = None
         if self.is_waiting and not self.transport.is_closing():
             self.transport.abort()
+
+
+def limit_connections() -> None:
+    """Let `BoundedProtocol` hold no more connections than the process has descriptors for."""
+    BoundedProtocol.limit = min(MAX_CONNECTIONS, _raise_descriptor_limit() // 4)
 
 
 class PlainLines(logging.Formatter):

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mm_retriever import __version__
-from mm_retriever.cli import bulk, demo, indexing, mcp, models, search
+from mm_retriever.cli import bulk, demo, indexing, mcp, models, search, serve
 from mm_retriever.cli.options import EXIT_INTERRUPTED, fail
 from mm_retriever.errors import MMRetrieverError
 
@@ -48,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": models.convert,
     "info": models.info,
     "demo": demo.demo,
+    "serve": serve.serve,
     "mcp": mcp.mcp,
 }
 for _name, _command in COMMANDS.items():

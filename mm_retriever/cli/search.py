@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mm_retriever.cli import options
-from mm_retriever.errors import QueryError
+from mm_retriever.errors import QueryError, one_line
 
 if TYPE_CHECKING:
-    from llama_index.core.vector_stores import MetadataFilters
+    from mm_retriever.running import Note
 
 
 def search(
@@ -77,6 +77,13 @@ def search(
     png: Annotated[
         Path | None, typer.Option(help="Write a numbered sheet of the results.", callback=options.home)
     ] = None,
+    via: Annotated[
+        str | None,
+        typer.Option(help="Ask the `mm-retriever serve` at this URL. Default: the one that serves --db, if any does."),
+    ] = None,
+    http_token: Annotated[
+        str | None, typer.Option(envvar="MM_RETRIEVER_HTTP_TOKEN", help="With --via: its token.", show_envvar=True)
+    ] = None,
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -84,55 +91,106 @@ def search(
 ) -> None:
     """Search by text, by image, or by both: `--text "phone case with this" --image leopard.jpg`."""
     from mm_retriever.own_keys import ITEM_KEY
-    from mm_retriever.retriever import ComposedRetriever
-    from mm_retriever.store import check_exists, open_store
-    from mm_retriever.terminal import print_json, print_search, result_rows, search_report, write_search
 
     if not (text and text.strip()) and image is None:
         raise QueryError("nothing to search for: give --text, --image, or both")
-    filters = options.filters_of(where)
-    group_by = ITEM_KEY if per_item else None
+    asked: dict[str, Any] = {"text": text, "image": image, "where": where or [], "top_k": top_k, "min_score": min_score}
+    asked |= {"hybrid": hybrid, "each_once": each_once, "exclude_query": exclude_query}
+    asked["group_by"] = ITEM_KEY if per_item else None
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
-    check_exists(db)  # before a model is loaded
+    reranks = bool(rerank or rerank_url or rerank_model)
+    if via is not None and reranks:
+        raise QueryError("--via goes without --rerank: the server ranks results on its own page")
+    rows = _via(via, asked, http_token) if via is not None else None
+    if via is None and not reranks and not (device or dtype or revision or model_url):
+        rows = _of_running_server(db, collection, model, asked)
+    if rows is not None:
+        from mm_retriever.terminal import print_json, print_search, rows_report, write_search
+
+        if as_json:
+            print_json(rows)
+        if not as_json or html or png:
+            report = rows_report(text, image, rows)
+            if not as_json:
+                print_search(report)
+            write_search(report, html=html, png=png, quiet=as_json)
+        return
+
+    from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows, where_filters
+    from mm_retriever.store import check_exists, open_store
+    from mm_retriever.terminal import print_json, print_search, search_report, write_search
+
+    where_filters(asked["where"])  # what cannot be read is refused before a model is loaded
+    check_exists(db)
     load_ranker = None
-    if rerank or rerank_url or rerank_model:
+    if reranks:
         load_ranker = options.reranker(model, rerank_model, server, top_n=top_k, device=device)
     embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-        if hybrid and not store.hybrid:
-            raise QueryError(f"{db!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid")
-        options.check_items(store, group_by)
-        retriever = ComposedRetriever(
-            store,
-            embedding,
-            top_k=top_k,
-            filters=filters,
-            min_score=min_score,
-            mode="hybrid" if hybrid else "default",
-            exclude_query_image=exclude_query,
-            unique=each_once,
-            group_by=group_by,
-        )
-        options.check_filters(store, filters)
-        # whoever types a URL wants it fetched; addresses in a private network stay closed
-        policy = replace(embedding.image_policy, allow_urls=True)
-        query = embedding.get_query_bundle(text, image, image_policy=policy)
-        nodes = retriever.retrieve(query)
-        if len(nodes) < top_k:
-            limits = {"--each-once": each_once, "--per-item": per_item, "--exclude-query": exclude_query}
-            reason = _why_fewer(store.count(), filters, min_score, limits)
-            typer.echo(f"{len(nodes)} of the {top_k} results that were asked for: {reason}", err=True)
-    reranking = None if load_ranker is None else load_ranker().rerank(nodes, query)
-    report = search_report(text, query.image_path, nodes, reranking=reranking)
+        found = find_rows(store, embedding, RowsQuery(**{**asked, "where": tuple(asked["where"])}))
+    _say(found.notes)
+    reranking = None if load_ranker is None else load_ranker().rerank(found.nodes, found.query)
+    report = search_report(text, found.query.image_path, found.nodes, reranking=reranking)
     if as_json:
-        print_json(result_rows(nodes if reranking is None else reranking.nodes))
+        print_json(result_rows(found.nodes if reranking is None else reranking.nodes))
     else:
         print_search(report)
     write_search(report, html=html, png=png, quiet=as_json)
 
 
-def _why_fewer(rows: int, filters: MetadataFilters | None, min_score: float | None, others: Mapping[str, bool]) -> str:
-    limits = {"--where": filters, "--min-score": min_score is not None, **others}
-    given = [option for option, is_given in limits.items() if is_given]
-    total = f"the collection holds {rows} rows"
-    return f"{total}, and {', '.join(given)} {'leaves' if len(given) == 1 else 'leave'} out others" if given else total
+def _say(notes: Any) -> None:
+    for note in notes:
+        typer.echo(one_line(note), err=True)
+
+
+def _of_running_server(db: str, collection: str, model: str, asked: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows that a running server of the same file finds; None: there is none, or it is gone, which is said."""
+    from mm_retriever.running import NoServerError, ask_note, read_note
+
+    note = read_note(Path(db)) if sys.platform != "win32" else None
+    if note is None or not _serves(note, collection, model):
+        return None
+    try:
+        answer = ask_note(note, "/v1/rows", {**asked, "image": _absolute(asked["image"])})
+    except NoServerError as error:
+        typer.echo(f"searching without a server: {one_line(error)}", err=True)
+        return None
+    _say(answer.get("notes", ()))
+    rows: list[dict[str, Any]] = answer["rows"]
+    return rows
+
+
+def _serves(note: Note, collection: str, model: str) -> bool:
+    return note.collection == collection and model in (note.model, options.REAL_MODEL)
+
+
+def _absolute(image: str | None) -> str | None:
+    """The path of an image as a server understands it, which runs elsewhere; URLs and data URIs stay."""
+    return os.path.abspath(image) if image and Path(image).exists() else image  # noqa: PTH100
+
+
+def _via(url: str, asked: dict[str, Any], token: str | None) -> list[dict[str, Any]]:
+    """The rows that a server at a URL finds, which tells nothing about where its files lie."""
+    from mm_retriever.running import NoServerError, ask_url
+
+    if asked["min_score"] is not None or asked["where"] or asked["group_by"]:
+        raise QueryError("--via goes without --min-score, --where and --per-item")
+    image = asked["image"]
+    request: dict[str, Any] = {"text": asked["text"] or "", "top_k": asked["top_k"], "hybrid": asked["hybrid"]}
+    request |= {"unique": asked["each_once"], "exclude_image": asked["exclude_query"], "image": _data_uri(image)}
+    try:
+        answer = ask_url(url, "/v1/search", request, token)
+    except NoServerError as error:
+        raise QueryError(f"--via {url!r}: {one_line(error)}") from error
+    _say([answer["note"]] if answer.get("note") else ())
+    kept = ("rank", "id", "score", "text", "label")
+    return [{key: row[key] for key in kept if row.get(key)} | row["metadata"] for row in answer["results"]]
+
+
+def _data_uri(image: str | None) -> str | None:
+    """The bytes of an image as text, for a server that cannot read this machine's files."""
+    if image is None or not Path(image).is_file():
+        return image
+    import base64
+
+    return f"data:image/unknown;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"

@@ -32,6 +32,7 @@ from mm_retriever.images import (
 from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
+from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
 from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
@@ -137,6 +138,10 @@ class ImageSearch:
         top_k: int | None = None,
         *,
         unique: bool = True,
+        refinement: Refinement | None = None,
+        skip: int = 0,
+        hybrid: bool = False,
+        exclude: bool | None = None,
         conversation: Conversation | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
@@ -150,6 +155,10 @@ class ImageSearch:
             filters: conditions as `read_filters` takes them.
             top_k: how many; by default and at most what `limits` say.
             unique: of copies of one file only the best, which says how many others there are.
+            refinement: what else moves the query; its images are image arguments, and it may be all of the query.
+            skip: leave out so many of the best, which an earlier call gave.
+            hybrid: search by the words of the text too, in a store that has an index of them.
+            exclude: leave out the query image itself, or not; None: where there is a text.
             conversation: what the image argument may refer to; the results are remembered in it.
             progress: is told the steps.
 
@@ -160,9 +169,13 @@ class ImageSearch:
             ImageLoadError: the image cannot or must not be read.
         """
         words = read_text(text, "text", most=self.limits.query_text)
-        if not words and not image:
+        if not words and not image and (refinement is None or not (refinement.images or refinement.liked)):
             raise QueryError("nothing to search for: give text, image, or both")
-        return self._search(words, image, filters, top_k, conversation, progress, others=bool(words), unique=unique)
+        options: dict[str, Any] = {"refinement": refinement, "skip": skip, "hybrid": hybrid}
+        others = bool(words) if exclude is None else exclude
+        return self._search(
+            words, image, filters, top_k, conversation, progress, others=others, unique=unique, **options
+        )
 
     def find_similar(
         self,
@@ -243,17 +256,25 @@ class ImageSearch:
             ImageLoadError: its file cannot or must not be read, is no image, is larger than `limits` allow, or is not
                 the one that was indexed: its digest is another, or the store has none of it.
         """
-        node = self._stored(node_id)
-        images = () if node is None else node_images(node)
-        if node is None or not images:
-            raise QueryError(f"there is no image of the id {one_line(node_id, 80)!r} in the store")
+        node = self.indexed(node_id)
         policy = replace(self.stored_policy, max_bytes=self.limits.original_bytes)
-        data = NamedImage(node_id, images, policy, node, must_be_known=True).read(bytes)
+        data = NamedImage(node_id, node_images(node), policy, node, must_be_known=True).read(bytes)
         name = one_line(own_value(node.metadata, "file_name") or node_id, 200)
         kind = sniff_format(data)
         if kind is None:
             raise ImageLoadError(f"the file of {name!r} is not an image")
         return Original(node_id, name, media_type(kind), data)
+
+    def indexed(self, node_id: str) -> BaseNode:
+        """Return the node of an indexed image.
+
+        Raises:
+            QueryError: there is no image of that id.
+        """
+        node = self._stored(node_id)
+        if node is None or not node_images(node):
+            raise QueryError(f"there is no image of the id {one_line(node_id, 80)!r} in the store")
+        return node
 
     asearch = in_thread(search)
     afind_similar = in_thread(find_similar)
@@ -272,23 +293,31 @@ class ImageSearch:
         *,
         others: bool,
         unique: bool,
+        refinement: Refinement | None = None,
+        skip: int = 0,
+        hybrid: bool = False,
     ) -> SearchResult:
         count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
         asked = read_filters(filters)
         tell, steps = progress or _nobody, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
         named = self._named(image, conversation) if image else None
+        if refinement is not None:
+            more = tuple(self._named(one, conversation).read(bytes) for one in refinement.images)
+            refinement = replace(refinement, images=more)
         retriever = self._retriever(
             _but_not(named.node if named and others else None, asked),
-            max(count, self.limits.candidates) if self._rerank else count,
-            others=others,
+            skip + (max(count, self.limits.candidates) if self._rerank else count),
+            exclude_query_image=others,
             unique=unique,
+            refinement=refinement,
+            mode="hybrid" if hybrid else "default",
         )
         if problems := self._store.filter_problems(asked):  # refused before a model is asked
             raise FilterError(f"filters: {'; '.join(problems)}")
         query = self._query(words, named)
         tell(1, steps, "searching")
-        nodes = retriever.retrieve(query)
+        nodes = retriever.retrieve(query)[skip:]
         matching = len(nodes)
         if self._rerank and nodes:
             tell(2, steps, f"reranking {len(nodes)} results")
@@ -296,7 +325,7 @@ class ImageSearch:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
         with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
-            results = tuple(readers.map(self._result, range(1, count + 1), nodes[:count]))
+            results = tuple(readers.map(self._result, range(skip + 1, skip + count + 1), nodes[:count]))
         number = conversation.remember([node.node.node_id for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [named.name] if named else []
@@ -305,6 +334,8 @@ class ImageSearch:
         return SearchResult(number, " and ".join(names), results, hint, self._note(top_k, len(results), matching))
 
     def _query(self, words: str, named: NamedImage | None) -> QueryBundle:
+        if named is None and not words:  # all of the query is in its refinement
+            return QueryBundle(query_str="", embedding=[0.0] * self._embed_model.dimension)
         if named is None:
             return self._embed_model.get_query_bundle(words)
         if not named.images:
@@ -323,19 +354,9 @@ class ImageSearch:
             notes.append(f"the first {thumbnails} have thumbnails")
         return "; ".join(notes)
 
-    def _retriever(
-        self, filters: MetadataFilters | None, top_k: int, *, others: bool = False, unique: bool = False
-    ) -> ComposedRetriever:
-        return ComposedRetriever(
-            self._store,
-            self._embed_model,
-            top_k=top_k,
-            filters=filters,
-            exclude_query_image=others,
-            unique=unique,
-            group_by=self._group_by,
-            image_policy=self.stored_policy,
-        )
+    def _retriever(self, filters: MetadataFilters | None, top_k: int, **options: Any) -> ComposedRetriever:
+        options |= {"top_k": top_k, "filters": filters, "group_by": self._group_by, "image_policy": self.stored_policy}
+        return ComposedRetriever(self._store, self._embed_model, **options)
 
     def _views(self, data: bytes, policy: ImagePolicy) -> tuple[tuple[int, int], bytes, bytes]:
         """Size of an image, a view for the model that describes it, and a thumbnail."""

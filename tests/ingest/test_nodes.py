@@ -14,8 +14,8 @@ from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 from mm_retriever.own_keys import LAYERS_KEY, own_value
 from mm_retriever.search_tools import ImageSearch
 from mm_retriever.search_tools.results import SearchLimits, shown_metadata
+from mm_retriever.search_tools.rows import result_rows
 from mm_retriever.store import open_store
-from mm_retriever.terminal import result_rows
 from tests.support.colour_embedding import paint
 from tests.support.ingesting import counts, facts, ingest, node_of, where
 

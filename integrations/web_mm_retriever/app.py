@@ -1,0 +1,212 @@
+"""The ASGI app: the page at /, the JSON API at /v1, its document at /openapi.json, MCP at /mcp.
+
+It may be mounted anywhere in another app: every address on the page is relative, and what MCP keeps running is started
+with the first request where the other app passes on no lifespan events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mcp_server_mm_retriever import http_app, image_search
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mm_retriever import __version__
+from mm_retriever.embedders.batching import BatchedEmbedder
+from mm_retriever.embedding import ComposedEmbedding
+from mm_retriever.search_tools import ImageSearch, SearchLimits
+from mm_retriever.search_tools.thumbnails import Thumbnails
+from mm_retriever.store import ImageStore
+from web_mm_retriever.admission import Access, Admission
+from web_mm_retriever.api import Api
+from web_mm_retriever.models import MOST_RESULTS, PAGE
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+FOLDER = Path(__file__).parent
+LANGUAGES = ("en", "de")
+
+
+class WebApp:
+    """An ASGI app over one store; made by `web_app`.
+
+    Attributes:
+        access: makes links that sign a browser in.
+    """
+
+    def __init__(self, app: ASGIApp, mcp: ASGIApp, access: Access) -> None:
+        self.access = access
+        self._mcp = _Running(mcp)
+        self._app = Admission(app, self._mcp, access)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "lifespan":
+            await _lifespan(self._mcp, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def web_app(
+    store: ImageStore,
+    embed_model: ComposedEmbedding,
+    *,
+    host: str = "127.0.0.1",
+    token: str | None = None,
+    roots: Sequence[Path] | None = None,
+    allow_urls: bool = False,
+    thumbnails: Path | None = None,
+) -> WebApp:
+    """Return the app that `mm-retriever serve` runs, for a server of your own.
+
+    Args:
+        store: from `open_store`.
+        embed_model: the model that the store was opened for. The queries of all users go through it together.
+        host: what the server listens on: other than loopback only with a token.
+        token: what clients send as "Authorization: Bearer TOKEN", and people give to the page once.
+        roots: folders that images may be read from. Default: where the store says, of a file of this machine.
+        allow_urls: whether images may be named by URL.
+        thumbnails: a private folder that keeps them; default: under the user's cache folder.
+
+    Raises:
+        QueryError: a token is missing, empty, too short, or too easy to guess.
+    """
+    access = Access(host, token)
+    shared = gathered(embed_model)
+    tools = image_search(store, shared, roots=roots, allow_urls=allow_urls)
+    limits = SearchLimits(top_k=PAGE, max_top_k=MOST_RESULTS, thumbnails=0)
+    search = ImageSearch(
+        store, shared, image_policy=tools.image_policy, stored_policy=tools.stored_policy, limits=limits
+    )
+    kept = Thumbnails(default_cache() / "thumbnails" if thumbnails is None else thumbnails)
+    api = Api(search, store, shared, model=embed_model.model_name, thumbnails=kept, access=access)
+
+    async def page(request: Request) -> Response:
+        return _page(request, admitted=access.admits(request.scope))
+
+    routes = [
+        Route("/", page),
+        *api.routes(),
+        Route("/enter", api.enter, methods=["GET", "POST"]),
+        Route("/openapi.json", api.openapi),
+        Mount("/static", StaticFiles(directory=FOLDER / "static")),
+    ]
+    return WebApp(Starlette(routes=routes), http_app(tools, host=host, token=token), access)
+
+
+def gathered(embed_model: ComposedEmbedding) -> ComposedEmbedding:
+    """The model, for the calls of many threads; the caller's stays as it is."""
+    return ComposedEmbedding(
+        BatchedEmbedder(embed_model.embedder), image_policy=embed_model.image_policy, cache_dir=embed_model.cache_dir
+    )
+
+
+def default_cache() -> Path:
+    """The user's folder for what can be made again."""
+    place = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(place) if Path(place).is_absolute() else Path.home() / ".cache") / "mm_retriever"
+
+
+# ------------------------------------------------------------------------------------------ the page
+
+
+@functools.cache
+def strings() -> dict[str, dict[str, str]]:
+    """The words of the page, by language."""
+    words: dict[str, dict[str, str]] = json.loads((FOLDER / "static" / "strings.json").read_text(encoding="utf-8"))
+    return words
+
+
+@functools.cache
+def _template() -> Template:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
+
+
+def _page(request: Request, *, admitted: bool) -> Response:
+    language = _language(request)
+    body = _template().render(
+        say=strings()[language], lang=language, languages=LANGUAGES, admitted=admitted, version=__version__
+    )
+    headers = {"cache-control": "no-store", "vary": "accept-language, cookie"}
+    return Response(body, 200 if admitted else 401, headers, "text/html")
+
+
+def _language(request: Request) -> str:
+    """The language that the address asks for, or else the browser."""
+    asked = [request.query_params.get("lang", "")]
+    asked += [part.partition(";")[0].strip()[:2] for part in request.headers.get("accept-language", "").split(",")]
+    return next((language for language in asked if language in LANGUAGES), LANGUAGES[0])
+
+
+# ------------------------------------------------------------------------------------------ lifespans
+
+
+class _Running:
+    """An ASGI app whose lifespan starts with its first request, if nobody started it before."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._events: asyncio.Queue[Message] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._started: asyncio.Event | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.start()
+        await self._app(scope, receive, send)
+
+    async def start(self) -> None:
+        """Start it, once."""
+        if self._started is None:
+            self._started, self._events = asyncio.Event(), asyncio.Queue()
+            self._task = asyncio.create_task(self._live())
+            await self._events.put({"type": "lifespan.startup"})
+        await self._started.wait()
+
+    async def stop(self) -> None:
+        """End what was started."""
+        if self._events is not None and self._task is not None:
+            await self._events.put({"type": "lifespan.shutdown"})
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _live(self) -> None:
+        assert self._events is not None
+        assert self._started is not None
+        started = self._started
+
+        async def send(message: Message) -> None:
+            started.set()
+
+        try:
+            await self._app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, self._events.get, send)
+        finally:
+            started.set()
+
+
+async def _lifespan(running: _Running, receive: Receive, send: Send) -> None:
+    await receive()
+    await running.start()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await running.stop()
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,154 @@
+"""What the JSON API takes and gives, as typed models; the OpenAPI document is made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PAGE = 40
+MOST_RESULTS = 200
+DEEPEST = 10_000
+
+
+class Taken(BaseModel):
+    """A request body: what it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class SearchRequest(Taken):
+    """What to search for: text, image, both, or results that were liked."""
+
+    text: str = Field("", description="What to look for; with an image: what should be different about it.")
+    image: str | None = Field(
+        None, description="upload:ID from /v1/uploads, the id of an indexed image, a data: URI, or a URL where allowed."
+    )
+    images: list[str] = Field([], description="Further images; the query is the mean of what it is with each.")
+    balance: float = Field(0.5, description="0: like the image alone; 0.5: the model's own; 1: like the words alone.")
+    avoid: list[str] = Field([], description="Words that results should have nothing of.")
+    liked: list[str] = Field([], description="Ids of results to find more of (Rocchio's formula).")
+    disliked: list[str] = Field([], description="Ids of results to find fewer of.")
+    filters: Any = Field(
+        None, description='Conditions that all results meet: [{"key": "label", "operator": "==", "value": "mug"}].'
+    )
+    top_k: int = Field(PAGE, ge=1, le=MOST_RESULTS, description="How many results.")
+    skip: int = Field(0, ge=0, le=DEEPEST, description="How many of the best to leave out: those already shown.")
+    unique: bool = Field(True, description="Of copies of one file only the best, which says how many others there are.")
+    hybrid: bool = Field(False, description="Search by the words of the text too, where there is an index of them.")
+    exclude_image: bool | None = Field(
+        None, description="Leave out the query image itself; by default where a text says what should be different."
+    )
+
+
+class Result(BaseModel):
+    """One result."""
+
+    rank: int
+    id: str
+    score: float | None = None
+    label: str = ""
+    text: str = ""
+    reason: str = ""
+    note: str = Field("", description="Why something is missing.")
+    copies: int = Field(0, description="How many copies of this file were left out.")
+    metadata: dict[str, Any] = {}
+    thumbnail: str = Field(description="URL of a small JPEG, relative to the page.")
+    original: str = Field(description="URL of the file as it was indexed, relative to the page.")
+
+
+class SearchAnswer(BaseModel):
+    """What was found, best first."""
+
+    query: str
+    results: list[Result]
+    hint: str = ""
+    note: str = ""
+    next: int | None = Field(None, description="`skip` of the next page; null: there is none.")
+    seconds: float = Field(description="How long the server worked on it.")
+
+
+class RowsRequest(Taken):
+    """`mm-retriever search`, as the command line asks it of a server of the same user."""
+
+    text: str | None = None
+    image: str | None = Field(None, description="An absolute path, a URL or a data: URI.")
+    where: list[str] = []
+    top_k: int = Field(9, ge=1, le=16_384)
+    min_score: float | None = None
+    hybrid: bool = False
+    each_once: bool = False
+    group_by: str | None = None
+    exclude_query: bool = False
+
+
+class RowsAnswer(BaseModel):
+    """The rows that `mm-retriever search --json` prints, and what it says on stderr."""
+
+    rows: list[dict[str, Any]]
+    notes: list[str] = []
+
+
+class Upload(BaseModel):
+    """An image that the server keeps for a while."""
+
+    image: str = Field(description="What to give as `image` of a search.")
+    width: int
+    height: int
+
+
+class FacetsRequest(Taken):
+    """Which rows to count."""
+
+    filters: Any = None
+
+
+class FacetValue(BaseModel):
+    """One value of a column."""
+
+    value: str | float | int | bool
+    count: int
+
+
+class Facet(BaseModel):
+    """A column to choose from: its most frequent values, or the range of its numbers."""
+
+    key: str
+    values: list[FacetValue] = []
+    least: float | None = None
+    most: float | None = None
+    count: int = Field(description="How many of the counted rows have it.")
+
+
+class FacetsAnswer(BaseModel):
+    """Columns with counts."""
+
+    facets: list[Facet]
+    rows: int = Field(description="How many rows were counted.")
+    complete: bool = Field(description="Whether these are all that match; counting ends at a limit.")
+
+
+class Info(BaseModel):
+    """What this server has and can do."""
+
+    version: str
+    model: str
+    dimension: int
+    rows: int
+    hybrid: bool
+    rerank: str | None = Field(None, description="The model that ranks results; null: there is none.")
+    urls: bool = Field(description="Whether images may be named by URL.")
+    draws_only: bool = Field(description="The model knows drawn products only: it was made for tests and demos.")
+    columns: list[str]
+
+
+class SignIn(Taken):
+    """The token of the server, for a page that keeps it as a cookie."""
+
+    token: str = Field(max_length=512)
+
+
+class Problem(BaseModel):
+    """Why a request was refused, and what to do."""
+
+    error: str

@@ -1,0 +1,49 @@
+"""``mm-retriever serve``: a web page, a JSON API and MCP over HTTP, from one process that keeps the model loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mm_retriever.cli import options
+
+
+def serve(
+    db: options.Db = "photos.db",
+    model: options.Model = options.REAL_MODEL,
+    collection: options.Collection = "mm_retriever",
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder that images may be read from; repeat for more. Default: only the indexed ones.",
+            callback=options.home,
+        ),
+    ] = None,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let people name images by URL.")] = False,
+    host: Annotated[str, typer.Option(help="Other than loopback only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8765,
+    http_token: Annotated[
+        str | None,
+        typer.Option(envvar="MM_RETRIEVER_HTTP_TOKEN", help="What clients and people must give.", show_envvar=True),
+    ] = None,
+    token: options.Token = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+) -> None:
+    r"""Serve a web page, a JSON API and MCP; `search` uses it by itself. Needs: pip install "mm-retriever\[web]"."""
+    from web_mm_retriever import serve_web, web_app
+
+    from mm_retriever.store import check_exists, open_store
+
+    if http_token is None:
+        http_token = os.environ.get("MM_RETRIEVER_HTTP_TOKEN")  # an empty one, which typer takes for none
+    check_exists(db)  # before a model is loaded
+    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
+    with open_store(db, embedding, collection=collection, token=token, create=False) as store:
+        app = web_app(store, embedding, host=host, token=http_token, roots=root, allow_urls=allow_urls)
+        file = Path(db) if Path(db).is_dir() else None
+        serve_web(app, host=host, port=port, db=file, collection=collection, model=model)

@@ -1,0 +1,150 @@
+"""`BatchedEmbedder`: calls of many threads go through the model together.
+
+The first call runs at once. Those that arrive while the model works wait, and the next of them takes all of them
+along: no call waits for company, and a busy model gets full batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mm_retriever.embedders.embedder import Content, Embedder
+from mm_retriever.forks import ForkLock
+
+MOST_CONTENTS = 64
+"""In one pass; the model itself splits what does not fit into memory."""
+
+
+class BatchedEmbedder:
+    """An `Embedder` around another, for one process that answers many users at once.
+
+    The vectors are those of single calls, up to the rounding of another batch size. Where a pass fails, each of its
+    calls is tried alone, so that only the call at fault gets the error.
+
+    Args:
+        embedder: the model.
+        most: how many contents go through it together; a larger call goes alone.
+    """
+
+    def __init__(self, embedder: Embedder, *, most: int = MOST_CONTENTS) -> None:
+        self._embedder = embedder
+        self._most = most
+        self._arrival = ForkLock()
+        self._turn = ForkLock()
+        self._waiting: list[_Call] = []
+
+    @property
+    def name(self) -> str:
+        """That of the model, as are all of these."""
+        return self._embedder.name
+
+    @property
+    def space(self) -> str:
+        """See `Embedder`."""
+        return self._embedder.space
+
+    @property
+    def note(self) -> str:
+        """See `Embedder`."""
+        return self._embedder.note
+
+    @property
+    def dimension(self) -> int:
+        """See `Embedder`."""
+        return self._embedder.dimension
+
+    @property
+    def device(self) -> Any:
+        """Where the model is; None where it does not say."""
+        return getattr(self._embedder, "device", None)
+
+    @property
+    def cache_identity(self) -> Any:
+        """That of the model, if it has one of its own."""
+        return getattr(self._embedder, "cache_identity", None)
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for their turn, besides the one that the model works on."""
+        with self._arrival:
+            return len(self._waiting)
+
+    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+        """See `Embedder`."""
+        return self._embedder.prepare(image)
+
+    def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
+        """(B, D), as the model gives them; the calls of other threads may share the pass.
+
+        Raises:
+            QueryError: the model cannot embed this kind of content.
+        """
+        call = _Call(contents, query)
+        with self._arrival:
+            self._waiting.append(call)
+        try:
+            with self._turn:
+                if not call.is_done:
+                    self._run(self._batch(call))
+        except BaseException:  # interrupted while it waited: nobody computes it any more
+            self._leave([call])
+            raise
+        return call.result()
+
+    def _leave(self, calls: Sequence[_Call]) -> None:
+        with self._arrival:
+            self._waiting = [call for call in self._waiting if call not in calls]
+
+    def _batch(self, first: _Call) -> list[_Call]:
+        """This call and the others that go with it, in the order of their arrival."""
+        batch, size = [first], len(first.contents)
+        with self._arrival:
+            for call in self._waiting:
+                fits = size + len(call.contents) <= self._most
+                if call is not first and call.process == os.getpid() and call.query == first.query and fits:
+                    batch.append(call)
+                    size += len(call.contents)
+        self._leave(batch)
+        return batch
+
+    def _run(self, batch: Sequence[_Call]) -> None:
+        try:
+            vectors = self._embedder.encode([item for call in batch for item in call.contents], query=batch[0].query)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            for call in batch:
+                self._run([call])
+            return
+        start = 0
+        for call in batch:
+            call.vectors = vectors[start : start + len(call.contents)]
+            start += len(call.contents)
+
+
+class _Call:
+    """One call of `encode`, and what became of it."""
+
+    def __init__(self, contents: Sequence[Content], query: bool) -> None:
+        self.contents = list(contents)
+        self.query = query
+        self.process = os.getpid()  # in a forked child, the calls of the parent are the parent's
+        self.vectors: NDArray[np.float32] | None = None
+        self.error: Exception | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.vectors is not None or self.error is not None
+
+    def result(self) -> NDArray[np.float32]:
+        if self.error is not None:
+            raise self.error
+        assert self.vectors is not None
+        return self.vectors

@@ -1,0 +1,110 @@
+"""`Refinement`: what a person adds to a query while looking at results, and the vector that it makes of the query.
+
+Several images, the balance of image and words, words to avoid, results that were liked or not. The maths is in
+`query_vector`. Knows nothing of how results are searched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llama_index.core.schema import QueryBundle
+from numpy.typing import NDArray
+
+from mm_retriever.embedding import ComposedEmbedding
+from mm_retriever.errors import QueryError, shown
+from mm_retriever.images import ImageSource
+from mm_retriever.query_vector import Vector, avoiding, balanced, mean, rocchio, unit
+from mm_retriever.store import ImageStore
+from mm_retriever.store.schema import VECTOR_FIELD
+
+MOST_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Changes to a query.
+
+    Args:
+        images: further query images; the query is the mean of what it is with each.
+        balance: 0: like the images alone; 0.5: the model's vector of images and words; 1: like the words alone. Has a
+            meaning where the query has both.
+        avoid: words that results should have nothing of.
+        liked: ids of stored images that the results should be more like.
+        disliked: ids of stored images that the results should be less like.
+
+    Raises:
+        QueryError: a balance outside 0 to 1, or more than 64 of a kind.
+    """
+
+    images: tuple[ImageSource, ...] = ()
+    balance: float = 0.5
+    avoid: tuple[str, ...] = ()
+    liked: tuple[str, ...] = ()
+    disliked: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.balance, bool) or not isinstance(self.balance, int | float) or not 0 <= self.balance <= 1:
+            raise QueryError(f"balance {shown(self.balance)}: give a number from 0 (like the image) to 1 (the words)")
+        for name in ("images", "avoid", "liked", "disliked"):
+            if len(getattr(self, name)) > MOST_PARTS:
+                raise QueryError(f"{name}: {len(getattr(self, name))} given, at most {MOST_PARTS} are taken")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes no query."""
+        return self == Refinement()
+
+    def vector(self, query: QueryBundle, base: Sequence[float], model: ComposedEmbedding, store: ImageStore) -> Vector:
+        """(D,) of length 1: the vector of the query with these changes.
+
+        Args:
+            query: its words and its image.
+            base: (D,) the vector of these.
+            model: the model of the base.
+            store: where liked and disliked images are.
+
+        Raises:
+            QueryError: an id that is not in the store, or nothing is left of the query.
+            ImageLoadError: an image cannot or must not be read.
+        """
+        vector = np.asarray(base, dtype=np.float32)
+        words = query.query_str.strip() if query.query_str else ""
+        if self.images or (self.balance != 0.5 and words and query.image_path):
+            vector = self._of_parts(words, query.image_path, vector, model)
+        if avoided := [text for text in self.avoid if text.strip()]:
+            vector = avoiding(vector, np.array([model.get_query_embedding(text) for text in avoided]))
+        if self.liked or self.disliked:
+            known = stored_vectors(store, (*self.liked, *self.disliked))
+            rows = np.array([known[id_] for id_ in (*self.liked, *self.disliked)], dtype=np.float32)
+            vector = rocchio(vector, rows[: len(self.liked)], rows[len(self.liked) :])
+        if not math.isclose(float(np.linalg.norm(vector)), 1, abs_tol=1e-3):
+            raise QueryError("nothing is left of the query: what it looks for is what it avoids")
+        return vector
+
+    def _of_parts(self, words: str, image: str | None, base: Vector, model: ComposedEmbedding) -> Vector:
+        images: list[ImageSource] = [image, *self.images] if image else list(self.images)
+        if not words:
+            return mean(np.array([model.get_image_embedding(one, query=True) for one in images]))
+        both = base
+        if self.images:
+            both = mean(np.array(model.get_composed_embedding_batch([words] * len(images), images)))
+        if self.balance == 0.5:
+            return both
+        alone = mean(np.array([model.get_image_embedding(one, query=True) for one in images]))
+        return balanced(alone, unit(both), np.array(model.get_query_embedding(words), np.float32), self.balance)
+
+
+def stored_vectors(store: ImageStore, ids: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """The vectors (D,) of stored images, by id.
+
+    Raises:
+        QueryError: an id that is not in the store.
+    """
+    rows = store.columns(list(dict.fromkeys(ids)), [VECTOR_FIELD])
+    if missing := [id_ for id_ in ids if id_ not in rows]:
+        raise QueryError(f"no image of the id {shown(missing[0])} is in the store; search again")
+    return {id_: np.asarray(row[VECTOR_FIELD], dtype=np.float32) for id_, row in rows.items()}

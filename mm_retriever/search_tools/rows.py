@@ -1,0 +1,133 @@
+"""The search of the command line, the same in its own process and in a server that it asks: options to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.vector_stores.types import MetadataFilters
+
+from mm_retriever.embedding import ComposedEmbedding
+from mm_retriever.errors import FilterError, QueryError
+from mm_retriever.own_keys import LAYERS_KEY
+from mm_retriever.retriever import ComposedRetriever, item_problems
+from mm_retriever.store import ImageStore
+from mm_retriever.store.conditions import read_condition, second_condition
+
+
+@dataclass(frozen=True)
+class RowsQuery:
+    """What `mm-retriever search` was given; see its options."""
+
+    text: str | None = None
+    image: str | None = None
+    where: tuple[str, ...] = ()
+    top_k: int = 9
+    min_score: float | None = None
+    hybrid: bool = False
+    each_once: bool = False
+    group_by: str | None = None
+    exclude_query: bool = False
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """What was found.
+
+    Attributes:
+        query: with its vector and its image.
+        nodes: best first.
+        notes: what a person should know: why there are fewer, what a condition was taken for.
+    """
+
+    query: QueryBundle
+    nodes: list[NodeWithScore]
+    notes: tuple[str, ...] = ()
+
+
+def find_rows(store: ImageStore, embed_model: ComposedEmbedding, asked: RowsQuery) -> FoundRows:
+    """Return what `mm-retriever search` shows.
+
+    Raises:
+        QueryError: nothing to search for, or an option that this store cannot serve; in the words of the command line.
+        ImageLoadError: the image cannot or must not be read.
+    """
+    filters = where_filters(asked.where)
+    if asked.hybrid and not store.hybrid:
+        raise QueryError(
+            f"{str(store.uri)!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid"
+        )
+    if asked.group_by is not None and (problems := item_problems(store, asked.group_by)):
+        way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
+        raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
+    retriever = ComposedRetriever(
+        store,
+        embed_model,
+        top_k=asked.top_k,
+        filters=filters,
+        min_score=asked.min_score,
+        mode="hybrid" if asked.hybrid else "default",
+        exclude_query_image=asked.exclude_query,
+        unique=asked.each_once,
+        group_by=asked.group_by,
+    )
+    if problems := store.filter_problems(filters):
+        raise QueryError(f"--where: {'; '.join(problems)}")
+    # whoever types a URL wants it fetched; addresses in a private network stay closed
+    policy = replace(embed_model.image_policy, allow_urls=True)
+    query = embed_model.get_query_bundle(asked.text, asked.image, image_policy=policy)
+    nodes = retriever.retrieve(query)
+    notes = [
+        f"--where {condition!r} is taken as one condition; repeat --where for each"
+        for condition in filter(second_condition, asked.where)
+    ]
+    if len(nodes) < asked.top_k:
+        reason = _why_fewer(store.count(), filters, asked)
+        notes.append(f"{len(nodes)} of the {asked.top_k} results that were asked for: {reason}")
+    return FoundRows(query, nodes, tuple(notes))
+
+
+def where_filters(conditions: Sequence[str]) -> MetadataFilters | None:
+    """The conditions of every `--where`, all of which must hold; None without any.
+
+    Raises:
+        QueryError: one that cannot be read.
+    """
+    if not conditions:
+        return None
+    try:
+        return MetadataFilters(filters=[read_condition(condition) for condition in conditions])
+    except FilterError as error:
+        raise QueryError(f"--where {error}") from None
+
+
+def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
+    """The results as ``--json`` prints them: rank, id, score, text if there is one, and all metadata.
+
+    Metadata under one of these names, such as a column `id` or `rank`, are in an object `metadata` of their own.
+    """
+    rows = []
+    for rank, node in enumerate(nodes, 1):
+        row: dict[str, Any] = {"rank": rank, "id": node.node.node_id, "score": node.score}
+        if text := node.node.get_content():
+            row["text"] = text
+        metadata = {key: value for key, value in node.node.metadata.items() if key != LAYERS_KEY}
+        hidden = {key: value for key, value in metadata.items() if key in ("rank", "id", "score", "text", "metadata")}
+        row |= {key: value for key, value in metadata.items() if key not in hidden}
+        rows.append({**row, "metadata": hidden} if hidden else row)
+    return rows
+
+
+def _why_fewer(rows: int, filters: MetadataFilters | None, asked: RowsQuery) -> str:
+    limits = {
+        "--where": filters,
+        "--min-score": asked.min_score is not None,
+        "--each-once": asked.each_once,
+        "--per-item": asked.group_by is not None,
+        "--exclude-query": asked.exclude_query,
+    }
+    given = [option for option, is_given in limits.items() if is_given]
+    total = f"the collection holds {rows} rows"
+    return f"{total}, and {', '.join(given)} {'leaves' if len(given) == 1 else 'leave'} out others" if given else total

@@ -1,0 +1,132 @@
+"""`mm-retriever serve` as a process of its own, and `search`, which finds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm_retriever.running import NOTE, read_note
+from tests.support.command_line import run
+from tests.support.processes import ROOT
+
+pytest.importorskip("starlette", reason='needs the extra "web"')
+
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "integrations")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+SEARCH = ("search", "--json", "--model", "tiny")
+
+
+@pytest.fixture(scope="module")
+def queries(leopard) -> list[tuple[str, ...]]:
+    return [
+        ("--text", "a mug", "-k", "3"),
+        ("--text", "phone case with this", "--image", str(leopard), "--exclude-query", "--each-once"),
+        ("--text", "stars", "--where", "label=mug", "--min-score", "0.1"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def served(db) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
+    """A file, and the server of it that runs until the last of these tests kills it."""
+    command = [sys.executable, "-m", "mm_retriever.cli", "serve", "--db", str(db), "--model", "tiny", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    with process, process.stderr:
+        try:
+            line = process.stderr.readline()
+            assert line.startswith("serving on http://"), line + process.stderr.read()
+            until = time.monotonic() + 30
+            while read_note(db) is None and time.monotonic() < until:
+                time.sleep(0.02)
+            yield db, line.split()[2], process
+        finally:
+            process.kill()
+
+
+def rows(out: str) -> list[dict]:
+    """Rows of --json; vectors of another batch differ in the last digits."""
+    return [{**row, "score": pytest.approx(row["score"], abs=1e-6)} for row in json.loads(out)]
+
+
+def test_search_asks_the_server_of_the_file_and_gives_the_same(served, queries, capfd):
+    """Without a note it searches by itself."""
+    db, _, process = served
+    note = db / NOTE
+    assert stat.S_IMODE(note.stat().st_mode) == 0o600
+    assert read_note(db).pid == process.pid
+    asked = [run(capfd, *SEARCH, "--db", db, *query) for query in queries]
+    hidden = note.rename(db / "hidden")
+    alone = [run(capfd, *SEARCH, "--db", db, *query) for query in queries]
+    hidden.rename(note)
+    for (code, out, err), (its_code, its_out, its_err) in zip(alone, asked, strict=True):
+        assert (its_code, its_err) == (code, err)
+        assert json.loads(its_out) == rows(out)
+
+
+def test_via_asks_a_server_at_a_url(served, leopard, capfd):
+    _, url, _ = served
+    query = ("--text", "phone case with this", "--image", leopard, "-k", "1")
+    code, out, _ = run(capfd, *SEARCH, "--via", url, *query)
+    (row,) = json.loads(out)
+    assert (code, row["label"], row["file_name"]) == (0, "phone case", "natural leopard.jpg")
+    assert "file_path" not in row
+    code, _, err = run(capfd, *SEARCH, "--via", "http://127.0.0.1:9", "--text", "mug")
+    assert (code, "does not answer" in err) == (2, True)
+
+
+def test_errors_of_a_server_are_those_of_the_command(served, capfd):
+    db, _, _ = served
+    code, _, err = run(capfd, *SEARCH, "--db", db, "--text", "x", "--where", "nothing=1")
+    assert (code, "--where: no column 'nothing'" in err) == (2, True)
+    code, _, err = run(capfd, *SEARCH, "--db", db, "--image", "missing.png")
+    assert (code, "missing.png" in err) == (2, True)
+
+
+def test_a_note_that_others_could_have_written_is_not_believed(served, tmp_path):
+    db, _, _ = served
+    note = db / NOTE
+    assert read_note(db) is not None
+    note.chmod(0o644)
+    assert read_note(db) is None
+    note.chmod(0o600)
+    copied = tmp_path / "copy.db"
+    copied.mkdir()
+    (copied / NOTE).write_bytes(note.read_bytes())
+    (copied / NOTE).chmod(0o600)
+    assert read_note(copied) is None  # of another folder
+    reachable = read_note(db)
+    folder = Path(reachable.address).parent
+    folder.chmod(0o755)
+    try:
+        assert not reachable.is_reachable
+    finally:
+        folder.chmod(0o700)
+
+
+@pytest.mark.slow
+def test_a_search_with_a_server_takes_less_than_half_a_second(served):
+    """The median of a whole command, on a machine that does nothing else."""
+    db, _, _ = served
+    command = [sys.executable, "-m", "mm_retriever.cli", *SEARCH, "--db", str(db), "--text", "mug"]
+    seconds = []
+    for _ in range(9):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+        seconds.append(time.perf_counter() - started)
+    assert sorted(seconds)[4] < 0.5
+
+
+def test_a_server_that_was_killed_is_said_and_done_without(served, capfd):
+    db, _, process = served
+    process.kill()
+    process.wait()
+    code, out, err = run(capfd, *SEARCH, "--db", db, "--text", "a mug", "-k", "1")
+    assert (code, json.loads(out)[0]["label"]) == (0, "mug")
+    assert "searching without a server" in err
