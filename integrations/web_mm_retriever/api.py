@@ -124,7 +124,6 @@ class Api:
                 rerank=self._rerank,
                 urls=self._search.image_policy.allow_urls,
                 draws_only=self._name == "tiny",
-                columns=self._store.column_names,
             )
 
         return _json(await self._in_thread(request, read))

@@ -139,7 +139,6 @@ class Info(BaseModel):
     rerank: str | None = Field(None, description="The model that ranks results; null: there is none.")
     urls: bool = Field(description="Whether images may be named by URL.")
     draws_only: bool = Field(description="The model knows drawn products only: it was made for tests and demos.")
-    columns: list[str]
 
 
 class SignIn(Taken):

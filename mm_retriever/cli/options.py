@@ -191,6 +191,15 @@ def check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:
         raise QueryError(f"--where: {'; '.join(problems)}")
 
 
+def check_items(store: ImageStore, group_by: str | None) -> None:
+    """Refuse to search per item where no row has the column that names items."""
+    from mm_retriever.retriever import item_problems
+
+    if group_by is not None and (problems := item_problems(store, group_by)):
+        way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
+        raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
+
+
 def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
     """End the process with one line on stderr; the message may repeat untrusted text."""
     print(f"mm-retriever: {one_line(message)}", file=sys.stderr)  # noqa: T201 - the command line's own voice

@@ -171,11 +171,9 @@ class ImageSearch:
         words = read_text(text, "text", most=self.limits.query_text)
         if not words and not image and (refinement is None or not (refinement.images or refinement.liked)):
             raise QueryError("nothing to search for: give text, image, or both")
-        options: dict[str, Any] = {"refinement": refinement, "skip": skip, "hybrid": hybrid}
         others = bool(words) if exclude is None else exclude
-        return self._search(
-            words, image, filters, top_k, conversation, progress, others=others, unique=unique, **options
-        )
+        options: dict[str, Any] = {"refinement": refinement, "skip": skip, "hybrid": hybrid, "unique": unique}
+        return self._search(words, image, filters, top_k, conversation, progress, others=others, **options)
 
     def find_similar(
         self,

@@ -211,11 +211,6 @@ class ImageStore(MilvusVectorStore):
         return None if words is None or words.model is not None else words.analyzer
 
     @property
-    def column_names(self) -> list[str]:
-        """The metadata columns that a sample of the rows has, without those of ingestion's bookkeeping."""
-        return self._columns.names
-
-    @property
     def client(self) -> Any:
         """Pymilvus' client of this store's connection."""
         return self._collection.connection.client
