@@ -11,11 +11,14 @@ import itertools
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from typing import cast
 
 import h11
 import uvicorn
 from mcp.server.transport_security import TransportSecuritySettings
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -27,6 +30,8 @@ from mm_retriever.search_tools import ImageSearch
 SHORTEST_TOKEN = 16
 FEWEST_CHARACTERS = 5  # different ones in a token: sixteen times the same letter can be guessed
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+_LOOPBACK_ORIGINS = tuple(f"http://{name}:*" for name in _LOOPBACK_HOSTS)
 MAX_CONNECTIONS = 512
 MAX_BODY_BYTES = 28 * 2**20  # a data URI of the largest image that a client may send, and the call around it
 MAX_BODIES_BYTES = 8 * MAX_BODY_BYTES  # of all requests together
@@ -43,7 +48,15 @@ _SMALL_MESSAGE = b'{"jsonrpc": "2.0", "method": "notifications/roots/list_change
 _ENOUGH_DESCRIPTORS = 8 * MAX_CONNECTIONS  # under a flood several are accepted before one is let go
 
 
-def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765, token: str | None = None) -> None:
+def serve_http(
+    search: ImageSearch,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    token: str | None = None,
+    origins: Sequence[str] = (),
+    structured: bool | None = None,
+) -> None:
     """Serve clients on http://HOST:PORT/mcp until interrupted.
 
     At most `MAX_CONNECTIONS` are open at a time. A request must arrive within its deadlines; the oldest connection that
@@ -54,11 +67,13 @@ def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765
         host: a loopback address, or with a token any.
         port: 1 to 65535.
         token: what clients must send as "Authorization: Bearer TOKEN"; at least 16 characters.
+        origins: web pages ("https://inspector.example") that a browser lets read the answers (CORS); default: none.
+        structured: as of `ImageSearchServer`.
 
     Raises:
         QueryError: a token is missing, empty, too short, or too easy to guess.
     """
-    app = http_app(search, host=host, token=token)
+    app = http_app(search, host=host, token=token, origins=origins, structured=structured)
     name = f"[{host}]" if ":" in host else host
     log_plainly()
     limit_connections()
@@ -68,7 +83,14 @@ def serve_http(search: ImageSearch, *, host: str = "127.0.0.1", port: int = 8765
     )
 
 
-def http_app(search: ImageSearch, *, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
+def http_app(
+    search: ImageSearch,
+    *,
+    host: str = "127.0.0.1",
+    token: str | None = None,
+    origins: Sequence[str] = (),
+    structured: bool | None = None,
+) -> ASGIApp:
     """Return the ASGI app that `serve_http` runs, for a server of your own; its path is /mcp.
 
     Without a token it answers only requests that name a loopback address as their host, so that no web page can reach
@@ -78,15 +100,30 @@ def http_app(search: ImageSearch, *, host: str = "127.0.0.1", token: str | None 
         QueryError: a token is missing, empty, too short, or too easy to guess.
     """
     check_access(host, token)
-    server = ImageSearchServer(search, one_client=False)
+    server = ImageSearchServer(search, one_client=False, structured=structured)
+    security = None
+    if token:  # a browser cannot be made to send it: with one, the host that a request names says nothing
+        security = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    elif origins:
+        security = TransportSecuritySettings(
+            allowed_hosts=[f"{name}:*" for name in _LOOPBACK_HOSTS], allowed_origins=[*origins, *_LOOPBACK_ORIGINS]
+        )
     app = server.streamable_http_app(
         host=host,
         max_request_body_size=MAX_BODY_BYTES,
         max_sessions=MAX_SESSIONS,
-        # a browser cannot be made to send the token: with one, the host that a request names says nothing
-        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False) if token else None,
+        transport_security=security,
     )
-    return Admission(app, server.conversations, token)
+    admitted = Admission(app, server.conversations, token)
+    if not origins:
+        return admitted
+    return CORSMiddleware(
+        admitted,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["mcp-session-id"],
+    )
 
 
 def check_access(host: str, token: str | None) -> None:
@@ -131,8 +168,30 @@ class Admission:
             await _refuse(send, 413, _TOO_LARGE)
         elif self._under_way + size > MAX_BODIES_BYTES:
             await _refuse(send, 503, "too many large requests at once; send this one again in a few seconds")
+        elif _opens_session(scope):
+            await self._open(_without_resumption(scope), receive, send)
         else:
-            await self._pass_on(scope, receive, send, size)
+            await self._pass_on(_without_resumption(scope), receive, send, size)
+
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request that opens a session, if it is small: the session keeps it as long as it lives."""
+        body = bytearray()
+        more = True
+        while more and len(body) <= LARGE_BODY_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if len(body) > LARGE_BODY_BYTES:
+            await _refuse(send, 413, f"a request that opens a session is at most {LARGE_BODY_BYTES // 2**20} MiB large")
+            return
+        whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def receive_again() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self._pass_on(scope, receive_again, send, len(body))
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send, size: int) -> None:
         refused = False
@@ -174,6 +233,13 @@ class Admission:
             await self._app({**scope, "method": "POST", "headers": [*headers, length]}, receive, send)
         loop = asyncio.get_running_loop()
         loop.call_later(1.0, loop.run_in_executor, None, give_back)  # when nothing holds its texts any more
+
+
+def _without_resumption(scope: Scope) -> Scope:
+    """The request without Last-Event-ID: nothing is kept to be sent again, and the SDK then answers it with nothing."""
+    if scope["type"] != "http":
+        return scope
+    return {**scope, "headers": [header for header in scope["headers"] if header[0].lower() != b"last-event-id"]}
 
 
 class BoundedProtocol(H11Protocol):
@@ -266,6 +332,14 @@ def log_plainly() -> None:
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:
     return [value for given, value in scope.get("headers", ()) if given.lower() == name]
+
+
+def _opens_session(scope: Scope) -> bool:
+    """Whether the SDK makes a session of the request: one of a version with sessions, which names none."""
+    if scope["type"] != "http" or scope["method"] != "POST" or _headers(scope, b"mcp-session-id"):
+        return False
+    versions = _headers(scope, b"mcp-protocol-version")
+    return all(version.decode("latin-1") in HANDSHAKE_PROTOCOL_VERSIONS for version in versions)
 
 
 def _body_size(scope: Scope) -> int:

@@ -5,13 +5,14 @@ Owns what is MCP's: content blocks, resource URIs, progress, sessions. Knows not
 """
 
 import base64
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, unquote
 
 import anyio
@@ -23,6 +24,7 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
 from mcp_types import CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent, ToolAnnotations
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from mm_retriever import __version__
 from mm_retriever.embedding import ComposedEmbedding
@@ -49,9 +51,10 @@ from mm_retriever.store import ImageStore
 from mm_retriever.tools import ImageSearchToolSpec
 
 ORIGINALS = "image://indexed/"
+VIEWS = "image://view/"
 INSTRUCTIONS = (
     "Searches a collection of images by words, by an image, or by both at once. Results are numbered and have ids; "
-    f"the original file of a result is the resource {ORIGINALS}ID."
+    f"the resource {VIEWS}ID is a result as a JPEG of less than 1 MB, {ORIGINALS}ID its original file."
 )
 MAX_SESSIONS = 256
 IDLE_SECONDS = 30 * 60  # after which the SDK ends a session
@@ -60,6 +63,35 @@ SEARCHES_AT_ONCE = 4
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer", SearchResult, ImageDescription)
+
+
+class ImageAnswer(TypedDict, total=False):
+    """What is known about an image; what is empty is left out."""
+
+    rank: int
+    id: str
+    name: str
+    score: float
+    label: str
+    text: str
+    reason: str
+    description: str
+    size: list[int]
+    metadata: dict[str, Any]
+    item_images: list[str]
+    file_type: str
+    file_bytes: int
+    note: str
+
+
+class SearchAnswer(TypedDict, total=False):
+    """What a search found, best first."""
+
+    search: int
+    query: str
+    results: list[ImageAnswer]
+    hint: str
+    note: str
 
 
 class ImageSearchServer(MCPServer[Any]):
@@ -71,13 +103,16 @@ class ImageSearchServer(MCPServer[Any]):
     Args:
         search: what is asked.
         one_client: whether all requests come from one client, as over stdio.
+        structured: also give answers as JSON (`structuredContent`), and their schema. Many clients that read it leave
+            out the images beside it; None: only where the search gives no images.
     """
 
-    def __init__(self, search: ImageSearch, *, one_client: bool) -> None:
+    def __init__(self, search: ImageSearch, *, one_client: bool, structured: bool | None = None) -> None:
         handlers = list(logging.getLogger().handlers)
         super().__init__("mm-retriever", instructions=INSTRUCTIONS, version=__version__, log_level="WARNING")
         logging.getLogger().handlers[:] = handlers  # the SDK's draws boxes around tracebacks; logging is the program's
         self._search = search
+        self._structured = search.limits.thumbnails == 0 if structured is None else structured
         self.conversations = Conversations(one_client)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         looks = ToolAnnotations(
@@ -89,9 +124,14 @@ class ImageSearchServer(MCPServer[Any]):
             (self._describe_image, ImageSearchToolSpec.describe_image),
         ):
             self.add_tool(
-                tool, name=described.__name__, description=described.__doc__, annotations=looks, structured_output=False
+                tool,
+                name=described.__name__,
+                description=inspect.cleandoc(described.__doc__ or ""),
+                annotations=looks,
+                structured_output=None if self._structured else False,
             )
         self.resource(ORIGINALS + "{node_id}", name="image", mime_type="image/*")(self._original_bytes)
+        self.resource(VIEWS + "{node_id}", name="view", mime_type="image/jpeg")(self._view_bytes)
 
     async def _search_images(
         self,
@@ -100,8 +140,8 @@ class ImageSearchServer(MCPServer[Any]):
         image: ImageArgument = None,
         filters: FiltersArgument = None,
         top_k: TopKArgument = None,
-    ) -> CallToolResult:
-        return _result(await self._ask(ctx, self._search.search, text, image, filters, top_k))
+    ) -> Annotated[CallToolResult, SearchAnswer]:
+        return self._result(await self._ask(ctx, self._search.search, text, image, filters, top_k))
 
     async def _find_similar(
         self,
@@ -110,29 +150,34 @@ class ImageSearchServer(MCPServer[Any]):
         change: ChangeArgument = None,
         filters: FiltersArgument = None,
         top_k: TopKArgument = None,
-    ) -> CallToolResult:
-        return _result(await self._ask(ctx, self._search.find_similar, result, change, filters, top_k))
+    ) -> Annotated[CallToolResult, SearchAnswer]:
+        return self._result(await self._ask(ctx, self._search.find_similar, result, change, filters, top_k))
 
     async def _describe_image(
         self, ctx: Context, image: ResultArgument, question: QuestionArgument = None
-    ) -> CallToolResult:
-        return _result(await self._ask(ctx, self._search.describe, image, question))
+    ) -> Annotated[CallToolResult, ImageAnswer]:
+        return self._result(await self._ask(ctx, self._search.describe, image, question))
 
     async def _ask(self, ctx: Context, request: Callable[..., Answer], *arguments: object) -> Answer:
-        """Run one request in a thread, telling the client how far it is."""
+        """Run one request in a thread, telling the client how far it is.
+
+        A call that its client gives up frees its place at once; its thread ends at the next step.
+        """
         call = partial(request, *arguments, conversation=self.conversations.of(ctx), progress=_progress(ctx))
         try:
-            return await anyio.to_thread.run_sync(call, limiter=self._turns)
+            return await anyio.to_thread.run_sync(call, limiter=self._turns, abandon_on_cancel=True)
         except MMRetrieverError as error:
             raise ToolError(without_folders(str(error))) from error
 
     async def read_resource(self, uri: Any, context: Any = None) -> Iterable[ReadResourceContents] | Any:
-        """Return the original of an indexed image with its own media type, which a template could not give it."""
-        if not str(uri).startswith(ORIGINALS):
+        """Return an indexed image with its own media type, which a template could not give it."""
+        kind = next((kind for kind in (ORIGINALS, VIEWS) if str(uri).startswith(kind)), None)
+        if kind is None:
             return await super().read_resource(uri, context)
-        node_id = unquote(str(uri).removeprefix(ORIGINALS))
+        read = self._search.original if kind == ORIGINALS else self._search.view
+        node_id = unquote(str(uri).removeprefix(kind))
         try:
-            original = await anyio.to_thread.run_sync(self._search.original, node_id, limiter=self._turns)
+            original = await anyio.to_thread.run_sync(read, node_id, limiter=self._turns)
         except QueryError as error:
             raise ResourceNotFoundError(without_folders(str(error))) from error
         except MMRetrieverError as error:
@@ -142,6 +187,30 @@ class ImageSearchServer(MCPServer[Any]):
     def _original_bytes(self, node_id: str) -> bytes:
         """The original file of an indexed image, by the id of a result."""
         return self._search.original(node_id).data
+
+    def _view_bytes(self, node_id: str) -> bytes:
+        """An indexed image as a JPEG of less than 1 MB, by the id of a result."""
+        return self._search.view(node_id).data
+
+    def _result(self, answer: SearchResult | ImageDescription) -> CallToolResult:
+        """An answer as MCP content: a line for each result, then its thumbnail, then where its original is."""
+        results = answer.results if isinstance(answer, SearchResult) else ()
+        content: list[ContentBlock] = []
+        for part, result in zip(answer.parts, (None, *results), strict=True):
+            content.append(TextContent(text=part.text))
+            if part.thumbnail is None:
+                continue
+            content.append(ImageContent(data=base64.b64encode(part.thumbnail).decode(), mime_type="image/jpeg"))
+            if result is not None:
+                content.append(
+                    ResourceLink(
+                        uri=ORIGINALS + quote(result.id, safe=""),
+                        name=f"original of result {result.rank}",
+                        mime_type=result.file_type or None,
+                        size=result.file_bytes,
+                    )
+                )
+        return CallToolResult(content=content, structured_content=answer.to_dict() if self._structured else None)
 
 
 def image_search(
@@ -154,6 +223,7 @@ def image_search(
     allow_urls: bool = False,
     device: str | None = None,
     group_by: str | None = None,
+    limits: SearchLimits | None = None,
 ) -> ImageSearch:
     """Return the search that the command line serves.
 
@@ -167,20 +237,22 @@ def image_search(
         allow_urls: whether a client may name images by URL.
         device: of a vision model on this machine.
         group_by: the metadata column that names the item of an image; results are items then.
+        limits: of what goes in and out, as of `ImageSearch`.
     """
     named = replace(ONLY_NAMED, roots=tuple(roots or ()), allow_urls=allow_urls)
     shared = not str(store.uri).endswith(".db")
     stored = ImagePolicy(roots=tuple(roots) if roots else () if shared else None)
     if shared and not roots:
         logger.warning("images of a shared server are read only inside folders given as roots; there are none")
-    make = partial(ImageSearch, store, embed_model, image_policy=named, stored_policy=stored, group_by=group_by)
+    options: dict[str, Any] = {"image_policy": named, "stored_policy": stored, "group_by": group_by, "limits": limits}
+    make = partial(ImageSearch, store, embed_model, **options)
     if vision_model is None:
         return make()
     from mm_retriever.rerank import load_reranker
 
     reranker = load_reranker(
         vision_model,
-        top_n=SearchLimits().max_top_k,
+        top_n=(limits or SearchLimits()).max_top_k,
         device=None if vision_server else device,
         image_policy=stored,
         **vision_server or {},
@@ -188,14 +260,14 @@ def image_search(
     return make(rerank=reranker, llm=reranker.llm)
 
 
-def create_server(search: ImageSearch, *, one_client: bool = True) -> ImageSearchServer:
-    """Return a server, to be run by `serve_stdio` or `serve_http`, or in memory by a client of the same process."""
-    return ImageSearchServer(search, one_client=one_client)
+def create_server(search: ImageSearch, *, one_client: bool = True, structured: bool | None = None) -> ImageSearchServer:
+    """Return a server (see `ImageSearchServer`), for a client of the same process, or with `run` for one on stdio."""
+    return ImageSearchServer(search, one_client=one_client, structured=structured)
 
 
-def serve_stdio(search: ImageSearch) -> None:
+def serve_stdio(search: ImageSearch, *, structured: bool | None = None) -> None:
     """Serve one client on stdin and stdout until it closes them; nothing else may write to stdout."""
-    create_server(search, one_client=True).run("stdio")
+    create_server(search, structured=structured).run("stdio")
 
 
 class Conversations:
@@ -237,18 +309,3 @@ def _progress(ctx: Context) -> Progress:
         anyio.from_thread.run(ctx.report_progress, done, steps, doing)
 
     return tell
-
-
-def _result(answer: SearchResult | ImageDescription) -> CallToolResult:
-    """An answer as MCP content: a line for each result, then its thumbnail, then where its original is."""
-    results = answer.results if isinstance(answer, SearchResult) else ()
-    content: list[ContentBlock] = []
-    for part, result in zip(answer.parts, (None, *results), strict=True):
-        content.append(TextContent(text=part.text))
-        if part.thumbnail is None:
-            continue
-        content.append(ImageContent(data=base64.b64encode(part.thumbnail).decode(), mime_type="image/jpeg"))
-        if result is not None:
-            uri = ORIGINALS + quote(result.id, safe="")
-            content.append(ResourceLink(uri=uri, name=f"original of result {result.rank}"))
-    return CallToolResult(content=content, structured_content=answer.to_dict())

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -57,12 +57,26 @@ def mcp(
         bool, typer.Option("--per-item", help="Give the best image of each item (column `item`), and its other images.")
     ] = False,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let a client name images by URL.")] = False,
+    thumbnails: Annotated[
+        int, typer.Option(min=0, help="Most images in one answer; 0 for models that take no images.")
+    ] = 9,
+    structured: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also give answers as JSON; many clients that read it leave out the images. Default: with "
+            "--thumbnails 0."
+        ),
+    ] = None,
     http: Annotated[bool, typer.Option("--http", help="Serve streamable HTTP instead of stdin and stdout.")] = False,
     host: Annotated[str, typer.Option(help="With --http: other than loopback only with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="With --http.")] = 8765,
     http_token: Annotated[
         str | None,
         typer.Option(envvar="MM_RETRIEVER_MCP_TOKEN", help="With --http: what clients must send.", show_envvar=True),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="With --http: a web page, https://..., that may read the answers; repeat for more."),
     ] = None,
     token: options.Token = None,
     device: options.Device = None,
@@ -74,6 +88,7 @@ def mcp(
 
     from mm_retriever.own_keys import ITEM_KEY
     from mm_retriever.rerank.registry import check_reranker
+    from mm_retriever.search_tools import SearchLimits
     from mm_retriever.store import check_exists, open_store
 
     group_by = ITEM_KEY if per_item else None
@@ -102,12 +117,14 @@ def mcp(
                 allow_urls=allow_urls,
                 device=device,
                 group_by=group_by,
+                limits=SearchLimits(thumbnails=thumbnails),
             )
             if http:
-                serve_http(search, host=host, port=port, token=http_token)
+                served: dict[str, Any] = {"token": http_token, "origins": cors_origin or (), "structured": structured}
+                serve_http(search, host=host, port=port, **served)
             else:
                 with redirect_stdout(sys.__stdout__), _ends_on_interrupt(store):
-                    serve_stdio(search)
+                    serve_stdio(search, structured=structured)
 
 
 @contextmanager

@@ -14,10 +14,22 @@ from typing import Annotated, Any, TypeAlias
 
 from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 from pydantic import Field
+from pydantic.config import JsonDict
 
 from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.own_keys import PREFIX
 from mm_retriever.store.conditions import condition
+
+_OPERATORS = ["==", "!=", ">", ">=", "<", "<=", "in", "nin", "contains", "text_match", "is_empty"]
+_CONDITION: JsonDict = {
+    "type": "object",
+    "properties": {
+        "key": {"type": "string", "description": "The name of a metadata column."},
+        "operator": {"type": "string", "enum": [*_OPERATORS], "default": "=="},
+        "value": {"description": "Text, a number, true or false, or for in and nin a list of them."},
+    },
+    "required": ["key"],
+}
 
 TextArgument: TypeAlias = Annotated[
     str | None,
@@ -31,8 +43,11 @@ ImageArgument: TypeAlias = Annotated[
     ),
 ]
 ResultArgument: TypeAlias = Annotated[
-    str,
-    Field(description='Which image: "result 3" of the last search, "result 3 of search 1", an id, an attachment.'),
+    Any,
+    Field(
+        description='Which image: "result 3" of the last search, "result 3 of search 1", an id, an attachment.',
+        json_schema_extra={"type": "string"},
+    ),
 ]
 ChangeArgument: TypeAlias = Annotated[
     str | None,
@@ -42,13 +57,21 @@ QuestionArgument: TypeAlias = Annotated[
     str | None, Field(description="What to find out about the image; nothing: a general description.")
 ]
 FiltersArgument: TypeAlias = Annotated[
-    list[dict[str, Any]] | None,
+    Any,
     Field(
         description='Conditions that every result must meet, as [{"key": "label", "operator": "==", "value": "mug"}]. '
-        "Operators: ==, !=, >, >=, <, <=, in, nin, contains, text_match, is_empty. Dates are text like 2024-01-31."
+        "Dates are text like 2024-01-31.",
+        json_schema_extra={"anyOf": [{"type": "array", "items": _CONDITION}, {"type": "null"}]},
     ),
 ]
-TopKArgument: TypeAlias = Annotated[int | None, Field(description="How many results.")]
+TopKArgument: TypeAlias = Annotated[
+    Any,
+    Field(
+        description="How many results.",
+        json_schema_extra={"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]},
+    ),
+]
+"""Those of type Any are shown to a model with their true type, and read with patience; see `read_filters`."""
 
 _FORM = '[{"key": "label", "operator": "==", "value": "mug"}]'
 _MAX_CONDITIONS = 64

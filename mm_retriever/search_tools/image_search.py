@@ -7,6 +7,7 @@ shows the answer.
 from __future__ import annotations
 
 import copy
+import mimetypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -274,6 +275,17 @@ class ImageSearch:
             raise QueryError(f"there is no image of the id {one_line(node_id, 80)!r} in the store")
         return node
 
+    def view(self, node_id: str) -> Original:
+        """Return an indexed image as a JPEG that fits into a message to a model; errors are those of `original`."""
+        original = self.original(node_id)
+        side = self.limits.view_side
+        with opened_image(original.data, policy=self.stored_policy) as image:
+            data = encode_thumbnail(image, side)
+            while len(data) > self.limits.view_bytes and side > 1:
+                side = side * 3 // 4
+                data = encode_thumbnail(image, side)
+        return Original(node_id, original.name, "image/jpeg", data)
+
     asearch = in_thread(search)
     afind_similar = in_thread(find_similar)
     adescribe = in_thread(describe)
@@ -399,6 +411,8 @@ class ImageSearch:
             "label": one_line(known.get(used, ""), self.limits.value_text),
             "stored_text": one_line(node.get_content(MetadataMode.NONE), self.limits.long_text),
             "metadata": shown_metadata(known, self.limits, without=hidden),
+            "file_type": mimetypes.guess_type(str(own_value(known, "file_name") or ""))[0] or "",
+            "file_bytes": size if isinstance(size := own_value(known, "bytes"), int) else None,
         }
         return facts, max(0, len(shown_keys(known, without=hidden)) - self.limits.metadata)
 

@@ -40,6 +40,8 @@ class SearchLimits:
         long_text: most characters of a node's text, a reason or a description.
         metadata: most metadata keys of one result.
         original_bytes: largest original file that is handed out.
+        view_side: longest side of a view in pixels: what vision models look at.
+        view_bytes: largest view; in base64, a third is added to it.
     """
 
     top_k: int = 9
@@ -53,6 +55,8 @@ class SearchLimits:
     long_text: int = 1_000
     metadata: int = 16
     original_bytes: int = 20 * 2**20
+    view_side: int = 1568
+    view_bytes: int = 700_000
 
     def __post_init__(self) -> None:
         """Refuse what can only be a mistake."""
@@ -83,6 +87,8 @@ class ImageResult:
         metadata: what else is known, bounded.
         thumbnail: a small JPEG; None if there is none, and `note` says why.
         item_images: ids of the other images of its item, in a search per item.
+        file_type: media type of its file, by the name of the file.
+        file_bytes: size of its file when it was indexed.
         note: why something is missing.
     """
 
@@ -95,6 +101,8 @@ class ImageResult:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     thumbnail: bytes | None = field(default=None, repr=False)
     item_images: tuple[str, ...] = ()
+    file_type: str = ""
+    file_bytes: int | None = None
     note: str = ""
 
     @property
@@ -185,6 +193,8 @@ class ImageDescription:
         stored_text: what is stored with it.
         metadata: what the store knows, bounded.
         thumbnail: a small JPEG; None if it could not be read, and `note` says why.
+        file_type: media type of its file, by the name of the file.
+        file_bytes: size of its file when it was indexed.
         note: why something is missing.
     """
 
@@ -196,6 +206,8 @@ class ImageDescription:
     stored_text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     thumbnail: bytes | None = field(default=None, repr=False)
+    file_type: str = ""
+    file_bytes: int | None = None
     note: str = ""
 
     @property
@@ -223,7 +235,7 @@ class ImageDescription:
 
 @dataclass(frozen=True)
 class Original:
-    """The file of an indexed image, as it is."""
+    """The file of an indexed image, as it is, or a view of it."""
 
     id: str
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import socket
 import subprocess
@@ -118,7 +119,8 @@ async def test_a_request_too_large_is_refused_before_it_is_read(search):
     with serving(http_app(search)) as url:
         async with httpx2.AsyncClient() as http:
             for body in (b"x" * (29 * 2**20), without_length()):
-                answer = await http.post(url, content=body, headers={"content-type": "application/json"})
+                headers = {"content-type": "application/json", "mcp-protocol-version": "2026-07-28"}
+                answer = await http.post(url, content=body, headers=headers)
                 assert answer.status_code == 413
                 assert "larger than 28 MiB; send a smaller image" in answer.json()["error"]["message"]
         async with over_http(url) as client:
@@ -291,6 +293,62 @@ async def test_a_small_message_follows_a_large_one_of_a_session(session, size, f
     await Admission(app, Conversations(one_client=False), None)(scope, receive, send)
     assert len(bodies[0]) == size
     assert (len(bodies) == 2 and b"notifications/" in bodies[1]) is followed
+
+
+async def test_the_request_that_opens_a_session_is_small(search):
+    """The SDK's session holds it as long as it lives. One that does not say its size is read to the limit."""
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    small = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
+    large = small | {"params": hello | {"x": "x" * 2**21}}
+
+    async def pieces(call):
+        yield json.dumps(call).encode()
+
+    headers = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
+    with serving(http_app(search)) as url:
+        async with httpx2.AsyncClient(timeout=60) as http:
+            for call, status in ((small, 200), (large, 413)):
+                assert (await http.post(url, json=call, headers=headers)).status_code == status
+                answer = await http.post(url, content=pieces(call), headers=headers)
+                assert answer.status_code == status
+    assert "opens a session is at most 1 MiB" in answer.json()["error"]["message"]
+
+
+async def test_a_stream_is_opened_again_where_nothing_can_be_sent_again(search):
+    """A client that lost its stream names the last event it saw; the answer is a new stream, not an error 500."""
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    headers = {"accept": "application/json, text/event-stream", "mcp-protocol-version": "2025-06-18"}
+    with serving(http_app(search)) as url:
+        async with httpx2.AsyncClient(timeout=20) as http:
+            call = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
+            opened = await http.post(url, json=call, headers=headers)
+            again = headers | {"mcp-session-id": opened.headers["mcp-session-id"], "last-event-id": "7"}
+            async with http.stream("GET", url, headers=again) as stream:
+                assert stream.status_code == 200
+                assert stream.headers["content-type"].startswith("text/event-stream")
+
+
+async def test_a_named_web_page_may_read_the_answers(search):
+    """CORS: only the pages that the user named, over loopback as well as with a token."""
+    page, other = "https://inspector.example", "https://elsewhere.example"
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "mcp-session-id"}
+    for token in (None, TOKEN):
+        with serving(http_app(search, token=token, origins=[page])) as url:
+            async with httpx2.AsyncClient(timeout=20) as http:
+                allowed = await http.options(url, headers=asked | {"origin": page})
+                refused = await http.options(url, headers=asked | {"origin": other})
+                call = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+                sent = {"origin": page, "accept": "application/json, text/event-stream"}
+                if token:
+                    sent["authorization"] = f"Bearer {token}"
+                answer = await http.post(url, json=call, headers=sent)
+                hidden = await http.post(url, json=call, headers=sent | {"origin": other})
+        assert allowed.headers["access-control-allow-origin"] == page
+        assert "access-control-allow-origin" not in refused.headers
+        assert answer.headers["access-control-allow-origin"] == page
+        assert answer.status_code != 403
+        assert "access-control-allow-origin" not in hidden.headers
+        assert token or hidden.status_code == 403
 
 
 @pytest.mark.slow

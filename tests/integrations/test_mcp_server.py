@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
+import anyio
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("mcp.server", reason='needs the extra "mcp"')
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp_server_mm_retriever import create_server, image_search
+from mcp_server_mm_retriever.server import SEARCHES_AT_ONCE
 
 from mm_retriever.cli import main
+from mm_retriever.errors import QueryError
+from mm_retriever.ingest import ingest_images
 from mm_retriever.search_tools import ImageSearch, SearchLimits
 from mm_retriever.store import open_store
 from tests.support.drawn_store import draw_leopard
@@ -64,7 +73,7 @@ async def assert_the_vision_model_ranks_and_describes(client: Client, leopard: P
 async def test_a_vision_model_ranks_and_describes(search, folder, leopard):
     """`image_search(vision_model="tiny")`: one model, shared by reranker and describer."""
     seeing = image_search(search._store, search._embed_model, vision_model="tiny", roots=[folder], device="cpu")
-    async with Client(create_server(seeing)) as client:
+    async with Client(create_server(seeing, structured=True)) as client:
         await assert_the_vision_model_ranks_and_describes(client, leopard)
         refused = await client.call_tool("describe_image", {"image": "/etc/hostname.png"})
     assert refused.is_error
@@ -74,7 +83,7 @@ async def test_a_vision_model_ranks_and_describes(search, folder, leopard):
 async def test_the_command_serves_a_vision_model(db):
     """`mm-retriever mcp --vision-model tiny` over stdio."""
     leopard = draw_leopard(db.parent / "leopard.png")
-    options = ["--db", str(db), "--model", "tiny", "--vision-model", "tiny", "--root", str(db.parent)]
+    options = ["--db", str(db), "--model", "tiny", "--vision-model", "tiny", "--root", str(db.parent), "--structured"]
     server = StdioServerParameters(
         command=sys.executable, args=["-m", "mm_retriever.cli", "mcp", *options], env=ENVIRONMENT
     )
@@ -153,6 +162,79 @@ def test_images_of_a_shared_server_are_read_only_inside_given_folders(search, tm
     assert image_search(Shared(), search._embed_model).stored_policy.roots == ()
     assert image_search(Shared(), search._embed_model, roots=[tmp_path]).stored_policy.roots == (tmp_path,)
     assert image_search(search._store, search._embed_model).stored_policy.roots is None
+
+
+async def test_without_images_answers_are_json_with_a_schema(search):
+    """For models that take text alone; with images, JSON beside them only where it is asked for."""
+    texts = ImageSearch(search._store, search._embed_model, limits=SearchLimits(thumbnails=0))
+    async with Client(create_server(texts)) as client:
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+        found = await client.call_tool("search_images", {"text": "mug", "top_k": 2})
+    assert {block.type for block in found.content} == {"text"}
+    assert len(found.structured_content["results"]) == 2
+    assert "results" in tools["search_images"].output_schema["properties"]
+    assert "description" in tools["describe_image"].output_schema["properties"]
+    async with Client(create_server(search, structured=True)) as client:
+        both = await client.call_tool("search_images", {"text": "mug", "top_k": 1})
+    assert {block.type for block in both.content} == {"text", "image", "resource_link"}
+    assert both.structured_content["results"][0]["file_type"] == "image/jpeg"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("search_images", {"text": "mug", "filters": {"width": 160}}),
+        ("search_images", {"text": "mug", "filters": '[{"key": "width", "operator": ">", "value": 1}]'}),
+        ("search_images", {"text": "mug", "filters": "", "top_k": ""}),
+        ("search_images", {"text": "mug", "filters": [{"key": "width", "value": "160"}], "top_k": "3"}),
+        ("find_similar", {"result": 2, "top_k": 1.0}),
+        ("describe_image", {"image": 1}),
+    ],
+)
+async def test_what_models_write_in_place_of_the_schema_is_understood(search, tool, arguments):
+    async with Client(create_server(search)) as client:
+        await client.call_tool("search_images", {"text": "mug"})
+        answer = await client.call_tool(tool, arguments)
+    assert not answer.is_error, answer.content[0].text
+    assert len(answer.content) > 1
+
+
+async def test_a_large_image_has_a_view_that_fits_into_a_message(tmp_path, search):
+    """Hosts refuse more than 1 MB; noise is what compresses worst."""
+    noise = np.random.default_rng(0).integers(0, 255, (1600, 1600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "big.jpg", quality=92)
+    with open_store(tmp_path / "big.db", search._embed_model) as store:
+        ingest_images(tmp_path, store, search._embed_model, show_progress=False)
+        async with Client(create_server(image_search(store, search._embed_model))) as client:
+            link = (await client.call_tool("search_images", {"text": "mug"})).content[3]
+            (view,) = (await client.read_resource(link.uri.replace("indexed", "view"))).contents
+            (original,) = (await client.read_resource(link.uri)).contents
+    assert (link.mime_type, link.size) == ("image/jpeg", (tmp_path / "big.jpg").stat().st_size)
+    assert len(original.blob) > 2**20 > len(view.blob)
+    assert max(Image.open(io.BytesIO(base64.b64decode(view.blob))).size) > 500
+
+
+async def test_a_call_that_is_given_up_frees_its_place_at_once(search):
+    """As many as may run at once are stuck in a slow step; when they are cancelled, the next is answered meanwhile."""
+    stuck, go_on = threading.Semaphore(0), threading.Event()
+
+    class Slow(ImageSearch):
+        def describe(self, *arguments, **options):
+            stuck.release()
+            go_on.wait(60)
+            raise QueryError("nobody waits for this")
+
+    async with Client(create_server(Slow(search._store, search._embed_model))) as client:
+        async with anyio.create_task_group() as calls:
+            for _ in range(SEARCHES_AT_ONCE):
+                calls.start_soon(client.call_tool, "describe_image", {"image": "result 1"})
+            for _ in range(SEARCHES_AT_ONCE):
+                await anyio.to_thread.run_sync(partial(stuck.acquire, timeout=30))
+            calls.cancel_scope.cancel()
+        with anyio.fail_after(30):
+            found = await client.call_tool("search_images", {"text": "mug"})
+        go_on.set()
+    assert not found.is_error
 
 
 async def test_an_id_with_any_letters_is_a_resource(tmp_path, search):

@@ -180,7 +180,7 @@ def test_tools_and_the_mcp_server_take_the_name(
     served = image_search(store, embed_model, vision_model=name, roots=[leopard.parent, db.parent], device="cpu")
 
     async def ask() -> Any:
-        async with Client(create_server(served)) as client:
+        async with Client(create_server(served, structured=True)) as client:
             return await client.call_tool("search_images", {"image": str(leopard), "top_k": 4})
 
     answer = asyncio.run(ask())

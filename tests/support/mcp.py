@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 from pathlib import Path
 
@@ -30,7 +31,11 @@ async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: b
     """What the issue asks of a session: list and call every tool, read a resource, an image opens, errors are said."""
     tools = {tool.name: tool for tool in (await client.list_tools()).tools}
     assert list(tools) == ["search_images", "find_similar", "describe_image"]
-    assert all(tool.description and tool.annotations.read_only_hint for tool in tools.values())
+    for tool in tools.values():
+        assert tool.annotations.read_only_hint
+        assert not any(line.startswith(" ") for line in tool.description.splitlines() if not line.startswith("    "))
+    filters = tools["search_images"].input_schema["properties"]["filters"]
+    assert filters["anyOf"][0]["items"]["required"] == ["key"]
 
     steps: list[tuple[float, float | None, str | None]] = []
 
@@ -45,21 +50,28 @@ async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: b
     assert [block.type for block in found.content] == ["text", *["text", "image", "resource_link"] * 2]
     assert opened(found.content[2]).size == (160, 160)
     assert [done for done, _, _ in steps] == [0, 1, 2, 3]
-    first = found.structured_content["results"][0]
-    assert (first["label"], first["metadata"]["file_name"]) == ("phone case", "natural leopard.jpg")
+    assert found.structured_content is None  # many clients that read it leave out the images beside it
+    first = found.content[1].text
+    assert first.startswith('result 1: "phone case" | id "')
+    assert '"file_name": "natural leopard.jpg"' in first
+    id_ = json.loads(first.split(" | id ")[1].split(" | ")[0])
 
-    named = "result 1" if remembers else first["id"]
+    named = "result 1" if remembers else id_
     similar = await client.call_tool("find_similar", {"result": named, "change": "in red", "top_k": 1})
-    assert similar.structured_content["results"][0]["metadata"]["file_name"] == "red leopard.jpg"
-    described = await client.call_tool("describe_image", {"image": first["id"]})
+    assert '"file_name": "red leopard.jpg"' in similar.content[1].text
+    described = await client.call_tool("describe_image", {"image": id_})
     assert [block.type for block in described.content] == ["text", "image"]
-    assert first["id"] in described.content[0].text
+    assert id_ in described.content[0].text
 
-    (template,) = (await client.list_resource_templates()).resource_templates
-    assert template.uri_template == "image://indexed/{node_id}"
-    (original,) = (await client.read_resource(found.content[3].uri)).contents
-    assert original.mime_type == "image/jpeg"
+    templates = (await client.list_resource_templates()).resource_templates
+    assert [one.uri_template for one in templates] == ["image://indexed/{node_id}", "image://view/{node_id}"]
+    link = found.content[3]
+    (original,) = (await client.read_resource(link.uri)).contents
+    assert original.mime_type == link.mime_type == "image/jpeg"
+    assert len(base64.b64decode(original.blob)) == link.size
     assert Image.open(io.BytesIO(base64.b64decode(original.blob))).size == (160, 160)
+    (view,) = (await client.read_resource(link.uri.replace("indexed", "view"))).contents
+    assert Image.open(io.BytesIO(base64.b64decode(view.blob))).size == (160, 160)
 
     for tool, arguments, message in (
         ("search_images", {}, "nothing to search for"),

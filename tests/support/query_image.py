@@ -185,7 +185,7 @@ def mcp(world: World, image: Any) -> list[str]:
     arguments = {"text": TEXT, "image": str(portable_image(image)), "top_k": TOP_K}
 
     async def ask() -> list[str]:
-        async with Client(create_server(search)) as client:
+        async with Client(create_server(search, structured=True)) as client:
             found = await client.call_tool("search_images", arguments)
         assert not found.is_error, found.content
         return [one["id"] for one in found.structured_content["results"]]
