@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
+from mm_retriever.embedders.embedder import Content, Embedder, Pixels, cache_identity
 from mm_retriever.embedders.registry import load_embedder, server_options
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
@@ -277,11 +277,11 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     aget_image_embedding_batch = in_thread(get_image_embedding_batch)  # type: ignore[arg-type]
 
-    def prepare_image(self, image: Image.Image) -> NDArray[np.uint8]:
+    def prepare_image(self, image: Image.Image) -> Pixels:
         """(H, W, 3): all that the model sees of an image, to be made in a reading thread and kept in little memory."""
         return self.embedder.prepare(image)
 
-    def embed_images(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> NDArray[np.float32]:
+    def embed_images(self, images: Sequence[Image.Image | Pixels]) -> NDArray[np.float32]:
         """(B, D) of loaded images, or of what :meth:`prepare_image` made of them: the fast path, without events."""
         prepared = [self.prepare_image(image) if isinstance(image, Image.Image) else image for image in images]
         return self._vectors([Content(image=image) for image in prepared])

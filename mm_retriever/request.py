@@ -8,12 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 from llama_index.core.schema import BaseNode, MetadataMode
-from numpy.typing import NDArray
 from PIL import Image
 
-from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.embedder import Content, Pixels
 from mm_retriever.errors import QueryError
 from mm_retriever.images import (
     ImageDataURI,
@@ -60,7 +58,7 @@ class Request:
         named = [] if self.image is None else [source_name(self.image)]
         return " + ".join(named + ([] if self.text is None else [self.text]))
 
-    def content(self, prepare: Callable[[Image.Image], NDArray[np.uint8]], policy: ImagePolicy) -> Content:
+    def content(self, prepare: Callable[[Image.Image], Pixels], policy: ImagePolicy) -> Content:
         """What the model sees of it.
 
         Args:
@@ -73,7 +71,7 @@ class Request:
         if self.image is None:
             return Content(self.text or "")
 
-        def prepared(source: ImageSource) -> NDArray[np.uint8]:
+        def prepared(source: ImageSource) -> Pixels:
             with opened_image(source, policy=self.policy or policy, keep_mode=True) as image:
                 if isinstance(source, ImageDataURI) and image.mode == "RGB":
                     source.pixels = image.size, pixel_digest(image)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "convert", "load", "recognises"]
 
-_PROTOCOL = "zero-shot, the query image left out of the ranking (arXiv:2412.14475, tables 1 and 2)"
+_PROTOCOL = "zero-shot, the query image left out of the ranking (MegaPairs, arXiv:2412.14475)"
 
 MODELS: Models = {
     "BAAI/BGE-VL-base": ModelEntry(

@@ -49,7 +49,7 @@ MODELS: Models = {
         note="the multilingual one",
         dimension=1024,
         parameters=871_070_656,
-        languages="more than 100",
+        languages="more than 100 languages",
     ),
 }
 
