@@ -65,7 +65,7 @@ def test_words_find_images_with_thumbnails_and_originals(client, folder):
     assert Image.open(io.BytesIO(thumbnail.content)).size == (160, 160)
     assert client.get(first["thumbnail"], headers={"if-none-match": thumbnail.headers["etag"]}).status_code == 304
     original = client.get(first["original"])
-    assert original.content == (folder / "pictures" / "mug" / first["metadata"]["file_name"]).read_bytes()
+    assert original.content == (folder / "images" / "mug" / first["metadata"]["file_name"]).read_bytes()
     assert client.get(first["original"] + "&download=1").headers["content-disposition"].startswith("attachment")
 
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_answered_is_said_in_a_line(client, asked, said):
 def test_no_answer_tells_where_files_lie(client, folder):
     found = client.post("/v1/search", json={"text": "mug", "top_k": 12})
     assert str(folder) not in found.text
-    gone = folder / "pictures" / "mug" / "blue stars.jpg"
+    gone = folder / "images" / "mug" / "blue stars.jpg"
     data = gone.read_bytes()
     gone.unlink()
     try:

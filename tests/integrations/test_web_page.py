@@ -223,7 +223,7 @@ def test_the_lightbox_zooms_and_downloads(page, folder):
     with page.expect_download() as downloading:
         page.get_by_role("link", name="Download").click()
     saved = downloading.value
-    assert Path(saved.path()).read_bytes() == (folder / "pictures" / "mug" / saved.suggested_filename).read_bytes()
+    assert Path(saved.path()).read_bytes() == (folder / "images" / "mug" / saved.suggested_filename).read_bytes()
 
 
 @pytest.mark.parametrize("way", ["mouse", "keys"])

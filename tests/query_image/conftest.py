@@ -21,7 +21,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("query")
     model = VisualizedBGEEmbedding("tiny", device="cpu")
     store = drawn_store(folder, model)
-    path = folder / "pictures" / "phone case" / "natural leopard.jpg"
+    path = folder / "images" / "phone case" / "natural leopard.jpg"
     yield World(store, model, path, Phi3VisionRerank("tiny", top_n=TOP_K, caption=False, reasons="none"))
     store.close()
     for file in UPLOADS:

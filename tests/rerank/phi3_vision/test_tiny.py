@@ -180,7 +180,7 @@ def test_the_training_script_writes_a_model_that_loads(tmp_path, monkeypatch):
     """Three stages of two steps on a small cache."""
     options = {
         "out": tmp_path / "out", "cache": tmp_path, "size": 64, "shapes": 2, "textures": 3, "sets": 1, "batch": 8,
-        "pictures": 1, "words-batch": 3, "eyes-steps": 2, "words-steps": 2, "joint-steps": 2, "report": 20,
+        "images": 1, "words-batch": 3, "eyes-steps": 2, "words-steps": 2, "joint-steps": 2, "report": 20,
     }  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["train_tiny_reranker.py", *arguments])
