@@ -10,6 +10,7 @@ of image files. Its files, from LlamaIndex down to Milvus:
 - `inspection.py`: what a store holds, and whether that is what was stored.
 - `collection.py`, `schema.py`: one collection, its columns, and the model whose vectors it holds. `words.py`: its
   full-text index.
+- `succession.py`: a collection's rows beside it under another model. `switching.py`: how they take its name.
 - `connection.py`: where Milvus is, and what its failures mean. `channel.py`: requests that end by their deadline.
 - `lite_channel.py`, `lite_server.py`, `lite_wire.py`: how the processes of one user share a Milvus Lite file.
 - `lite_repair.py`, `lite_logs.py`, `lite_durability.py`: what protects such a file from power cuts and bit rot.

@@ -674,6 +674,9 @@ KNOWN = {
     "mm_retriever/servers/bounded_http.py": {"httpx"},  # the server that the caller names
     "mm_retriever/store/lite_wire.py": {"socket"},  # a Unix socket, for processes of the same user
     "mm_retriever/store/lite_server.py": {"socket"},  # the same
+    "mm_retriever/running.py": {"http.client", "socket"},  # the user's own server of a file, or the one of --via
+    "integrations/web_mm_retriever/serving.py": {"socket"},  # listens
+    "integrations/web_mm_retriever/admission.py": {"http.cookies"},  # reads a header
 }
 
 

@@ -148,7 +148,7 @@ def test_training_conversations_never_touch_a_held_out_pair(conversations):
     assert patterns
     for _ in range(300):
         talk = conversations.query() if _ % 3 else conversations.description()
-        assert not {(looks.kind, looks.pattern) for looks in talk.pictures} & HELD_OUT
+        assert not {(looks.kind, looks.pattern) for looks in talk.images} & HELD_OUT
         said = conversations.processor.decode([talk.ids[place] for place in talk.scored])
         assert not [phrase for phrase in forbidden if phrase in said]
 
