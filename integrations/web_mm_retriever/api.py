@@ -378,6 +378,8 @@ def _said(handler: Handler) -> Handler:
     async def saying(request: Request) -> Response:
         try:
             return await handler(request)
+        except ClientDisconnect:  # nobody reads the answer
+            return Response(status_code=499)
         except MMRetrieverError as error:
             kinds = {WrongMediaTypeError: 415, BodyTooLargeError: 413, ImageLoadError: 422, QueryError: 400}
             status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 400)

@@ -98,7 +98,7 @@ def drop_file(page, path: Path, *, event: str) -> None:
 
 def test_words_give_cards_and_the_address_bar_holds_the_query(page, address):
     search(page, "a red mug")
-    assert names(page)[:4] == ["mug"] * 4
+    assert names(page)[0] == "mug"
     assert page.url == f"{address}?q=a+red+mug"
     search(page, "umbrella")
     page.go_back()
