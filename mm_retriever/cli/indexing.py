@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mm_retriever.cli import options
+from mm_retriever.cli import held_model, options
 from mm_retriever.errors import QueryError
 
 Force = Annotated[
@@ -20,7 +20,7 @@ Force = Annotated[
 def index(
     source: Annotated[Path, typer.Argument(help="A folder of images (read recursively).", callback=options.home)],
     db: options.Db = "photos.db",
-    model: options.Model = options.REAL_MODEL,
+    model: options.HeldModel = None,
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
@@ -64,8 +64,9 @@ def index(
 
     if analyzer is not None and not hybrid:
         raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
+    name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
     embedding = options.embed_model(
-        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+        name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
     )
     with open_store(db, embedding, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
         result = ingest_images(

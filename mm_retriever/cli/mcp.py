@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_retriever.cli import options
+from mm_retriever.cli import held_model, options
 from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def mcp(
     db: options.Db = "photos.db",
-    model: options.Model = options.REAL_MODEL,
+    model: options.HeldModel = None,
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
@@ -103,8 +103,9 @@ def mcp(
     if vision_model is not None:
         check_reranker(vision_model, base_url=server.get("base_url"))
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
+        name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
         embedding = options.embed_model(
-            model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key
+            name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key
         )
         with open_store(db, embedding, collection=collection, token=token, create=False) as store:
             options.check_items(store, group_by)

@@ -66,6 +66,15 @@ def reranker_names(incomplete: str) -> list[str]:
     return [name for name in NAMES if name.startswith(incomplete)]
 
 
+HeldModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A name of `mm-retriever models`, a local folder or file, or `tiny` (drawn products only). Default: the "
+        "model that the collection was made with; for a new one " + REAL_MODEL + ".",
+        autocompletion=model_names,
+        show_default=False,
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(

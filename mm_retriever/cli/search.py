@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_retriever.cli import options
+from mm_retriever.cli import held_model, options
 from mm_retriever.errors import QueryError, one_line
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def search(
         ),
     ] = None,
     db: options.Db = "photos.db",
-    model: options.Model = options.REAL_MODEL,
+    model: options.HeldModel = None,
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
@@ -123,9 +123,10 @@ def search(
     where_filters(asked["where"])  # what cannot be read is refused before a model is loaded
     check_exists(db)
     load_ranker = None
+    name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
     if reranks:
-        load_ranker = options.reranker(model, rerank_model, server, top_n=top_k, device=device)
-    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
+        load_ranker = options.reranker(name, rerank_model, server, top_n=top_k, device=device)
+    embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         found = find_rows(store, embedding, RowsQuery(**{**asked, "where": tuple(asked["where"])}))
     _say(found.notes)
@@ -143,7 +144,9 @@ def _say(notes: Any) -> None:
         typer.echo(one_line(note), err=True)
 
 
-def _of_running_server(db: str, collection: str, model: str, asked: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _of_running_server(
+    db: str, collection: str, model: str | None, asked: dict[str, Any]
+) -> list[dict[str, Any]] | None:
     """The rows that a running server of the same file finds; None: there is none, or it is gone, which is said."""
     from mm_retriever.running import NoServerError, ask_note, read_note
 
@@ -160,8 +163,8 @@ def _of_running_server(db: str, collection: str, model: str, asked: dict[str, An
     return rows
 
 
-def _serves(note: Note, collection: str, model: str) -> bool:
-    return note.collection == collection and model in (note.model, options.REAL_MODEL)
+def _serves(note: Note, collection: str, model: str | None) -> bool:
+    return note.collection == collection and model in (note.model, None)
 
 
 def _absolute(image: str | None) -> str | None:

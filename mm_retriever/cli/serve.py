@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mm_retriever.cli import options
+from mm_retriever.cli import held_model, options
 
 
 def serve(
     db: options.Db = "photos.db",
-    model: options.Model = options.REAL_MODEL,
+    model: options.HeldModel = None,
     collection: options.Collection = "mm_retriever",
     root: Annotated[
         list[Path] | None,
@@ -42,8 +42,9 @@ def serve(
     if http_token is None:
         http_token = os.environ.get("MM_RETRIEVER_HTTP_TOKEN")  # an empty one, which typer takes for none
     check_exists(db)  # before a model is loaded
-    embedding = options.embed_model(model, device=device, dtype=dtype, revision=revision)
+    name, dtype = held_model.model_to_load(model, dtype, url=None, db=db, collection=collection, token=token)
+    embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         app = web_app(store, embedding, host=host, token=http_token, roots=root, allow_urls=allow_urls)
         file = Path(db) if Path(db).is_dir() else None
-        serve_web(app, host=host, port=port, db=file, collection=collection, model=model)
+        serve_web(app, host=host, port=port, db=file, collection=collection, model=name)

@@ -23,7 +23,8 @@ from mm_retriever.search_tools.arguments import (
     read_filters,
 )
 from mm_retriever.search_tools.conversation import Conversation
-from mm_retriever.search_tools.image_search import ONLY_NAMED, ImageSearch, Progress
+from mm_retriever.search_tools.image_search import ImageSearch, Progress
+from mm_retriever.search_tools.named_image import ONLY_NAMED
 from mm_retriever.search_tools.results import (
     ImageDescription,
     ImageResult,

@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
 
-from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
+from llama_index.core.schema import BaseNode
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 from pydantic import Field
 from pydantic.config import JsonDict
 
@@ -187,3 +188,11 @@ def _condition(value: Mapping[str, Any]) -> MetadataFilter | MetadataFilters:
         raise FilterError(f"no column {key!r}: where a file lies is not told; filter by file_name or another column")
     operator = value.get("operator") or ("in" if isinstance(wanted, list) else "==")
     return condition(key, str(operator), wanted)
+
+
+def but_not(node: BaseNode | None, filters: MetadataFilters | None) -> MetadataFilters | None:
+    """Return the filters, and that it is not this node; copies of it are left out by the retriever."""
+    if node is None:
+        return filters
+    itself = MetadataFilters(filters=[MetadataFilter(key="id", operator=FilterOperator.NE, value=node.node_id)])
+    return itself if filters is None else MetadataFilters(filters=[filters, itself])

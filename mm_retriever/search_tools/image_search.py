@@ -18,7 +18,7 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRol
 from llama_index.core.llms import LLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
-from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
+from llama_index.core.vector_stores.types import MetadataFilters
 
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
@@ -38,9 +38,9 @@ from mm_retriever.request import node_images
 from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever
-from mm_retriever.search_tools.arguments import read_count, read_filters, read_text
+from mm_retriever.search_tools.arguments import but_not, read_count, read_filters, read_text
 from mm_retriever.search_tools.conversation import Conversation
-from mm_retriever.search_tools.named_image import NamedImage, named_image
+from mm_retriever.search_tools.named_image import ONLY_NAMED, NamedImage, named_image
 from mm_retriever.search_tools.results import (
     ImageDescription,
     ImageResult,
@@ -56,12 +56,6 @@ from mm_retriever.threads import in_thread
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many steps of how many are done, and what comes next; in the thread that searches."""
-
-ONLY_NAMED = ImagePolicy(roots=(), max_bytes=20 * 2**20, max_pixels=25_000_000)
-"""What arguments may name by default: no path and no URL; ids, results, attachments and data URIs remain.
-
-25 megapixels: an untrusted caller can send a hundred in a few kilobytes, and many at once.
-"""
 
 DESCRIBE = (
     "Describe this image in a few sentences: what it shows, its colours, pattern, shape and material. "
@@ -316,7 +310,7 @@ class ImageSearch:
             more = tuple(self._named(one, conversation).read(bytes) for one in refinement.images)
             refinement = replace(refinement, images=more)
         retriever = self._retriever(
-            _but_not(named.node if named and others else None, asked),
+            but_not(named.node if named and others else None, asked),
             skip + (max(count, self.limits.candidates) if self._rerank else count),
             exclude_query_image=others,
             unique=unique,
@@ -453,11 +447,3 @@ def _unreadable(error: ImageLoadError) -> str:
 
 def _left_out(count: int) -> list[str]:
     return [f"{count} more metadata not shown"] if count else []
-
-
-def _but_not(node: BaseNode | None, filters: MetadataFilters | None) -> MetadataFilters | None:
-    """The filters, and that it is not this node; copies of it are left out by the retriever."""
-    if node is None:
-        return filters
-    itself = MetadataFilters(filters=[MetadataFilter(key="id", operator=FilterOperator.NE, value=node.node_id)])
-    return itself if filters is None else MetadataFilters(filters=[filters, itself])

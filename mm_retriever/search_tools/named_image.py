@@ -21,6 +21,12 @@ from mm_retriever.search_tools.arguments import read_result_number
 from mm_retriever.search_tools.conversation import Conversation
 
 T = TypeVar("T")
+ONLY_NAMED = ImagePolicy(roots=(), max_bytes=20 * 2**20, max_pixels=25_000_000)
+"""What arguments may name by default: no path and no URL; ids, results, attachments and data URIs remain.
+
+25 megapixels: an untrusted caller can send a hundred in a few kilobytes, and many at once.
+"""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

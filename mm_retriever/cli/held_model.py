@@ -1,0 +1,75 @@
+"""The model of a command that names none: the one whose vectors the collection holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm_retriever.cli import options
+from mm_retriever.errors import QueryError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def model_to_load(
+    model: str | None, dtype: str | None, *, url: str | None, db: str, collection: str, token: str | None
+) -> tuple[str, str | None]:
+    """Name and dtype of the model to load: those that are given, else those that the collection was made with.
+
+    Args:
+        model: of `--model`; it wins, and is checked when the store is opened.
+        dtype: of `--dtype`; it wins.
+        url: of `--model-url`; the server chooses the dtype.
+        db: the store, which may not be there yet.
+        collection: its collection, likewise.
+        token: of the store's server.
+
+    Raises:
+        QueryError: the collection's model has no name by which this command may load it.
+    """
+    if model is not None:
+        return model, dtype
+    space, note = _held(db, collection, token)
+    if not (space or note):
+        return options.REAL_MODEL, dtype
+    name, _, kept = note.rpartition(", ")
+    if space.startswith("remote@"):
+        raise QueryError(
+            f"the collection holds vectors of the model {name!r}, which a server computes: give --model and --model-url"
+        )
+    if url is not None:
+        raise QueryError("--model-url needs --model: the name under which the server serves the model")
+    if not _may_be_loaded(name):
+        raise QueryError(
+            f"the collection holds vectors of the model {note or space!r}, which is not on this machine by that name: "
+            "give --model, a name or a folder"
+        )
+    return name, dtype or (kept if kept in _DTYPES else None)
+
+
+def _may_be_loaded(name: str) -> bool:
+    """Whether it is a published model or on this machine: what a store says fetches nothing else from the hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    from mm_retriever.embedders.registry import published_models
+
+    if name in dict(published_models()) or (name and Path(name).exists()):
+        return True
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "modules.json"))
+    except HFValidationError:
+        return False
+
+
+def _held(db: str, collection: str, token: str | None) -> tuple[str, str]:
+    """The model id and the note of a collection; "" where there is none, or it does not say."""
+    from mm_retriever.errors import StoreError
+    from mm_retriever.store import check_exists, describe_store
+
+    try:
+        check_exists(db)
+    except StoreError:
+        return "", ""
+    described = describe_store(db, token=token).get(collection, {})
+    space = described.get("model", "")
+    return "" if space == "not said" else space, described.get("model_note", "")
