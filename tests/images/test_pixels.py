@@ -363,3 +363,47 @@ def test_reading_bombs_in_many_threads_stays_below_a_gigabyte_and_a_half(tmp_pat
     peak, kept = map(int, printed.split())
     assert peak < 1_500
     assert kept < 700
+
+
+# ------------------------------------------------------------------------------------------ CMYK with a profile
+
+
+INKS = {(0, 0, 0, 0): (255, 128, 128), (0, 255, 0, 0): (120, 200, 120), (255, 0, 0, 0): (140, 90, 90)}
+"""Colours that only this press prints, as 8-bit Lab."""
+
+
+def press() -> bytes:
+    """The ICC profile of a printing press: two grid points an ink. Source: ICC.1:2001-04, 6.5.8 (lut8Type)."""
+    corners = [tuple(255 * (number >> ink & 1) for ink in (3, 2, 1, 0)) for number in range(16)]
+    colours = bytes(value for corner in corners for value in INKS.get(corner, (0, 128, 128)))
+    identity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    table = (
+        b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + identity + bytes(range(256)) * 4 + colours + bytes(range(256)) * 3
+    )
+    white = struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
+    header = b"none" + struct.pack(">I", 0x02400000) + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28) + white
+    body = header + bytes(48) + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+    return struct.pack(">I", len(body) + 4) + body
+
+
+def srgb_of_lab(lab: tuple[int, int, int]) -> np.ndarray:
+    """Source: CIE 15:2004 (Lab, D50), Bradford to D65, IEC 61966-2-1."""
+    f_y = (lab[0] / 255 * 100 + 16) / 116
+    f = np.array([f_y + (lab[1] - 128) / 500, f_y, f_y - (lab[2] - 128) / 200])
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * (0.9642, 1.0, 0.8249)
+    to_rgb = np.array(
+        [[3.1338561, -1.6168667, -0.4906146], [-0.9787684, 1.9161415, 0.0334540], [0.0719453, -0.2289914, 1.4052427]]
+    )
+    linear = np.clip(to_rgb @ xyz, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+@pytest.mark.parametrize("inks", INKS)
+def test_the_inks_of_a_press_are_the_colours_that_its_profile_says(kind, inks):
+    """Truth: the profile; without it magenta would be pure (255, 0, 255). Adobe writes the inks of a JPEG inverted."""
+    data = io.BytesIO()
+    Image.new("CMYK", (16, 16), inks).save(
+        data, kind, icc_profile=press(), **({"quality": 100} if kind == "JPEG" else {})
+    )
+    assert np.abs(np.array(load_image(data.getvalue()).getpixel((8, 8))) - srgb_of_lab(INKS[inks])).max() <= 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import resource
 import socket
@@ -11,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 
+import anyio
 import pytest
 
 pytest.importorskip("mcp.server", reason='needs the extra "mcp"')
@@ -23,6 +27,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_server_mm_retriever import ImageSearchServer, check_access, create_server, http_app
 from mcp_server_mm_retriever.http import Admission, BoundedProtocol
 from mcp_server_mm_retriever.server import Conversations
+from PIL import Image
 
 from mm_retriever.cli import main
 from mm_retriever.embedding import VisualizedBGEEmbedding
@@ -351,9 +356,9 @@ async def test_a_named_web_page_may_read_the_answers(search):
         assert token or hidden.status_code == 403
 
 
-@pytest.mark.slow
-async def test_the_command_serves_http(db):
-    """`mm-retriever mcp --http`, with its token from the environment."""
+@contextmanager
+def the_command(db) -> Iterator[tuple[str, int]]:
+    """URL and process of `mm-retriever mcp --http`, with its token from the environment."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -365,15 +370,49 @@ async def test_the_command_serves_http(db):
         try:
             while "serving MCP on" not in (line := process.stderr.readline()):
                 assert line, "the server ended"
-            url = f"http://127.0.0.1:{port}/mcp"
             for _ in range(100):
-                try:
-                    async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
-                        assert len((await client.list_tools()).tools) == 3
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
-                except Exception:
-                    time.sleep(0.1)
-            else:
-                pytest.fail("no answer")
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/mcp", process.pid
         finally:
             process.terminate()
+
+
+@pytest.mark.slow
+async def test_the_command_serves_http(db):
+    with the_command(db) as (url, _):
+        async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+            assert len((await client.list_tools()).tools) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the height of a process's memory")
+async def test_eight_clients_with_images_of_25_megapixels_take_no_gigabytes(db, tried):
+    """A file of a few kilobytes is 100 MB of pixels; together they took 8.5 GB, half of which was kept."""
+    data = io.BytesIO()
+    Image.new("RGBA", (5000, 5000), (200, 30, 30, 128)).save(data, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+    async def ask(url: str) -> None:
+        async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+            for _ in range(2):
+                found = await client.call_tool("search_images", {"text": "mug", "image": uri, "top_k": 2})
+                assert not found.is_error, found.content[0].text
+                tried["large images sent by MCP clients"] += 1
+
+    with the_command(db) as (url, pid):
+
+        def held(what: str) -> int:
+            lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            return int(lines[what].split()[0]) // 1024
+
+        await ask(url)
+        before = held("VmRSS")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the height is what is held now
+        async with anyio.create_task_group() as clients:
+            for _ in range(8):
+                clients.start_soon(ask, url)
+        assert held("VmHWM") - before < 1_300
+        await anyio.sleep(3)  # what is given back goes back a second later
+        assert held("VmRSS") - before < 300
