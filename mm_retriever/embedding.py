@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from llama_index.core.base.embeddings.base import Embedding
@@ -31,6 +31,7 @@ from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portab
 from mm_retriever.rebuild import Rebuilt, Secret, field_arguments, portable_name
 from mm_retriever.request import Request, node_image, node_images, paired, read_ahead
 from mm_retriever.threads import in_thread
+from mm_retriever.tracing import spanned
 from mm_retriever.vector_cache import MAX_BYTES, VectorCache, VectorOrigins
 
 if TYPE_CHECKING:
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MODEL", "ComposedEmbedding", "Request", "VisualizedBGEEmbedding", "node_image", "node_images"]
 
 dispatcher = get_dispatcher(__name__)
-spanned = cast("Callable[[F], F]", dispatcher.span)  # LlamaIndex's decorator drops the signature
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ComposedEmbedding(Rebuilt, MultiModalEmbedding):

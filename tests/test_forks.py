@@ -30,7 +30,7 @@ from mm_retriever import VisualizedBGEEmbedding
 torch.set_num_threads(2)
 model = VisualizedBGEEmbedding("tiny", device="cpu")
 expected = model.get_text_embedding("a red mug")
-busy = model.encoder._turn  # as another thread of the parent holds it, in the middle of a pass
+busy = model.encoder._lock  # as another thread of the parent holds it, in the middle of a pass
 
 
 def work(number):

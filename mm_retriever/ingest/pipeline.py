@@ -23,7 +23,7 @@ from llama_index.core.schema import BaseNode, ImageNode
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from tqdm import tqdm
 
-from mm_retriever.embedding import ComposedEmbedding, spanned
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.folder import walk
@@ -52,6 +52,7 @@ from mm_retriever.ingest.stable_url import stable_url
 from mm_retriever.ingest.vectors import Vector, Vectors
 from mm_retriever.own_keys import own_value
 from mm_retriever.store import ImageStore, same_model
+from mm_retriever.tracing import spanned
 
 _WINDOW = 256
 """Items looked up in the store with one request."""

@@ -89,7 +89,8 @@ class ModelWatch:
                 raise
             description = connection.ask(connection.client.describe_collection, name)
         model, dimension = stored_model(description)[0], vector_length(description)
-        if (model, dimension) != (self._model, self._dimension):
+        # a server that is starting again may not say the model yet; that is no other model
+        if dimension != self._dimension or (model != self._model and model is not None):
             raise StoreMismatchError(
                 f"collection {name!r} at {connection.where} was switched to the model {model!r} ({dimension} numbers) "
                 f"while it was open for {self._model!r}; open it again with that model"

@@ -230,7 +230,7 @@ def test_the_lightbox_zooms_and_downloads(page, folder):
 def test_a_region_of_an_image_becomes_the_query(page, way):
     search(page, "mug")
     page.locator(".card .open").first.click()
-    page.wait_for_function("document.getElementById('light-image').naturalWidth > 0")
+    expect(page.locator("#light-image")).to_have_js_property("complete", True)
     page.get_by_role("button", name="Cut out").click()
     expect(page.locator("#region")).to_be_visible()
     if way == "mouse":

@@ -48,7 +48,7 @@ def queries(folder: Path) -> Calls:
     model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=folder / "cache")
     store = drawn_store(folder, model)
     leopard = str(draw_leopard(folder / "leopard.png"))
-    pictures = sorted(map(str, (folder / "pictures").rglob("*.jpg")))
+    pictures = sorted(map(str, (folder / "images").rglob("*.jpg")))
     retriever = ComposedRetriever(store, model, top_k=5)
     index = VectorStoreIndex.from_vector_store(store, model).as_retriever(similarity_top_k=5)
     tools = ImageSearchToolSpec(ImageSearch(store, model))
@@ -109,7 +109,7 @@ def runs(folder: Path) -> Calls:
     """Ingestion that finds nothing to do."""
     model = VisualizedBGEEmbedding("tiny", device="cpu")
     store: ImageStore = drawn_store(folder, model)
-    pictures = draw_images(folder / "pictures")
+    pictures = draw_images(folder / "images")
 
     def run() -> object:
         report = ingest_images(
