@@ -1,9 +1,10 @@
-"""Files replaced in one step, and files and folders that are on the disk before a call returns."""
+"""Files replaced in one step, files that only this user can write, and what is on the disk before a call returns."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,35 @@ def drafted(path: Path) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def read_own(path: Path, most: int, *, others_may: int = 0) -> bytes | None:
+    """Return the beginning of a file that this user wrote; None where there is none, or it may be another's work.
+
+    Args:
+        path: the file; a link to one is none.
+        most: bytes that are read.
+        others_may: permission bits of group and others that are no reason to distrust it, like 0o044 for reading.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077 & ~others_may:
+            return None
+        return file.read(most)
+
+
+def is_own_socket(place: Path) -> bool:
+    """Whether a Unix socket is at a place where only this user can listen."""
+    try:
+        folder, listening = os.lstat(place.parent), os.lstat(place)
+    except (OSError, ValueError):
+        return False
+    private = stat.S_ISDIR(folder.st_mode) and not folder.st_mode & 0o077
+    return private and stat.S_ISSOCK(listening.st_mode) and {folder.st_uid, listening.st_uid} == {os.geteuid()}
 
 
 def sync(place: Path) -> None:

@@ -171,14 +171,16 @@ class ComposedRetriever(BaseRetriever):
             QueryError: one of them has nothing to search for.
         """
         bundles = [query if isinstance(query, QueryBundle) else QueryBundle(query) for query in queries]
-        plain = [row for row, one in enumerate(bundles) if one.embedding is None and not one.custom_embedding_strs]
-        texts = [bundles[row].query_str.strip() and bundles[row].query_str for row in plain]
-        images: list[Any] = [bundles[row].image_path for row in plain]
-        if not all(text or image for text, image in zip(texts, images, strict=True)):
-            raise QueryError("nothing to search for: give a text, QueryBundle(query_str, image_path=...), or both")
-        carried = [image and portable_image(image, policy=self._policy) for image in images]
-        vectors = self._embed_model.embed([text or None for text in texts], carried, query=True)
-        for row, image, vector in zip(plain, carried, vectors, strict=True):
+        rows = [
+            row
+            for row, one in enumerate(bundles)
+            if one.embedding is None and not one.custom_embedding_strs and (_words(one) or one.image_path)
+        ]
+        texts = [_words(bundles[row]) or None for row in rows]
+        places = [bundles[row].image_path for row in rows]
+        images = [portable_image(place, policy=self._policy) if place else None for place in places]
+        vectors = self._embed_model.embed(texts, images, query=True)
+        for row, image, vector in zip(rows, images, vectors, strict=True):
             bundles[row] = replace(bundles[row], image_path=image, embedding=vector.tolist())
         return [self.retrieve(bundle) for bundle in bundles]
 
@@ -187,7 +189,7 @@ class ComposedRetriever(BaseRetriever):
     def _vector(self, query: QueryBundle) -> list[float]:
         if query.embedding is not None:
             return query.embedding
-        text = query.query_str if query.query_str and query.query_str.strip() else ""
+        text = _words(query)
         if query.image_path:
             texts = query.custom_embedding_strs or ([text] if text else [])
             if not texts:
@@ -230,8 +232,8 @@ class ComposedRetriever(BaseRetriever):
         more: int = 0,
     ) -> list[NodeWithScore]:
         """The nearest of those that are left; more are fetched for as long as others take up places."""
-        # Not Milvus' grouping search: it takes columns of the schema alone, which collections made before do not have,
-        # and Milvus Lite groups the nearest 10 * top_k rows: an item with more images would hide those behind it.
+        # Not Milvus' grouping search: it groups by columns of the schema only, which existing collections do not have,
+        # and Milvus Lite looks at the nearest 10 * top_k rows only: an item with more images would hide other items.
         limit = min(self._top_k * (1 if self._group_by is None else 4) + more, MAX_TOP_K)
         while True:
             found = list(self._search(query, vector, limit))
@@ -257,6 +259,11 @@ class ComposedRetriever(BaseRetriever):
             for node in self._store.get_nodes(filters=some):
                 images.setdefault(_item(node, column), {}).update(_place(node))  # "7" was asked for 7 too
         return [_with_images(hit, images.get(_item(hit.node, column)) or {}) for hit in best]
+
+
+def _words(query: QueryBundle) -> str:
+    """The text of a query, "" where it is blank."""
+    return query.query_str if query.query_str and query.query_str.strip() else ""
 
 
 class KeepQueryImage(BaseQueryTransform):

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mm_retriever.errors import QueryError, one_line
-from mm_retriever.files import write_atomically
+from mm_retriever.files import is_own_socket, read_own, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +62,7 @@ class Note:
     @property
     def is_reachable(self) -> bool:
         """Whether its socket is at a place where only this user can listen."""
-        if self.host != socket.gethostname():
-            return False
-        place = Path(self.address)
-        try:
-            folder, listening = os.lstat(place.parent), os.lstat(place)
-        except (OSError, ValueError):
-            return False
-        private = stat.S_ISDIR(folder.st_mode) and not folder.st_mode & 0o077
-        return private and stat.S_ISSOCK(listening.st_mode) and {folder.st_uid, listening.st_uid} == {os.geteuid()}
+        return self.host == socket.gethostname() and is_own_socket(Path(self.address))
 
 
 @contextmanager
@@ -97,15 +88,9 @@ def noted(db: Path, *, address: str, secret: str, collection: str, model: str) -
 
 def read_note(db: Path) -> Note | None:
     """The note of a Milvus Lite file; None if there is none that this user wrote for this very folder."""
-    try:
-        descriptor = os.open(db / NOTE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+    data = read_own(db / NOTE, _MOST_NOTE + 1)
+    if data is None:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            return None
-        data = file.read(_MOST_NOTE + 1)
     try:
         note = Note(**json.loads(data))
         texts = (note.address, note.secret, note.collection, note.model, note.host)

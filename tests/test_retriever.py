@@ -15,6 +15,7 @@ from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter,
 
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMismatchError
 from mm_retriever.ingest import ingest_images
+from mm_retriever.refinement import Refinement
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import open_store
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
@@ -104,6 +105,10 @@ def test_many_queries_are_embedded_together_and_answered_in_their_order(world):
     assert [names(found) for found in one.retrieve_many(queries)] == alone
     assert [names(found) for found in asyncio.run(one.aretrieve_many(queries))] == alone
     assert one.retrieve_many([]) == []
+    liked = retriever(world, top_k=2, refinement=Refinement(images=(image,)))
+    assert [names(found) for found in liked.retrieve_many(["", "green"])] == [
+        names(liked.retrieve(query)) for query in ("", "green")
+    ]
     with pytest.raises(QueryError, match="nothing to search for"):
         one.retrieve_many(["green", " "])
 

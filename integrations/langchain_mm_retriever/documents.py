@@ -130,10 +130,10 @@ def read_filters(filters: Filters | None) -> MetadataFilters | None:
         return filters
     if not isinstance(filters, Mapping):
         raise FilterError(f"filters must be MetadataFilters or a mapping like {{'label': 'mug'}}, got {shown(filters)}")
-    return _joined(filters)
+    return _all_of(filters)
 
 
-def _joined(filters: Mapping[str, Any]) -> MetadataFilters:
+def _all_of(filters: Mapping[str, Any]) -> MetadataFilters:
     return MetadataFilters(filters=[part for key, value in filters.items() for part in _conditions(key, value)])
 
 
@@ -143,7 +143,7 @@ def _conditions(key: object, value: Any) -> list[MetadataFilter | MetadataFilter
     if key in _JOINED:
         if not isinstance(value, list | tuple) or not all(isinstance(part, Mapping) for part in value):
             raise FilterError(f"{key} {shown(value)}: give a list of mappings")
-        return [MetadataFilters(filters=[_joined(part) for part in value], condition=_JOINED[key])]
+        return [MetadataFilters(filters=[_all_of(part) for part in value], condition=_JOINED[key])]
     if key.startswith("$"):
         raise FilterError(f"{key} is not one of {', '.join([*_JOINED, *_OPERATORS])}, or needs a column before it")
     compared = value if isinstance(value, Mapping) else {"$in" if isinstance(value, list | tuple) else "$eq": value}

@@ -25,8 +25,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from mm_retriever.devices import input_device
+from mm_retriever.checkpoint import ModelFiles, load_strict, skeleton
+from mm_retriever.devices import as_device, as_dtype, input_device
 from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.folder import copy_tokenizer, write_folder
 from mm_retriever.embedders.passes import passes
 from mm_retriever.errors import CheckpointError, reason_of, shown
 from mm_retriever.forks import ForkLock, check_forked
@@ -34,6 +36,7 @@ from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
 logger = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
 
 TOKENIZER_REPO = "openai/clip-vit-base-patch16"  # the same for CLIP models of every size
@@ -102,6 +105,54 @@ def fill_positions(clip: nn.Module, device: torch.device) -> None:
     for module in clip.modules():
         if isinstance(table := getattr(module, "position_ids", None), Tensor):
             module.position_ids = torch.arange(table.shape[-1], device=device).expand((1, -1))
+
+
+def filled(
+    build: Callable[[], M],
+    state: Mapping[str, Tensor],
+    files: ModelFiles,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+) -> M:
+    """The model that `build` makes with these tensors in it, ready for inference."""
+    to = as_device(device)
+    model = skeleton(build, files.weights)
+    load_strict(model, state, source=files.weights, device=to, dtype=as_dtype(dtype))
+    fill_positions(model, to)
+    model.train(False)
+    return model
+
+
+def convert_clip(
+    build: Callable[[], nn.Module],
+    state: Mapping[str, Tensor],
+    files: ModelFiles,
+    out: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    original: str,
+    tokenizer: str | os.PathLike[str] | None,
+    dtype: torch.dtype | str | None,
+) -> Path:
+    """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``.
+
+    Args:
+        build: makes the model that the tensors are checked against.
+        state: tensors by name.
+        files: where they come from.
+        out: the folder.
+        config: what the tensors do not say.
+        original: fingerprint of the weights before any rounding.
+        tokenizer: if not beside the weights.
+        dtype: to be stored in.
+    """
+    load_strict(skeleton(build, files.weights), state, source=files.weights, device="meta")
+    if dtype is not None:
+        state = {key: tensor.to(as_dtype(dtype)) for key, tensor in state.items()}
+    folder = write_folder(out, state, config, original=original)
+    copy_tokenizer(folder, files, tokenizer, TOKENIZER_REPO)
+    return folder
 
 
 def clip_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:

@@ -38,7 +38,7 @@ def retrying(attempts: int, retry_wait_s: float, left: Callable[[], float | None
 
 
 def within(work: Callable[[], T], seconds: float) -> T:
-    """Return what the work returns, or raise a TimeoutError; then its thread is left behind, and dies with the process.
+    """Return what `work` returns, or raise a TimeoutError; its thread then ends with the process at the latest.
 
     Args:
         work: called in a thread of its own, in the caller's context.

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mm_retriever.files import write_atomically
+from mm_retriever.files import is_own_socket, read_own, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -75,26 +75,14 @@ class Record:
             return False
         if not isinstance(self.address, str):
             return self.address[0] == "127.0.0.1"
-        place = Path(self.address)
-        try:
-            folder, listening = os.lstat(place.parent), os.lstat(place)
-        except (OSError, ValueError):
-            return False
-        private = stat.S_ISDIR(folder.st_mode) and not folder.st_mode & 0o077
-        return private and stat.S_ISSOCK(listening.st_mode) and {folder.st_uid, listening.st_uid} == {os.geteuid()}
+        return is_own_socket(Path(self.address))
 
 
 def read_record(path: Path) -> Record | None:
     """Return the record of a Milvus Lite file; None if there is none that this user wrote for this very folder."""
-    try:
-        descriptor = os.open(path / RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+    data = read_own(path / RECORD, _MOST_RECORD + 1, others_may=0o055)
+    if data is None:
         return None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            return None
-        data = file.read(_MOST_RECORD + 1)
     try:
         fields = json.loads(data)
         address = fields["address"]

@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from mm_retriever.checkpoint import ModelFiles, load_strict, read_json, read_state_dict, skeleton
-from mm_retriever.devices import as_device, as_dtype
+from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict
 from mm_retriever.embedders.bge_vl import FAMILY_KEY
 from mm_retriever.embedders.clip import (
     TOKENIZER_REPO,
@@ -29,11 +28,12 @@ from mm_retriever.embedders.clip import (
     clip_config,
     clip_tokenizer,
     config_content,
-    fill_positions,
+    convert_clip,
+    filled,
     unit_rows,
 )
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.folder import copy_tokenizer, find_tokenizer, original_fingerprint, write_folder
+from mm_retriever.embedders.folder import find_tokenizer, original_fingerprint
 from mm_retriever.errors import CheckpointError
 from mm_retriever.images.square import CLIP_MEAN, CLIP_STD, middle_square
 
@@ -78,11 +78,7 @@ def load_files(
 ) -> BGEVLEncoder:
     """The model of these files, ready for inference."""
     content, config, state = _read(files)
-    to = as_device(device)
-    model = skeleton(lambda: CLIPModel(config), files.weights)
-    load_strict(model, state, source=files.weights, device=to, dtype=as_dtype(dtype))
-    fill_positions(model, to)
-    model.train(False)
+    model = filled(lambda: CLIPModel(config), state, files, device=device, dtype=dtype)
     path = find_tokenizer(files, tokenizer, TOKENIZER_REPO)
     return BGEVLEncoder(
         model,
@@ -102,10 +98,6 @@ def convert_files(
 ) -> Path:
     """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
     content, config, state = _read(files)
-    original = original_fingerprint(state, content)
-    load_strict(skeleton(lambda: CLIPModel(config), files.weights), state, source=files.weights, device="meta")
-    if dtype is not None:
-        state = {key: tensor.to(as_dtype(dtype)) for key, tensor in state.items()}
     written = {
         **config_content(config),
         "architectures": ["CLIPModel"],
@@ -113,9 +105,10 @@ def convert_files(
         FAMILY_KEY: FAMILY,
         "rounded": content.get("rounded"),
     }
-    folder = write_folder(out, state, written, original=original)
-    copy_tokenizer(folder, files, tokenizer, TOKENIZER_REPO)
-    return folder
+    original = original_fingerprint(state, content)
+    return convert_clip(
+        lambda: CLIPModel(config), state, files, out, written, original=original, tokenizer=tokenizer, dtype=dtype
+    )
 
 
 def _read(files: ModelFiles) -> tuple[dict[str, Any], CLIPConfig, dict[str, Tensor]]:

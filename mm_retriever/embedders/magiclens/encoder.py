@@ -19,8 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mm_retriever.checkpoint import ModelFiles, load_strict, read_json, read_state_dict, skeleton
-from mm_retriever.devices import as_device, as_dtype
+from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict
 from mm_retriever.embedders.clip import (
     TOKENIZER_REPO,
     ClipEncoder,
@@ -28,11 +27,12 @@ from mm_retriever.embedders.clip import (
     clip_config,
     clip_tokenizer,
     config_content,
-    fill_positions,
+    convert_clip,
+    filled,
     unit_rows,
 )
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.folder import copy_tokenizer, find_tokenizer, original_fingerprint, write_folder
+from mm_retriever.embedders.folder import find_tokenizer, original_fingerprint
 from mm_retriever.embedders.magiclens.flax_file import read_flax_file
 from mm_retriever.embedders.magiclens.model import MagicLens, MagicLensConfig, config_of_shapes
 from mm_retriever.embedders.magiclens.weights import from_flax
@@ -111,11 +111,7 @@ def load_files(
 ) -> MagicLensEncoder:
     """The model of these files, ready for inference."""
     content, config, state = _read(files)
-    to = as_device(device)
-    model = skeleton(lambda: MagicLens(config), files.weights)
-    load_strict(model, state, source=files.weights, device=to, dtype=as_dtype(dtype))
-    fill_positions(model, to)
-    model.train(False)
+    model = filled(lambda: MagicLens(config), state, files, device=device, dtype=dtype)
     path = find_tokenizer(files, tokenizer, TOKENIZER_REPO)
     original = original_fingerprint(state, content)
     return MagicLensEncoder(model, clip_tokenizer(path, config.clip), name=files.name, fingerprint=original)
@@ -130,18 +126,15 @@ def convert_files(
 ) -> Path:
     """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
     content, config, state = _read(files)
-    original = original_fingerprint(state, content)
-    load_strict(skeleton(lambda: MagicLens(config), files.weights), state, source=files.weights, device="meta")
-    if dtype is not None:
-        state = {key: tensor.to(as_dtype(dtype)) for key, tensor in state.items()}
     written = {
         **config_content(config.clip),
         "model_type": FAMILY,
         **{name: getattr(config, name) for name in _SIZES},
     }
-    folder = write_folder(out, state, written, original=original)
-    copy_tokenizer(folder, files, tokenizer, TOKENIZER_REPO)
-    return folder
+    original = original_fingerprint(state, content)
+    return convert_clip(
+        lambda: MagicLens(config), state, files, out, written, original=original, tokenizer=tokenizer, dtype=dtype
+    )
 
 
 def _read(files: ModelFiles) -> tuple[dict[str, Any], MagicLensConfig, dict[str, Tensor]]:
