@@ -266,7 +266,7 @@ def test_the_command_line_indexes_and_searches_items(tmp_path, capfd, monkeypatc
 
     monkeypatch.setattr(options, "embed_model", lambda *_, **__: ColourEmbedding())
     (tmp_path / "skus.json").write_text(json.dumps(draw_shop(tmp_path / "photos")))
-    db = ["--db", tmp_path / "a.db"]
+    db = ["--db", tmp_path / "a.db", "--model", "colours"]
     index = ["index", tmp_path / "photos", *db, "--sidecar", tmp_path / "skus.json"]
     assert run(capfd, *index)[0] == 0
     code, _, error = run(capfd, "search", "--text", "red", *db, "--per-item")

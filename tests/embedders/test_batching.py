@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -91,7 +90,14 @@ def test_a_call_that_was_interrupted_while_it_waited_is_not_computed():
     with ThreadPoolExecutor(1) as threads:
         first = threads.submit(batched.encode, [Content("first")])
         assert model.started.wait(30)
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        def interrupt() -> None:
+            while not batched.waiting:
+                time.sleep(0.01)
+            time.sleep(0.5)  # a signal that comes just before a thread blocks does not wake it
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             batched.encode([Content("given up")])
         model.may_go_on.set()
