@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -105,11 +106,15 @@ def test_what_was_stored_survives_a_cut_at_any_sync(tmp_path, disk, small_memory
     cuts: list[tuple[Path, dict[str, str]]] = []
     chance = random.Random(7)
 
+    one_at_a_time = threading.Lock()  # files are also synced in threads of Milvus Lite
+
     def maybe_cut(probability: float) -> None:
-        if len(cuts) < 14 * EFFORT and chance.random() < probability:
-            place = tmp_path / f"cut-{len(cuts)}.db"
-            disk.cut(db, place)
-            cuts.append((place, dict(stored)))
+        with one_at_a_time:
+            if len(cuts) < 14 * EFFORT and chance.random() < probability:
+                place = tmp_path / f"cut-{len(cuts)}.db"
+                before = dict(stored)
+                disk.cut(db, place)
+                cuts.append((place, before))
 
     with open_store(db, MODEL) as store:
         disk.at_each_sync(lambda: maybe_cut(0.03))
