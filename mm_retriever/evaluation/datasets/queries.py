@@ -1,0 +1,122 @@
+"""Queries of a user's own: `queries.jsonl`, the ratings that the web page exports, and triplets as MegaPairs has them.
+
+    {"image": "red mug.jpg", "text": "the same in blue", "targets": ["blue mug.jpg"], "negatives": ["red mug.jpg"]}
+    {"q_img": "red mug.jpg", "q_text": ["the same in blue"], "t_img": "blue mug.jpg", "hns": ["red mug.jpg"]}
+
+Paths are relative to the folder of the file. Both forms are read for evaluation and for training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mm_retriever.errors import QueryError
+from mm_retriever.evaluation.datasets.jsonfiles import Record, read_lines, refuse_missing
+
+FILE_NAME = "queries.jsonl"
+_OWN = ("image", "text", "targets", "negatives", "note")
+_MEGAPAIRS = ("q_img", "q_text", "t_img", "hns")
+
+
+@dataclass(frozen=True)
+class LabelledQuery:
+    """A query and the images that answer it.
+
+    Args:
+        image: the query image; None: a query of words alone.
+        text: the words; "": a query by the image alone.
+        targets: the right images, at least one.
+        negatives: images that look right and are wrong.
+        place: file and line, for messages.
+    """
+
+    image: Path | None
+    text: str
+    targets: tuple[Path, ...]
+    negatives: tuple[Path, ...] = ()
+    place: str = ""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All images that it names."""
+        return (*(() if self.image is None else (self.image,)), *self.targets, *self.negatives)
+
+
+def read_queries(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> list[LabelledQuery]:
+    """Return the queries of a file, or of `queries.jsonl` in a folder; every image that they name is there.
+
+    A line of several `q_text` becomes as many queries, each with the same images.
+
+    Args:
+        path: the file, or its folder.
+        images: the folder that paths are relative to; default: that of the file.
+
+    Raises:
+        QueryError: a missing file, a wrong line or a missing image: each is named.
+    """
+    file = Path(path).expanduser()
+    file = file / FILE_NAME if file.is_dir() else file
+    folder = file.parent if images is None else Path(images).expanduser()
+    queries = [query for record in read_lines(file) for query in _queries(record, folder)]
+    if not queries:
+        raise QueryError(f"{str(file)!r} has no queries; expected lines of JSON with {', '.join(_OWN[:4])}")
+    refuse_missing({str(image): image for query in queries for image in query.images}, str(file))
+    return queries
+
+
+def _queries(record: Record, folder: Path) -> Iterator[LabelledQuery]:
+    if "q_text" in record.values or "q_img" in record.values:
+        yield from _megapairs(record, folder)
+        return
+    record.only(_OWN)
+    targets = _distinct(record, "targets", folder)
+    negatives = _distinct(record, "negatives", folder) if record.values.get("negatives") is not None else ()
+    image = record.optional_text("image")
+    query = LabelledQuery(
+        _place(record, image, folder) if image else None, record.optional_text("text"), targets, negatives, record.place
+    )
+    if query.image is None and not query.text:
+        raise QueryError(f"{record.place}: neither 'image' nor 'text': there is nothing to search for")
+    yield _checked(query)
+
+
+def _megapairs(record: Record, folder: Path) -> Iterator[LabelledQuery]:
+    record.only(_MEGAPAIRS)
+    texts = record.texts("q_text")
+    if not texts or not all(text.strip() for text in texts):
+        raise record.error("q_text", "at least one text, none of them empty")
+    query = LabelledQuery(
+        image=_place(record, record.text("q_img"), folder),
+        text="",
+        targets=(_place(record, record.text("t_img"), folder),),
+        negatives=_distinct(record, "hns", folder) if record.values.get("hns") is not None else (),
+        place=record.place,
+    )
+    for text in texts:
+        yield _checked(replace(query, text=text))
+
+
+def _checked(query: LabelledQuery) -> LabelledQuery:
+    if not query.targets:
+        raise QueryError(f"{query.place}: no targets: name at least one right image")
+    if both := set(query.targets) & set(query.negatives):
+        raise QueryError(f"{query.place}: {str(min(both))!r} is both a target and a negative")
+    if query.image in query.targets:
+        raise QueryError(f"{query.place}: the query image is one of its targets, and would find itself; leave it out")
+    return query
+
+
+def _distinct(record: Record, key: str, folder: Path) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(_place(record, name, folder) for name in record.texts(key)))
+
+
+def _place(record: Record, name: str, folder: Path) -> Path:
+    """An image by its path, which is compared as written, without "." and "..": links stay links."""
+    if "://" in name or name[:5].lower() == "data:":
+        raise QueryError(f"{record.place}: {name[:80]!r} is no path; give images as files")
+    if not name.strip() or "\0" in name:
+        raise QueryError(f"{record.place}: {name[:80]!r} is no path of an image")
+    return Path(os.path.normpath(folder.absolute() / name))
