@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 TWO := --numprocesses 2 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export NO_MKDOCS_2_WARNING ?= 1
 
-.PHONY: help install demo test test-slow test-all lint lock format check clean
+.PHONY: help install demo test test-slow test-all lint docs lock format check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +43,9 @@ lint: $(VENV)/.dev  ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.dev  ## the documentation, offline, into site/; open site/index.html
+	$(BIN)/mkdocs build --clean --quiet
+
 lock: $(VENV)/.dev  ## constraints.lock: the versions of constraints.txt with the hashes of their files
 	$(PIP) uv
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --constraint constraints.txt \
@@ -51,7 +55,7 @@ format: $(VENV)/.dev  ## put the code in form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint test-all  ## everything continuous integration runs
+check: lint docs test-all  ## everything continuous integration runs
 
 clean:  ## remove what the other commands made
-	rm -rf $(VENV) demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) demo dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

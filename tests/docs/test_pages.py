@@ -1,0 +1,77 @@
+"""README and documentation: every block runs, every link leads somewhere, every public name has its place."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mm_retriever.demo import catalogue_queries
+from mm_retriever.demo.catalogue import write_catalogue
+from tests.support.pages import PAGES, ROOT, blocks, run
+
+QUICK = ("README.md", "tutorial.md", "filters.md")  # the others are slow tests
+REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/reference").glob("*.md")))
+
+
+@pytest.fixture(scope="module")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `mm-retriever demo` leaves in demo/, with 60 products for 900."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_catalogue(folder / "demo" / "catalogue", count=60, size=128)
+    catalogue_queries(folder / "demo" / "queries")
+    return folder
+
+
+RUNNABLE = [
+    pytest.param(page, id=str(page.relative_to(ROOT)), marks=() if page.name in QUICK else pytest.mark.slow)
+    for page in PAGES
+    if blocks(page)
+]
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_every_block_of_a_page_runs(page: Path, catalogue: Path, tmp_path: Path, monkeypatch) -> None:
+    """As a reader copies them, from the first to the last, in a folder with the demonstration's catalogue."""
+    shutil.copytree(catalogue, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["mm_retriever", "langchain_mm_retriever", "mcp_server_mm_retriever", "web_mm_retriever"],
+)
+def test_every_public_name_is_in_the_reference(package: str) -> None:
+    named = set(re.findall(rf"^::: {package}\.(?:\w+\.)*(\w+)$", REFERENCE, re.MULTILINE))
+    assert set(import_module(package).__all__) <= named
+
+
+def environment_variables() -> set[str]:
+    """What the source asks the environment for, and what options of commands take from it."""
+    found: set[str] = set()
+    for folder in ("mm_retriever", "integrations"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.keyword) and node.arg == "envvar" and isinstance(node.value, ast.Constant):
+                    found.add(node.value.value)
+                if isinstance(node, ast.Call) and "environ" in ast.dump(node.func) and node.args:
+                    name = node.args[0]
+                    found |= {name.value} if isinstance(name, ast.Constant) else set()
+    return found
+
+
+def test_every_environment_variable_is_named() -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    names = environment_variables()
+    assert "MM_RETRIEVER_TOKEN" in names and "XDG_CACHE_HOME" in names
+    page = hooks.environment()
+    assert not {name for name in names if f"`{name}`" not in page}
