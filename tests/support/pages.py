@@ -97,7 +97,9 @@ def check(words: Sequence[str]) -> bool:
         assert all(word in text for word in words[2:] if word.startswith("--")), words
         return True
     if "pip" in words[:3] and "install" in words:
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
         named = re.findall(r"\[([\w,-]+)\]", " ".join(words))
         assert {extra for names in named for extra in names.split(",")} <= set(extras), words
         return True
