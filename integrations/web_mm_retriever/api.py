@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import quote
 
 import anyio
 import anyio.from_thread
-import anyio.to_thread
 from mcp_server_mm_retriever.http import LOOPBACK
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mm_retriever import __version__
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, one_line
+from mm_retriever.errors import QueryError, one_line
 from mm_retriever.images import image_thumbnail
 from mm_retriever.refinement import Refinement
+from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.retriever import COPIES
-from mm_retriever.search_tools import ImageSearch, SearchResult, read_filters, without_folders
+from mm_retriever.search_tools import ImageSearch, SearchResult, read_filters
 from mm_retriever.search_tools.facets import count_facets
 from mm_retriever.search_tools.results import ImageResult
 from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
 from mm_retriever.search_tools.thumbnails import SIDES, Thumbnails
 from mm_retriever.store import ImageStore
 from web_mm_retriever import models
-from web_mm_retriever.admission import COOKIE, OWNER, SESSION_SECONDS, Access, BodyTooLargeError
+from web_mm_retriever.admission import COOKIE, OWNER, SESSION_SECONDS, Access
+from web_mm_retriever.endpoints import Endpoint, answering, as_json, in_thread, openapi_document, problem, read_body
+from web_mm_retriever.reranking import Reranking
 from web_mm_retriever.uploads import PREFIX, Uploads
 
 SEARCHES_AT_ONCE = 32
@@ -41,21 +39,6 @@ THUMBNAILS_AT_ONCE = 8
 DAY = 86_400
 
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """One address of the API."""
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    takes: type[BaseModel] | None = None
-    gives: type[BaseModel] | str = ""
-    query: tuple[str, ...] = ()
-    owner: bool = False
 
 
 class Api:
@@ -68,7 +51,7 @@ class Api:
         model: its name, for people.
         thumbnails: where small copies are kept.
         access: for signing in.
-        rerank: the name of the model that ranks results, for people.
+        reranker: ranks results when it is asked to; None: there is none.
     """
 
     def __init__(
@@ -80,14 +63,15 @@ class Api:
         model: str,
         thumbnails: Thumbnails,
         access: Access,
-        rerank: str | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
         self._search, self._store, self._model, self._name = search, store, embed_model, model
-        self._thumbnails, self._access, self._rerank = thumbnails, access, rerank
+        self._thumbnails, self._access = thumbnails, access
         self._uploads = Uploads(search.image_policy)
+        self._reranking = None if reranker is None else Reranking(search, store, reranker, self._uploads)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         self._reads = anyio.CapacityLimiter(THUMBNAILS_AT_ONCE)
-        self.endpoints = (
+        self.endpoints: tuple[Endpoint, ...] = (
             Endpoint("GET", "/v1/info", self.info, "What this server has and can do", gives=models.Info),
             Endpoint("POST", "/v1/search", self.search, "Search", models.SearchRequest, models.SearchAnswer),
             Endpoint("POST", "/v1/facets", self.facets, "Count values", models.FacetsRequest, models.FacetsAnswer),
@@ -101,13 +85,13 @@ class Api:
                 "The search of the command line, for the user who runs the server",
                 models.RowsRequest,
                 models.RowsAnswer,
-                owner=True,
             ),
+            *(self._reranking.endpoints if self._reranking else ()),
         )
 
     def routes(self) -> list[Route]:
         """The endpoints as Starlette's routes."""
-        return [Route(one.path, _said(one.handler), methods=[one.method]) for one in self.endpoints]
+        return [Route(one.path, answering(one.handler), methods=[one.method]) for one in self.endpoints]
 
     # ------------------------------------------------------------------------------------------ searching
 
@@ -121,16 +105,17 @@ class Api:
                 dimension=self._model.dimension,
                 rows=self._store.count(),
                 hybrid=self._store.hybrid,
-                rerank=self._rerank,
+                rerank=self._reranking and self._reranking.name,
+                rerank_seconds=self._reranking and self._reranking.seconds_each,
                 urls=self._search.image_policy.allow_urls,
                 draws_only=self._name == "tiny",
             )
 
-        return _json(await self._in_thread(request, read))
+        return as_json(await self._in_turn(request, read))
 
     async def search(self, request: Request) -> Response:
         """Search, as the page does it."""
-        asked = await _body(request, models.SearchRequest)
+        asked = await read_body(request, models.SearchRequest)
         started = time.perf_counter()
 
         def work() -> SearchResult:
@@ -154,9 +139,9 @@ class Api:
                 progress=_until_cancelled,
             )
 
-        found = await self._in_thread(request, work)
+        found = await self._in_turn(request, work)
         more = len(found.results) == asked.top_k and asked.skip + asked.top_k < models.DEEPEST
-        return _json(
+        return as_json(
             models.SearchAnswer(
                 query=found.query,
                 results=[_result(one) for one in found.results],
@@ -170,16 +155,16 @@ class Api:
     async def rows(self, request: Request) -> Response:
         """Search, as the command line does it."""
         if not request.scope.get(OWNER):
-            return _problem(403, "only the user who runs the server may see where files lie: ask /v1/search")
-        asked = await _body(request, models.RowsRequest)
+            return problem(403, "only the user who runs the server may see where files lie: ask /v1/search")
+        asked = await read_body(request, models.RowsRequest)
         query = RowsQuery(**{**asked.model_dump(), "where": tuple(asked.where)})
-        found = await self._in_thread(request, lambda: find_rows(self._store, self._model, query))
-        return _json(models.RowsAnswer(rows=result_rows(found.nodes), notes=list(found.notes)))
+        found = await self._in_turn(request, lambda: find_rows(self._store, self._model, query))
+        return as_json(models.RowsAnswer(rows=result_rows(found.nodes), notes=list(found.notes)))
 
     async def facets(self, request: Request) -> Response:
         """Count the values of columns."""
-        asked = await _body(request, models.FacetsRequest)
-        found = await self._in_thread(request, lambda: count_facets(self._store, read_filters(asked.filters)))
+        asked = await read_body(request, models.FacetsRequest)
+        found = await self._in_turn(request, lambda: count_facets(self._store, read_filters(asked.filters)))
         facets = [
             models.Facet(
                 key=facet.key,
@@ -190,17 +175,17 @@ class Api:
             )
             for facet in found.facets
         ]
-        return _json(models.FacetsAnswer(facets=facets, rows=found.rows, complete=found.complete))
+        return as_json(models.FacetsAnswer(facets=facets, rows=found.rows, complete=found.complete))
 
     # ------------------------------------------------------------------------------------------ images
 
     async def upload(self, request: Request) -> Response:
         """Keep an image for searches; its media type is image/..., which no other page may send unasked."""
         if not request.headers.get("content-type", "").startswith("image/"):
-            return _problem(415, "send the bytes of an image, with its media type (image/jpeg) as Content-Type")
+            return problem(415, "send the bytes of an image, with its media type (image/jpeg) as Content-Type")
         data = await request.body()
-        image, (width, height) = await self._in_thread(request, lambda: self._uploads.add(data), limiter=self._reads)
-        return _json(models.Upload(image=image, width=width, height=height))
+        image, (width, height) = await self._in_turn(request, lambda: self._uploads.add(data), limiter=self._reads)
+        return as_json(models.Upload(image=image, width=width, height=height))
 
     async def thumbnail(self, request: Request) -> Response:
         """A small copy of an indexed image or of an upload."""
@@ -213,7 +198,7 @@ class Api:
                 return image_thumbnail(self._uploads.data(id_), int(side), policy=self._search.image_policy)
             return self._thumbnails.of(self._search.indexed(id_), int(side), self._search.stored_policy)
 
-        data = await self._in_thread(request, read, limiter=self._reads)
+        data = await self._in_turn(request, read, limiter=self._reads)
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
         headers = {"cache-control": f"private, max-age={DAY}", "etag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -223,7 +208,7 @@ class Api:
     async def original(self, request: Request) -> Response:
         """The file of an indexed image, if it still is the one that was indexed."""
         id_ = request.query_params.get("id", "")
-        found = await self._in_thread(request, lambda: self._search.original(id_), limiter=self._reads)
+        found = await self._in_turn(request, lambda: self._search.original(id_), limiter=self._reads)
         headers = {"cache-control": "private, no-cache", "content-security-policy": "default-src 'none'; sandbox"}
         if request.query_params.get("download"):
             headers["content-disposition"] = f"attachment; filename*=UTF-8''{quote(found.name, safe='')}"
@@ -237,8 +222,8 @@ class Api:
             session = self._access.sign_in(key=request.query_params.get("key", ""))
             answer = Response(status_code=303, headers={"location": "./"})
         else:
-            session = self._access.sign_in(token=(await _body(request, models.SignIn)).token)
-            answer = _problem(403, "this is not the token of the server")
+            session = self._access.sign_in(token=(await read_body(request, models.SignIn)).token)
+            answer = problem(403, "this is not the token of the server")
         if session is None:
             return answer
         if request.method == "POST":
@@ -260,73 +245,10 @@ class Api:
         """The OpenAPI document."""
         return JSONResponse(openapi_document(self.endpoints))
 
-    async def _in_thread(
+    async def _in_turn(
         self, request: Request, work: Callable[[], T], *, limiter: anyio.CapacityLimiter | None = None
     ) -> T:
-        """What `work` returns; a client that goes away frees its place before the next step."""
-        result: list[T] = []
-        failed: list[Exception] = []
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                while (await request.receive())["type"] != "http.disconnect":
-                    pass
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            try:
-                result.append(await anyio.to_thread.run_sync(work, limiter=limiter or self._turns))
-            except Exception as error:  # which the group would wrap
-                failed.append(error)
-            tasks.cancel_scope.cancel()
-        if failed:
-            raise failed[0]
-        if not result:
-            raise ClientDisconnect
-        return result[0]
-
-
-def openapi_document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of the API."""
-    paths: dict[str, Any] = {}
-    schemas: dict[str, Any] = {}
-
-    def schema(model: type[BaseModel]) -> dict[str, Any]:
-        described = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(described.pop("$defs", {}))
-        schemas[model.__name__] = described
-        return {"$ref": f"#/components/schemas/{model.__name__}"}
-
-    problem = {"description": "Refused", "content": {"application/json": {"schema": schema(models.Problem)}}}
-    for one in endpoints:
-        if isinstance(one.gives, str):
-            content: dict[str, Any] = {one.gives: {"schema": {"type": "string", "format": "binary"}}}
-        else:
-            content = {"application/json": {"schema": schema(one.gives)}}
-        described: dict[str, Any] = {
-            "summary": one.summary,
-            "operationId": one.path.rpartition("/")[2],
-            "responses": {"200": {"description": "Done", "content": content}, "4XX": problem},
-            "parameters": [
-                {"name": name, "in": "query", "required": name == "id", "schema": {"type": "string"}}
-                for name in one.query
-            ],
-        }
-        if one.takes is not None:
-            body = {"application/json": {"schema": schema(one.takes)}}
-            described["requestBody"] = {"required": True, "content": body}
-        elif one.method == "POST":
-            binary = {"schema": {"type": "string", "format": "binary"}}
-            described["requestBody"] = {"required": True, "content": {"image/*": binary}}
-        paths.setdefault(one.path, {})[one.method.lower()] = described
-    bearer = {"type": "http", "scheme": "bearer"}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "mm-retriever", "version": __version__, "description": "Image search; paths are versioned."},
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": {"token": bearer}},
-        "security": [{"token": []}, {}],
-    }
+        return await in_thread(request, work, limiter or self._turns)
 
 
 def _result(one: ImageResult) -> models.Result:
@@ -350,49 +272,3 @@ def _result(one: ImageResult) -> models.Result:
 
 def _until_cancelled(done: int, steps: int, doing: str) -> None:
     anyio.from_thread.check_cancelled()
-
-
-async def _body(request: Request, model: type[T]) -> T:
-    """The JSON body of a request; a form, which any page could send, is refused."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise WrongMediaTypeError("send JSON, with Content-Type: application/json")
-    try:
-        given = json.loads(await request.body() or b"{}")
-        return model(**given) if isinstance(given, dict) else model.model_validate(given)  # type: ignore[attr-defined]
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the body"
-        raise QueryError(f"{one_line(place, 80)}: {one_line(first['msg'], 200)}") from None
-    except (ValueError, RecursionError) as error:
-        raise QueryError(f"the body is not JSON: {one_line(error, 200)}") from None
-
-
-class WrongMediaTypeError(QueryError):
-    """A body that is not JSON."""
-
-
-def _said(handler: Handler) -> Handler:
-    """A handler whose errors are answers: a status, and a line that tells nothing about folders."""
-
-    @functools.wraps(handler)
-    async def saying(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except ClientDisconnect:  # nobody reads the answer
-            return Response(status_code=499)
-        except MMRetrieverError as error:
-            kinds = {WrongMediaTypeError: 415, BodyTooLargeError: 413, ImageLoadError: 422, QueryError: 400}
-            status = next((status for kind, status in kinds.items() if isinstance(error, kind)), 400)
-            owner = bool(request.scope.get(OWNER))
-            text = one_line(error, 1_000)
-            return _problem(status, text if owner else without_folders(text))
-
-    return saying
-
-
-def _json(model: BaseModel) -> Response:
-    return Response(model.model_dump_json(), media_type="application/json", headers={"cache-control": "no-store"})
-
-
-def _problem(status: int, reason: str) -> Response:
-    return JSONResponse({"error": reason}, status_code=status)

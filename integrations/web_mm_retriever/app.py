@@ -10,9 +10,9 @@ import asyncio
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcp_server_mm_retriever import http_app, image_search
 from starlette.applications import Starlette
@@ -25,12 +25,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mm_retriever import __version__
 from mm_retriever.embedders.batching import BatchedEmbedder
 from mm_retriever.embedding import ComposedEmbedding
+from mm_retriever.rerank.registry import load_reranker
+from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.search_tools import ImageSearch, SearchLimits
 from mm_retriever.search_tools.thumbnails import Thumbnails
 from mm_retriever.store import ImageStore
 from web_mm_retriever.admission import Access, Admission
 from web_mm_retriever.api import Api
-from web_mm_retriever.models import MOST_RESULTS, PAGE
+from web_mm_retriever.models import MOST_RERANKED, MOST_RESULTS, PAGE
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -68,6 +70,9 @@ def web_app(
     roots: Sequence[Path] | None = None,
     allow_urls: bool = False,
     thumbnails: Path | None = None,
+    rerank: str | Reranker | None = None,
+    rerank_server: Mapping[str, Any] | None = None,
+    device: str | None = None,
 ) -> WebApp:
     """Return the app that `mm-retriever serve` runs, for a server of your own.
 
@@ -79,6 +84,10 @@ def web_app(
         roots: folders that images may be read from. Default: where the store says, of a file of this machine.
         allow_urls: whether images may be named by URL.
         thumbnails: a private folder that keeps them; default: under the user's cache folder.
+        rerank: ranks results when somebody asks for it: a name of `load_reranker`, or a reranker, whose own
+            `image_policy` then says what it may read. None: nobody can ask for it.
+        rerank_server: `base_url`, `api` and `api_key` of `load_reranker`, for a model that runs on a server.
+        device: of a reranker on this machine.
 
     Raises:
         QueryError: a token is missing, empty, too short, or too easy to guess.
@@ -91,7 +100,10 @@ def web_app(
         store, shared, image_policy=tools.image_policy, stored_policy=tools.stored_policy, limits=limits
     )
     kept = Thumbnails(default_cache() / "thumbnails" if thumbnails is None else thumbnails)
-    api = Api(search, store, shared, model=embed_model.model_name, thumbnails=kept, access=access)
+    if isinstance(rerank, str):
+        options: dict[str, Any] = {"device": None if rerank_server else device, **(rerank_server or {})}
+        rerank = load_reranker(rerank, top_n=MOST_RERANKED, image_policy=tools.stored_policy, **options)
+    api = Api(search, store, shared, model=embed_model.model_name, thumbnails=kept, access=access, reranker=rerank)
 
     async def page(request: Request) -> Response:
         return _page(request, admitted=access.admits(request.scope))

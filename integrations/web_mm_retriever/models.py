@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PAGE = 40
 MOST_RESULTS = 200
 DEEPEST = 10_000
+RERANKED = 9
+"""Of the best results, where nobody says how many."""
+MOST_RERANKED = 50
 
 
 class Taken(BaseModel):
@@ -66,6 +69,39 @@ class SearchAnswer(BaseModel):
     note: str = ""
     next: int | None = Field(None, description="`skip` of the next page; null: there is none.")
     seconds: float = Field(description="How long the server worked on it.")
+
+
+class RerankRequest(Taken):
+    """Results to rank by the server's reranker; it sees the text and the image, and nothing else of the query."""
+
+    text: str = Field("", description="The words of the query.")
+    image: str | None = Field(None, description="The image of the query, as of a search.")
+    ids: list[str] = Field(description="Of the results, best first.", min_length=1, max_length=MOST_RERANKED)
+    scores: list[float | None] = Field([], description="Of the results, for a reranker that is fused with retrieval.")
+
+
+class RerankedResult(BaseModel):
+    """One result in its new place."""
+
+    id: str
+    score: float | None = Field(None, description="What the model gave it; null: it gives none, or did not judge it.")
+    reason: str = Field("", description="In the model's words.")
+    note: str = Field("", description="Why it was not judged.")
+
+
+class RerankEvent(BaseModel):
+    """A line of the answer, sent as it happens; closing the connection stops the model."""
+
+    event: Literal["waiting", "running", "done", "failed"] = Field(
+        description="waiting: for other users' rankings; failed: the order stays as it was."
+    )
+    expected_seconds: float | None = Field(
+        None, description="How long it takes by what this server measured; null: it has measured none yet."
+    )
+    seconds: float = Field(0, description="How long the model has worked on it.")
+    passes: int = Field(0, description="Runs of the model so far.")
+    results: list[RerankedResult] = []
+    error: str = ""
 
 
 class RowsRequest(Taken):
@@ -136,7 +172,11 @@ class Info(BaseModel):
     dimension: int
     rows: int
     hybrid: bool
-    rerank: str | None = Field(None, description="The model that ranks results; null: there is none.")
+    rerank: str | None = Field(None, description="The model that ranks results on demand; null: there is none.")
+    rerank_count: int = Field(RERANKED, description="How many results the page lets it rank.")
+    rerank_seconds: float | None = Field(
+        None, description="Seconds for one result, as they were measured last; null: nothing was ranked yet."
+    )
     urls: bool = Field(description="Whether images may be named by URL.")
     draws_only: bool = Field(description="The model knows drawn products only: it was made for tests and demos.")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mm_retriever.cli import held_model, options
+from mm_retriever.errors import QueryError
 
 
 def serve(
@@ -23,6 +24,26 @@ def serve(
         ),
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let people name images by URL.")] = False,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            help="A model that ranks results when somebody asks for it on the page. Default: none.",
+            autocompletion=options.reranker_names,
+        ),
+    ] = None,
+    rerank_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible server that runs the --rerank model.")
+    ] = None,
+    rerank_api: Annotated[
+        str | None,
+        typer.Option(help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model)."),
+    ] = None,
+    rerank_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MM_RETRIEVER_RERANK_KEY", help="The key that the server of --rerank-url wants.", show_envvar=True
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Other than loopback only with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8765,
     http_token: Annotated[
@@ -37,14 +58,30 @@ def serve(
     r"""Serve a web page, a JSON API and MCP; `search` uses it by itself. Needs: pip install "mm-retriever\[web]"."""
     from web_mm_retriever import serve_web, web_app
 
+    from mm_retriever.rerank.registry import check_reranker
     from mm_retriever.store import check_exists, open_store
 
     if http_token is None:
         http_token = os.environ.get("MM_RETRIEVER_HTTP_TOKEN")  # an empty one, which typer takes for none
+    server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
+    if server and rerank is None:
+        raise QueryError("--rerank-url needs --rerank: the name under which the server serves the model")
     check_exists(db)  # before a model is loaded
+    if rerank is not None:
+        check_reranker(rerank, base_url=server.get("base_url"))
     name, dtype = held_model.model_to_load(model, dtype, url=None, db=db, collection=collection, token=token)
     embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-        app = web_app(store, embedding, host=host, token=http_token, roots=root, allow_urls=allow_urls)
+        app = web_app(
+            store,
+            embedding,
+            host=host,
+            token=http_token,
+            roots=root,
+            allow_urls=allow_urls,
+            rerank=rerank,
+            rerank_server=server,
+            device=device,
+        )
         file = Path(db) if Path(db).is_dir() else None
         serve_web(app, host=host, port=port, db=file, collection=collection, model=name)

@@ -9,6 +9,7 @@ One image goes through the files in this order:
 - `vectors.py`: embedded; what happens when the model fails.
 - `nodes.py`: the node that is stored, and what tells that it changed.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
+- `progress.py`: how far it is, and whether it goes on.
 - `known.py`: vectors that the store has already of the same file contents.
 - `removal.py`: which files are provably gone, and rows out of the store.
 - `reindexing.py`: the rows of a collection under another model.

@@ -8,10 +8,9 @@ id that does not change, nothing is removed before what replaces it is there, an
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,7 +25,6 @@ from tqdm import tqdm
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
-from mm_retriever.ingest.folder import walk
 from mm_retriever.ingest.ignored import IgnoredCounts
 from mm_retriever.ingest.known import KnownVectors
 from mm_retriever.ingest.nodes import (
@@ -42,12 +40,22 @@ from mm_retriever.ingest.nodes import (
     with_items,
     write_each,
 )
+from mm_retriever.ingest.progress import Meter, Progress
 from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
-from mm_retriever.ingest.removal import fate, prune_images
+from mm_retriever.ingest.removal import fate, prune_images, prune_missing
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar
-from mm_retriever.ingest.sources import Item, Source, items, missing_folder, path_id, source_folder, url_id
+from mm_retriever.ingest.sources import (
+    Item,
+    Source,
+    count_items,
+    items,
+    missing_folder,
+    path_id,
+    source_folder,
+    url_id,
+)
 from mm_retriever.ingest.stable_url import stable_url
 from mm_retriever.ingest.vectors import Vector, Vectors
 from mm_retriever.own_keys import own_value
@@ -81,6 +89,7 @@ def ingest_images(
     exif: bool = True,
     report_path: str | Path | None = None,
     show_progress: bool = True,
+    progress: Progress | None = None,
     image_policy: ImagePolicy = DEFAULT_POLICY,
     fs: Any | None = None,
 ) -> IngestReport:
@@ -121,6 +130,8 @@ def ingest_images(
         exif: read the EXIF block of images that are new or changed.
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
+        progress: asked before each image that is to be embedded, with how many are done, and of how many. It may wait;
+            where it returns False the run ends early, prunes nothing, and the report says so.
         image_policy: what may be read, and how large.
         fs: a file system of fsspec (S3, GCS, memory, ...) in which `source` and paths are looked for. Documents that
             `SimpleDirectoryReader(..., fs=...)` has read are found without it in the file systems that are open,
@@ -142,7 +153,7 @@ def ingest_images(
     if force and not prune:
         raise IngestError("force=True goes with prune=True: it says that many rows may go")
     if prune and fs is None and (missing := missing_folder(source)) is not None:
-        report = _prune_missing(missing, store, force=force)
+        report = prune_missing(missing, store, force=force)
     else:
         folder = source_folder(source) if fs is None else None
         if prune and folder is None:
@@ -152,7 +163,7 @@ def ingest_images(
         match = match_sidecar(sidecar, source if fs is None else iter(()), folder)
         dropped: tuple[Kind, ...] = ("earlier", "node", "sidecar") if drop_columns else ()
         dropped += ("exif",) if drop_columns and not exif else ()
-        total = _total(source, folder) if show_progress else None
+        total = count_items(source, folder) if show_progress or progress is not None else None
         with tqdm(total=total, desc="Indexing", unit="image", disable=not show_progress) as bar:
             run = _Run(
                 store,
@@ -160,7 +171,7 @@ def ingest_images(
                 match,
                 batch_size,
                 image_policy,
-                bar,
+                Meter(bar, progress, total),
                 exif=exif,
                 dropped=dropped,
                 fs=fs,
@@ -171,24 +182,6 @@ def ingest_images(
     if report_path is not None:
         report.write(report_path)
     return report
-
-
-def _prune_missing(folder: str, store: ImageStore, *, force: bool) -> IngestReport:
-    """Remove the rows of a folder that is gone."""
-    start = time.perf_counter()
-    pruned = prune_images(folder, store, force=force)
-    if not pruned.rows:
-        raise IngestError(f"there is no folder {folder!r}, and nothing is stored of it")
-    seconds = time.perf_counter() - start
-    return IngestReport(0, 0, 0, 0, pruned.removed, skipped=(), seconds=seconds, kept=pruned.kept)
-
-
-def _total(source: Source, folder: str | None) -> int | None:
-    if folder is not None:
-        return sum(1 for _ in walk(folder, lambda name, reason: None))
-    if isinstance(source, str | os.PathLike):
-        return 1
-    return len(source) if isinstance(source, Sized) else None
 
 
 Read = tuple[Task, ReadImage]
@@ -203,7 +196,7 @@ class _Run:
     sidecar: SidecarMatch
     batch_size: int
     policy: ImagePolicy
-    bar: tqdm[Any]
+    bar: Meter
     exif: bool
     dropped: tuple[Kind, ...]
     fs: Any | None
@@ -228,7 +221,7 @@ class _Run:
         start = time.perf_counter()
         try:
             self._ingest(self._tasks(source))
-            if prune_folder is not None:
+            if prune_folder is not None and not self.bar.is_stopped:
                 self._prune(prune_folder, start, force=force)
         except StoreError as error:
             stored = self.counts["indexed"] + self.counts["replaced"]
@@ -238,6 +231,7 @@ class _Run:
         return self._report(start)
 
     def _report(self, start: float) -> IngestReport:
+        remarks = sorted(f"{count} {remark}" for remark, count in self.remarks.items())
         names = ("indexed", "replaced", "moved", "reused", "updated", "unchanged", "removed", "kept")
         return IngestReport(
             **{name: self.counts[name] for name in names},
@@ -245,7 +239,7 @@ class _Run:
             seconds=time.perf_counter() - start,
             ignored=self.ignored.report(),
             unused_rows=len(self.sidecar.unused),
-            notes=(*self.sidecar.notes, *sorted(f"{count} {remark}" for remark, count in self.remarks.items())),
+            notes=(*self.bar.notes, *self.sidecar.notes, *remarks),
         )
 
     # ------------------------------------------------------------------------------------------ what is to be done
@@ -253,7 +247,7 @@ class _Run:
     def _tasks(self, source: Source) -> Iterator[Task]:
         """Yield what is new or may have changed; what is stored as it is needs no task."""
         everything = items(source, self._skip, self.ignored, self.fs, search_open=self.policy.roots is None)
-        while window := list(islice(everything, _WINDOW)):
+        while self.bar.goes_on() and (window := list(islice(everything, _WINDOW))):
             by_id = {item.id: item for item in window if item.id not in self.under_way}
             self.bar.update(len(window) - len(by_id))  # named twice
             stored = _retried(self.store.columns, list(by_id), BOOKKEEPING)
@@ -299,6 +293,8 @@ class _Run:
         reading = read_ahead(self._without_texts(tasks), self._read, ahead=2 * self.batch_size)
         with closing(reading) as results:
             for task, image in results:
+                if not self.bar.goes_on():
+                    break
                 if image.error:
                     if image.spoiled and image.length == task.stamp.get("bytes"):
                         self.spoiled.add(task.item.id)

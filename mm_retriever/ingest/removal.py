@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import IngestError
+from mm_retriever.ingest.report import IngestReport
 from mm_retriever.ingest.sources import is_url, path_id, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
@@ -92,6 +94,20 @@ def prune_images(
         )
     store.delete_nodes(gone)
     return PruneReport(rows, len(gone), len(kept), tuple(kept[:_KEPT_LISTED]))
+
+
+def prune_missing(folder: str, store: ImageStore, *, force: bool) -> IngestReport:
+    """Remove the rows of a folder that is gone.
+
+    Raises:
+        IngestError: nothing is stored of it, or more than a fifth would go without `force`.
+    """
+    start = time.perf_counter()
+    pruned = prune_images(folder, store, force=force)
+    if not pruned.rows:
+        raise IngestError(f"there is no folder {folder!r}, and nothing is stored of it")
+    seconds = time.perf_counter() - start
+    return IngestReport(0, 0, 0, 0, pruned.removed, skipped=(), seconds=seconds, kept=pruned.kept)
 
 
 def remove_images(

@@ -10,7 +10,7 @@ import os
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -122,6 +122,15 @@ def source_folder(source: Source) -> str | None:
     if path is None:
         raise IngestError(f"there is no file or folder {os.fspath(source)!r}")
     return str(path.resolve()) if path.is_dir() else None
+
+
+def count_items(source: Source, folder: str | None) -> int | None:
+    """Return how many items a source has, None if it does not say; a folder is walked for it."""
+    if folder is not None:
+        return sum(1 for _ in walk(folder, lambda name, reason: None))
+    if isinstance(source, str | os.PathLike):
+        return 1
+    return len(source) if isinstance(source, Sized) else None
 
 
 def missing_folder(source: Source) -> str | None:

@@ -150,6 +150,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         query: str | QueryBundle | None = None,
         *,
         query_image: ImageSource | None = None,
+        meter: Meter | None = None,
     ) -> Reranking:
         """The nodes in their new order, with what the model said and what it cost.
 
@@ -157,6 +158,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             nodes: as retrieved, best first; they are not changed.
             query: a text, or a bundle with a text, an ``image_path`` (a path or a data URI), or both.
             query_image: the query image in any form that `load_image` takes; it goes before the bundle's.
+            meter: counts what it costs, for a caller who watches it or stops it; default: one of `time_budget_s`.
 
         Raises:
             QueryError: neither a text nor an image.
@@ -181,7 +183,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             EventPayload.TOP_K: self.top_n,
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-            result = self._reranking(list(nodes), text, source)
+            result = self._reranking(list(nodes), text, source, meter or Meter(self.time_budget_s))
             event.on_end(payload={EventPayload.NODES: result.nodes})
         dispatcher.event(ReRankEndEvent(nodes=result.nodes))
         self._last_usage = result.usage
@@ -192,10 +194,9 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     ) -> list[NodeWithScore]:
         return self.rerank(nodes, query_bundle).nodes
 
-    def _reranking(self, nodes: list[NodeWithScore], text: str, source: ImageSource | None) -> Reranking:
+    def _reranking(self, nodes: list[NodeWithScore], text: str, source: ImageSource | None, meter: Meter) -> Reranking:
         if not nodes:
             return Reranking([], ())
-        meter = Meter(self.time_budget_s)
         candidates: list[Candidate] = []
         try:
             try:

@@ -74,6 +74,10 @@ class Meter:
         """Seconds that are left of the budget; None: as many as it takes."""
         return None if self._budget is None else max(0.0, self._budget - (time.monotonic() - self._started))
 
+    def stop(self) -> None:
+        """Let the ranking end, as if its time were up; from any thread."""
+        self._budget = 0.0
+
     def usage(self) -> Usage:
         """The figures so far."""
         seconds = time.monotonic() - self._started

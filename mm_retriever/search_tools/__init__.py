@@ -10,6 +10,7 @@ Knows nothing of agents. In this order:
 - `conversation.py`: what one conversation can refer to: its attachments and its earlier results.
 - `named_image.py`: what an image argument names, and its bytes.
 - `image_search.py`: `ImageSearch`, on those above.
+- `reranking.py`: results that were shown already, in the order of a reranker.
 """
 
 from mm_retriever.search_tools.arguments import (

@@ -213,7 +213,7 @@ class ImageSearch:
         asked = read_text(question, "question", most=self.limits.query_text)
         tell, steps = progress or _nobody, 3 if self._llm else 2
         tell(0, steps, "reading the image")
-        named = self._named(image, conversation)
+        named = self.named(image, conversation)
         facts: dict[str, Any] = {}
         hidden = 0
         if named.node is not None:
@@ -301,13 +301,12 @@ class ImageSearch:
         skip: int = 0,
         hybrid: bool = False,
     ) -> SearchResult:
-        count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
-        asked = read_filters(filters)
+        count, asked = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k), read_filters(filters)
         tell, steps = progress or _nobody, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
-        named = self._named(image, conversation) if image else None
+        named = self.named(image, conversation) if image else None
         if refinement is not None:
-            more = tuple(self._named(one, conversation).read(bytes) for one in refinement.images)
+            more = tuple(self.named(one, conversation).read(bytes) for one in refinement.images)
             refinement = replace(refinement, images=more)
         retriever = self._retriever(
             but_not(named.node if named and others else None, asked),
@@ -371,7 +370,8 @@ class ImageSearch:
     def _result(self, rank: int, scored: NodeWithScore) -> ImageResult:
         node, limits, policy = scored.node, self.limits, self.stored_policy
         facts, hidden = self._facts(node)
-        notes = [one_line(node.metadata[RERANK_NOTE], 200)] if node.metadata.get(RERANK_NOTE) else []
+        note = node.metadata.get(RERANK_NOTE)
+        notes = [without_folders(one_line(note, 200))] if note else []
         notes += _left_out(hidden)
         thumbnail = None
         images = node_images(node)
@@ -420,7 +420,8 @@ class ImageSearch:
 
     # ------------------------------------------------------------------------------------------ images
 
-    def _named(self, image: object, conversation: Conversation | None) -> NamedImage:
+    def named(self, image: object, conversation: Conversation | None = None) -> NamedImage:
+        """Return what an image argument names; errors are those of `search`."""
         return named_image(
             image, conversation, self._stored, image_policy=self.image_policy, stored_policy=self.stored_policy
         )
