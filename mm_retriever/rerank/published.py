@@ -15,7 +15,7 @@ PHI3_VISION: Models = {
         note="comes with the package; drawn products only",
         parameters=1_840_256,
         languages="English",
-        figures=("Recall@1 .976 retrieved, .983 reranked, 1,746 drawn compositions never trained on (README)",),
+        figures=("Recall@1 .976 retrieved, .983 reranked, 1,746 drawn compositions never trained on (own benchmark)",),
     ),
     "microsoft/Phi-3.5-vision-instruct": ModelEntry(
         repo="microsoft/Phi-3.5-vision-instruct",

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import nbformat
 import pytest
-
-from mm_retriever.demo.catalogue import draw_product, draw_theme
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- test: ([\w-]+) -->\n```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 # what LlamaIndex's agents do to themselves
@@ -62,21 +60,18 @@ def test_the_remote_example_ranks_as_the_server_says(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[0].startswith("2 -> 1")
 
 
-@pytest.mark.parametrize(("name", "code"), BLOCKS, ids=[name for name, _ in BLOCKS])
-def test_the_python_of_the_readme_runs(name, code, capsys, monkeypatch, tmp_path):
-    """The blocks that a reader copies, with the bundled models in place of the published ones."""
-    monkeypatch.chdir(tmp_path)
-    for number, kind in enumerate(("phone case", "mug", "umbrella", "cap")):
-        path = tmp_path / "photos" / kind / f"{number}.jpg"
-        path.parent.mkdir(parents=True)
-        draw_product(kind, "leopard", "natural", seed=number, size=128).save(path)
-    draw_theme("leopard", "natural", seed=9, size=128).save(tmp_path / "leopard.jpg")
-    offline = code.replace("VisualizedBGEEmbedding()", 'VisualizedBGEEmbedding("tiny")')
-    offline = re.sub(r"Phi3VisionRerank\((?=top_n)", 'Phi3VisionRerank("tiny", ', offline)
-    exec(compile(offline, f"README.md#{name}", "exec"), {"__name__": "__main__"})
-    assert "photos/phone case/0.jpg" in capsys.readouterr().out.splitlines()[0]
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_runs_and_shows_images(path: Path, tmp_path: Path) -> None:
+    """Offline, in a fresh kernel, from the first cell to the last; the outputs that are kept show images too."""
+    notebook = nbformat.read(path, as_version=4)
+    kept = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/jpeg" in output.get("data", {}) for output in kept)
+    ran = NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
+    outputs = [output for cell in ran.cells for output in cell.get("outputs", ())]
+    assert any("image/jpeg" in output.get("data", {}) for output in outputs)
 
 
-def test_the_readme_has_python_to_run():
-    """A README whose blocks were renamed must not pass by testing nothing."""
-    assert [name for name, _ in BLOCKS][:1] == ["quickstart"]
+def test_notebooks_are_small() -> None:
+    """Thumbnails, so that a clone stays small."""
+    assert sum(path.stat().st_size for path in NOTEBOOKS) < 1_000_000
