@@ -30,8 +30,8 @@ from mm_retriever.refinement import Refinement
 
 DOCS = Path(__file__).resolve().parent
 SHOWN, CELL, QUALITY = 6, 112, 78
-FIGURE = ("mug", "hearts", "pink", 90_003, "the same in green")
-"""Kind, pattern and colour of the query image, its seed, and the text."""
+FIGURE = ("stripes", "black", 5_009_313, "any tshirt wearing these looks?")
+"""Pattern and colour of the query image, its seed, and the text."""
 FUSION = 0.3
 """How much the retrieval score counts: the weight of the model card of the reranker."""
 
@@ -128,9 +128,9 @@ def main() -> None:
 
 def draw_figure(store: ImageStore, model: VisualizedBGEEmbedding, folder: Path) -> None:
     """Draw the README's figure: a query whose right answer retrieval does not put first."""
-    kind, pattern, colour, seed, text = FIGURE
+    pattern, colour, seed, text = FIGURE
     place = folder / "figure.png"
-    draw_product(kind, pattern, colour, seed, size=320).save(place)
+    draw_theme(pattern, colour, seed, size=320).save(place)
     query = model.get_query_bundle(text, place)
     hits = ComposedRetriever(store, model, top_k=9).retrieve(query)
     result = Phi3VisionRerank("tiny", top_n=9, fusion_weight=FUSION).rerank(hits, query)
@@ -139,10 +139,17 @@ def draw_figure(store: ImageStore, model: VisualizedBGEEmbedding, folder: Path) 
     images = [Image.open(hit.node.metadata["file_path"]).convert("RGB") for hit in hits]
     reason = str(result.nodes[0].node.metadata.get("rerank_reason", ""))
     figure = before_after(
-        images, order, Image.open(place).convert("RGB"), title=f"“{text}”", caption=result.caption, reason=reason, cell=120
+        images,
+        order,
+        Image.open(place).convert("RGB"),
+        title=f"“{text}”",
+        caption=result.caption,
+        reason=reason,
+        cell=120,
     )
     figure.save(DOCS / "assets" / "composed.jpg", quality=80, optimize=True)
-    print(f"figure: first before {hits[0].node.metadata['description']!r}, after {result.nodes[0].node.metadata['description']!r}")
+    first, now = (nodes[0].node.metadata["description"] for nodes in (hits, result.nodes))
+    print(f"figure: first before {first!r}, after {now!r}")
 
 
 if __name__ == "__main__":

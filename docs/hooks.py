@@ -36,8 +36,8 @@ def command_line() -> str:
 
     pages = [
         "# Command line\n\nEvery command answers `--help`. Exit codes: 0 done; 1 done in part; 2 an error that you can "
-        "repair, in one line; 130 interrupted. `mm-retriever --install-completion` completes commands, options and names of "
-        "models in your shell."
+        "repair, in one line; 130 interrupted. `mm-retriever --install-completion` completes commands, options and "
+        "names of models in your shell."
     ]
     for name, command in commands():
         kinds = get_type_hints(COMMANDS[name])
