@@ -1,9 +1,12 @@
-"""Asynchronous twins of methods: the same work in a thread, while the event loop stays free."""
+"""Work in threads: asynchronous twins of methods, and a call in bounded time."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -40,3 +43,26 @@ class InThreads:
             return await asyncio.to_thread(member, *args, **kwargs)
 
         return twin
+
+
+def within(work: Callable[[], R], seconds: float) -> R:
+    """Return what `work` returns, or raise a TimeoutError; its thread then ends with the process at the latest.
+
+    Args:
+        work: called in a thread of its own, in the caller's context.
+        seconds: at most.
+    """
+    future: Future[R] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        try:
+            future.set_result(context.run(work))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="mm_retriever-within", daemon=True).start()
+    wait([future], seconds)
+    if not future.done():
+        raise TimeoutError(f"no answer within {seconds:.3g} s")
+    return future.result()

@@ -8,10 +8,8 @@ variable takes part. Knows nothing of images beyond the media type.
 from __future__ import annotations
 
 import ipaddress
-import queue
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -20,6 +18,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit
 import httpcore
 
 from mm_retriever.errors import ImageLoadError, reason_of
+from mm_retriever.threads import within
 
 Resolve: TypeAlias = Callable[[str, int], Sequence[str]]
 """A host name and port to all its addresses."""
@@ -184,21 +183,13 @@ class _CheckedNetwork(httpcore.NetworkBackend):
 
     def _addresses(self, host: str, port: int) -> list[Address]:
         """All addresses of a host, once each. In a thread: a system look-up knows no timeout of its own."""
-        answers: queue.SimpleQueue[Sequence[str] | Exception] = queue.SimpleQueue()
-
-        def look_up() -> None:
-            try:
-                answers.put(self._resolve(host, port))
-            except Exception as error:
-                answers.put(error)
-
-        threading.Thread(target=look_up, name="mm_retriever-resolve", daemon=True).start()
+        left = _left(self._deadline)
         try:
-            answer = answers.get(timeout=_left(self._deadline))
-        except queue.Empty as error:
-            raise TimeoutError from error
-        if isinstance(answer, Exception):
-            raise ImageLoadError(f"the name {host!r} does not resolve ({answer})") from answer
+            answer = within(lambda: self._resolve(host, port), left)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise ImageLoadError(f"the name {host!r} does not resolve ({error})") from error
         if not answer:
             raise ImageLoadError(f"the name {host!r} has no address")
         addresses = [ipaddress.ip_address(text) for text in dict.fromkeys(answer)]

@@ -23,7 +23,8 @@ from mm_retriever.servers.failures import (
     short,
     status_of,
 )
-from mm_retriever.servers.retrying import retrying, within
+from mm_retriever.servers.retrying import retrying
+from mm_retriever.threads import within
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 - `bounded_http.py`: what one answer may cost.
 - `failures.py`: errors of any client in plain words, and which of them pass.
-- `retrying.py`: an attempt in bounded time, and the next one.
+- `retrying.py`: when to ask again.
 - `json_server.py`: JSON in, JSON out.
 
 Knows nothing of embedding, reranking and prompts.
