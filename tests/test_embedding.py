@@ -507,26 +507,25 @@ def test_threads_share_one_model_and_get_their_own_answers(model: VisualizedBGEE
 
 
 def test_async_calls_leave_the_event_loop_free(folder: Path, pictures: list[Path]) -> None:
-    """A ticking task goes on while the model is held up for half a second."""
+    """Another task runs while the model is held up; the model is held up until that task has run."""
     model = VisualizedBGEEmbedding(folder, device="cpu")
     tower: Any = model.encoder.model.model_visual["visual"]
-    tower.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    computing, ran = threading.Event(), threading.Event()
 
-    async def ticks() -> int:
-        ticked = 0
+    def hold(*_: object) -> None:
+        computing.set()
+        assert ran.wait(30), "the event loop is blocked"
 
-        async def tick() -> None:
-            nonlocal ticked
-            while True:
-                await asyncio.sleep(0.01)
-                ticked += 1
+    tower.register_forward_pre_hook(hold)
 
-        ticking = asyncio.create_task(tick())
-        await model.acall([ImageNode(image_path=str(pictures[0]))])
-        ticking.cancel()
-        return ticked
+    async def run_meanwhile() -> None:
+        call = asyncio.create_task(model.acall([ImageNode(image_path=str(pictures[0]))]))
+        while not computing.is_set():
+            await asyncio.sleep(0.001)
+        ran.set()
+        await call
 
-    assert asyncio.run(ticks()) > 10
+    asyncio.run(run_meanwhile())
 
 
 def test_one_model_serves_several_event_loops(model: VisualizedBGEEmbedding) -> None:

@@ -22,6 +22,7 @@ from mm_retriever.bulk.plan import read_plan
 from mm_retriever.bulk.shards import ShardWriter
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import IngestError, MissingExtraError, ModelNotFoundError
+from mm_retriever.files import write_atomically
 from mm_retriever.images import DEFAULT_POLICY
 from mm_retriever.store.rows import vector_is_damaged
 from mm_retriever.store.schema import CHECKSUM_FIELD
@@ -103,7 +104,7 @@ class Slow(ColourEmbedding):
     left_in: str = ""
 
     def embed_images(self, images):
-        Path(self.left_in).write_text(str(os.getpid()))
+        write_atomically(Path(self.left_in), str(os.getpid()).encode())
         time.sleep(0.1)
         return super().embed_images(images)
 
@@ -225,13 +226,17 @@ def test_a_worker_that_is_killed_is_replaced_and_each_image_is_there_once(
     out, left_in = tmp_path / "out", tmp_path / "pid"
     killed: list[int] = []
 
+    def working() -> int | None:
+        """The number of a worker that was not killed yet."""
+        number = int(left_in.read_text()) if left_in.exists() else None
+        return None if number in killed else number
+
     def kill() -> None:
         for begun in (0, 2):
-            while len(list((out / "shards").glob("*"))) < begun or not left_in.exists():
+            while len(list((out / "shards").glob("*"))) < begun or working() is None:
                 time.sleep(0.01)
-            killed.append(int(left_in.read_text()))
+            killed.append(working())
             os.kill(killed[-1], signal.SIGKILL)
-            left_in.unlink()
             tried["Ray workers killed"] += 1
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -329,7 +334,7 @@ def test_what_goes_wrong_in_a_worker_comes_out_as_itself(folder, tmp_path, clust
         assert (caught.value.__cause__ is None) if ours else ("in embed_images" in str(caught.value.__cause__))
         assert not list((out / "shards").iterdir())
         assert ray.is_initialized()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while ray.available_resources().get("CPU") != 2.0:
             assert time.monotonic() < deadline
             time.sleep(0.1)

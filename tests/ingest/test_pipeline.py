@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,25 +397,23 @@ def test_progress_shows_rate_and_total(folder, store, model, capfd):
 def test_reading_goes_on_while_the_model_works(tmp_path, store):
     """Our choice: while one batch is embedded, the next is read."""
 
-    class Busy(ColourEmbedding):
-        working: bool = False
-        read_meanwhile: bool = False
+    working, reading = threading.Event(), threading.Event()
 
+    class Busy(ColourEmbedding):
         def prepare_image(self, image):
-            self.read_meanwhile |= self.working
-            time.sleep(0.005)
+            if image.width >= 16:  # of the second batch
+                assert working.wait(30)
+                reading.set()
             return super().prepare_image(image)
 
         def embed_images(self, images):
-            self.working = True
-            time.sleep(0.1)
-            self.working = False
+            working.set()
+            assert reading.wait(30)
             return super().embed_images(images)
 
-    for number in range(24):
+    for number in range(12):
         paint(tmp_path / f"{number:02d}.png", list(COLOURS)[number % 8], size=(number + 8, 20))
-    ingest(tmp_path, store, model := Busy(), batch_size=8)
-    assert model.read_meanwhile
+    assert ingest(tmp_path, store, Busy(), batch_size=8).indexed == 12
 
 
 def test_reports_of_nothing():

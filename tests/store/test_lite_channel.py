@@ -107,7 +107,7 @@ def test_a_second_process_attaches_and_takes_over_when_the_first_is_killed(db):
             assert sorted(store.query(QUERY).ids) == ["a", "b"], "the collection is loaded after a takeover"
             store.add(nodes("b", "c"))
             assert ids(store) == ["a", "b", "c"]
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 15
             assert read_record(db).pid == os.getpid()
     finally:
         ends(owner)
@@ -185,7 +185,7 @@ def test_an_owner_that_is_stopped_is_an_error_in_time_and_answers_again_when_it_
             start = time.monotonic()
             with pytest.raises(StoreUnavailableError, match=f"process {owner.pid}, which has it open, does not answer"):
                 open_store(db, MODEL, timeout=0.5)
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 15
             owner.send_signal(signal.SIGCONT)
             assert ids(patient) == ["a"]
     finally:
