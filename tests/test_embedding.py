@@ -10,7 +10,6 @@ import multiprocessing
 import pickle
 import sqlite3
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
