@@ -1,8 +1,9 @@
 """How much the bundled tiny reranker adds to the bundled tiny embedder: every figure of its model card, by one command.
 
-    python benchmarks/rerank_quality.py                       # about ten minutes on one core
+    python benchmarks/rerank_quality.py                       # about 25 minutes on one core
     python benchmarks/rerank_quality.py --quick               # a tenth of the queries
     python benchmarks/rerank_quality.py --reranker FOLDER --json rerank.json
+    python benchmarks/rerank_quality.py --write               # into the model card and docs/explanation/measurements.md
 
 A catalogue of 900 distinct products is drawn into JPEG files of 320 pixels, and so are the query images, all from
 seeds that training never used. ``VisualizedBGEEmbedding`` finds nine candidates (exact inner product, as a flat index
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +40,18 @@ from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
 from mm_retriever.rerank.scorer import fuse
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "examples" / "training"))
 from phrases import MODES, Mode, Wording, reason
 
+CARD = ROOT / "mm_retriever" / "phi3_vision" / "tiny" / "README.md"
+MEASUREMENTS = ROOT / "docs" / "explanation" / "measurements.md"
+HELD_OUT, REWORDED, SEEN, WEAKER = (
+    "Pairs held out of training",
+    "Held-out pairs, held-out wordings",
+    "Pairs seen in training (the weight was chosen on these)",
+    "Held-out pairs after a weaker retriever: the sum of image and text vectors",
+)
 TOP_K = 9
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 CAPTIONED_SEEDS = (0, 2, 3)  # catalogues whose held-out products are described; 1 watched the training
@@ -86,7 +98,7 @@ class Bench:
 
     def judged(self, queries: Sequence[tuple[Mode, Query]], *, composed: bool = True) -> list[Judged]:
         """Every query retrieved and reranked; ``composed=False``: retrieved by the sum of image and text vectors."""
-        images = self._pictures([query for _, query in queries])
+        images = self._images([query for _, query in queries])
         texts = [query.text for _, query in queries]
         embed_model = self.embed_model
         if composed:
@@ -122,15 +134,15 @@ class Bench:
             reason_right=told == reason(mode, looks) if first == query.wanted else None,
         )
 
-    def _pictures(self, queries: Sequence[Query]) -> list[Path]:
+    def _images(self, queries: Sequence[Query]) -> list[Path]:
         """Query images on disk, drawn pattern by pattern, since each pattern map is drawn once and kept."""
         (self.folder / "queries").mkdir(exist_ok=True)
         paths = [self.folder / "queries" / f"{_name(query.source)}-{query.seed}.jpg" for query in queries]
         for place in sorted(range(len(queries)), key=lambda place: _pattern(queries[place])):
             if not paths[place].exists():
-                picture = queries[place].image()
-                assert picture is not None
-                picture.save(paths[place], quality=90)
+                image = queries[place].image()
+                assert image is not None
+                image.save(paths[place], quality=90)
         return paths
 
 
@@ -152,9 +164,9 @@ def described(model: Phi3Vision, processor: Phi3VisionProcessor, products: Seque
     ordered = sorted(products, key=lambda product: PATTERNS.index(product.pattern))
     for start in range(0, len(ordered), 64):
         some = ordered[start : start + 64]
-        pictures = processor.image_inputs([product.draw() for product in some])
-        ids = processor.encode_messages([Message("user", [DESCRIBE, Slot(pictures.token_counts[0])])])
-        features = model.image_features(pictures.pixel_values, pictures.image_sizes)
+        images = processor.image_inputs([product.draw() for product in some])
+        ids = processor.encode_messages([Message("user", [DESCRIBE, Slot(images.token_counts[0])])])
+        features = model.image_features(images.pixel_values, images.image_sizes)
         prefix = model.prefill(torch.tensor([ids] * len(some)), features)
         written = [prefix.logits.argmax(1)]
         for _ in range(15):
@@ -261,18 +273,21 @@ def table(title: str, rows: Sequence[Gain]) -> str:
 
 
 def sentences(judged: Sequence[Judged]) -> dict[str, float]:
-    """Prints and returns how many of the sentences are exactly right."""
+    """How many of the sentences are exactly right."""
     reasons = [one.reason_right for one in judged if one.reason_right is not None]
-    figures = {
+    return {
         "query caption": float(np.mean([one.caption_right for one in judged])),
         "wanted description": float(np.mean([one.wanted_right for one in judged])),
         "reason, where the first is right": float(np.mean(reasons)),
     }
-    print("\nExactly right:", ", ".join(f"{name} {share:.3f}" for name, share in figures.items()))
-    return figures
 
 
-def measure(bench: Bench, *, quick: bool = False) -> dict[str, object]:
+def sentences_line(shares: dict[str, float]) -> str:
+    """The same as a line of text."""
+    return "Exactly right: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+
+
+def measure(bench: Bench, *, quick: bool = False) -> dict[str, Any]:
     """All figures; the tables are printed as they come."""
     thin = 10 if quick else 1
     seen_queries = queries_of(bench, held_out=False, wording="training", draws=1, every=8 if quick else 3)
@@ -280,21 +295,22 @@ def measure(bench: Bench, *, quick: bool = False) -> dict[str, object]:
     seen = bench.judged(seen_queries)
     weight = best_weight(seen)
     print(f"weight of the retrieval score chosen on {len(seen)} seen compositions: {weight}")
-    results: dict[str, object] = {"fusion_weight": weight}
+    results: dict[str, Any] = {"fusion_weight": weight}
 
     def section(title: str, judged: Sequence[Judged], weight: float, modes: Sequence[Mode] = MODES) -> None:
         rows = [gain(MODE_NAMES[mode], [one for one in judged if one.mode == mode], weight) for mode in modes]
         rows.append(gain("all", judged, weight))
-        print(table(title, rows))
-        results[title] = {"recall": [asdict(row) for row in rows], "sentences": sentences(judged)}
+        shares = sentences(judged)
+        print(table(title, rows), sentences_line(shares), sep="\n\n")
+        results[title] = {"recall": [asdict(row) for row in rows], "sentences": shares}
 
-    section("Pairs held out of training", bench.judged(held_out_queries), weight)
+    section(HELD_OUT, bench.judged(held_out_queries), weight)
     strange = queries_of(bench, held_out=True, wording="held-out", draws=1, every=thin)
-    section("Held-out pairs, held-out wordings", bench.judged(strange), weight)
-    section("Pairs seen in training (the weight was chosen on these)", seen, weight, ())
+    section(REWORDED, bench.judged(strange), weight)
+    section(SEEN, seen, weight, ())
     weak_seen = bench.judged(seen_queries[::2], composed=False)
     weak = bench.judged(held_out_queries[::2], composed=False)
-    section("Held-out pairs after a weaker retriever: the sum of image and text vectors", weak, best_weight(weak_seen))
+    section(WEAKER, weak, best_weight(weak_seen))
     captions = caption_figures(bench, CAPTIONED_SEEDS[:1] if quick else CAPTIONED_SEEDS)
     for name, (count, share) in captions.items():
         print(f"\ndescriptions of {count} {name} exactly right: {share:.3f}")
@@ -302,23 +318,93 @@ def measure(bench: Bench, *, quick: bool = False) -> dict[str, object]:
     return results
 
 
+# ---------------------------------------------------------------------- where the figures are published
+
+
+def write(results: dict[str, Any]) -> None:
+    """Put the figures in the place of the earlier ones in the model card and in the table of measurements."""
+    card = CARD.read_text(encoding="utf-8")
+    before, rest = card.split(f"**{HELD_OUT}**", 1)
+    after = re.split(r"^Likelihood alone on all .*\n", rest, maxsplit=1, flags=re.MULTILINE)[1]
+    CARD.write_text(f"{before.rstrip()}\n{figures_text(results)}\n{after}", encoding="utf-8")
+    first, reworded, weaker = (last_row(results, title) for title in (HELD_OUT, REWORDED, WEAKER))
+    (count, share), _ = results["captions"].values()
+    reasons = list(results[HELD_OUT]["sentences"].values())[-1]
+    rows = {
+        "| `tiny` reranker on ": f"{first.queries:,} queries for compositions never trained on | Recall@1 "
+        f"{short(first.retrieval)} retrieved, {short(first.fused)} ({span(first.fused_interval)}) reranked; "
+        f"wordings never trained on {short(reworded.retrieval)}, {short(reworded.fused)}; after a weaker retriever "
+        f"(sum of both vectors) {short(weaker.retrieval)}, {short(weaker.fused)} (gain {span(weaker.gain_interval)}) "
+        "| `python benchmarks/rerank_quality.py` |",
+        "| its captions of ": f"{count} held-out products exactly right / reasons right where the first is right "
+        f"| {short(share)} / {short(reasons)} | the same |",
+    }
+    lines = MEASUREMENTS.read_text(encoding="utf-8").splitlines(keepends=True)
+    for start, row in rows.items():
+        (place,) = (place for place, line in enumerate(lines) if line.startswith(start))
+        lines[place] = f"{start}{row}\n"
+    MEASUREMENTS.write_text("".join(lines), encoding="utf-8")
+
+
+def figures_text(results: dict[str, Any]) -> str:
+    """Tables and sentences of the model card."""
+    parts = []
+    for title in (HELD_OUT, REWORDED, SEEN, WEAKER):
+        rows = [Gain(**row) for row in results[title]["recall"]]
+        parts.append(f"{table(title, rows)}\n\n{sentences_line(results[title]['sentences'])}\n")
+    (held_out, share), (seen, seen_share) = results["captions"].values()
+    parts.append(
+        f"\nDescriptions of images exactly right: {share:.3f} of {held_out} held-out products, {seen_share:.3f} of "
+        f"{seen} seen ones.\n"
+    )
+    row = last_row(results, HELD_OUT)
+    low, high = row.model_interval
+    parts.append(
+        f"\nLikelihood alone on all {row.queries} held-out queries: {row.model:.3f}, 95% interval {low:.3f}–{high:.3f}"
+        f"; retrieval {row.retrieval:.3f}, {row.retrieval_interval[0]:.3f}–{row.retrieval_interval[1]:.3f}."
+    )
+    return "".join(parts)
+
+
+def last_row(results: dict[str, Any], title: str) -> Gain:
+    """All queries of a section together."""
+    return Gain(**results[title]["recall"][-1])
+
+
+def short(share: float) -> str:
+    """As the tables of the documentation write it: .976."""
+    return f"{share:.3f}".removeprefix("0")
+
+
+def span(interval: Sequence[float]) -> str:
+    """Both ends of an interval: .969–.993."""
+    return "–".join(map(short, interval))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reranker", default="tiny", help="a name that load_phi3_vision knows, or a folder")
     parser.add_argument("--embedder", default="tiny", help="a name that load_visualized_bge knows, or a folder")
     parser.add_argument("--quick", action="store_true", help="a tenth of the queries")
-    parser.add_argument("--pictures", type=Path, help="folder to keep the drawn pictures in; default: a temporary one")
+    parser.add_argument("--images", type=Path, help="folder to keep the drawn images in; default: a temporary one")
+    parser.add_argument("--write", action="store_true", help="update the model card and the table of measurements")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
+    if arguments.write and (arguments.quick or {arguments.reranker, arguments.embedder} != {"tiny"}):
+        parser.error(
+            "--write publishes all figures of the bundled models: leave out --quick, --reranker and --embedder"
+        )
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.pictures or Path(temporary)
+        folder = arguments.images or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(folder, arguments.embedder, arguments.reranker)
         results = measure(bench, quick=arguments.quick)
     print(f"\n{time.perf_counter() - started:.0f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if arguments.write:
+        write(results)
 
 
 if __name__ == "__main__":
