@@ -40,10 +40,10 @@ from mm_retriever.phi3_vision.prompts import DESCRIBE
 from mm_retriever.rerank import Phi3VisionRerank
 from mm_retriever.rerank.scorer import fuse
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "examples" / "training"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
 from phrases import MODES, Mode, Wording, reason
 
+ROOT = Path(__file__).resolve().parent.parent
 CARD = ROOT / "mm_retriever" / "phi3_vision" / "tiny" / "README.md"
 MEASUREMENTS = ROOT / "docs" / "explanation" / "measurements.md"
 HELD_OUT, REWORDED, SEEN, WEAKER = (
@@ -391,9 +391,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     if arguments.write and (arguments.quick or {arguments.reranker, arguments.embedder} != {"tiny"}):
-        parser.error(
-            "--write publishes all figures of the bundled models: leave out --quick, --reranker and --embedder"
-        )
+        parser.error("--write is for all figures of the bundled models: leave out --quick, --reranker and --embedder")
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.images or Path(temporary)
