@@ -1,6 +1,6 @@
 """How much the bundled tiny reranker adds to the bundled tiny embedder: every figure of its model card, by one command.
 
-    python benchmarks/rerank_quality.py                       # about 25 minutes on one core
+    python benchmarks/rerank_quality.py                       # 18 minutes of one core
     python benchmarks/rerank_quality.py --quick               # a tenth of the queries
     python benchmarks/rerank_quality.py --reranker FOLDER --json rerank.json
     python benchmarks/rerank_quality.py --write               # into the model card and docs/explanation/measurements.md
