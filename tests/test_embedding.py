@@ -1,4 +1,4 @@
-"""`VisualizedBGEEmbedding` inside LlamaIndex: the same vectors on every path, right pictures, free event loop."""
+"""`VisualizedBGEEmbedding` inside LlamaIndex: the same vectors on every path, right images, free event loop."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def model(folder: Path) -> VisualizedBGEEmbedding:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Seven pictures of different sizes, modes and formats."""
+def image_paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Seven images of different sizes, modes and formats."""
     path = tmp_path_factory.mktemp("pictures")
     made = []
     for number, (size, mode, suffix) in enumerate(
@@ -86,9 +86,9 @@ def close(ours: Any, theirs: Any) -> bool:
     return bool(np.abs(np.asarray(ours) - np.asarray(theirs)).max() < 2e-6)
 
 
-def test_every_path_gives_the_same_vectors(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_every_path_gives_the_same_vectors(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
     """One by one, in batches with others of any length, async: the same numbers, in the order given."""
-    images: list[Any] = list(pictures)
+    images: list[Any] = list(image_paths)
     singles = {
         "text": [model.get_text_embedding(text) for text in TEXTS],
         "query": [model.get_query_embedding(text) for text in TEXTS],
@@ -124,16 +124,16 @@ def test_every_path_gives_the_same_vectors(model: VisualizedBGEEmbedding, pictur
     assert close(asyncio.run(model.aget_text_embedding(TEXTS[3])), singles["text"][3])
 
 
-def test_an_image_with_an_empty_text_is_the_image(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_an_image_with_an_empty_text_is_the_image(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
     """Definition in the original; and text moves the vector."""
-    alone = model.get_image_embedding(pictures[0])
-    assert close(model.get_composed_embedding("", pictures[0]), alone)
-    assert not close(model.get_composed_embedding("red", pictures[0]), alone)
+    alone = model.get_image_embedding(image_paths[0])
+    assert close(model.get_composed_embedding("", image_paths[0]), alone)
+    assert not close(model.get_composed_embedding("red", image_paths[0]), alone)
 
 
-def test_every_kind_of_source_is_the_same_image(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_every_kind_of_source_is_the_same_image(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
     """Path, string, bytes, file object, PIL, and the fast path that ingestion takes."""
-    path = pictures[2]
+    path = image_paths[2]
     with Image.open(path) as opened:
         opened.load()
         sources: list[Any] = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), opened]
@@ -144,10 +144,10 @@ def test_every_kind_of_source_is_the_same_image(model: VisualizedBGEEmbedding, p
 
 
 def test_passes_of_any_size_give_the_same_vectors(
-    model: VisualizedBGEEmbedding, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    model: VisualizedBGEEmbedding, image_paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass holds as many rows as fit, one at least; a picture beside several texts is looked at once."""
-    texts, images = TEXTS * 2, [*pictures, *[pictures[0]] * 7]
+    """A pass holds as many rows as fit, one at least; an image beside several texts is looked at once."""
+    texts, images = TEXTS * 2, [*image_paths, *[image_paths[0]] * 7]
     expected = model.get_composed_embedding_batch(texts, images)
     for values in (1, 3000, 10**9):
         monkeypatch.setitem(PASS_VALUES, "cpu", values)
@@ -156,7 +156,7 @@ def test_passes_of_any_size_give_the_same_vectors(
     looked_at: list[int] = []
     tower: Any = model.encoder.model.model_visual["visual"]
     hook = tower.register_forward_hook(lambda _, args, __: looked_at.append(len(args[0])))
-    model.get_composed_embedding_batch(["red", "blue", "mug"], [pictures[0]] * 3)
+    model.get_composed_embedding_batch(["red", "blue", "mug"], [image_paths[0]] * 3)
     hook.remove()
     assert looked_at == [1]
 
@@ -170,22 +170,22 @@ def test_nothing_gives_nothing(model: VisualizedBGEEmbedding) -> None:
 
 
 def test_text_of_any_length_beside_an_image_is_cut_not_refused(
-    model: VisualizedBGEEmbedding, pictures: list[Path]
+    model: VisualizedBGEEmbedding, image_paths: list[Path]
 ) -> None:
     """The original crashes on it."""
     endless = "red shoe " * 5000
-    vectors = model.get_composed_embedding_batch([endless, endless + "mug"], [pictures[0], pictures[0]])
+    vectors = model.get_composed_embedding_batch([endless, endless + "mug"], [image_paths[0], image_paths[0]])
     assert close(vectors[0], vectors[1])
     assert close(model.get_text_embedding(endless), model.get_text_embedding(endless + "mug"))
 
 
-def test_a_bad_image_is_named(model: VisualizedBGEEmbedding, pictures: list[Path], tmp_path: Path) -> None:
+def test_a_bad_image_is_named(model: VisualizedBGEEmbedding, image_paths: list[Path], tmp_path: Path) -> None:
     """In a batch too; and no thread is left behind."""
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(pictures[6].read_bytes()[:200])
+    broken.write_bytes(image_paths[6].read_bytes()[:200])
     for call in (
         lambda: model.get_image_embedding(broken),
-        lambda: model.get_image_embedding_batch([*pictures, broken], show_progress=True),
+        lambda: model.get_image_embedding_batch([*image_paths, broken], show_progress=True),
         lambda: model.get_composed_embedding("red", broken),
         lambda: model([ImageNode(image_path=str(broken))]),
     ):
@@ -194,31 +194,33 @@ def test_a_bad_image_is_named(model: VisualizedBGEEmbedding, pictures: list[Path
     assert not any(thread.name.startswith("read-picture") for thread in threading.enumerate())
 
 
-def test_images_outside_the_policy_are_not_read(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
+def test_images_outside_the_policy_are_not_read(folder: Path, image_paths: list[Path], tmp_path: Path) -> None:
     """The policy holds on every path into the class."""
     shut = VisualizedBGEEmbedding(folder, device="cpu", image_policy=ImagePolicy(roots=(tmp_path,)))
     for call in (
-        lambda: shut.get_image_embedding(pictures[0]),
-        lambda: shut.get_composed_embedding_batch(["red"], [pictures[0]]),
-        lambda: shut.get_query_bundle("red", pictures[0]),
-        lambda: shut([ImageNode(image_path=str(pictures[0]))]),
+        lambda: shut.get_image_embedding(image_paths[0]),
+        lambda: shut.get_composed_embedding_batch(["red"], [image_paths[0]]),
+        lambda: shut.get_query_bundle("red", image_paths[0]),
+        lambda: shut([ImageNode(image_path=str(image_paths[0]))]),
         lambda: shut([ImageNode(image_url="http://example.com/x.png")]),
     ):
         with pytest.raises(ImageLoadError):
             call()
 
 
-def test_pairs_must_pair(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_pairs_must_pair(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
     """Our choice."""
     with pytest.raises(QueryError, match="2 texts and 1 images"):
-        model.get_composed_embedding_batch(["red", "blue"], [pictures[0]])
+        model.get_composed_embedding_batch(["red", "blue"], [image_paths[0]])
 
 
-def test_half_precision_points_the_same_way(folder: Path, model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_half_precision_points_the_same_way(
+    folder: Path, model: VisualizedBGEEmbedding, image_paths: list[Path]
+) -> None:
     """Our bound for a small random model: such vectors may be compared, so the float format is a note."""
     half = VisualizedBGEEmbedding(folder, device="cpu", dtype="bfloat16")
-    ours = np.asarray(half.get_composed_embedding_batch(TEXTS, pictures))
-    theirs = np.asarray(model.get_composed_embedding_batch(TEXTS, pictures))
+    ours = np.asarray(half.get_composed_embedding_batch(TEXTS, image_paths))
+    theirs = np.asarray(model.get_composed_embedding_batch(TEXTS, image_paths))
     assert (ours * theirs).sum(1).min() > 0.99
     assert half.model_id == model.model_id
     assert (half.model_note, model.model_note) == (f"{folder.name}, bfloat16", f"{folder.name}, float32")
@@ -227,20 +229,20 @@ def test_half_precision_points_the_same_way(folder: Path, model: VisualizedBGEEm
 # ------------------------------------------------------------------------------------------------------------ queries
 
 
-def test_a_query_bundle_carries_the_composed_vector(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
-    """Text, picture, both; from the event loop as well."""
-    both = model.get_query_bundle("red shoe", pictures[0])
+def test_a_query_bundle_carries_the_composed_vector(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
+    """Text, image, both; from the event loop as well."""
+    both = model.get_query_bundle("red shoe", image_paths[0])
     assert isinstance(both, QueryBundle)
-    assert (both.query_str, both.image_path) == ("red shoe", str(pictures[0]))
-    assert close(both.embedding, model.get_composed_embedding("red shoe", pictures[0]))
-    assert close(asyncio.run(model.aget_query_bundle("red shoe", pictures[0])).embedding, both.embedding)
+    assert (both.query_str, both.image_path) == ("red shoe", str(image_paths[0]))
+    assert close(both.embedding, model.get_composed_embedding("red shoe", image_paths[0]))
+    assert close(asyncio.run(model.aget_query_bundle("red shoe", image_paths[0])).embedding, both.embedding)
     text = model.get_query_bundle("red shoe")
     assert text.image_path is None
     assert close(text.embedding, model.get_query_embedding("red shoe"))
-    picture = model.get_query_bundle(image=pictures[0].read_bytes())
-    assert picture.query_str == ""
-    assert read_image_bytes(picture.image_path or "") == pictures[0].read_bytes()
-    assert close(picture.embedding, model.get_image_embedding(pictures[0]))
+    alone_bundle = model.get_query_bundle(image=image_paths[0].read_bytes())
+    assert alone_bundle.query_str == ""
+    assert read_image_bytes(alone_bundle.image_path or "") == image_paths[0].read_bytes()
+    assert close(alone_bundle.embedding, model.get_image_embedding(image_paths[0]))
 
 
 @pytest.mark.parametrize("text", [None, "", "  \n"])
@@ -250,12 +252,12 @@ def test_a_query_of_nothing_is_refused(model: VisualizedBGEEmbedding, text: str 
         model.get_query_bundle(text)
 
 
-def test_an_existing_index_answers_a_composed_query(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
-    """LlamaIndex's own in-memory index and retriever, which know nothing of pictures."""
-    vectors = model.get_composed_embedding_batch(TEXTS, pictures)
-    nodes = [TextNode(text=path.name, embedding=vector) for path, vector in zip(pictures, vectors, strict=True)]
+def test_an_existing_index_answers_a_composed_query(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
+    """LlamaIndex's own in-memory index and retriever, which know nothing of images."""
+    vectors = model.get_composed_embedding_batch(TEXTS, image_paths)
+    nodes = [TextNode(text=path.name, embedding=vector) for path, vector in zip(image_paths, vectors, strict=True)]
     retriever = VectorStoreIndex(nodes, embed_model=model).as_retriever(similarity_top_k=1)
-    for text, path in zip(TEXTS, pictures, strict=True):
+    for text, path in zip(TEXTS, image_paths, strict=True):
         (found,) = retriever.retrieve(model.get_query_bundle(text, path))
         assert found.text == path.name
         assert found.score == pytest.approx(1.0, abs=1e-5)
@@ -264,11 +266,11 @@ def test_an_existing_index_answers_a_composed_query(model: VisualizedBGEEmbeddin
 # ------------------------------------------------------------------------------------------------------ transformation
 
 
-def test_nodes_get_the_vector_of_what_they_are(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
-    """Pictures by their pixels in every form LlamaIndex has for them, text by its text."""
-    path = pictures[0]
+def test_nodes_get_the_vector_of_what_they_are(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
+    """Images by their pixels in every form LlamaIndex has for them, text by its text."""
+    path = image_paths[0]
     data = path.read_bytes()
-    picture_nodes = [
+    image_nodes = [
         ImageNode(image_path=str(path)),
         ImageNode(image_path=str(path), text="red shoe"),
         ImageDocument(image_path=str(path)),
@@ -282,32 +284,32 @@ def test_nodes_get_the_vector_of_what_they_are(model: VisualizedBGEEmbedding, pi
         Document(text="red shoe"),
         Node(text_resource=MediaResource(text="red shoe")),
     ]
-    nodes = list(model([*picture_nodes, *text_nodes]))
+    nodes = list(model([*image_nodes, *text_nodes]))
     expected = model.get_image_embedding(path)
     assert all(close(node.embedding, expected) for node in nodes[:7])
     assert all(close(node.embedding, model.get_text_embedding("red shoe")) for node in nodes[7:])
     assert node_image(ImageNode()) is None
 
 
-def test_image_and_text_are_composed_on_request(folder: Path, pictures: list[Path]) -> None:
-    """Text without metadata that a node hides from embeddings; a node without text stays its picture."""
+def test_image_and_text_are_composed_on_request(folder: Path, image_paths: list[Path]) -> None:
+    """Text without metadata that a node hides from embeddings; a node without text stays its image."""
     composing = VisualizedBGEEmbedding(folder, device="cpu", compose_nodes=True)
     nodes = [
         ImageNode(
-            image_path=str(pictures[0]), text="red shoe", metadata={"id": 7}, excluded_embed_metadata_keys=["id"]
+            image_path=str(image_paths[0]), text="red shoe", metadata={"id": 7}, excluded_embed_metadata_keys=["id"]
         ),
-        ImageNode(image_path=str(pictures[0]), metadata={"id": 7}),
+        ImageNode(image_path=str(image_paths[0]), metadata={"id": 7}),
         TextNode(text="red shoe"),
     ]
     composing(nodes)
-    assert close(nodes[0].embedding, composing.get_composed_embedding("red shoe", pictures[0]))
-    assert close(nodes[1].embedding, composing.get_image_embedding(pictures[0]))
+    assert close(nodes[0].embedding, composing.get_composed_embedding("red shoe", image_paths[0]))
+    assert close(nodes[1].embedding, composing.get_image_embedding(image_paths[0]))
     assert close(nodes[2].embedding, composing.get_text_embedding("red shoe"))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_cached_pipeline_never_takes_one_image_for_another(
-    model: VisualizedBGEEmbedding, pictures: list[Path], asynchronous: bool
+    model: VisualizedBGEEmbedding, image_paths: list[Path], asynchronous: bool
 ) -> None:
     """LlamaIndex's cache key ignores pixels: without our guard the second run returns the first run's nodes."""
     pipeline = IngestionPipeline(transformations=[model], cache=IngestionCache())
@@ -317,8 +319,8 @@ def test_a_cached_pipeline_never_takes_one_image_for_another(
         found = asyncio.run(pipeline.arun(nodes=nodes)) if asynchronous else pipeline.run(nodes=nodes)
         return [node.embedding for node in found]
 
-    data = [path.read_bytes() for path in pictures]
-    expected = [model.get_image_embedding(path) for path in pictures]
+    data = [path.read_bytes() for path in image_paths]
+    expected = [model.get_image_embedding(path) for path in image_paths]
     assert close(run(data[0], data[1]), expected[:2])
     assert close(run(data[2], data[3]), expected[2:4])
     assert close(run(data[0], data[1]), expected[:2])
@@ -326,25 +328,27 @@ def test_a_cached_pipeline_never_takes_one_image_for_another(
 
 
 def test_a_file_that_changes_gets_a_new_vector_in_a_cached_pipeline(
-    model: VisualizedBGEEmbedding, pictures: list[Path], tmp_path: Path
+    model: VisualizedBGEEmbedding, image_paths: list[Path], tmp_path: Path
 ) -> None:
     """The same path, other pixels."""
     pipeline = IngestionPipeline(transformations=[model], cache=IngestionCache())
     path = tmp_path / "picture.png"
-    for source in (pictures[0], pictures[1]):
+    for source in (image_paths[0], image_paths[1]):
         path.write_bytes(source.read_bytes())
         (node,) = pipeline.run(nodes=[ImageNode(image_path=str(path))])
         assert close(node.embedding, model.get_image_embedding(source))
 
 
 @pytest.mark.slow
-def test_a_pipeline_of_processes_loads_the_model_in_each(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_a_pipeline_of_processes_loads_the_model_in_each(
+    model: VisualizedBGEEmbedding, image_paths: list[Path]
+) -> None:
     """What crosses to another process is where the model lies, not its weights."""
     carried = pickle.dumps(model)
     assert len(carried) < 4000
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-        vector = other.submit(model.get_image_embedding, str(pictures[0])).result()
-    assert close(vector, model.get_image_embedding(pictures[0]))
+        vector = other.submit(model.get_image_embedding, str(image_paths[0])).result()
+    assert close(vector, model.get_image_embedding(image_paths[0]))
 
 
 def test_a_process_that_cannot_load_a_pickled_model_says_why(model: VisualizedBGEEmbedding) -> None:
@@ -400,7 +404,7 @@ class Called(BaseCallbackHandler):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_images_send_the_events_that_texts_send(folder: Path, pictures: list[Path], asynchronous: bool) -> None:
+def test_images_send_the_events_that_texts_send(folder: Path, image_paths: list[Path], asynchronous: bool) -> None:
     """Instrumentation and callbacks, one start and one end a batch, with names and vectors."""
     called = Called()
     model = VisualizedBGEEmbedding(folder, device="cpu", embed_batch_size=4, callback_manager=CallbackManager([called]))
@@ -410,17 +414,17 @@ def test_images_send_the_events_that_texts_send(folder: Path, pictures: list[Pat
     try:
         for sync, later, arguments in [
             (model.get_text_embedding_batch, model.aget_text_embedding_batch, [TEXTS]),
-            (model.get_image_embedding_batch, model.aget_image_embedding_batch, [pictures]),
-            (model.get_composed_embedding_batch, model.aget_composed_embedding_batch, [TEXTS, pictures]),
+            (model.get_image_embedding_batch, model.aget_image_embedding_batch, [image_paths]),
+            (model.get_composed_embedding_batch, model.aget_composed_embedding_batch, [TEXTS, image_paths]),
         ]:
             asyncio.run(later(*arguments)) if asynchronous else sync(*arguments)  # type: ignore[operator]
-        model.get_image_embedding(pictures[0])
+        model.get_image_embedding(image_paths[0])
     finally:
         root.event_handlers.pop()
     ends = [event for event in EVENTS if isinstance(event, EmbeddingEndEvent)]
     assert len([event for event in EVENTS if isinstance(event, EmbeddingStartEvent)]) == len(ends) == 7
     assert [len(event.chunks) for event in ends] == [4, 3, 4, 3, 4, 3, 1]
-    assert sorted(ends[2].chunks + ends[3].chunks) == sorted(repr(str(path)) for path in pictures)
+    assert sorted(ends[2].chunks + ends[3].chunks) == sorted(repr(str(path)) for path in image_paths)
     assert any(chunk.endswith("+ red shoe") for chunk in ends[4].chunks + ends[5].chunks)
     assert [len(payload[EventPayload.EMBEDDINGS]) for payload in called.payloads] == [4, 3, 4, 3, 4, 3, 1]
 
@@ -431,17 +435,17 @@ class Spans(SimpleSpanHandler):
         return "Spans"
 
 
-def test_images_and_pairs_have_spans_as_texts_have(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_images_and_pairs_have_spans_as_texts_have(model: VisualizedBGEEmbedding, image_paths: list[Path]) -> None:
     """Tracers (OpenTelemetry, through openinference) make one span of each span of LlamaIndex's dispatcher."""
     root, spans = get_dispatcher(), Spans()
     root.add_span_handler(spans)
     try:
         model.get_text_embedding_batch(TEXTS[:1])
-        model.get_image_embedding(pictures[0])
-        model.get_image_embedding_batch(pictures[:1])
-        model.get_composed_embedding("red", pictures[0])
-        asyncio.run(model.aget_composed_embedding_batch(["red"], pictures[:1]))
-        model.embed(images=pictures[:1])
+        model.get_image_embedding(image_paths[0])
+        model.get_image_embedding_batch(image_paths[:1])
+        model.get_composed_embedding("red", image_paths[0])
+        asyncio.run(model.aget_composed_embedding_batch(["red"], image_paths[:1]))
+        model.embed(images=image_paths[:1])
     finally:
         root.span_handlers.remove(spans)
     called = [span.id_.split("-")[0].split(".")[1] for span in spans.completed_spans]
@@ -456,56 +460,58 @@ def test_images_and_pairs_have_spans_as_texts_have(model: VisualizedBGEEmbedding
 
 
 def test_one_call_embeds_texts_images_and_pairs_as_an_array(
-    model: VisualizedBGEEmbedding, pictures: list[Path]
+    model: VisualizedBGEEmbedding, image_paths: list[Path]
 ) -> None:
     """Row by row what the single calls give; a place may have only the text or only the image."""
     assert np.allclose(model.embed(TEXTS), model.get_text_embedding_batch(TEXTS), atol=1e-6)
-    assert np.allclose(model.embed(images=pictures), model.get_image_embedding_batch(pictures), atol=1e-6)
-    mixed = model.embed(["red", "mug", None], [pictures[0], None, pictures[1]], query=True)
+    assert np.allclose(model.embed(images=image_paths), model.get_image_embedding_batch(image_paths), atol=1e-6)
+    mixed = model.embed(["red", "mug", None], [image_paths[0], None, image_paths[1]], query=True)
     single = [
-        model.get_composed_embedding("red", pictures[0]),
+        model.get_composed_embedding("red", image_paths[0]),
         model.get_query_embedding("mug"),
-        model.get_image_embedding(pictures[1], query=True),
+        model.get_image_embedding(image_paths[1], query=True),
     ]
     assert mixed.dtype == np.float32
     assert np.allclose(mixed, single, atol=1e-6)
     assert model.embed().shape == model.embed([], []).shape == (0, model.dimension)
     with pytest.raises(QueryError, match="1 texts and 7 images"):
-        model.embed(["red"], pictures)
+        model.embed(["red"], image_paths)
     with pytest.raises(QueryError, match="neither a text nor an image at place 1"):
         model.embed(["red", None])
 
 
 def test_progress_is_shown_on_request(
-    model: VisualizedBGEEmbedding, pictures: list[Path], capsys: pytest.CaptureFixture[str]
+    model: VisualizedBGEEmbedding, image_paths: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A bar that reaches its end; silence otherwise."""
-    model.get_image_embedding_batch(pictures)
+    model.get_image_embedding_batch(image_paths)
     assert capsys.readouterr().err == ""
-    model.get_image_embedding_batch(pictures, show_progress=True)
+    model.get_image_embedding_batch(image_paths, show_progress=True)
     assert "Embedding images: 100%" in capsys.readouterr().err
-    IngestionPipeline(transformations=[model]).run(nodes=[ImageNode(image_path=str(pictures[0]))])
+    IngestionPipeline(transformations=[model]).run(nodes=[ImageNode(image_path=str(image_paths[0]))])
 
 
 # ------------------------------------------------------------------------------------------------------ threads, loops
 
 
-def test_threads_share_one_model_and_get_their_own_answers(model: VisualizedBGEEmbedding, pictures: list[Path]) -> None:
+def test_threads_share_one_model_and_get_their_own_answers(
+    model: VisualizedBGEEmbedding, image_paths: list[Path]
+) -> None:
     """Each answer is checked against the known one."""
-    expected = model.get_composed_embedding_batch(TEXTS, pictures)
+    expected = model.get_composed_embedding_batch(TEXTS, image_paths)
     alone = [model.get_query_embedding(text) for text in TEXTS]
 
     def ask(number: int) -> bool:
         row = number % 7
         if number % 2:
             return close(model.get_query_embedding(TEXTS[row]), alone[row])
-        return close(model.get_composed_embedding(TEXTS[row], pictures[row]), expected[row])
+        return close(model.get_composed_embedding(TEXTS[row], image_paths[row]), expected[row])
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(ask, range(140)))
 
 
-def test_async_calls_leave_the_event_loop_free(folder: Path, pictures: list[Path]) -> None:
+def test_async_calls_leave_the_event_loop_free(folder: Path, image_paths: list[Path]) -> None:
     """Another task runs while the model is held up; the model is held up until that task has run."""
     model = VisualizedBGEEmbedding(folder, device="cpu")
     tower: Any = model.encoder.model.model_visual["visual"]
@@ -518,7 +524,7 @@ def test_async_calls_leave_the_event_loop_free(folder: Path, pictures: list[Path
     tower.register_forward_pre_hook(hold)
 
     async def run_meanwhile() -> None:
-        call = asyncio.create_task(model.acall([ImageNode(image_path=str(pictures[0]))]))
+        call = asyncio.create_task(model.acall([ImageNode(image_path=str(image_paths[0]))]))
         while not computing.is_set():
             await asyncio.sleep(0.001)
         ran.set()
@@ -542,24 +548,24 @@ def counted(model: VisualizedBGEEmbedding) -> list[int]:
     return passes
 
 
-def test_the_cache_answers_for_equal_content_only(folder: Path, pictures: list[Path], tmp_path: Path) -> None:
-    """By pixels, whatever the file is called; by text; never across texts beside a picture, dtypes or weights."""
+def test_the_cache_answers_for_equal_content_only(folder: Path, image_paths: list[Path], tmp_path: Path) -> None:
+    """By pixels, whatever the file is called; by text; never across texts beside an image, dtypes or weights."""
     copy = tmp_path / "copy.png"
-    copy.write_bytes(pictures[0].read_bytes())
+    copy.write_bytes(image_paths[0].read_bytes())
     cache = tmp_path / "cache"
     first = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=cache)
     vectors = [
-        first.get_image_embedding(pictures[0]),
-        first.get_composed_embedding("red", pictures[0]),
+        first.get_image_embedding(image_paths[0]),
+        first.get_composed_embedding("red", image_paths[0]),
         first.get_text_embedding("red"),
-        first.get_image_embedding(pictures[1]),
+        first.get_image_embedding(image_paths[1]),
     ]
     again = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=cache)
     passes = counted(again)
     assert again.get_image_embedding(copy) == vectors[0]
     assert again.get_composed_embedding("red", copy) == vectors[1]
     assert again.get_query_embedding("red") == vectors[2]
-    assert again.embed_images([Image.open(pictures[1])]).tolist() == [vectors[3]]
+    assert again.embed_images([Image.open(image_paths[1])]).tolist() == [vectors[3]]
     assert passes == []
     again.get_composed_embedding("blue", copy)
     assert passes == [1]
@@ -570,7 +576,7 @@ def test_the_cache_answers_for_equal_content_only(folder: Path, pictures: list[P
 
 
 def test_only_what_is_not_cached_is_computed_and_each_content_once(
-    folder: Path, pictures: list[Path], tmp_path: Path
+    folder: Path, image_paths: list[Path], tmp_path: Path
 ) -> None:
     """A batch of seven with one known and two equal: five go through the model."""
     model = VisualizedBGEEmbedding(folder, device="cpu", cache_dir=tmp_path)
@@ -679,14 +685,14 @@ def test_batch_sizes_are_checked(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------- the bundled model
 
 
-def test_the_bundled_model_needs_no_network(pictures: list[Path]) -> None:
+def test_the_bundled_model_needs_no_network(image_paths: list[Path]) -> None:
     """By its name: the same class and loading code as the real one."""
     tiny = VisualizedBGEEmbedding("tiny", device="cpu")
     assert (tiny.model_id[:15], tiny.model_note) == ("visualized-bge@", "tiny, float32")
-    composed = tiny.get_composed_embedding_batch(["phone case with this"] * 2, pictures[:2])
+    composed = tiny.get_composed_embedding_batch(["phone case with this"] * 2, image_paths[:2])
     assert np.asarray(composed).shape == (2, tiny.dimension)
     assert not close(composed[0], composed[1])
-    assert close(composed[0], tiny.get_composed_embedding("phone case with this", pictures[0]))
+    assert close(composed[0], tiny.get_composed_embedding("phone case with this", image_paths[0]))
     half = VisualizedBGEEmbedding("tiny", device="cpu", dtype="bfloat16")
-    cosine = np.asarray(half.get_composed_embedding_batch(["phone case with this"] * 2, pictures[:2])) * composed
+    cosine = np.asarray(half.get_composed_embedding_batch(["phone case with this"] * 2, image_paths[:2])) * composed
     assert cosine.sum(1).min() > 0.99

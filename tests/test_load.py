@@ -1,7 +1,7 @@
-"""Many threads and many asyncio tasks ask one store and one model while pictures are added, replaced and removed.
+"""Many threads and many asyncio tasks ask one store and one model while images are added, replaced and removed.
 
 Every answer is held against one known beforehand: the vectors that the model gave when nothing else ran, and the
-rankings that NumPy makes of them. Pictures on the `Shelf`s come, go and change; what may be answered about them is the
+rankings that NumPy makes of them. Images on the `Shelf`s come, go and change; what may be answered about them is the
 state before or the state after, and nothing else.
 """
 
@@ -52,20 +52,20 @@ from tests.support.processes import python
 
 TOP = 5
 CLOSE = 1e-5
-"""Of numbers up to 1 that float32 gives in another order; different pictures and texts here differ by 1e-3 and more."""
+"""Of numbers up to 1 that float32 gives in another order; different images and texts here differ by 1e-3 and more."""
 
 LONG = "the same thing in blue with stars, for a child who likes the sea and the sky, " * 4
-"""Fits a query by text (112 tokens); beside a picture (48) its end is cut off."""
+"""Fits a query by text (112 tokens); beside an image (48) its end is cut off."""
 
 CONTENTS: Sequence[tuple[str | None, str | None]] = [
     *[(f"a {colour} {kind}", None) for colour in ("red", "blue") for kind in KINDS],
     (LONG, None),
-    *[(None, picture) for picture in ("leopard.png", "still/mug/blue stars.jpg", "still/umbrella/red leopard.jpg")],
+    *[(None, image) for image in ("leopard.png", "still/mug/blue stars.jpg", "still/umbrella/red leopard.jpg")],
     *[(f"{kind} with this", "leopard.png") for kind in KINDS],
     *[("the same in red", f"still/{kind}/blue stars.jpg") for kind in KINDS],
     (LONG, "leopard.png"),
 ]
-"""Text and picture of each query."""
+"""Text and image of each query."""
 
 STRIPES = ("red", "blue", "yellow", "purple", "black", "white")
 
@@ -85,7 +85,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Version:
-    """What the file of a picture holds, and the vector of that."""
+    """What the file of an image holds, and the vector of that."""
 
     data: bytes
     vector: Vector
@@ -97,7 +97,7 @@ class Version:
 
 @dataclass
 class Shelf:
-    """A folder of pictures that one thread changes and ingests, round after round.
+    """A folder of images that one thread changes and ingests, round after round.
 
     Those of `changed` are there in every round, each time in the next of their versions; those of `coming` are there
     every other round.
@@ -111,7 +111,7 @@ class Shelf:
     settled: int = 0
 
     def state(self, number: int) -> dict[Path, Version | None]:
-        """What each picture is in a round; None where it is not there."""
+        """What each image is in a round; None where it is not there."""
         state: dict[Path, Version | None] = {
             path: versions[number % len(versions)] for path, versions in self.changed.items()
         }
@@ -125,7 +125,7 @@ class Shelf:
         return {path_id(str(path)): [state[path] for state in states] for path in states[0]}
 
     def seen(self, found: Sequence[Hit], since: int) -> dict[str, Version]:
-        """The versions of its pictures that an answer holds, by the ids of their rows."""
+        """The versions of its images that an answer holds, by the ids of their rows."""
         possible = self.possible(since)
         seen = {}
         for hit in found:
@@ -136,7 +136,7 @@ class Shelf:
         return seen
 
     def ingest(self, store: ImageStore, model: VisualizedBGEEmbedding) -> None:
-        """The next round: pictures that are new, that changed, that went; read back exactly."""
+        """The next round: images that are new, that changed, that went; read back exactly."""
         old, new = self.state(self.settled), self.state(self.settled + 1)
         self.begun += 1
         for path, version in new.items():
@@ -171,7 +171,7 @@ class Ask:
 
 @dataclass
 class Shop:
-    """A store, a model, pictures in both, and all that can be known of them."""
+    """A store, a model, images in both, and all that can be known of them."""
 
     folder: Path
     store: ImageStore
@@ -187,7 +187,7 @@ class Shop:
         return [shelf.settled for shelf in self.shelves]
 
     def check_still(self, vector: Vector) -> Check:
-        """The pictures that nobody touches: the same answer at any time."""
+        """The images that nobody touches: the same answer at any time."""
         expected = ranking(vector, self.still)[:TOP]
 
         def check(answer: Any, since: Sequence[int]) -> None:
@@ -196,7 +196,7 @@ class Shop:
         return check
 
     def check_everything(self, vector: Vector, top_k: int) -> Check:
-        """All pictures: those on the shelves as they were or as they are now, each in its right place."""
+        """All images: those on the shelves as they were or as they are now, each in its right place."""
 
         def check(answer: Any, since: Sequence[int]) -> None:
             found = hits(answer)
@@ -230,8 +230,8 @@ class Shop:
 
     # -------------------------------------------------------------------------------------- asking
 
-    def place(self, picture: str | None) -> str | None:
-        return None if picture is None else str(self.folder / picture)
+    def place(self, image: str | None) -> str | None:
+        return None if image is None else str(self.folder / image)
 
     def all_asks(self) -> Iterator[Ask]:
         still = MetadataFilters(filters=[MetadataFilter(key="label", value=list(KINDS), operator=FilterOperator.IN)])
@@ -241,23 +241,23 @@ class Shop:
         engine = index.as_retriever(similarity_top_k=TOP, filters=still)
         for content in CONTENTS:
             vector = self.vectors[content]
-            text, picture = content[0], self.place(content[1])
-            bundle = QueryBundle(text or "", image_path=picture)
-            yield self.embedding(text, picture, vector)
+            text, image = content[0], self.place(content[1])
+            bundle = QueryBundle(text or "", image_path=image)
+            yield self.embedding(text, image, vector)
             yield retrieval("still", retriever, bundle, self.check_still(vector))
             yield retrieval("everything", everything, bundle, self.check_everything(vector, TOP))
-            carried = QueryBundle(text or "", image_path=picture, embedding=vector.tolist())
-            yield retrieval("index", engine, text if picture is None else carried, self.check_still(vector))
+            carried = QueryBundle(text or "", image_path=image, embedding=vector.tolist())
+            yield retrieval("index", engine, text if image is None else carried, self.check_still(vector))
             yield self.query("filtered", vector, TOP, still, self.check_still(vector))
             for number, shelf in enumerate(self.shelves):
                 yield self.query("shelf", vector, 50, labelled(shelf.label), self.check_shelf(number, vector))
         yield from self.batches()
         yield self.counting(still)
 
-    def embedding(self, text: str | None, picture: str | None, vector: Vector) -> Ask:
+    def embedding(self, text: str | None, image: str | None, vector: Vector) -> Ask:
         model = self.model
         check = same_vectors([vector])
-        if picture is None:
+        if image is None:
             return Ask(
                 "text",
                 lambda: [model.get_query_embedding(text)],
@@ -267,30 +267,30 @@ class Shop:
         if text is None:
             return Ask(
                 "picture",
-                lambda: [model.get_image_embedding(picture)],
-                lambda: listed(model.aget_image_embedding(picture)),
+                lambda: [model.get_image_embedding(image)],
+                lambda: listed(model.aget_image_embedding(image)),
                 check,
             )
         return Ask(
             "composed",
-            lambda: [model.get_composed_embedding(text, picture)],
-            lambda: listed(model.aget_composed_embedding(text, picture)),
+            lambda: [model.get_composed_embedding(text, image)],
+            lambda: listed(model.aget_composed_embedding(text, image)),
             check,
         )
 
     def batches(self) -> Iterator[Ask]:
         model = self.model
-        pictures = [content for content in CONTENTS if content[0] is None]
+        images = [content for content in CONTENTS if content[0] is None]
         pairs = [content for content in CONTENTS if None not in content]
         texts = [content for content in CONTENTS if content[1] is None]
-        files = [self.place(picture) for _, picture in pictures]
+        files = [self.place(image) for _, image in images]
         yield Ask(
             "pictures",
             lambda: model.get_image_embedding_batch(files),
             lambda: model.aget_image_embedding_batch(files),
-            same_vectors([self.vectors[content] for content in pictures]),
+            same_vectors([self.vectors[content] for content in images]),
         )
-        asked = [text for text, _ in pairs], [self.place(picture) for _, picture in pairs]
+        asked = [text for text, _ in pairs], [self.place(image) for _, image in pairs]
         yield Ask(
             "pairs",
             lambda: model.get_composed_embedding_batch(*asked),
@@ -360,29 +360,28 @@ def retrieval(name: str, retriever: Any, asked: QueryBundle | str, check: Check)
     return Ask(name, lambda: retriever.retrieve(asked), lambda: retriever.aretrieve(asked), check)
 
 
-def fill_shelf(folder: Path, label: str, pictures: Sequence[Path], model: VisualizedBGEEmbedding) -> Shelf:
-    """Four pictures with a stripe that gets another colour each round, and three upside down that come and go."""
+def fill_shelf(folder: Path, label: str, images: Sequence[Path], model: VisualizedBGEEmbedding) -> Shelf:
+    """Four images with a stripe that gets another colour each round, and three upside down that come and go."""
     (folder / label).mkdir(parents=True)
 
     def version(path: Path, change: Callable[[Image.Image], Image.Image]) -> Version:
         data = io.BytesIO()
-        with Image.open(path) as picture:
-            change(picture).save(data, "JPEG", quality=92)
+        with Image.open(path) as image:
+            change(image).save(data, "JPEG", quality=92)
         return Version(data.getvalue(), np.asarray(model.get_image_embedding(data.getvalue())))
 
     def striped(colour: str) -> Callable[[Image.Image], Image.Image]:
-        def change(picture: Image.Image) -> Image.Image:
-            picture.paste(colour, (0, 60, 160, 90))
-            return picture
+        def change(image: Image.Image) -> Image.Image:
+            image.paste(colour, (0, 60, 160, 90))
+            return image
 
         return change
 
     files = [folder / label / f"{place}.jpg" for place in range(7)]
     changed = {
-        file: [version(path, striped(one)) for one in STRIPES]
-        for file, path in zip(files[:4], pictures[:4], strict=True)
+        file: [version(path, striped(one)) for one in STRIPES] for file, path in zip(files[:4], images[:4], strict=True)
     }
-    coming = {file: version(path, ImageOps.flip) for file, path in zip(files[4:], pictures[4:7], strict=True)}
+    coming = {file: version(path, ImageOps.flip) for file, path in zip(files[4:], images[4:7], strict=True)}
     return Shelf(folder, label, changed, coming)
 
 
@@ -393,20 +392,20 @@ def draw_all(folder: Path) -> Path:
 
 
 def open_shop(folder: Path, store: ImageStore, model: VisualizedBGEEmbedding, alone: VisualizedBGEEmbedding) -> Shop:
-    """All that will be asked about the pictures of `draw_all`, and the answers, by a model that nobody else asks."""
+    """All that will be asked about the images of `draw_all`, and the answers, by a model that nobody else asks."""
 
-    def vector(text: str | None, picture: str | None) -> Vector:
-        return np.asarray(alone.get_query_bundle(text, None if picture is None else folder / picture).embedding)
+    def vector(text: str | None, image: str | None) -> Vector:
+        return np.asarray(alone.get_query_bundle(text, None if image is None else folder / image).embedding)
 
-    pictures = sorted((folder / "still").rglob("*.jpg"))
+    images = sorted((folder / "still").rglob("*.jpg"))
     shop = Shop(
         folder,
         store,
         model,
         {content: vector(*content) for content in CONTENTS},
-        {path_id(str(path)): np.asarray(alone.get_image_embedding(path)) for path in pictures},
+        {path_id(str(path)): np.asarray(alone.get_image_embedding(path)) for path in images},
         [
-            fill_shelf(folder / f"shelf-{number}", f"shelf {number}", (pictures * 2)[7 * number :], alone)
+            fill_shelf(folder / f"shelf-{number}", f"shelf {number}", (images * 2)[7 * number :], alone)
             for number in range(2)
         ],
     )
@@ -571,7 +570,7 @@ def at_once(threads: int, work: Callable[[int], None]) -> None:
 
 
 def test_a_long_text_is_cut_by_what_stands_beside_it_whoever_else_asks(alone, restless_threads):
-    """Alone it has room for 112 tokens, beside a picture for 48; a tokenizer that cuts by itself has one for all."""
+    """Alone it has room for 112 tokens, beside an image for 48; a tokenizer that cuts by itself has one for all."""
     processor = VisualizedBGEEmbedding("tiny", device="cpu").encoder.processor
     whole, cut = (alone.encoder.processor.token_ids([LONG], beside_image=beside) for beside in (False, True))
     assert (len(cut[0]), len(whole[0]) > 48) == (48, True)

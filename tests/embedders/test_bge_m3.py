@@ -141,7 +141,7 @@ def test_no_file_of_a_checkpoint_runs_code(tmp_path, name):
 
 
 def test_learned_weights_find_exact_words_among_images(tmp_path, sparse):
-    """Texts, and pictures without any word, whose sparse vectors are empty."""
+    """Texts, and images without any word, whose sparse vectors are empty."""
     colours = ColourEmbedding()
     paint(tmp_path / "red.png", "red")
     paint(tmp_path / "blue.png", "blue")

@@ -120,19 +120,19 @@ def test_vectors_are_those_of_sentence_transformers(folders, embedders, name, qu
     as_trained = {"text": {"padding": "max_length", "max_length": 24, "return_attention_mask": False}}
     padded = {"processing_kwargs": as_trained} if "siglip2" in name else {}
     texts = encode([{"text": text} for text in TEXTS], normalize_embeddings=True, **padded)
-    pictures = encode([{"image": image} for image in images()], normalize_embeddings=True)
+    of_images = encode([{"image": image} for image in images()], normalize_embeddings=True)
     pairs = [{"image": image, "text": "in blue"} for image in images()]
     if name == "qwen3_vl":
         both = encode(pairs, normalize_embeddings=True)
     else:
-        both = unit(0.5 * encode([{"text": "in blue"}], normalize_embeddings=True, **padded) + 0.5 * pictures)
+        both = unit(0.5 * encode([{"text": "in blue"}], normalize_embeddings=True, **padded) + 0.5 * of_images)
     prepared = [embedder.prepare(image) for image in images()]
     contents = [Content(text) for text in TEXTS] + [Content(image=image) for image in prepared]
     contents += [Content("in blue", image) for image in prepared]
     order = np.random.default_rng(1).permutation(len(contents))
     found = np.empty((len(contents), embedder.dimension), dtype=np.float32)
     found[order] = embedder.encode([contents[row] for row in order], query=query)
-    assert np.abs(found - np.concatenate([texts, pictures, both])).max() < 1e-6
+    assert np.abs(found - np.concatenate([texts, of_images, both])).max() < 1e-6
     assert np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
     assert np.ptp(found @ found[0]) > 0.01
     alone = np.concatenate([embedder.encode([content], query=query) for content in contents])
@@ -176,9 +176,9 @@ def test_instructions_differ_between_queries_and_documents(folders, embedders):
 def test_the_sum_has_the_weight_that_was_asked_for(folders, embedders, weight):
     weighted = load_embedder(folders["clip"], device="cpu", text_weight=weight)
     image = weighted.prepare(images()[0])
-    text, picture = embedders["clip"].encode([Content("red"), Content(image=image)])
+    text, pixels = embedders["clip"].encode([Content("red"), Content(image=image)])
     found = weighted.encode([Content("red", image)])
-    assert np.abs(found - unit((weight * text + (1 - weight) * picture)[None])).max() < 1e-6
+    assert np.abs(found - unit((weight * text + (1 - weight) * pixels)[None])).max() < 1e-6
     assert weighted.space == embedders["clip"].space
     assert f"{weight:g} of it the text" in weighted.note
     with pytest.raises(QueryError, match=r"text_weight=1.5: a number from 0"):

@@ -102,7 +102,7 @@ def test_the_published_example_works_on_a_pair_never_seen(embedder):
 
 
 def test_size_and_file_format_of_an_image_hardly_matter(embedder):
-    """People's pictures come in other sizes than the training's 320 pixels."""
+    """People's images come in other sizes than the training's 320 pixels."""
     sizes = [
         embedder.processor.pixel_values([draw_product("mug", "hearts", "red", 5, size)]) for size in (160, 320, 700)
     ]

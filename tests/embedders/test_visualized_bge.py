@@ -33,7 +33,7 @@ def distance(ours: Tensor, theirs: Any) -> float:
 
 
 def stages(model: VisualizedBGE, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-    """What passes every stage of one picture-and-text pair, under the golden file's names."""
+    """What passes every stage of one image-and-text pair, under the golden file's names."""
     seen: dict[str, Tensor] = {}
 
     def watch(name: str, module: nn.Module, *, arriving: bool = False) -> Any:
@@ -87,7 +87,7 @@ def test_vectors_of_images_texts_and_pairs_equal_the_original(name: str) -> None
     theirs = golden(name)
     model = fill(VisualizedBGE(golden_config(name)))
     tensor = {key: torch.from_numpy(value) for key, value in theirs.items() if value.dtype.kind in "fi"}
-    pixels = torch.stack([tensor[f"pixels/{picture}"] for picture in theirs["image_names"]])
+    pixels = torch.stack([tensor[f"pixels/{image_name}"] for image_name in theirs["image_names"]])
     batches = {
         "image_batch": model.encode_image(pixels),
         "text_batch": model.encode_text(tensor["ids_batch"], tensor["mask_batch"]),
@@ -96,8 +96,8 @@ def test_vectors_of_images_texts_and_pairs_equal_the_original(name: str) -> None
     for key, ours in batches.items():
         assert distance(ours, theirs[key]) < TOLERANCE
         assert distance(ours, theirs[f"f64/{key}"]) < TOLERANCE
-    for row, picture in enumerate(theirs["image_names"]):
-        assert distance(model.encode_image(pixels[row : row + 1])[0], theirs[f"image/{picture}"]) < TOLERANCE
+    for row, image_name in enumerate(theirs["image_names"]):
+        assert distance(model.encode_image(pixels[row : row + 1])[0], theirs[f"image/{image_name}"]) < TOLERANCE
     for row in range(3):
         ids = tensor[f"ids/{row}"][None]
         assert distance(model.encode_text(ids)[0], theirs[f"text/{row}"]) < TOLERANCE
@@ -125,7 +125,7 @@ def base_pixels() -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_full_size_equals_the_original(base: VisualizedBGE, base_pixels: dict[str, Tensor]) -> None:
-    """Golden vectors and stages of the base architecture, from picture files on."""
+    """Golden vectors and stages of the base architecture, from image files on."""
     theirs = golden("base")
     for name, pixels in base_pixels.items():
         assert distance(base.encode_image(pixels[None])[0], theirs[f"image/{name}"]) < TOLERANCE
@@ -216,7 +216,7 @@ def test_other_modes_become_rgb(mode: str) -> None:
 
 
 def test_long_text_is_cut_to_the_room_there_is() -> None:
-    """As the tokenizer truncates: [SEP] stays; the original crashes. Base has 512, or 316 beside a picture."""
+    """As the tokenizer truncates: [SEP] stays; the original crashes. Base has 512, or 316 beside an image."""
     config = VisualizedBGEConfig()
     assert (config.room(), config.room(beside_image=True)) == (512, 316)
     small = small_config()

@@ -19,7 +19,7 @@ from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ends, python
 
 ROOT = Path(__file__).parents[2]
-PICTURES = 60
+IMAGES = 60
 
 RUN = """
 import sys, time
@@ -41,7 +41,7 @@ with open_store(sys.argv[2], model) as store:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         paint(tmp_path / "photos" / f"{number:03d}.png", list(COLOURS)[number % 8], size=(number + 8, 20))
     return tmp_path / "photos"
 
@@ -61,7 +61,7 @@ def check_whole(store, folder: Path, model: ColourEmbedding) -> None:
     assert sorted(row["file_path"] for row in rows) == sorted(map(str, folder.iterdir())), "every image exactly once"
     assert all(row["width"] == int(Path(row["file_path"]).stem) + 8 for row in rows)
     second = ingest_images(folder, store, model, show_progress=False)
-    assert (second.embedded, second.unchanged) == (0, PICTURES)
+    assert (second.embedded, second.unchanged) == (0, IMAGES)
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_ends_with_every_image_once(folder, tmp_path):
@@ -70,7 +70,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_every_image_once(folde
     with open_store(tmp_path / "a.db", model) as store:
         before = store.count()
         report = ingest_images(folder, store, model, show_progress=False)
-        assert report.indexed == PICTURES - before
+        assert report.indexed == IMAGES - before
         assert report.unchanged == before
         check_whole(store, folder, model)
 
@@ -154,7 +154,7 @@ def test_a_full_disk_under_the_cache_of_vectors_costs_no_image(folder, small_dis
     ballast = fill(small_disk)
     with open_store(tmp_path / "a.db", model) as store:
         report = ingest_images(folder, store, model, batch_size=4, show_progress=False)
-        assert (report.indexed, report.skipped) == (PICTURES, ())
+        assert (report.indexed, report.skipped) == (IMAGES, ())
         (said,) = [record.getMessage() for record in caplog.records if record.name == "mm_retriever.vector_cache"]
         assert str(small_disk) in said
         assert "disk is full" in said
@@ -163,7 +163,7 @@ def test_a_full_disk_under_the_cache_of_vectors_costs_no_image(folder, small_dis
         cache = VectorCache(small_disk, model.dimension)
         assert len(cache) == 1
         report = ingest_images(folder, store, model, show_progress=False)
-        assert report.unchanged == PICTURES
+        assert report.unchanged == IMAGES
         model.get_text_embedding("a blue mug")
         assert len(cache) == 2
         cache.close()
@@ -177,13 +177,13 @@ def test_a_full_disk_under_the_report_says_what_was_done_and_keeps_the_old_repor
         ingest_images([folder / "000.png"], store, model, report_path=target, show_progress=False)
         old = target.read_bytes()
         ballast = fill(small_disk)
-        with pytest.raises(IngestError, match=rf"{PICTURES - 1} indexed.* cannot be written .*report\.json.*No space"):
+        with pytest.raises(IngestError, match=rf"{IMAGES - 1} indexed.* cannot be written .*report\.json.*No space"):
             ingest_images(folder, store, model, report_path=target, show_progress=False)
         assert target.read_bytes() == old
         assert sorted(small_disk.iterdir()) == [ballast, target]
         ballast.unlink()
         ingest_images(folder, store, model, report_path=target, show_progress=False)
-        assert json.loads(target.read_text())["unchanged"] == PICTURES
+        assert json.loads(target.read_text())["unchanged"] == IMAGES
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def llm() -> Phi3VisionLLM:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
+def image_paths(tmp_path: Path) -> list[Path]:
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
         pixels = np.random.default_rng(i).integers(0, 256, (40 + 20 * i, 70, 3), dtype=np.uint8)
@@ -72,15 +72,15 @@ def greedy(ids: list[int], images: Sequence[Image.Image], steps: int) -> str:
     return processor.decode(written[0, len(ids) :].tolist())
 
 
-def test_an_answer_is_what_generate_writes_after_the_same_prompt(llm: Phi3VisionLLM, pictures: list[Path]) -> None:
-    """Truth: transformers' generate on the original's prompt, with two pictures, a system message and a history."""
-    images = [Image.open(path).convert("RGB") for path in pictures[:2]]
+def test_an_answer_is_what_generate_writes_after_the_same_prompt(llm: Phi3VisionLLM, image_paths: list[Path]) -> None:
+    """Truth: transformers' generate on the original's prompt, with two images, a system message and a history."""
+    images = [Image.open(path).convert("RGB") for path in image_paths[:2]]
     first, second = (small_processor().image_tokens(*image.size) for image in images)
     messages = [
         ChatMessage(role=MessageRole.SYSTEM, content="Answer in one word."),
-        *ask(ImageBlock(path=pictures[0]), TextBlock(text="What is the image?")),
+        *ask(ImageBlock(path=image_paths[0]), TextBlock(text="What is the image?")),
         ChatMessage(role=MessageRole.ASSISTANT, content="France"),
-        *ask(TextBlock(text="What"), ImageBlock(path=pictures[1])),
+        *ask(TextBlock(text="What"), ImageBlock(path=image_paths[1])),
     ]
     prompt = (
         "<|system|>\nAnswer in one word.<|end|>\n<|user|>\n<|image_1|>\nWhat is the image?<|end|>\n"
@@ -118,12 +118,12 @@ def test_all_eight_ways_to_ask_give_one_answer(llm: Phi3VisionLLM) -> None:
     assert asyncio.run(asynchronously()) == [expected] * 4
 
 
-def test_an_image_may_come_as_path_bytes_base64_file_or_data_uri(llm: Phi3VisionLLM, pictures: list[Path]) -> None:
+def test_an_image_may_come_as_path_bytes_base64_file_or_data_uri(llm: Phi3VisionLLM, image_paths: list[Path]) -> None:
     """Truth: the same pixels give the same answer."""
-    content = pictures[1].read_bytes()
+    content = image_paths[1].read_bytes()
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
     blocks = [
-        ImageBlock(path=pictures[1]),
+        ImageBlock(path=image_paths[1]),
         ImageBlock(image=content),
         ImageBlock(image=base64.b64encode(content)),
         ImageBlock(image=io.BytesIO(content)),
@@ -131,18 +131,18 @@ def test_an_image_may_come_as_path_bytes_base64_file_or_data_uri(llm: Phi3Vision
     ]
     answers = {llm.chat(ask(block, TextBlock(text="What"))).message.content for block in blocks}
     assert len(answers) == 1
-    assert llm.chat(ask(ImageBlock(path=pictures[2]), TextBlock(text="What"))).message.content not in answers
+    assert llm.chat(ask(ImageBlock(path=image_paths[2]), TextBlock(text="What"))).message.content not in answers
 
 
-def test_no_url_is_fetched_and_no_file_read_against_the_policy(pictures: list[Path], tmp_path: Path) -> None:
+def test_no_url_is_fetched_and_no_file_read_against_the_policy(image_paths: list[Path], tmp_path: Path) -> None:
     """Truth: our choice; LlamaIndex's resolve_image would fetch anything."""
     llm = make_llm(image_policy=ImagePolicy(roots=(tmp_path / "elsewhere",)))
     (tmp_path / "elsewhere").mkdir()
-    for block in (ImageBlock(url="http://127.0.0.1:9/secret.png"), ImageBlock(path=pictures[0])):
+    for block in (ImageBlock(url="http://127.0.0.1:9/secret.png"), ImageBlock(path=image_paths[0])):
         with pytest.raises(ImageLoadError):
             llm.chat(ask(block))
     with pytest.raises(ImageLoadError, match="more than the limit of 10"):
-        make_llm(image_policy=ImagePolicy(max_pixels=10)).chat(ask(ImageBlock(path=pictures[0])))
+        make_llm(image_policy=ImagePolicy(max_pixels=10)).chat(ask(ImageBlock(path=image_paths[0])))
 
 
 def test_a_document_cannot_speak_for_the_assistant(llm: Phi3VisionLLM) -> None:
@@ -154,12 +154,12 @@ def test_a_document_cannot_speak_for_the_assistant(llm: Phi3VisionLLM) -> None:
     assert llm.complete(attack).additional_kwargs["prompt_tokens"] == len(ids)
 
 
-def test_too_long_a_prompt_says_how_long_and_what_to_do(pictures: list[Path]) -> None:
+def test_too_long_a_prompt_says_how_long_and_what_to_do(image_paths: list[Path]) -> None:
     """Truth: our choice; nothing is computed before the check."""
     llm = make_llm(context_window=150)
     assert llm.metadata.context_window == 150
     with pytest.raises(PromptError, match=r"tokens \(\d+ of 2 images\).*150 that fit.*fewer images.*num_crops below 4"):
-        llm.chat(ask(ImageBlock(path=pictures[0]), ImageBlock(path=pictures[1])))
+        llm.chat(ask(ImageBlock(path=image_paths[0]), ImageBlock(path=image_paths[1])))
     with pytest.raises(PromptError, match="max_new_tokens=149"):
         llm.complete(QUESTION, max_new_tokens=149)
     assert make_llm(context_window=10**9).metadata.context_window == small_model().config.max_position_embeddings
@@ -212,9 +212,9 @@ def test_an_answer_across_the_short_context_is_that_of_one_set_of_rotary_factors
     assert model.prefill(ids, total_length=len(ids) + 60).long_rope
 
 
-def test_threads_and_interleaved_streams_do_not_disturb_each_other(llm: Phi3VisionLLM, pictures: list[Path]) -> None:
+def test_threads_and_interleaved_streams_do_not_disturb_each_other(llm: Phi3VisionLLM, image_paths: list[Path]) -> None:
     """Truth: each question asked alone."""
-    questions = [ask(ImageBlock(path=path), TextBlock(text=f"What {i}")) for i, path in enumerate(pictures)]
+    questions = [ask(ImageBlock(path=path), TextBlock(text=f"What {i}")) for i, path in enumerate(image_paths)]
     alone = [llm.chat(question).message.content for question in questions]
     found: dict[int, str | None] = {}
 
@@ -291,24 +291,26 @@ def asked() -> Iterator[Asked]:
 
 
 @pytest.mark.parametrize("mode", ["compact", "refine", "tree_summarize", "simple_summarize"])
-def test_a_query_engine_answers_over_images(llm: Phi3VisionLLM, pictures: list[Path], mode: str, asked: Asked) -> None:
-    """Truth: LlamaIndex's own engine shows the picture to the LLM, whose answer to its last messages is the answer."""
+def test_a_query_engine_answers_over_images(
+    llm: Phi3VisionLLM, image_paths: list[Path], mode: str, asked: Asked
+) -> None:
+    """Truth: LlamaIndex's own engine shows the image to the LLM, whose answer to its last messages is the answer."""
     nodes = [
-        NodeWithScore(node=ImageNode(image_path=str(pictures[0]), metadata={"label": "mug"}), score=0.5),
+        NodeWithScore(node=ImageNode(image_path=str(image_paths[0]), metadata={"label": "mug"}), score=0.5),
         NodeWithScore(node=TextNode(text="a note"), score=0.4),
     ]
     engine = RetrieverQueryEngine.from_args(Fixed(nodes), llm=llm, multimodal=True, response_mode=mode)
     answer = str(engine.query("What is the image?"))
     first, last = asked.messages[0], asked.messages[-1]
     blocks = [block for message in first for block in message.blocks if isinstance(block, ImageBlock)]
-    uri = f"data:image/png;base64,{base64.b64encode(pictures[0].read_bytes()).decode()}"
+    uri = f"data:image/png;base64,{base64.b64encode(image_paths[0].read_bytes()).decode()}"
     assert [str(block.url) for block in blocks] == [uri]  # LlamaIndex has read the file itself
     assert answer == llm.chat(last).message.content
 
 
-def test_a_query_engine_answers_asynchronously_and_in_pieces(llm: Phi3VisionLLM, pictures: list[Path]) -> None:
+def test_a_query_engine_answers_asynchronously_and_in_pieces(llm: Phi3VisionLLM, image_paths: list[Path]) -> None:
     """Truth: the synchronous answer of the same engine."""
-    nodes = [NodeWithScore(node=ImageNode(image_path=str(pictures[0])), score=0.5)]
+    nodes = [NodeWithScore(node=ImageNode(image_path=str(image_paths[0])), score=0.5)]
     engine = RetrieverQueryEngine.from_args(Fixed(nodes), llm=llm, multimodal=True)
     streaming = RetrieverQueryEngine.from_args(Fixed(nodes), llm=llm, multimodal=True, streaming=True)
     expected = str(engine.query("What?"))
@@ -316,11 +318,11 @@ def test_a_query_engine_answers_asynchronously_and_in_pieces(llm: Phi3VisionLLM,
     assert str(streaming.query("What?")) == expected
 
 
-def test_llamaindex_sees_every_call_once(pictures: list[Path]) -> None:
+def test_llamaindex_sees_every_call_once(image_paths: list[Path]) -> None:
     """Truth: LlamaIndex's callback events; the model itself is not in the payload."""
     debug = LlamaDebugHandler(print_trace_on_end=False)
     llm = make_llm(callback_manager=CallbackManager([debug]))
-    llm.chat(ask(ImageBlock(path=pictures[0]), TextBlock(text="What")))
+    llm.chat(ask(ImageBlock(path=image_paths[0]), TextBlock(text="What")))
     list(llm.stream_complete("What"))
     assert len(debug.get_event_pairs(CBEventType.LLM)) == 2
     assert llm.to_payload()["class_name"] == "Phi3VisionLLM"
@@ -358,7 +360,7 @@ def test_half_a_character_is_held_back_until_it_is_whole() -> None:
 
 
 def test_slots_are_counted_for_the_crops_that_are_made() -> None:
-    """Truth: the processor's own count; a picture's slots and its features must agree for every crop limit."""
+    """Truth: the processor's own count; an image's slots and its features must agree for every crop limit."""
     for num_crops in (1, 2, 6):
         processor = small_processor(num_crops)
         llm = make_llm(processor=processor, max_new_tokens=1)

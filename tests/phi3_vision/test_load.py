@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
-from tests.support.phi3_vision_golden import ASK, DATA, NORM, picture
+from tests.support.phi3_vision_golden import ASK, DATA, NORM, made_image
 from tests.support.phi3_vision_small import (
     SHORT_CONTEXT,
     small_model,
@@ -87,7 +87,7 @@ def test_the_published_folder_loads_without_remote_code(official_folder: Path, a
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     wide, coarse = load_phi3_vision(str(official_folder), dtype="float32", device="cpu", num_crops=1)
     assert (wide.dtype, coarse.num_crops) == (torch.float32, 1)
-    inputs = coarse(ASK, [picture(40, 30)])
+    inputs = coarse(ASK, [made_image(40, 30)])
     with torch.inference_mode():
         assert torch.isfinite(wide(**inputs).logits).all()
 
@@ -121,7 +121,7 @@ def test_from_pretrained_and_save_pretrained_work_as_for_any_model(official_fold
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model.eval().save_pretrained(tmp_path / "saved")
     again = Phi3Vision.from_pretrained(tmp_path / "saved").eval()
-    inputs = small_processor()(ASK, [picture(40, 30)])
+    inputs = small_processor()(ASK, [made_image(40, 30)])
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits, again(**inputs).logits)
 
@@ -137,7 +137,7 @@ def test_a_device_map_may_leave_parts_on_disk(official_folder: Path, tmp_path: P
         official_folder, device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32
     )
     model = Phi3Vision.from_pretrained(official_folder, dtype=torch.float32)
-    inputs = small_processor()(ASK, [picture(40, 30)])
+    inputs = small_processor()(ASK, [made_image(40, 30)])
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     assert torch.equal(offloaded.generate(**inputs, **options), model.generate(**inputs, **options))
     features = offloaded.image_features(inputs["pixel_values"], inputs["image_sizes"])
@@ -149,7 +149,7 @@ def test_an_adapter_can_be_trained_and_switched_off(official_folder: Path) -> No
     """Truth: PEFT's LoRA changes the logits, and its absence restores them."""
     peft = pytest.importorskip("peft")
     model = Phi3Vision.from_pretrained(official_folder, dtype=torch.float32)
-    inputs = small_processor()(ASK, [picture(40, 30)])
+    inputs = small_processor()(ASK, [made_image(40, 30)])
     with torch.inference_mode():
         plain = model(**inputs).logits
     settings = peft.LoraConfig(r=2, target_modules=["qkv_proj", "o_proj"], init_lora_weights=False)

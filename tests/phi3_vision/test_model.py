@@ -17,7 +17,7 @@ from mm_retriever.errors import PromptError
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, processor_for
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
-from tests.support.phi3_vision_golden import ASK, DATA, photo, picture
+from tests.support.phi3_vision_golden import ASK, DATA, made_image, photo
 from tests.support.phi3_vision_small import (
     SHORT_CONTEXT,
     seeded,
@@ -64,8 +64,8 @@ def test_logits_features_and_greedy_words_are_the_originals(case: str, golden_mo
     ids = torch.tensor(golden["input_ids"], dtype=torch.long)[None]
     inputs: dict[str, torch.Tensor] = {}
     if case != "text":
-        pictures = Phi3VisionProcessor(small_tokenizer(), num_crops=1).image_inputs([photo("photo640x480")])
-        inputs = {"pixel_values": pictures.pixel_values, "image_sizes": pictures.image_sizes}
+        images = Phi3VisionProcessor(small_tokenizer(), num_crops=1).image_inputs([photo("photo640x480")])
+        inputs = {"pixel_values": images.pixel_values, "image_sizes": images.image_sizes}
         with torch.inference_mode():
             features = golden_model.image_features(**inputs)[0].numpy()
         np.testing.assert_allclose(features[:, :4], golden["img_embeds_cols4"], atol=2e-5)
@@ -105,11 +105,11 @@ def test_crops_are_laid_out_as_one_image_then_separator_then_global_view() -> No
     """Truth: the layout written out token by token from the paper's description and the original code."""
     model, processor = small_model(), small_processor(7)
     embeddings = model.model.vision_embed_tokens
-    pictures = processor.image_inputs([picture(90, 40), picture(30, 80, seed=1)])
+    images = processor.image_inputs([made_image(90, 40), made_image(30, 80, seed=1)])
     with torch.inference_mode():
-        patches = embeddings.img_processor(pictures.pixel_values).view(-1, 8, 8, 20)
+        patches = embeddings.img_processor(images.pixel_values).view(-1, 8, 8, 20)
         expected, start = [], 0
-        for height, width in (pictures.image_sizes // 32).tolist():
+        for height, width in (images.image_sizes // 32).tolist():
             views = patches[start : start + 1 + height * width]
             start += len(views)
 
@@ -126,39 +126,39 @@ def test_crops_are_laid_out_as_one_image_then_separator_then_global_view() -> No
             for y in range(4):
                 rows += [token(views[0], y, x) for x in range(4)] + [embeddings.sub_GN.flatten()]
             expected.append(embeddings.img_projection(torch.stack(rows)))
-        features = model.image_features(pictures.pixel_values, pictures.image_sizes)
-    assert [len(feature) for feature in features] == list(pictures.token_counts)
+        features = model.image_features(images.pixel_values, images.image_sizes)
+    assert [len(feature) for feature in features] == list(images.token_counts)
     for ours, written_out in zip(features, expected, strict=True):
         torch.testing.assert_close(ours, written_out, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_crops_are_ignored() -> None:
-    """Truth: the original pads every picture to num_crops + 1 crops and never reads the padding."""
+    """Truth: the original pads every image to num_crops + 1 crops and never reads the padding."""
     model, processor = small_model(), small_processor(4)
-    pictures = processor.image_inputs([picture(90, 30), picture(40, 40)])
-    assert len(pictures.pixel_values) == 4 + 5
+    images = processor.image_inputs([made_image(90, 30), made_image(40, 40)])
+    assert len(images.pixel_values) == 4 + 5
     padded = torch.full((2, 6, 3, 32, 32), float("nan"))
-    padded[0, :4], padded[1, :5] = pictures.pixel_values[:4], pictures.pixel_values[4:]
+    padded[0, :4], padded[1, :5] = images.pixel_values[:4], images.pixel_values[4:]
     with torch.inference_mode():
-        ours = model.image_features(pictures.pixel_values, pictures.image_sizes)
-        theirs = model.image_features(padded, pictures.image_sizes)
+        ours = model.image_features(images.pixel_values, images.image_sizes)
+        theirs = model.image_features(padded, images.image_sizes)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     with pytest.raises(PromptError, match="8 crops"):
-        model.image_features(pictures.pixel_values[:8], pictures.image_sizes)
+        model.image_features(images.pixel_values[:8], images.image_sizes)
 
 
 def test_an_image_of_one_crop_goes_through_the_tower_once() -> None:
     """Truth: the original runs both views, which are the same pixels."""
     model, processor = small_model(), small_processor(1)
     embeddings = model.model.vision_embed_tokens
-    pictures = processor.image_inputs([picture(50, 40), picture(30, 90)])
-    assert torch.equal(pictures.pixel_values[::2], pictures.pixel_values[1::2])
+    images = processor.image_inputs([made_image(50, 40), made_image(30, 90)])
+    assert torch.equal(images.pixel_values[::2], images.pixel_values[1::2])
     seen: list[int] = []
     handle = embeddings.img_processor.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
     with torch.inference_mode():
-        once = model.image_features(pictures.pixel_values, pictures.image_sizes)
-        nudged = pictures.pixel_values + torch.tensor([0, 1e-7] * 2).view(4, 1, 1, 1)
-        both = model.image_features(nudged, pictures.image_sizes)
+        once = model.image_features(images.pixel_values, images.image_sizes)
+        nudged = images.pixel_values + torch.tensor([0, 1e-7] * 2).view(4, 1, 1, 1)
+        both = model.image_features(nudged, images.image_sizes)
     handle.remove()
     assert seen == [2, 4]
     for ours, twice in zip(once, both, strict=True):
@@ -167,7 +167,7 @@ def test_an_image_of_one_crop_goes_through_the_tower_once() -> None:
 
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_a_small_model_may_have_one_view_and_ordinary_rope(feature_layer: int) -> None:
-    """Truth: our choice, for the bundled model: (side / 2) * (side / 2 + 1) tokens a picture."""
+    """Truth: our choice, for the bundled model: (side / 2) * (side / 2 + 1) tokens an image."""
     config = small_config(
         rope_scaling=None, rope_theta=10_000.0, embd_layer={"use_hd_transform": False}, hidden_size=40,
         vision_config={"hidden_size": 20, "intermediate_size": 44, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -176,7 +176,7 @@ def test_a_small_model_may_have_one_view_and_ordinary_rope(feature_layer: int) -
     model, processor = seeded(config), processor_for(config, small_tokenizer(), num_crops=4)
     assert len(model.model.vision_embed_tokens.img_processor.vision_model.encoder.layers) == 4 + feature_layer
     assert "model.vision_embed_tokens.glb_GN" not in model.state_dict()
-    inputs = processor(ASK, [picture(90, 40)])
+    inputs = processor(ASK, [made_image(90, 40)])
     assert inputs["pixel_values"].shape == (1, 3, 48, 48)
     assert int((inputs["input_ids"] < 0).sum()) == 3 * 4
     written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -210,9 +210,9 @@ def test_a_tower_that_cannot_be_built_is_refused(vision: dict[str, object], mess
 def test_slots_and_images_must_match() -> None:
     """Truth: our choice; the original would overwrite the wrong rows."""
     model, processor = small_model(), small_processor()
-    pictures = processor.image_inputs([picture(40, 40), picture(90, 30)])
-    features = model.image_features(pictures.pixel_values, pictures.image_sizes)
-    first, second = pictures.token_counts
+    images = processor.image_inputs([made_image(40, 40), made_image(90, 30)])
+    features = model.image_features(images.pixel_values, images.image_sizes)
+    first, second = images.token_counts
     good = [1, *[-1] * first, 1, *[-2] * second, 5]
     assert model.embed(good, features).shape == (1, len(good), 24)
     for ids in ([1, *[-2] * first, 1, *[-1] * second], good[:-2], [1, *[-1] * (first + second)], [1, 5]):
@@ -221,13 +221,13 @@ def test_slots_and_images_must_match() -> None:
     with pytest.raises(PromptError, match="images"):
         model.embed(good)
     with pytest.raises(PromptError, match="image_sizes"):
-        model(torch.tensor([good]), pictures.pixel_values)
+        model(torch.tensor([good]), images.pixel_values)
 
 
 def test_a_left_padded_batch_says_what_its_rows_say_alone() -> None:
     """Truth: each row on its own."""
     model, processor = small_model(), small_processor()
-    prompts = [processor(ASK, [picture(40, 40)]), processor(ASK.replace("detail", "one word"), [picture(90, 30)])]
+    prompts = [processor(ASK, [made_image(40, 40)]), processor(ASK.replace("detail", "one word"), [made_image(90, 30)])]
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     ids = torch.full((2, longest), 32000)
     mask = torch.zeros(2, longest, dtype=torch.long)
@@ -250,7 +250,7 @@ def test_a_left_padded_batch_says_what_its_rows_say_alone() -> None:
 def test_beams_and_penalties_work_with_images() -> None:
     """Truth: our choice; both index by the prompt's ids, which must not be negative there."""
     model, processor = small_model(), small_processor()
-    inputs = processor(ASK, [picture(90, 30)])
+    inputs = processor(ASK, [made_image(90, 30)])
     written = model.generate(**inputs, max_new_tokens=5, num_beams=3, repetition_penalty=1.3, do_sample=False)
     assert (written >= 0).all()
 
@@ -258,23 +258,23 @@ def test_beams_and_penalties_work_with_images() -> None:
 def test_generate_is_the_argmax_of_forward() -> None:
     """Truth: the whole sequence computed at once, without a cache."""
     model, processor = small_model(), small_processor()
-    inputs = processor(ASK, [picture(90, 30)])
+    inputs = processor(ASK, [made_image(90, 30)])
     length = inputs["input_ids"].shape[1]
     written = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, length:]
     ids = torch.cat([inputs["input_ids"], written[None]], dim=1)
-    pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
     with torch.inference_mode():
-        logits = model(ids, **pictures, use_cache=False).logits[0]
+        logits = model(ids, **images, use_cache=False).logits[0]
     assert logits[length - 1 : -1].argmax(-1).tolist() == written.tolist()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cuts", [(), (70,), (1, 2, 60, 61, 90)])
 def test_a_prefix_extended_is_the_whole_computed_at_once(attention: str, cuts: tuple[int, ...]) -> None:
-    """Truth: one forward over everything; cuts may go through a picture only if its slots stay together."""
+    """Truth: one forward over everything; cuts may go through an image only if its slots stay together."""
     model, processor = small_model(), small_processor()
     model.set_attn_implementation(attention)
-    inputs = processor(ASK, [picture(40, 40)])
+    inputs = processor(ASK, [made_image(40, 40)])
     features = model.image_features(inputs["pixel_values"], inputs["image_sizes"])
     ids = inputs["input_ids"][0]
     slots = (ids < 0).nonzero()
@@ -311,10 +311,10 @@ def test_rows_that_share_a_prefix_are_what_they_are_alone() -> None:
 
 
 def test_log_probabilities_of_a_batch_are_those_of_forward() -> None:
-    """Truth: log-softmax of one forward per row; rows of different lengths, pictures and targets."""
+    """Truth: log-softmax of one forward per row; rows of different lengths, images and targets."""
     model, processor = small_model(), small_processor()
-    pictures = processor.image_inputs([picture(40, 40), picture(90, 30)])
-    features = model.image_features(pictures.pixel_values, pictures.image_sizes)
+    images = processor.image_inputs([made_image(40, 40), made_image(90, 30)])
+    features = model.image_features(images.pixel_values, images.image_sizes)
     prefix = model.prefill([1, 32010, 29871, 13])
     prompts = [[*[-1] * len(feature), 1, 278] for feature in features] + [[]]
     targets = [[338, 7483, 310], [29973], [5618, 338, 29889, 13]]

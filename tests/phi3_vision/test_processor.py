@@ -12,24 +12,24 @@ from PIL import Image
 
 from mm_retriever.errors import CheckpointError, PromptError
 from mm_retriever.phi3_vision.processor import Control, Message, Phi3VisionProcessor, Slot, crop_grid
-from tests.support.phi3_vision_golden import PROCESSOR, SIZES, photo, picture
+from tests.support.phi3_vision_golden import PROCESSOR, SIZES, made_image, photo
 from tests.support.phi3_vision_small import (
     small_processor,
     small_tokenizer,
 )
 
-# ---------------------------------------------------------------- pictures to crops
+# ---------------------------------------------------------------- images to crops
 
 
 @pytest.mark.parametrize("case", PROCESSOR["image_processor"])
 def test_crops_are_the_originals_bit_for_bit(case: str) -> None:
-    """Truth: the original's preprocessing of two pictures at 16, 4 and 1 crops, sampled and summed up."""
+    """Truth: the original's preprocessing of two images at 16, 4 and 1 crops, sampled and summed up."""
     golden = PROCESSOR["image_processor"][case]
     name, num_crops = case.split("/num_crops=")
-    pictures = Phi3VisionProcessor(small_tokenizer(), num_crops=int(num_crops)).image_inputs([photo(name)])
-    pixels = pictures.pixel_values
-    assert pictures.image_sizes.tolist() == [golden["image_size_hw"]]
-    assert pictures.token_counts == (golden["num_img_tokens"],)
+    images = Phi3VisionProcessor(small_tokenizer(), num_crops=int(num_crops)).image_inputs([photo(name)])
+    pixels = images.pixel_values
+    assert images.image_sizes.tolist() == [golden["image_size_hw"]]
+    assert images.token_counts == (golden["num_img_tokens"],)
     assert len(pixels) == golden["n_real_crops"]
     # the same interpolation of torch; its last bit depends on the CPU
     assert pixels[0, 0, 100, 100:108].tolist() == pytest.approx(golden["global[0,100,100:108]"], abs=1e-6)
@@ -44,11 +44,11 @@ def test_crops_are_the_originals_bit_for_bit(case: str) -> None:
 
 
 def test_every_pixel_of_the_crops_stays_as_it_was_when_checked() -> None:
-    """Truth: recorded when the crops of the original's six pictures, of which two are here, agreed bit for bit."""
+    """Truth: recorded when the crops of the original's six images, of which two are here, agreed bit for bit."""
     processor = Phi3VisionProcessor(small_tokenizer(), num_crops=5)
-    pictures = processor.image_inputs([picture(70, 200), picture(150, 45)])
-    assert pictures.image_sizes.tolist() == [[672, 336], [336, 1008]]
-    crops = torch.cat([pictures.pixel_values[1:3], pictures.pixel_values[4:]])  # the bicubic views depend on the CPU
+    images = processor.image_inputs([made_image(70, 200), made_image(150, 45)])
+    assert images.image_sizes.tolist() == [[672, 336], [336, 1008]]
+    crops = torch.cat([images.pixel_values[1:3], images.pixel_values[4:]])  # the bicubic views depend on the CPU
     assert hashlib.sha256(crops.numpy().tobytes()).hexdigest()[:16] == "c31d911c464a5ae9"
 
 
@@ -64,19 +64,19 @@ def test_grid_and_token_count_are_the_originals(
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2), (335, 337)])
 @pytest.mark.parametrize("num_crops", [1, 2, 7, 16])
 def test_any_image_gives_as_many_crops_and_tokens_as_announced(size: tuple[int, int], num_crops: int) -> None:
-    """Truth: our choice; the original fails on a picture thinner than one pixel after resizing."""
+    """Truth: our choice; the original fails on an image thinner than one pixel after resizing."""
     processor = small_processor(num_crops)
-    pictures = processor.image_inputs([Image.new("RGB", size, "navy")])
-    rows, cols = (pictures.image_sizes[0] // 32).tolist()
-    assert len(pictures.pixel_values) == 1 + rows * cols <= 1 + num_crops
-    assert pictures.token_counts == (processor.image_tokens(*size),)
-    assert torch.isfinite(pictures.pixel_values).all()
+    images = processor.image_inputs([Image.new("RGB", size, "navy")])
+    rows, cols = (images.image_sizes[0] // 32).tolist()
+    assert len(images.pixel_values) == 1 + rows * cols <= 1 + num_crops
+    assert images.token_counts == (processor.image_tokens(*size),)
+    assert torch.isfinite(images.pixel_values).all()
 
 
 def test_other_modes_are_converted_and_no_images_are_no_crops() -> None:
     """Truth: the original converts to RGB first and drops alpha."""
     processor = small_processor()
-    colour = picture(40, 30)
+    colour = made_image(40, 30)
     transparent = colour.copy()
     transparent.putalpha(Image.new("L", colour.size, 7))
     assert torch.equal(
@@ -122,7 +122,7 @@ def test_prompt_ids_are_the_originals_with_its_own_tokenizer(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "pictures"),
+    ("prompt", "images"),
     [
         ("<|image_2|>\n<|image_1|>\n", 2),
         ("<|image_1|>\n<|image_1|>\n", 1),
@@ -133,10 +133,10 @@ def test_prompt_ids_are_the_originals_with_its_own_tokenizer(case: str) -> None:
         ("no tag", 1),
     ],
 )
-def test_image_tags_out_of_order_repeated_or_missing_are_an_error(prompt: str, pictures: int) -> None:
-    """Truth: our choice; the original swaps pictures silently."""
+def test_image_tags_out_of_order_repeated_or_missing_are_an_error(prompt: str, images: int) -> None:
+    """Truth: our choice; the original swaps images silently."""
     with pytest.raises(PromptError, match="once each and in this order"):
-        small_processor().encode(prompt, [7] * pictures)
+        small_processor().encode(prompt, [7] * images)
 
 
 def test_what_a_user_says_cannot_end_the_turn_or_become_an_image() -> None:
@@ -163,7 +163,7 @@ def test_turns_are_the_originals_template() -> None:
 
 
 def test_a_conversation_may_be_encoded_in_parts() -> None:
-    """Truth: the parts joined are the whole; a picture number starts again in each part."""
+    """Truth: the parts joined are the whole; an image number starts again in each part."""
     processor = small_processor()
     first, answer, second = Message("user", ["Hello, you"]), Message("assistant", ["Hi"]), Message("user", ["And", "?"])
     whole = processor.encode_messages([first, answer, second], answer="Well,")

@@ -85,9 +85,9 @@ def test_large_images_are_shrunk_and_texts_cut() -> None:
         NodeWithScore(node=ImageNode(image=base64.b64encode(file.getvalue()).decode())),
         NodeWithScore(node=TextNode(text="word " * 9999)),
     ]
-    picture, text = read_candidates(nodes, ImagePolicy())
-    assert picture.image is not None
-    assert picture.image.size == (LONGEST_SIDE, LONGEST_SIDE // 4)
+    seen, text = read_candidates(nodes, ImagePolicy())
+    assert seen.image is not None
+    assert seen.image.size == (LONGEST_SIDE, LONGEST_SIDE // 4)
     assert len(text.text) < 700
     card = text_card(text.text)
     assert card.size == (300, 300)

@@ -44,11 +44,11 @@ Calls = Iterator[Callable[[], object]]
 
 
 def queries(folder: Path) -> Calls:
-    """Texts that never come twice, pictures, both, vectors with filters that never come twice, an agent's tool."""
+    """Texts that never come twice, images, both, vectors with filters that never come twice, an agent's tool."""
     model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=folder / "cache")
     store = drawn_store(folder, model)
     leopard = str(draw_leopard(folder / "leopard.png"))
-    pictures = sorted(map(str, (folder / "images").rglob("*.jpg")))
+    images = sorted(map(str, (folder / "images").rglob("*.jpg")))
     retriever = ComposedRetriever(store, model, top_k=5)
     index = VectorStoreIndex.from_vector_store(store, model).as_retriever(similarity_top_k=5)
     tools = ImageSearchToolSpec(ImageSearch(store, model))
@@ -74,13 +74,13 @@ def queries(folder: Path) -> Calls:
     while True:
         for _ in range(5):
             yield lambda: retriever.retrieve(words())
-            yield lambda: retriever.retrieve(QueryBundle("", image_path=chance.choice(pictures)))
+            yield lambda: retriever.retrieve(QueryBundle("", image_path=chance.choice(images)))
             yield lambda: retriever.retrieve(QueryBundle(words(), image_path=leopard))
             yield lambda: index.retrieve(words())
             yield lambda: retriever.retrieve(QueryBundle("", embedding=chance.choice(pool)))
             yield filtered
         yield lambda: asyncio.run(retriever.aretrieve(words()))  # an event loop of its own each time
-        yield lambda: tools.search_images(words()).pictures
+        yield lambda: tools.search_images(words()).results
 
 
 def load(folder: Path) -> Calls:
@@ -109,11 +109,11 @@ def runs(folder: Path) -> Calls:
     """Ingestion that finds nothing to do."""
     model = VisualizedBGEEmbedding("tiny", device="cpu")
     store: ImageStore = drawn_store(folder, model)
-    pictures = draw_images(folder / "images")
+    images = draw_images(folder / "images")
 
     def run() -> object:
         report = ingest_images(
-            pictures, store, model, prune=True, report_path=folder / "report.json", show_progress=False
+            images, store, model, prune=True, report_path=folder / "report.json", show_progress=False
         )
         assert report.unchanged == store.count()
         return report

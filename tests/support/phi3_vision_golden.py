@@ -15,7 +15,7 @@ NORM = "model.norm.weight"
 ASK = "<|user|>\n<|image_1|>\nDescribe the image in detail.<|end|>\n<|assistant|>\n"
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def made_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 

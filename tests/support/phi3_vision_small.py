@@ -89,7 +89,7 @@ def small_config(**changes: object) -> Phi3VisionConfig:
 
 @cache
 def small_model(seed: int = 0) -> Phi3Vision:
-    """Weights large enough that wrong positions, pictures or masks move the logits."""
+    """Weights large enough that wrong positions, images or masks move the logits."""
     return seeded(small_config(), seed)
 
 

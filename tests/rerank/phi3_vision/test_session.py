@@ -28,7 +28,7 @@ from mm_retriever.phi3_vision.prompts import (
 )
 from mm_retriever.rerank.phi3_vision.dialogue import FeatureMemory
 from tests.support.phi3_vision_small import small_processor
-from tests.support.rerank_small import MODES, STEPS, composed, draw_folder, make_plain, pictures, plain_model
+from tests.support.rerank_small import MODES, STEPS, composed, draw_folder, image_nodes, make_plain, plain_model
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,11 @@ class FromScratch:
             return self.model.image_features(found.pixel_values, found.image_sizes)
 
     def logits(self, ids: list[int], features: Sequence[Tensor]) -> Tensor:
-        """(T, V), from one forward over everything; pictures of later turns are numbered on."""
-        numbered, picture = [], 0
+        """(T, V), from one forward over everything; images of later turns are numbered on."""
+        numbered, image_number = [], 0
         for before, token in zip([0, *ids], ids, strict=False):
-            picture += (token < 0 and before != token) or (token < 0 and before >= 0)
-            numbered.append(-picture if token < 0 else token)
+            image_number += (token < 0 and before != token) or (token < 0 and before >= 0)
+            numbered.append(-image_number if token < 0 else token)
         with torch.inference_mode():
             embedded = self.model.embed(numbered, features)
             return self.model(inputs_embeds=embedded, use_cache=False).logits[0].float()
@@ -105,13 +105,13 @@ def small_ids_after(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def scratch(folder: Path) -> FromScratch:
-    return FromScratch(pictures(folder, 4), composed(folder))
+    return FromScratch(image_nodes(folder, 4), composed(folder))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_reusing_what_is_computed_changes_nothing(folder: Path, scratch: FromScratch, mode: str) -> None:
     """Truth: each conversation in one forward, with nothing cached: caption, description, values and reasons."""
-    result = make_plain(mode=mode, reasons="all").rerank(pictures(folder, 4), composed(folder))
+    result = make_plain(mode=mode, reasons="all").rerank(image_nodes(folder, 4), composed(folder))
     assert result.caption == " ".join(scratch.processor.decode(scratch.caption_ids).split())
     assert result.wanted == " ".join(scratch.wanted.split())
     query = scratch.features([scratch.query])
@@ -155,7 +155,7 @@ def sheet_prompt(scratch: FromScratch) -> tuple[list[int], list[Tensor]]:
 
 def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     """Truth: the lengths of the conversations, each shared part counted once."""
-    nodes, bundle = pictures(folder, 4), composed(folder)
+    nodes, bundle = image_nodes(folder, 4), composed(folder)
     caption, wanted = len(scratch.caption_ids), len(scratch.wanted_ids)
     asked = len(scratch.understood) - caption - wanted
     order = make_plain(mode="sheet").rerank(nodes, bundle).order
@@ -172,7 +172,7 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     again = reranker.rerank(nodes, QueryBundle("in red", image_path=bundle.image_path)).usage
     assert again.images_kept >= 2  # query and sheet
     assert again.images + again.images_kept == 3
-    assert again.generated == usage.generated - caption  # it is remembered by the picture's content
+    assert again.generated == usage.generated - caption  # it is remembered by the image's content
 
     likelihood = make_plain(mode="likelihood", reasons="none")
     usage = likelihood.rerank(nodes, bundle).usage
@@ -192,7 +192,7 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
 
 def test_a_generated_list_counts_what_the_model_chose(folder: Path) -> None:
     """Truth: all but the last of four places are chosen, one token each; the rest of the list is fed."""
-    nodes, bundle = pictures(folder, 4), composed(folder)
+    nodes, bundle = image_nodes(folder, 4), composed(folder)
     single = make_plain(mode="sheet", reasons="none").rerank(nodes, bundle).usage
     generated = make_plain(mode="sheet", reasons="none", ranking="generated").rerank(nodes, bundle).usage
     assert generated.generated == single.generated + 3

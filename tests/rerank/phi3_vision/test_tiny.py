@@ -115,9 +115,9 @@ def test_a_text_alone_and_an_image_alone_are_queries_too(rerank, tmp_path):
     assert by_text.wanted == "a blue mug with hearts"
     assert by_text.order[0] == 1
     draw_product("umbrella", "hearts", "red", 90).save(tmp_path / "query.jpg")
-    by_picture = rerank.rerank(nodes, query_image=tmp_path / "query.jpg")
-    assert by_picture.wanted == caption(shown[2])
-    assert by_picture.order[0] == 2
+    by_image = rerank.rerank(nodes, query_image=tmp_path / "query.jpg")
+    assert by_image.wanted == caption(shown[2])
+    assert by_image.order[0] == 2
     text = NodeWithScore(node=TextNode(id_="text", text="a blue mug with hearts"), score=0.1)
     assert set(rerank.rerank([*nodes, text], "a blue cup with hearts").order[:2]) == {1, 3}
 
@@ -141,7 +141,7 @@ def conversations():
 
 
 def test_training_conversations_never_touch_a_held_out_pair(conversations):
-    """The claim of the model card: neither pictures nor what is said about them."""
+    """The claim of the model card: neither images nor what is said about them."""
     kinds, patterns = ({looks[part] for looks in HELD_OUT} for part in (0, 1))
     forbidden = [caption(Looks(k, p, c)) for k, p in HELD_OUT for c in ("natural", "red") if p != "plain"]
     assert kinds
