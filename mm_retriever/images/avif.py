@@ -54,14 +54,8 @@ def avif_size(data: bytes) -> Size:
 
     Raises:
         ImageLoadError: the boxes or headers are broken, too many, or say no size.
+        struct.error, IndexError: the file is cut off.
     """
-    try:
-        return _size(data)
-    except (struct.error, IndexError) as error:
-        raise ImageLoadError("truncated or broken header") from error
-
-
-def _size(data: bytes) -> Size:
     budget, units = [MAX_BOXES], [MAX_UNITS]
     top = contents(data, (0, len(data)), budget, b"meta", b"moov")
     sizes: list[Size] = []

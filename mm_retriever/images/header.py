@@ -149,10 +149,11 @@ def read_header(data: bytes, *, max_frames: int) -> ImageHeader | None:
         return _tiff_header(data, max_frames)
     if kind == "WEBP":
         return ImageHeader(kind, _webp_size(data))
-    if kind == "AVIF":
-        return ImageHeader(kind, avif_size(data))
-    if kind == "HEIC":
-        return ImageHeader(kind, heif_size(data))
+    if kind in ("AVIF", "HEIC"):
+        try:
+            return ImageHeader(kind, avif_size(data) if kind == "AVIF" else heif_size(data))
+        except (struct.error, IndexError) as error:
+            raise ImageLoadError("truncated or broken header") from error
     if kind == "BMP":
         _check_bmp(data)
     if kind == "PPM":

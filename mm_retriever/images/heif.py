@@ -26,14 +26,8 @@ def heif_size(data: bytes) -> Size:
 
     Raises:
         ImageLoadError: the boxes are broken, too many, or say no size.
+        struct.error, IndexError: the file is cut off.
     """
-    try:
-        return _size(data)
-    except (struct.error, IndexError) as error:
-        raise ImageLoadError("truncated or broken header") from error
-
-
-def _size(data: bytes) -> Size:
     budget = [MAX_BOXES]
     meta = contents(data, (0, len(data)), budget, b"meta").get(b"meta")
     if meta is None:

@@ -1,4 +1,4 @@
-"""Images of images: the numbered grid of candidates that a vision model ranks, and the before/after figure.
+"""Images made of images: the numbered grid that a vision model ranks, and the figure of before and after.
 
 The grid is as published: square cells of 300 pixels, three in a row, a red number in each corner, the query image
 with a blue border at the left: 1200 x 900 pixels for nine candidates. Pillow only; knows nothing of models or nodes.

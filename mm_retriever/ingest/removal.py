@@ -19,8 +19,9 @@ from typing import Any, Literal
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import IngestError
+from mm_retriever.images.source import is_url
 from mm_retriever.ingest.report import IngestReport
-from mm_retriever.ingest.sources import is_url, path_id, url_id
+from mm_retriever.ingest.sources import path_id, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
 

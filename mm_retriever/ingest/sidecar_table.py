@@ -97,7 +97,8 @@ def _column_names(cells: Sequence[str], name: str, notes: list[str]) -> list[str
             key = f"{key}_{number}"
         keys.append(key)
     if "" in keys[:-1]:
-        notes.append(f"{name}: {keys.count('')} column without a name is left out")
+        count = keys.count("")
+        notes.append(f"{name}: {f'{count} columns' if count > 1 else 'a column'} without a name: left out")
     return keys
 
 

@@ -19,6 +19,7 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelations
 
 from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line
 from mm_retriever.images import ImageSource, read_image_bytes
+from mm_retriever.images.source import is_url
 from mm_retriever.ingest.folder import Skip, existing_path, walk
 from mm_retriever.ingest.ignored import Ignore, not_counted
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
@@ -105,11 +106,6 @@ def items(
             skip(_name(entry), str(error.strerror or error))
         except UnicodeEncodeError:
             skip(_name(entry), "its name is not Unicode text; rename the file")
-
-
-def is_url(place: str) -> bool:
-    """Whether a place is a URL of the web."""
-    return _scheme(place) in ("http", "https")
 
 
 def source_folder(source: Source) -> str | None:

@@ -58,17 +58,9 @@ _DESCRIBING_KEYS = ("candidates", "images", "pictures", "items", "scores", "eval
 _SCORE_KEYS = ("scores", "ratings")
 _ONE_KEYS = ("ranking", "best", "answer", "final answer", "top", "result", "order")
 _ID_KEYS = (
-    *(
-        "candidate",
-        "candidate number",
-        "candidate id",
-        "image",
-        "image number",
-        "image id",
-        "picture",
-        "picture number",
-    ),
-    *("photo", "item", "option", "number", "label", "id", "index", "no", "image index", "candidate index", "name"),
+    *("candidate", "candidate number", "candidate id", "image", "image number", "image id", "picture"),
+    *("picture number", "photo", "item", "option", "number", "label", "id", "index", "no", "image index"),
+    *("candidate index", "name"),
 )
 _RANKS = ("rank", "place", "position", "ranking", "order")
 _SCORES = ("score", "relevance", "relevance score", "rating", "probability", "confidence", "similarity", "match", "fit")
