@@ -525,7 +525,7 @@ def test_async_calls_leave_the_event_loop_free(folder: Path, image_paths: list[P
 
     async def run_meanwhile() -> None:
         call = asyncio.create_task(model.acall([ImageNode(image_path=str(image_paths[0]))]))
-        while not computing.is_set():
+        while not (computing.is_set() or call.done()):
             await asyncio.sleep(0.001)
         ran.set()
         await call

@@ -224,9 +224,9 @@ async def test_3000_half_open_connections_change_nothing_for_others(search, star
     try:
         with serving(http_app(search, token=TOKEN)) as url, half_open(url, 3_000, start):
             port = int(url.split(":")[2].split("/")[0])
-            deadline = time.monotonic() + 20  # a busy machine accepts faster than it lets go
+            deadline = time.monotonic() + 60  # a busy machine accepts faster than it lets go
             while (open_now := connections_to(port)) > BoundedProtocol.limit and time.monotonic() < deadline:
-                time.sleep(0.05)
+                time.sleep(0.2)
             assert open_now <= BoundedProtocol.limit
             async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
                 assert not (await client.call_tool("search_images", {"text": "mug", "top_k": 1})).is_error
