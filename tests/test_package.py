@@ -17,7 +17,6 @@ import mm_retriever
 from mm_retriever import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "explanation" / "design.md").read_text(encoding="utf-8")
 HEAVY = ("torch", "transformers", "pymilvus", "milvus_lite", "llama_index", "PIL", "numpy")
 
@@ -135,13 +134,6 @@ def test_the_table_of_files_is_the_tree_of_the_repository():
         assert (home / name).exists(), name
     files = {path.name for path in (ROOT / "mm_retriever").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert files <= set(named), f"not in docs/explanation/design.md: {files - set(named)}"
-
-
-def test_the_links_of_the_readme_lead_somewhere():
-    """Pictures and files that the README points at are in the repository."""
-    for target in re.findall(r"\]\((?!https?://|#)([^)]+)\)|src=\"(?!https?://)([^\"]+)\"", README):
-        path = next(part for part in target if part)
-        assert (ROOT / path).exists(), path
 
 
 def pins() -> dict[str, str]:

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mm_retriever import errors
 from mm_retriever.demo import catalogue_queries
@@ -48,6 +49,33 @@ def test_every_block_of_a_page_runs(page: Path, catalogue: Path, tmp_path: Path,
     run(page)
 
 
+GENERATED = {ROOT / "docs" / "reference" / f"{name}.md" for name in ("command-line", "environment", "models")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    """Files only: `make docs` checks anchors too."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)(?:#[^)]*)?\)", text):
+        place = (page.parent / target).resolve()
+        assert place.exists() or place in GENERATED, target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    folder = ROOT / "docs"
+    shown = [
+        page for page in (*PAGES, *GENERATED) if folder in page.parents and folder / "listings" not in page.parents
+    ]
+    pages = {str(page.relative_to(folder)) for page in shown}
+    assert not [page for page in sorted(pages) if f" {page}\n" not in navigation]
+
+
+def test_the_images_of_the_documentation_are_small() -> None:
+    """So that a clone stays small."""
+    assert sum(path.stat().st_size for path in (ROOT / "docs" / "assets").iterdir()) < 400_000
+
+
 @pytest.mark.parametrize(
     "package",
     ["mm_retriever", "langchain_mm_retriever", "mcp_server_mm_retriever", "web_mm_retriever"],
@@ -72,6 +100,17 @@ def test_every_extra_is_described() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     page = (ROOT / "docs" / "how-to" / "install.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)) == set(project["optional-dependencies"])
+
+
+def test_the_deployment_files_name_what_there_is() -> None:
+    """No container engine runs them here: that they are YAML, name their services and copy existing files is all."""
+    deploy = ROOT / "docs" / "deploy"
+    services = yaml.safe_load((deploy / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    for service in services.values():
+        assert set(service.get("depends_on", ())) <= set(services)
+    copied = re.findall(r"^COPY (.+) \S+$", (deploy / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists(), name
 
 
 def environment_variables() -> set[str]:
