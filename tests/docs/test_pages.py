@@ -18,7 +18,7 @@ from mm_retriever.demo import catalogue_queries
 from mm_retriever.demo.catalogue import write_catalogue
 from tests.support.pages import PAGES, ROOT, blocks, run
 
-QUICK = ("README.md", "tutorial.md", "filters.md")  # the others are slow tests
+QUICK = ("README.md", "tutorial.md")  # the others are slow tests
 REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs/reference").glob("*.md")))
 
 
