@@ -20,7 +20,7 @@ from mm_retriever.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-SHOWN = ("text", "diff", "json", "yaml")  # what a reader only looks at
+SHOWN = ("text", "diff", "json", "yaml", "nginx")  # what a reader only looks at
 _FENCE = re.compile(r"(?:<!-- not run: ([^\n]+) -->\n+)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
