@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mm_retriever import __version__
+from mm_retriever.embedders.batching import MOST_CONTENTS, model_seconds
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import QueryError, one_line
 from mm_retriever.images import image_thumbnail
@@ -34,7 +35,7 @@ from web_mm_retriever.endpoints import Endpoint, answering, as_json, in_thread, 
 from web_mm_retriever.reranking import Reranking
 from web_mm_retriever.uploads import PREFIX, Uploads
 
-SEARCHES_AT_ONCE = 32
+SEARCHES_AT_ONCE = MOST_CONTENTS  # of those that go through the model together, none waits elsewhere
 THUMBNAILS_AT_ONCE = 8
 DAY = 86_400
 
@@ -139,7 +140,8 @@ class Api:
                 progress=_until_cancelled,
             )
 
-        found = await self._in_turn(request, work)
+        with model_seconds() as seconds:
+            found = await self._in_turn(request, work)
         more = len(found.results) == asked.top_k and asked.skip + asked.top_k < models.DEEPEST
         return as_json(
             models.SearchAnswer(
@@ -149,7 +151,8 @@ class Api:
                 note=found.note,
                 next=asked.skip + asked.top_k if more else None,
                 seconds=round(time.perf_counter() - started, 4),
-            )
+            ),
+            timing=f"model;dur={1e3 * sum(seconds):.1f}, total;dur={1e3 * (time.perf_counter() - started):.1f}",
         )
 
     async def rows(self, request: Request) -> Response:

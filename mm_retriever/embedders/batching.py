@@ -7,7 +7,10 @@ along: no call waits for company, and a busy model gets full batches.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,20 @@ from mm_retriever.forks import ForkLock
 
 MOST_CONTENTS = 64
 """In one pass; the model itself splits what does not fit into memory."""
+
+
+_SECONDS: ContextVar[list[float] | None] = ContextVar("seconds that calls of a context spent with the model", default=None)
+
+
+@contextmanager
+def model_seconds() -> Iterator[list[float]]:
+    """The seconds that each call of `encode` in this context takes: its pass through the model, and the wait for it."""
+    seconds: list[float] = []
+    token = _SECONDS.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _SECONDS.reset(token)
 
 
 class BatchedEmbedder:
@@ -85,6 +102,7 @@ class BatchedEmbedder:
         Raises:
             QueryError: the model cannot embed this kind of content.
         """
+        started = time.perf_counter()
         call = _Call(contents, query)
         with self._arrival:
             self._waiting.append(call)
@@ -95,6 +113,9 @@ class BatchedEmbedder:
         except BaseException:  # interrupted while it waited: nobody computes it any more
             self._leave([call])
             raise
+        finally:
+            if (seconds := _SECONDS.get()) is not None:
+                seconds.append(time.perf_counter() - started)
         return call.result()
 
     def _leave(self, calls: Sequence[_Call]) -> None:
