@@ -327,8 +327,12 @@ class ImageSearch:
             for postprocessor in self._rerank:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
-            results = tuple(readers.map(self._result, range(skip + 1, skip + count + 1), nodes[:count]))
+        ranks = range(skip + 1, skip + count + 1)
+        if self.limits.thumbnails:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
+                results = tuple(readers.map(self._result, ranks, nodes[:count]))
+        else:  # nothing is read
+            results = tuple(map(self._result, ranks, nodes[:count]))
         number = conversation.remember([node.node.node_id for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [named.name] if named else []
