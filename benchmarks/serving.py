@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -153,7 +153,9 @@ def add_random(store: Any, dimension: int, count: int) -> None:
         rows = zip(names, vectors, metadata, strict=True)
         store.add(
             [
-                ImageNode(id_=f"{name:08d}", image_path=f"/photos/{name}.jpg", metadata=facts, embedding=vector.tolist())
+                ImageNode(
+                    id_=f"{name:08d}", image_path=f"/photos/{name}.jpg", metadata=facts, embedding=vector.tolist()
+                )
                 for name, vector, facts in rows
             ]
         )
@@ -263,11 +265,12 @@ def print_table(figures: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column(f"{figures['users']} users, {figures['seconds']:.0f} s", justify="right")
     per_second, alone = figures["per_second"], figures["per_second_alone"]
+    besides = [figures[f"besides_model_p{part}_ms"] for part in (50, 95)]
     rows = {
         "requests": f"{figures['requests']:,}",
         "errors / wrong answers": f"{figures['errors']} / {figures['wrong']}",
         "wait, p50 / p95": f"{figures['wait_p50_ms']:.0f} / {figures['wait_p95_ms']:.0f} ms",
-        "besides the model, p50 / p95": f"{figures['besides_model_p50_ms']:.0f} / {figures['besides_model_p95_ms']:.0f} ms",
+        "besides the model, p50 / p95": f"{besides[0]:.0f} / {besides[1]:.0f} ms",
         "one user alone, p50 / p95": f"{figures['alone_p50_ms']:.0f} / {figures['alone_p95_ms']:.0f} ms",
         "per second / one by one": f"{per_second:.0f} / {alone:.0f} ({per_second / max(alone, 1e-9):.1f} times)",
         "memory, start / end": f"{figures['memory_start_mb']:.0f} / {figures['memory_end_mb']:.0f} MB",

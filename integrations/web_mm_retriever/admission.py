@@ -138,7 +138,7 @@ class Admission:
         """Why the host that a request names is not answered; "" if it is."""
         if self._access.token is not None:  # a proxy may pass requests on under any name
             return ""
-        host = urlsplit(f"//{_header(scope, b'host')}").hostname
+        host = _place(f"//{_header(scope, b'host')}")[1]
         return "" if host in LOOPBACK else "this server answers on loopback addresses only; give it a token for others"
 
 
@@ -163,7 +163,7 @@ async def refuse(send: Send, status: int, reason: str) -> None:
 def _foreign(scope: Scope, path: str) -> str:
     """Why a request that a page of another site made is refused; "" for any other request."""
     origin = _header(scope, b"origin")
-    if origin and urlsplit(origin).netloc != _header(scope, b"host"):
+    if origin and _place(origin)[0] != _header(scope, b"host"):
         return "requests of other web pages are refused"
     site, mode = _header(scope, b"sec-fetch-site"), _header(scope, b"sec-fetch-mode")
     visits = scope["method"] == "GET" and mode == "navigate" and path in ("/", "/enter")
@@ -210,6 +210,15 @@ def _header(scope: Scope, name: bytes) -> str:
     """A header that was given once; "" otherwise."""
     values = [value for given, value in scope.get("headers", ()) if given.lower() == name]
     return values[0].decode("latin-1") if len(values) == 1 else ""
+
+
+def _place(url: str) -> tuple[str, str]:
+    """The host of a URL with its port, and without; "" where there is none, or what cannot be one."""
+    try:
+        parts = urlsplit(url)
+        return parts.netloc, parts.hostname or ""
+    except ValueError:
+        return "", ""
 
 
 def _bearer(scope: Scope) -> str:

@@ -24,7 +24,7 @@ from mm_retriever.refinement import Refinement
 from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.retriever import COPIES
 from mm_retriever.search_tools import ImageSearch, SearchResult, read_filters
-from mm_retriever.search_tools.facets import count_facets
+from mm_retriever.search_tools.facets import KeptFacets
 from mm_retriever.search_tools.results import ImageResult
 from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
 from mm_retriever.search_tools.thumbnails import SIDES, Thumbnails
@@ -69,6 +69,7 @@ class Api:
         self._search, self._store, self._model, self._name = search, store, embed_model, model
         self._thumbnails, self._access = thumbnails, access
         self._uploads = Uploads(search.image_policy)
+        self._facets = KeptFacets(store)
         self._reranking = None if reranker is None else Reranking(search, store, reranker, self._uploads)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         self._reads = anyio.CapacityLimiter(THUMBNAILS_AT_ONCE)
@@ -167,7 +168,7 @@ class Api:
     async def facets(self, request: Request) -> Response:
         """Count the values of columns."""
         asked = await read_body(request, models.FacetsRequest)
-        found = await self._in_turn(request, lambda: count_facets(self._store, read_filters(asked.filters)))
+        found = await self._in_turn(request, lambda: self._facets.count(read_filters(asked.filters)))
         facets = [
             models.Facet(
                 key=facet.key,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 PAGE = 40
 MOST_RESULTS = 200
 DEEPEST = 10_000
+
+Id: TypeAlias = Annotated[str, Field(max_length=512)]
+Words: TypeAlias = Annotated[str, Field(max_length=2_000)]  # as long as a text may be
 RERANKED = 9
 """Of the best results, where nobody says how many."""
 MOST_RERANKED = 50
@@ -29,9 +32,9 @@ class SearchRequest(Taken):
     )
     images: list[str] = Field([], description="Further images; the query is the mean of what it is with each.")
     balance: float = Field(0.5, description="0: like the image alone; 0.5: the model's own; 1: like the words alone.")
-    avoid: list[str] = Field([], description="Words that results should have nothing of.")
-    liked: list[str] = Field([], description="Ids of results to find more of (Rocchio's formula).")
-    disliked: list[str] = Field([], description="Ids of results to find fewer of.")
+    avoid: list[Words] = Field([], description="Words that results should have nothing of.")
+    liked: list[Id] = Field([], description="Ids of results to find more of (Rocchio's formula).")
+    disliked: list[Id] = Field([], description="Ids of results to find fewer of.")
     filters: Any = Field(
         None, description='Conditions that all results meet: [{"key": "label", "operator": "==", "value": "mug"}].'
     )

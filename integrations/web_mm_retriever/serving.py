@@ -38,7 +38,8 @@ def serve_web(
         QueryError: the port cannot be had.
     """
     log_plainly()
-    if os.environ.get("SI"): sys.setswitchinterval(float(os.environ["SI"]))
+    if os.environ.get("SI"):
+        sys.setswitchinterval(float(os.environ["SI"]))
     limit_connections()
     listener = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host

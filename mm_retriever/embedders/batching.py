@@ -25,7 +25,9 @@ MOST_CONTENTS = 64
 """In one pass; the model itself splits what does not fit into memory."""
 
 
-_SECONDS: ContextVar[list[float] | None] = ContextVar("seconds that calls of a context spent with the model", default=None)
+_SECONDS: ContextVar[list[float] | None] = ContextVar(
+    "seconds that calls of a context spent with the model", default=None
+)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The MCP server before programs that we did not write: the protocol's own conformance suite, and its inspector.
 
-Truth: `@modelcontextprotocol/conformance` and `@modelcontextprotocol/inspector` from npm, versions pinned. Of the suite's
-scenarios for servers those are run that any server can pass; the others call tools, prompts and resources that only the
-suite's own example server has.
+Truth: `@modelcontextprotocol/conformance` and `@modelcontextprotocol/inspector` from npm, versions pinned. Of the
+suite's scenarios for servers those are run that any server can pass; the others call tools, prompts and resources that
+only the suite's own example server has.
 """
 
 from __future__ import annotations

@@ -69,6 +69,12 @@ def test_words_find_images_with_thumbnails_and_originals(client, folder):
     assert client.get(first["original"] + "&download=1").headers["content-disposition"].startswith("attachment")
 
 
+def test_an_answer_tells_how_long_the_model_took(client):
+    timing = client.post("/v1/search", json={"text": "a mug"}).headers["server-timing"]
+    model, total = (float(part.partition("dur=")[2]) for part in timing.split(", "))
+    assert 0 < model < total
+
+
 def test_an_upload_is_an_image_of_a_query(client, leopard):
     upload = client.post("/v1/uploads", content=leopard.read_bytes(), headers={"content-type": "image/png"}).json()
     assert (upload["width"], upload["height"]) == (160, 160)
@@ -124,6 +130,9 @@ def test_the_rows_of_the_command_line_are_for_the_servers_own_user(app, client, 
         ({"text": "x", "top_k": 0}, "top_k: Input should be greater"),
         ({"text": "x", "balance": 3}, "balance 3.0: give a number from 0"),
         ({"text": "x", "filters": [{"key": "nothing", "operator": "==", "value": 1}]}, "no column 'nothing'"),
+        ({"text": "x", "avoid": ["mug " * 501]}, "avoid.0: String should have at most 2000 characters"),
+        ({"text": "x", "liked": ["a" * 513]}, "liked.0: String should have at most 512 characters"),
+        ({"text": "x", "avoid": ["mug"] * 65}, "65 given, at most 64"),
         ({"text": "x", "liked": ["nobody"]}, "no image of the id 'nobody'"),
         ({"image": "/etc/hostname.png"}, "no image is known"),
         ({"image": "http://127.0.0.1/a.png"}, "URLs is off"),
@@ -164,7 +173,10 @@ def test_pages_of_other_sites_get_nothing(client):
     ):
         assert client.post("/v1/search", headers=headers, **asked).status_code == 403
         assert client.get("/v1/thumbnail?id=x", headers=headers).status_code == 403
-    assert client.post("/v1/search", headers={"host": "evil.example"}, **asked).status_code == 421
+    for host in ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "0.0.0.0", "[", ""):
+        assert client.post("/v1/search", headers={"host": host}, **asked).status_code == 421
+    for origin in ("null", "http://[", "http://127.0.0.1:9"):
+        assert client.post("/v1/search", headers={"origin": origin}, **asked).status_code == 403
     form = {"content-type": "text/plain"}  # what a form of any page may send
     assert client.post("/v1/search", content=b'{"text": "mug"}', headers=form).status_code == 415
     assert client.post("/v1/uploads", content=b"", headers=form).status_code == 415
