@@ -31,6 +31,7 @@ SCENARIOS = (
     "ping",
     "tools-list",
     "resources-list",
+    "prompts-list",
     "server-sse-multiple-streams",
     "dns-rebinding-protection",
 )
@@ -96,14 +97,20 @@ def every_tool(inspector: Path, target: list[str]) -> None:
     assert '"mug"' in similar["content"][1]["text"]
     described = inspect(inspector, target, *call, "describe_image", "--tool-arg", f"image={id_}")
     assert id_ in described["content"][0]["text"]
-    templates = inspect(inspector, target, "--method", "resources/templates/list")["resourceTemplates"]
-    assert [one["uriTemplate"] for one in templates] == ["image://indexed/{node_id}", "image://view/{node_id}"]
 
 
 def test_the_inspector_lists_and_calls_every_tool_over_http(search, inspector):
     with serving(http_app(search)) as url:
         every_tool(inspector, [url])
+        templates = inspect(inspector, [url], "--method", "resources/templates/list")["resourceTemplates"]
+    assert [one["uriTemplate"] for one in templates] == ["image://indexed/{node_id}", "image://view/{node_id}"]
 
 
-def test_the_inspector_lists_and_calls_every_tool_over_stdio(db, inspector):
-    every_tool(inspector, [sys.executable, "-m", "mm_retriever.cli", "mcp", "--db", str(db)])
+def test_the_inspector_lists_and_calls_every_tool_over_stdio(db, inspector, tmp_path):
+    """It starts the command for each call, as its configuration says; of the environment it passes on only that."""
+    environment = {name: ENVIRONMENT[name] for name in ("HF_HUB_OFFLINE", "PYTHONPATH")} | {"OMP_NUM_THREADS": "1"}
+    arguments = ["-m", "mm_retriever.cli", "mcp", "--db", str(db)]
+    server = {"command": sys.executable, "args": arguments, "env": environment}
+    config = tmp_path / "mcp.json"
+    config.write_text(json.dumps({"mcpServers": {"photos": server}}))
+    every_tool(inspector, ["--config", str(config), "--server", "photos"])
