@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -38,8 +37,6 @@ def serve_web(
         QueryError: the port cannot be had.
     """
     log_plainly()
-    if os.environ.get("SI"):
-        sys.setswitchinterval(float(os.environ["SI"]))
     limit_connections()
     listener = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host

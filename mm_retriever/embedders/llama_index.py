@@ -34,7 +34,7 @@ class LlamaIndexEmbedder:
         self._model = model
         self.name = model.model_name
         self.dimension = dimension or len(model.get_text_embedding("image"))
-        self.space = f"{model.class_name()}/{model.model_name}/{self.dimension}"
+        self.space = f"{type(model).__name__}/{model.model_name}/{self.dimension}"
 
     def prepare(self, image: Image.Image) -> Pixels:
         """See `Embedder`."""
@@ -48,15 +48,18 @@ class LlamaIndexEmbedder:
         images = [_png(content.image) for content in contents if content.image is not None]
         if images and not isinstance(self._model, MultiModalEmbedding):
             raise QueryError(f"{self.name!r} embeds texts and no images: give a MultiModalEmbedding of LlamaIndex")
-        embed = self._model.get_query_embedding if query else None
-        of_texts = iter(map(embed, texts) if embed else self._model.get_text_embedding_batch(texts))
-        of_images = iter(self._model.get_image_embedding_batch(images) if images else ())  # type: ignore[attr-defined]
+        embed = self._model.get_text_embedding_batch
+        words = [self._model.get_query_embedding(text) for text in texts] if query else embed(texts)
+        pixels = self._model.get_image_embedding_batch(images) if images else []  # type: ignore[attr-defined]
+        of_texts, of_images = iter(words), iter(pixels)
         rows = np.zeros((len(contents), self.dimension), dtype=np.float32)
         for row, content in zip(rows, contents, strict=True):
             parts = [next(of_texts)] if content.text or content.image is None else []
             parts += [next(of_images)] if content.image is not None else []
-            row += sum(np.float32(part) / np.linalg.norm(part) for part in parts)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            for part in parts:
+                row += np.asarray(part, dtype=np.float32) / np.linalg.norm(part)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
 
 
 def _png(pixels: Pixels) -> io.BytesIO:
