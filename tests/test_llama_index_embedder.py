@@ -11,9 +11,9 @@ from PIL import Image
 
 from mm_retriever import ComposedRetriever, ingest_images, open_store
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.llama_index import LlamaIndexEmbedder
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import QueryError
+from mm_retriever.llama_index_embedder import LlamaIndexEmbedder
 from tests.support.mean_colour import MeanColour
 
 
