@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import mimetypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Self, TypeAlias
 
@@ -324,10 +324,9 @@ class ImageSearch:
             for postprocessor in self._rerank:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
-        each: Callable[..., Iterable[ImageResult]] = (
-            in_threads if self.limits.thumbnails else map
-        )  # without them nothing is read
-        results = tuple(each(self._result, range(skip + 1, skip + count + 1), nodes[:count]))
+        ranks, shown = range(skip + 1, skip + count + 1), nodes[:count]
+        read = self.limits.thumbnails > 0  # a thread for each of nothing would take longer than the search
+        results = tuple(in_threads(self._result, ranks, shown) if read else map(self._result, ranks, shown))
         number = conversation.remember([node.node.node_id for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [named.name] if named else []
