@@ -26,7 +26,7 @@ from mm_retriever.retriever import COPIES
 from mm_retriever.search_tools import ImageSearch, SearchResult, read_filters
 from mm_retriever.search_tools.facets import KeptFacets
 from mm_retriever.search_tools.results import ImageResult
-from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
+from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows, without_places
 from mm_retriever.search_tools.thumbnails import SIDES, Thumbnails
 from mm_retriever.store import ImageStore
 from web_mm_retriever import models
@@ -84,7 +84,7 @@ class Api:
                 "POST",
                 "/v1/rows",
                 self.rows,
-                "The search of the command line, for the user who runs the server",
+                "The search of the command line; where files lie is told to the user who runs the server",
                 models.RowsRequest,
                 models.RowsAnswer,
             ),
@@ -158,12 +158,16 @@ class Api:
 
     async def rows(self, request: Request) -> Response:
         """Search, as the command line does it."""
-        if not request.scope.get(OWNER):
-            return problem(403, "only the user who runs the server may see where files lie: ask /v1/search")
         asked = await read_body(request, models.RowsRequest)
-        query = RowsQuery(**{**asked.model_dump(), "where": tuple(asked.where)})
-        found = await self._in_turn(request, lambda: find_rows(self._store, self._model, query))
-        return as_json(models.RowsAnswer(rows=result_rows(found.nodes), notes=list(found.notes)))
+        given = {**asked.model_dump(), "where": tuple(asked.where), "images": tuple(asked.images)}
+        owner = bool(request.scope.get(OWNER))
+        if not owner and asked.top_k > models.MOST_RESULTS:
+            raise QueryError(f"--top-k {asked.top_k}: this server gives at most {models.MOST_RESULTS} to other users")
+        policy = None if owner else self._search.image_policy
+        query = RowsQuery(**given)
+        found = await self._in_turn(request, lambda: find_rows(self._store, self._model, query, image_policy=policy))
+        rows = result_rows(found.nodes)
+        return as_json(models.RowsAnswer(rows=rows if owner else without_places(rows), notes=list(found.notes)))
 
     async def facets(self, request: Request) -> Response:
         """Count the values of columns."""

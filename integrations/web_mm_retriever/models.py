@@ -108,10 +108,13 @@ class RerankEvent(BaseModel):
 
 
 class RowsRequest(Taken):
-    """`mm-retriever search`, as the command line asks it of a server of the same user."""
+    """`mm-retriever search`, as the command line asks it of a server."""
 
     text: str | None = None
-    image: str | None = Field(None, description="An absolute path, a URL or a data: URI.")
+    image: str | None = Field(
+        None, description="A data: URI; of the user who runs the server also an absolute path or a URL."
+    )
+    images: list[str] = Field([], max_length=64, description="Further images; the query is the mean with each.")
     where: list[str] = []
     top_k: int = Field(9, ge=1, le=16_384)
     min_score: float | None = None
@@ -122,7 +125,10 @@ class RowsRequest(Taken):
 
 
 class RowsAnswer(BaseModel):
-    """The rows that `mm-retriever search --json` prints, and what it says on stderr."""
+    """The rows that `mm-retriever search --json` prints, and what it says on stderr.
+
+    Where files lie is told to nobody but the user who runs the server.
+    """
 
     rows: list[dict[str, Any]]
     notes: list[str] = []

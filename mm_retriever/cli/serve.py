@@ -83,5 +83,5 @@ def serve(
             rerank_server=server,
             device=device,
         )
-        file = Path(db) if Path(db).is_dir() else None
-        serve_web(app, host=host, port=port, db=file, collection=collection, model=name)
+        file = Path(options.home(db))
+        serve_web(app, host=host, port=port, db=file if file.is_dir() else None, collection=collection, model=name)

@@ -63,6 +63,11 @@ class SidecarMatch:
         return self._sidecar.rows[key]
 
     @property
+    def files(self) -> frozenset[str]:
+        """Paths of the files that the rows were read from."""
+        return self._sidecar.files
+
+    @property
     def has_rows(self) -> bool:
         """Whether there is a sidecar that says anything."""
         return bool(self._sidecar.rows)

@@ -111,15 +111,24 @@ def test_facets_count_the_rows_that_match(client):
     assert {one["label"] for one in found["results"]} == {"mug"}
 
 
-def test_the_rows_of_the_command_line_are_for_the_servers_own_user(app, client, store, embed_model):
+def test_the_rows_of_the_command_line_tell_only_the_servers_own_user_where_files_lie(app, client, store, embed_model):
     asked = {"text": "mug", "top_k": 3}
-    assert client.post("/v1/rows", json=asked).status_code == 403
+    others = client.post("/v1/rows", json=asked).json()["rows"]
     owner = {"authorization": f"Bearer {app.access.secret}"}
     rows = client.post("/v1/rows", json=asked, headers=owner).json()["rows"]
     local = result_rows(find_rows(store, embed_model, RowsQuery(text="mug", top_k=3)).nodes)
     for row, mine in zip(rows, json.loads(json.dumps(local)), strict=True):
         assert row.pop("score") == pytest.approx(mine.pop("score"), abs=1e-6)
         assert row == mine
+    assert "file_path" in rows[0]
+    for row, others_row in zip(rows, others, strict=True):
+        del row["file_path"], others_row["score"]
+        assert row == others_row
+    assert "/" not in json.dumps(others)
+    secret = Path(__file__).parent / "secret.png"
+    refused = client.post("/v1/rows", json={"image": str(secret)})
+    assert (refused.status_code, str(secret.parent) in refused.text) == (422, False)
+    assert client.post("/v1/rows", json={"text": "mug", "top_k": 201}).status_code == 400
 
 
 @pytest.mark.parametrize(
