@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mm_retriever import __version__
-from mm_retriever.cli import bulk, demo, indexing, mcp, models, search, serve
+from mm_retriever.cli import bulk, demo, evaluate, indexing, mcp, models, search, serve
 from mm_retriever.cli.group import SearchingGroup
 from mm_retriever.cli.options import EXIT_INTERRUPTED, fail
 from mm_retriever.cli.wording import in_cli_words
@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "clear": indexing.clear,
     "embed": bulk.embed,
     "import": bulk.import_,
+    "evaluate": evaluate.evaluate,
     "models": models.models,
     "convert": models.convert,
     "info": models.info,
@@ -66,7 +67,7 @@ _GROUPS = {
     "Images": ("index", "search"),
     "What is stored": ("reindex", "prune", "remove", "clear", "info"),
     "Other surfaces": ("serve", "mcp"),
-    "Models": ("models", "convert"),
+    "Models": ("models", "convert", "evaluate"),
     "Millions of images": ("embed", "import"),
 }
 _EXAMPLES = {
