@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -32,6 +33,9 @@ from mm_retriever.store import ImageStore
 from web_mm_retriever import models
 from web_mm_retriever.admission import COOKIE, OWNER, SESSION_SECONDS, Access
 from web_mm_retriever.endpoints import Endpoint, answering, as_json, in_thread, openapi_document, problem, read_body
+from web_mm_retriever.folders import Folders, opener
+from web_mm_retriever.indexing import Indexing
+from web_mm_retriever.ratings import Ratings
 from web_mm_retriever.reranking import Reranking
 from web_mm_retriever.uploads import PREFIX, Uploads
 
@@ -53,6 +57,8 @@ class Api:
         thumbnails: where small copies are kept.
         access: for signing in.
         reranker: ranks results when it is asked to; None: there is none.
+        ratings: the file that keeps ratings; None: they are not kept.
+        indexing: for folders that may be indexed; None: there are none.
     """
 
     def __init__(
@@ -65,12 +71,20 @@ class Api:
         thumbnails: Thumbnails,
         access: Access,
         reranker: Reranker | None = None,
+        ratings: Path | None = None,
+        indexing: Indexing | None = None,
     ) -> None:
         self._search, self._store, self._model, self._name = search, store, embed_model, model
         self._thumbnails, self._access = thumbnails, access
         self._uploads = Uploads(search.image_policy)
         self._facets = KeptFacets(store)
         self._reranking = None if reranker is None else Reranking(search, store, reranker, self._uploads)
+        self._ratings = None
+        if ratings is not None:
+            self._ratings = Ratings(ratings, search, self._uploads, is_local=access.is_local)
+        self._indexing = indexing
+        self._folders = Folders(search) if access.is_local and opener() else None
+        parts = (self._reranking, self._ratings, self._indexing, self._folders)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         self._reads = anyio.CapacityLimiter(THUMBNAILS_AT_ONCE)
         self.endpoints: tuple[Endpoint, ...] = (
@@ -88,7 +102,7 @@ class Api:
                 models.RowsRequest,
                 models.RowsAnswer,
             ),
-            *(self._reranking.endpoints if self._reranking else ()),
+            *(one for part in parts if part is not None for one in part.endpoints),
         )
 
     def routes(self) -> list[Route]:
@@ -107,8 +121,11 @@ class Api:
                 dimension=self._model.dimension,
                 rows=self._store.count(),
                 hybrid=self._store.hybrid,
-                rerank=self._reranking and self._reranking.name,
-                rerank_seconds=self._reranking and self._reranking.seconds_each,
+                rerank=self._reranking.name if self._reranking else None,
+                rerank_seconds=self._reranking.seconds_each if self._reranking else None,
+                ratings=self._ratings.state() if self._ratings else None,
+                indexing=self._indexing is not None,
+                shows_folders=self._folders is not None,
                 urls=self._search.image_policy.allow_urls,
                 draws_only=self._name == "tiny",
             )

@@ -12,47 +12,11 @@ pytest.importorskip("starlette", reason='needs the extra "web"')
 from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
-from web_mm_retriever import web_app
 from web_mm_retriever.app import strings
 
-from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
 from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
-from tests.support.drawn_store import drawn_store
-
-HOME = "http://127.0.0.1:8765"
-TOKEN = "a-token-that-nobody-guesses"
-
-
-@pytest.fixture(scope="module")
-def embed_model():
-    return VisualizedBGEEmbedding("tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def store(folder, embed_model):
-    store = drawn_store(folder, embed_model)
-    yield store
-    store.close()
-
-
-@pytest.fixture(scope="module")
-def make_app(store, embed_model, folder):
-    def make(**options):
-        return web_app(store, embed_model, thumbnails=folder / "thumbnails", **options)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def app(make_app):
-    return make_app()
-
-
-@pytest.fixture(scope="module")
-def client(app):
-    with TestClient(app, base_url=HOME) as client:
-        yield client
+from tests.support.web import HOME, TOKEN
 
 
 def test_words_find_images_with_thumbnails_and_originals(client, folder):
