@@ -1,6 +1,6 @@
 """Metadata files beside the images: JSON, JSON Lines, CSV and TSV, whose rows name an image and say something about it.
 
-Whatever is not used is counted and said. Opens no image.
+What is not used is counted and reported. Opens no image.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]]) -> Sideca
 def find_sidecars(folder: str) -> Sidecar:
     """Return the rows of the `metadata.jsonl` and `metadata.csv` files in a folder and up to two levels below it.
 
-    Names are taken from where each file lies. One that names no images, or cannot be read, is said in the notes.
+    Names are taken from where each file lies. One that names no images, or cannot be read, is named in the notes.
     """
     rows: dict[str, Mapping[str, Any]] = {}
     notes: list[str] = []
@@ -242,7 +242,7 @@ def _by_name(content: Mapping[Any, Any], name: str) -> Columns:
 
 
 def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: list[str], what: str) -> Columns:
-    """Columns by image. All captions of an image are kept; of other values the last counts, which is said."""
+    """Columns by image. All captions of an image are kept; of other values the last counts, and a note says so."""
     guess = None if any(name_column(row) for _, row in rows) else guessed_name_column([row for _, row in rows])
     if guess is not None:
         notes.append(f"{name}: images are named by the column {guess!r}")

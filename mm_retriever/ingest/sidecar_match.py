@@ -1,4 +1,4 @@
-"""Which row of a sidecar belongs to which image; rows that belong to none, or to several, are said."""
+"""Which row of a sidecar belongs to which image; rows that belong to none, or to several, are reported."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class SidecarMatch:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Everything to be said about the file, about rows that fit several images, and about rows that fit none."""
+        """Notes on the file, on rows that fit several images, and on rows that fit none."""
         source, unused = self._sidecar.source, self.unused
         notes = [*self._sidecar.notes]
         if self._shared:
