@@ -7,7 +7,6 @@ import json
 import sys
 
 import pytest
-from tqdm import tqdm
 
 from mm_retriever.cli import COMMANDS
 from mm_retriever.cli.group import refuse_slips
@@ -55,28 +54,6 @@ def test_help_has_groups_and_examples(capfd, arguments):
     told = {"-h": "What is stored", "search": "Which results", "index": "A sidecar names an image in each row"}
     assert told[arguments[0]] in " ".join(out.split())
     assert "mm-retriever index" in out or "mm-retriever search" in out
-
-
-def test_a_run_that_is_interrupted_says_how_to_go_on(capfd, images, tmp_path, monkeypatch):
-    """Ctrl-C after two images are stored; Python raises it in the main thread, wherever that is."""
-    really = tqdm.update
-    updates: list[float] = []
-
-    def interrupted(bar: tqdm, n: float = 1) -> bool | None:
-        updates.append(n)
-        if len(updates) == 2:
-            raise KeyboardInterrupt
-        return really(bar, n)
-
-    index = ("index", images, "--db", tmp_path / "a.db", "--model", "tiny", "--batch-size", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(tqdm, "update", interrupted)
-        code, _, err = run(capfd, *index)
-    assert code == 130
-    assert "mm-retriever: stopped; what is done stays: run the same command again to go on" in err.splitlines()
-    code, out, _ = run(capfd, *index, "--json")
-    report = json.loads(out)
-    assert (code, report["unchanged"], report["indexed"]) == (0, 2, 7)
 
 
 def test_a_no_removes_nothing(capfd, db, monkeypatch):
