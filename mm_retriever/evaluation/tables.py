@@ -22,9 +22,9 @@ def print_results(results: Results) -> None:
         table = Table("run", title=_words(title), title_justify="left", box=None)
         for measure in results.data[0].measures:
             table.add_column(measure, justify="right")
-        for run, measures in by_run.items():
+        for name, measures in by_run.items():
             cells = [f"{one.mean:.3f}\n{one.low:.3f}-{one.high:.3f}" for one in measures.values()]
-            table.add_row(_words(run), *cells)
+            table.add_row(_words(name), *cells)
         console.print(table)
     costs = Table("run", "s/query", "tokens/query", "peak MiB", title="cost", title_justify="left", box=None)
     for run in results.runs:
