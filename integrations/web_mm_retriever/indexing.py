@@ -178,7 +178,8 @@ class _Run:
         self._goes = threading.Event()
         self._goes.set()
         self._stops = self._is_stopped = self._is_over = False
-        self._done, self._total = 0, None
+        self._done = 0
+        self._total: int | None = None
         self._samples: deque[tuple[float, int]] = deque(maxlen=1_000)
         self._started = time.monotonic()
         self._seconds = 0.0
