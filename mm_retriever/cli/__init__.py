@@ -68,7 +68,7 @@ _GROUPS = {
     "Images": ("index", "search"),
     "What is stored": ("reindex", "prune", "remove", "clear", "info"),
     "Other surfaces": ("serve", "mcp"),
-    "Models": ("models", "convert", "evaluate"),
+    "Models": ("models", "convert", "evaluate", "train"),
     "Millions of images": ("embed", "import"),
 }
 _EXAMPLES = {
