@@ -154,7 +154,7 @@ def _split(
         largest = max(map(len, groups.values()))
         raise QueryError(
             f"{wanted} of {len(queries)} queries should be held out, but {largest} hang together by images that they "
-            "share: give queries to evaluate on in a file of their own (--held-out)"
+            "share: give the queries that are held out in a file of their own"
         )
     return (
         [query for query in queries if root(query.targets[0]) not in held],

@@ -23,7 +23,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from mm_retriever.checkpoint import SAFETENSORS
 from mm_retriever.embedders.embedder import Trainable
@@ -165,7 +165,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
         saved = load_file(Path(checkpoint_path) / SAFETENSORS)
         own = trained(self.model)
         if own.keys() != saved.keys():
-            raise QueryError(f"{checkpoint_path} is of another training; remove the folder, or give another --out")
+            raise QueryError(f"{checkpoint_path} is of another training; remove the folder, or write to another")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
@@ -188,15 +188,16 @@ def prepare_network(embedder: Trainable, recipe: Recipe) -> LoraModel | None:
     network = embedder.network
     frozen = embedder.sides.get(recipe.freeze, ()) if recipe.freeze else ()
     if recipe.freeze and not frozen:
-        raise QueryError(f"{embedder.name!r} has no {recipe.freeze} side of its own to freeze; leave --freeze out")
+        raise QueryError(f"{embedder.name!r} has no {recipe.freeze} side of its own that could be frozen")
     still = {id(module) for part in frozen for module in part.modules()}
     fixed = {id(parameter) for part in frozen for parameter in part.parameters()}
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(id(parameter) not in fixed and name.rpartition(".")[2] not in _NEVER_USED)
     if recipe.gradient_checkpointing:
-        layered = [module for module in network.modules() if getattr(module, "supports_gradient_checkpointing", False)]
+        models = [module for module in network.modules() if isinstance(module, PreTrainedModel)]
+        layered = [model for model in models if model.supports_gradient_checkpointing]
         if not layered:
-            raise QueryError(f"{embedder.name!r} knows no gradient checkpointing; leave it out")
+            raise QueryError(f"{embedder.name!r} knows no gradient checkpointing: train without it")
         for module in layered[:1]:
             module.gradient_checkpointing_enable({"use_reentrant": False})
     if not recipe.lora:
@@ -230,6 +231,7 @@ def training_arguments(recipe: Recipe, folder: Path, device: torch.device) -> Se
         save_strategy="steps",
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # how long there was nothing better
         metric_for_best_model="eval_worth",
         greater_is_better=True,
         logging_strategy="steps",
@@ -272,7 +274,7 @@ def make_trainer(
     if not steps:
         raise QueryError(
             f"{len(rows)} rows to train on are fewer than a step of {arguments.world_size} times {recipe.batch_size} "
-            "takes; give a smaller --batch-size"
+            "takes; give a smaller batch size, or more queries"
         )
     every = max(1, steps // EVALUATIONS)
     arguments.eval_steps = arguments.save_steps = arguments.logging_steps = every
