@@ -273,14 +273,16 @@ class ClipEncoder(ABC):
     def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
         """(B, D) with gradients, in one pass."""
         texts, images = self.parts(contents)
-        features = []
-        for given, compute in ((texts, self._text_rows), (images, self._image_rows)):
-            rows = [row for row, one in enumerate(given) if one is not None]
-            computed = torch.zeros((len(contents), self.dimension), device=self._device)
-            if rows:
-                computed[rows] = cast(Tensor, compute([given[row] for row in rows])).float()
-            features.append(computed)
+        features = self._of_present(texts, self._text_rows), self._of_present(images, self._image_rows)
         return F.normalize(self.compose(*features).float(), dim=-1)
+
+    def _of_present(self, inputs: Sequence[T | None], features: Callable[[list[T]], Tensor]) -> Tensor:
+        """(B, D) with gradients; zeros where there is no input."""
+        present = {row: given for row, given in enumerate(inputs) if given is not None}
+        computed = torch.zeros((len(inputs), self.dimension), device=self._device)
+        if present:
+            computed[list(present)] = features(list(present.values())).float()
+        return computed
 
     def save(self, folder: Path) -> None:
         """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
