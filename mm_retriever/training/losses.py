@@ -22,7 +22,7 @@ from mm_retriever.training.negatives import Row
 from mm_retriever.training.recipe import TEMPERATURE
 
 
-class RetrievalLoss(CachedMultipleNegativesRankingLoss):  # type: ignore[misc]
+class RetrievalLoss(CachedMultipleNegativesRankingLoss):
     """Cross-entropy of the right image over all images of the batch; with shares of a teacher, its own candidates too.
 
     Args:
@@ -55,7 +55,7 @@ class RetrievalLoss(CachedMultipleNegativesRankingLoss):  # type: ignore[misc]
         queries, own = torch.cat(reps[0]), [torch.cat(column) for column in reps[1:]]
         loss = self._contrast(queries, own, labels) if self.shares is None else self._distance(queries, own, labels)
         if with_backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss = loss.detach()
         return loss
 

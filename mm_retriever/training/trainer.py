@@ -38,7 +38,7 @@ _STATE = "trainer_state.json"  # transformers writes it last
 _NEVER_USED = ("logit_scale", "logit_bias")  # of CLIP's own loss: no vector depends on them
 
 
-class EmbedderModule(InputModule):  # type: ignore[misc]
+class EmbedderModule(InputModule):
     """An embedder as a module of sentence-transformers."""
 
     def __init__(self, embedder: Trainable) -> None:
@@ -104,7 +104,7 @@ class Shuffled(Sampler[int]):
         return self._count
 
 
-class _Epochs(TrainerCallback):  # type: ignore[misc]
+class _Epochs(TrainerCallback):
     """Tells the order which epoch it is, also where training is resumed."""
 
     def __init__(self, order: Shuffled) -> None:
@@ -114,7 +114,7 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
         self._order.epoch = int(state.epoch or 0)
 
 
-class _Told(TrainerCallback):  # type: ignore[misc]
+class _Told(TrainerCallback):
     """Says how far training is, and how good."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
@@ -127,7 +127,7 @@ class _Told(TrainerCallback):  # type: ignore[misc]
         self._say(f"step {state.global_step} of {state.max_steps}: {loss}{figures}")
 
 
-class HeldOut(SentenceEvaluator):  # type: ignore[misc]
+class HeldOut(SentenceEvaluator):
     """The figures of held-out queries."""
 
     def __init__(self, vectors: Vectors, queries: Sequence[LabelledQuery]) -> None:
@@ -143,7 +143,7 @@ class HeldOut(SentenceEvaluator):  # type: ignore[misc]
         return {measure: figure.mean for measure, figure in evaluation.figures.items()} | {"worth": worth}
 
 
-class EmbedderTrainer(SentenceTransformerTrainer):  # type: ignore[misc]
+class EmbedderTrainer(SentenceTransformerTrainer):
     """The trainer with our order and our checkpoints, and without a model card of its own."""
 
     order: Shuffled
