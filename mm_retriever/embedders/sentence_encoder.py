@@ -211,9 +211,9 @@ class SentenceTransformersEncoder:
 
     def save(self, folder: Path) -> None:
         """Writes the folder as sentence-transformers does, in safetensors."""
-        from mm_retriever.from_pretrained import without_progress_bar
+        from mm_retriever.from_pretrained import without_progress_bar, without_video_processor
 
-        with without_progress_bar():
+        with without_progress_bar(), without_video_processor():
             self.model.save_pretrained(str(folder), create_model_card=False)
 
     def _input(self, content: Content, kind: tuple[str, ...]) -> dict[str, Any]:

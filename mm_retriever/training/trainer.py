@@ -199,7 +199,9 @@ def prepare_network(embedder: Trainable, recipe: Recipe) -> LoraModel | None:
         if not layered:
             raise QueryError(f"{embedder.name!r} knows no gradient checkpointing: train without it")
         for module in layered[:1]:
-            module.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers renamed it
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     if not recipe.lora:
         return None
     linear = [
