@@ -8,7 +8,8 @@
 - `run.py`: `train`, which takes these steps.
 """
 
+from mm_retriever.training.card import Training
 from mm_retriever.training.recipe import Recipe
-from mm_retriever.training.run import Training, train
+from mm_retriever.training.run import train
 
 __all__ = ["Recipe", "Training", "train"]

@@ -1,19 +1,61 @@
-"""The model card: what a model was trained on, how, and what it answers better or worse since."""
+"""`Training`, and its model card: what a model was trained on, how, and what it answers better or worse since."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mm_retriever.errors import one_line
+from mm_retriever.evaluation.metrics import Evaluation, Figure, difference
 from mm_retriever.files import write_atomically
 from mm_retriever.training.recipe import TEMPERATURE, Recipe
 
-if TYPE_CHECKING:
-    from mm_retriever.evaluation.metrics import Figure
-    from mm_retriever.training.run import Training
+
+@dataclass(frozen=True)
+class Training:
+    """What became of a training.
+
+    Args:
+        folder: of the model, for `load_embedder`.
+        before: figures of the held-out queries.
+        after: the same of the trained model.
+        history: step, loss and figures in the course of it.
+        counts: of the data.
+        steps: that were taken; the best weights of the evaluations are kept.
+        kept: the step of the weights that are kept; 0 where no step made them better.
+    """
+
+    folder: Path
+    before: Evaluation
+    after: Evaluation
+    history: Sequence[Mapping[str, float]]
+    counts: Mapping[str, int]
+    steps: int
+    kept: int
+
+    @property
+    def gain(self) -> Mapping[str, Figure]:
+        """By measure: how much more held-out queries have after than before."""
+        return {measure: difference(self.before, self.after, measure) for measure in self.before.figures}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts and figures as JSON holds them."""
+
+        def figures(of: Mapping[str, Figure]) -> dict[str, Any]:
+            return {measure: asdict(figure) for measure, figure in of.items()}
+
+        return {
+            "folder": str(self.folder),
+            "counts": dict(self.counts),
+            "steps": self.steps,
+            "kept_step": self.kept,
+            "before": figures(self.before.figures),
+            "after": figures(self.after.figures),
+            "gain": figures(self.gain),
+            "history": [dict(entry) for entry in self.history],
+        }
 
 
 def write_card(folder: Path, training: Training, *, base: str, recipe: Recipe, teacher: str | None) -> Path:

@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mm_retriever.embedders.embedder import Embedder, Trainable
 from mm_retriever.errors import MissingExtraError, QueryError
-from mm_retriever.evaluation.metrics import Evaluation, Figure, difference
+from mm_retriever.evaluation.metrics import Evaluation
 from mm_retriever.files import write_atomically
 from mm_retriever.rerank.reranker import Reranker
-from mm_retriever.training.card import write_card
+from mm_retriever.training.card import Training, write_card
 from mm_retriever.training.examples import Examples, read_examples
 from mm_retriever.training.negatives import JUDGED, Row, judged_rows, mined_rows
 from mm_retriever.training.recipe import Recipe
@@ -25,51 +25,6 @@ from mm_retriever.training.vectors import Vectors
 CHECKPOINTS = "checkpoints"
 FIGURES = "training.json"
 _SETTINGS = "settings.json"
-
-
-@dataclass(frozen=True)
-class Training:
-    """What became of a training.
-
-    Args:
-        folder: of the model, for `load_embedder`.
-        before: figures of the held-out queries.
-        after: the same of the trained model.
-        history: step, loss and figures in the course of it.
-        counts: of the data.
-        steps: that were taken; the best weights of the evaluations are kept.
-        kept: the step of the weights that are kept; 0 where no step made them better.
-    """
-
-    folder: Path
-    before: Evaluation
-    after: Evaluation
-    history: Sequence[Mapping[str, float]]
-    counts: Mapping[str, int]
-    steps: int
-    kept: int
-
-    @property
-    def gain(self) -> Mapping[str, Figure]:
-        """By measure: how much more held-out queries have after than before."""
-        return {measure: difference(self.before, self.after, measure) for measure in self.before.figures}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Counts and figures as JSON holds them."""
-
-        def figures(of: Mapping[str, Figure]) -> dict[str, Any]:
-            return {measure: asdict(figure) for measure, figure in of.items()}
-
-        return {
-            "folder": str(self.folder),
-            "counts": dict(self.counts),
-            "steps": self.steps,
-            "kept_step": self.kept,
-            "before": figures(self.before.figures),
-            "after": figures(self.after.figures),
-            "gain": figures(self.gain),
-            "history": [dict(entry) for entry in self.history],
-        }
 
 
 def train(

@@ -42,7 +42,7 @@ class EmbedderModule(InputModule):
     """An embedder as a module of sentence-transformers."""
 
     def __init__(self, embedder: Trainable) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.network = embedder.network
         self._embedder = embedder
 
@@ -120,7 +120,8 @@ class _Told(TrainerCallback):
     def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics: dict[str, float] = kwargs["metrics"]
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         figures = ", ".join(f"{measure} {metrics[f'eval_{measure}']:.3f}" for measure in (CHOSEN, FIRST))
         loss = f"loss {losses[-1]:.4f}, " if losses else ""
@@ -131,7 +132,7 @@ class HeldOut(SentenceEvaluator):
     """The figures of held-out queries."""
 
     def __init__(self, vectors: Vectors, queries: Sequence[LabelledQuery]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._vectors, self._queries = vectors, queries
 
     def __call__(self, model: nn.Module, *_: Any, **__: Any) -> dict[str, float]:
@@ -148,7 +149,7 @@ class EmbedderTrainer(SentenceTransformerTrainer):
 
     order: Shuffled
 
-    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, *_: Any, **__: Any) -> Any:
         """Batches of `order`."""
         return DefaultBatchSampler(self.order, batch_size=batch_size, drop_last=drop_last)
 
@@ -289,7 +290,7 @@ def make_trainer(
         train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}),
         loss=RetrievalLoss(model, rows, queries, pass_size=recipe.pass_size),
         evaluator=HeldOut(vectors, held_out),
-        data_collator=Collator(rows, queries, vectors),
+        data_collator=Collator(rows, queries, vectors),  # type: ignore[arg-type]
         callbacks=[_Epochs(order), EarlyStoppingCallback(PATIENCE), _Told(say)],
     )
     trainer.remove_callback(PrinterCallback)
