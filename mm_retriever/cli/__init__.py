@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from mm_retriever import __version__
-from mm_retriever.cli import bulk, demo, evaluate, indexing, mcp, models, search, serve
+from mm_retriever.cli import bulk, demo, evaluate, indexing, mcp, models, search, serve, train
 from mm_retriever.cli.group import SearchingGroup
 from mm_retriever.cli.options import EXIT_INTERRUPTED, fail
 from mm_retriever.cli.wording import in_cli_words
@@ -58,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate.evaluate,
     "models": models.models,
     "convert": models.convert,
+    "train": train.train,
     "info": models.info,
     "demo": demo.demo,
     "serve": serve.serve,
@@ -67,7 +68,7 @@ _GROUPS = {
     "Images": ("index", "search"),
     "What is stored": ("reindex", "prune", "remove", "clear", "info"),
     "Other surfaces": ("serve", "mcp"),
-    "Models": ("models", "convert", "evaluate"),
+    "Models": ("models", "convert", "evaluate", "train"),
     "Millions of images": ("embed", "import"),
 }
 _EXAMPLES = {
@@ -77,7 +78,7 @@ _EXAMPLES = {
 _RARELY = (200_000, 20, 100)
 """Thresholds of the garbage collector: importing torch and LlamaIndex makes a million objects, and hardly any garbage;
 looking through them again and again takes a tenth of the time of a search."""
-_CONTINUED = ("index", "reindex", "embed", "import")
+_CONTINUED = ("index", "reindex", "embed", "import", "train")
 for _name, _command in COMMANDS.items():
     _group = next((group for group, names in _GROUPS.items() if _name in names), None)
     app.command(_name, rich_help_panel=_group, epilog=_EXAMPLES.get(_name))(_command)

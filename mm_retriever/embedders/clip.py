@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from mm_retriever.checkpoint import ModelFiles, load_strict, skeleton
+from mm_retriever.checkpoint import fingerprint as fingerprint_of
 from mm_retriever.devices import as_device, as_dtype, input_device
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import copy_tokenizer, write_folder
@@ -233,8 +234,61 @@ class ClipEncoder(ABC):
         """(B, 3, H, W) float32 of what `prepare` made of images."""
 
     @abstractmethod
+    def parts(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[Any] | None]]:
+        """The text and the image of each content that a vector is made of; None where there is none."""
+
+    @abstractmethod
+    def compose(self, text_features: Tensor, image_features: Tensor) -> Tensor:
+        """(B, D), not normalised, of the features of both towers; zeros stand for what is not there."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """What `config.json` of a folder of ours says."""
+
     def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
-        """(B, D), rows of length 1."""
+        """(B, D), L2-normalised, row by row.
+
+        Args:
+            contents: what to embed.
+            query: makes no difference to these families.
+
+        Raises:
+            QueryError: the model cannot embed this kind of content.
+        """
+        text_features, image_features = self._both_features(*self.parts(contents))
+        with self._turn, torch.inference_mode():
+            return unit_rows(self.compose(text_features, image_features))
+
+    @property
+    def network(self) -> nn.Module:
+        """See `Trainable`, as of the three below."""
+        return self.clip
+
+    @property
+    def sides(self) -> Mapping[str, Sequence[nn.Module]]:
+        """Both towers with their projections."""
+        clip = self.clip
+        return {"text": [clip.text_model, clip.text_projection], "image": [clip.vision_model, clip.visual_projection]}
+
+    def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
+        """(B, D) with gradients, in one pass."""
+        texts, images = self.parts(contents)
+        features = self._of_present(texts, self._text_rows), self._of_present(images, self._image_rows)
+        return F.normalize(self.compose(*features).float(), dim=-1)
+
+    def _of_present(self, inputs: Sequence[T | None], features: Callable[[list[T]], Tensor]) -> Tensor:
+        """(B, D) with gradients; zeros where there is no input."""
+        present = {row: given for row, given in enumerate(inputs) if given is not None}
+        computed = torch.zeros((len(inputs), self.dimension), device=self._device)
+        if present:
+            computed[list(present)] = features(list(present.values())).float()
+        return computed
+
+    def save(self, folder: Path) -> None:
+        """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
+        state = self.network.state_dict()
+        write_folder(folder, state, self.config(), original=fingerprint_of(state))
+        self.tokenizer.save(str(folder / "tokenizer.json"))
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, start and end included; of a text too long for the model the end token stays.
@@ -259,14 +313,18 @@ class ClipEncoder(ABC):
         lengths = [len(ids[row]) for row in order]
         for part in passes(lengths, int(self._text.intermediate_size), self._device.type):
             rows = [order[place] for place in part]
-            input_ids = torch.zeros((len(rows), len(ids[rows[-1]])), dtype=torch.long)
-            for place, row in enumerate(rows):
-                input_ids[place, : len(ids[row])] = torch.tensor(ids[row])
             with self._turn, torch.inference_mode():
-                features[rows] = self._text_pass(input_ids.to(self._device)).float()
+                features[rows] = self._text_pass([ids[row] for row in rows]).float()
         return features
 
-    def _text_pass(self, input_ids: Tensor) -> Tensor:
+    def _text_rows(self, texts: Sequence[str]) -> Tensor:
+        return self._text_pass(self.token_ids(texts))
+
+    def _text_pass(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        rows = torch.zeros((len(ids), max(map(len, ids))), dtype=torch.long)
+        for place, row in enumerate(ids):
+            rows[place, : len(row)] = torch.tensor(row)
+        input_ids = rows.to(self._device)
         # attention is causal, and a text is pooled at its end token: padding after that is never seen
         pooled = self.clip.text_model(input_ids=input_ids, attention_mask=self._text_mask(input_ids)).pooler_output
         projected: Tensor = self.clip.text_projection(pooled)
@@ -280,11 +338,14 @@ class ClipEncoder(ABC):
         features = torch.empty((len(images), self.dimension), device=self._device)
         patches = (self.side // int(self._vision.patch_size)) ** 2 + 1
         for part in passes([patches] * len(images), int(self._vision.intermediate_size), self._device.type):
-            pixel_values = self.pixel_values([images[row] for row in part]).to(self._device)
             with self._turn, torch.inference_mode():
-                pooled = self.clip.vision_model(pixel_values=pixel_values).pooler_output
-                features[part.start : part.stop] = self.clip.visual_projection(pooled).float()
+                features[part.start : part.stop] = self._image_rows([images[row] for row in part]).float()
         return features
+
+    def _image_rows(self, images: Sequence[NDArray[Any]]) -> Tensor:
+        pixel_values = self.pixel_values(images).to(self._device)
+        projected: Tensor = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).pooler_output)
+        return projected
 
     def _both_features(
         self, texts: Sequence[str | None], images: Sequence[NDArray[Any] | None]

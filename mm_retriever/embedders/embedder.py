@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Pixels: TypeAlias = NDArray[Any]
 """(H, W, 3): uint8, or, for a model that was made for finer steps, float32 in 0..1."""
@@ -77,6 +81,29 @@ class Embedder(Protocol):
         Raises:
             QueryError: the model cannot embed this kind of content.
         """
+        ...
+
+
+@runtime_checkable
+class Trainable(Embedder, Protocol):
+    """An embedder in torch whose vectors have gradients: what `mm_retriever.training` asks of a family."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The module that holds all of the model's weights."""
+        ...
+
+    @property
+    def sides(self) -> Mapping[str, Sequence[nn.Module]]:
+        """The modules that read a "text", and those that read an "image"."""
+        ...
+
+    def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
+        """(B, D) float32, rows of length 1 with gradients, in one pass: what `encode` gives, for training."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the model, as its weights are now, as a folder that `load_embedder` loads."""
         ...
 
 

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from mm_retriever.errors import QueryError
 from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.images.square import LONGEST
 from mm_retriever.tokenizer import valid_unicode
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +154,67 @@ class SentenceTransformersEncoder:
                 )
             vectors[rows] = _unit(np.asarray(computed, dtype=np.float32))
         return vectors
+
+    @property
+    def network(self) -> nn.Module:
+        """See `Trainable`, as of the three below."""
+        network: nn.Module = self.model
+        return network
+
+    @property
+    def sides(self) -> Mapping[str, Sequence[nn.Module]]:
+        """The towers of the model that the first module holds, under the names that transformers gives them."""
+        model = getattr(self.model[0], "model", self.model)
+        inner = getattr(model, "model", model)
+        names = {
+            "text": ("text_model", "text_projection", "language_model"),
+            "image": ("vision_model", "visual_projection", "visual"),
+        }
+        return {
+            side: [getattr(inner, name) for name in given if getattr(inner, name, None) is not None]
+            for side, given in names.items()
+        }
+
+    def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
+        """(B, D) with gradients, in one pass for each kind of content."""
+        import torch
+        import torch.nn.functional as F
+
+        kinds = [_kind(content) for content in contents]
+        self._check(kinds)
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for kind in dict.fromkeys(kinds):
+            rows = [row for row, of_row in enumerate(kinds) if of_row == kind]
+            given = [contents[row] for row in rows]
+            if kind == ("image", "text") and self._sums:
+                texts, images = self._pass(given, ("text",), query), self._pass(given, ("image",), query)
+                parts.append(F.normalize(self._text_weight * texts + (1 - self._text_weight) * images, dim=-1))
+            else:
+                parts.append(self._pass(given, kind, query))
+            order += rows
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _pass(self, contents: Sequence[Content], kind: tuple[str, ...], query: bool) -> Tensor:
+        """(B, D) with gradients of contents of one kind, told as `SentenceTransformer.encode` tells the model."""
+        import torch.nn.functional as F
+
+        names = ("query",) if query else ("document", "passage", "corpus")
+        prompt = next((self.model.prompts[name] for name in names if self.model.prompts.get(name)), None)
+        options: dict[str, Any] = {} if self._pixels is None else {"processing_kwargs": self._pixels.call}
+        inputs = [self._input(content, kind) for content in contents]
+        features = self.model.preprocess(inputs, prompt=prompt, task="query" if query else "document", **options)
+        device = self.model.device
+        features = {key: value.to(device) if hasattr(value, "to") else value for key, value in features.items()}
+        vectors: Tensor = self.model(features)["sentence_embedding"].float()
+        return F.normalize(vectors[:, : self._dimension], dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Writes the folder as sentence-transformers does, in safetensors."""
+        from mm_retriever.from_pretrained import without_progress_bar, without_video_processor
+
+        with without_progress_bar(), without_video_processor():
+            self.model.save_pretrained(str(folder), create_model_card=False)
 
     def _input(self, content: Content, kind: tuple[str, ...]) -> dict[str, Any]:
         """What the library takes; the order of its keys is the order in the model's prompt."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mm_retriever import ComposedEmbedding, ComposedRetriever, ingest_images, load_embedder, load_reranker, open_store
 from mm_retriever.cli import main
 from mm_retriever.embedders import registry
-from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
+from mm_retriever.embedders.embedder import Content, Embedder, Trainable, cache_identity
 from mm_retriever.embedders.registry import convert_model, published_models
 from mm_retriever.errors import CheckpointError, QueryError
 from mm_retriever.rerank.reranker import Reranker
@@ -290,3 +290,42 @@ def test_damaged_weights_are_refused_in_a_line(model: SmallModel, tmp_path: Path
         load_embedder(folder, device="cpu")
     assert len(str(refused.value).splitlines()) == 1
     assert str(folder) in str(refused.value)
+
+
+def test_vectors_with_gradients_are_those_of_encode(model: SmallModel, embedder: Embedder) -> None:
+    """Training makes better what searching uses; a model on a server cannot be trained."""
+    if "base_url" in model.where:
+        assert not isinstance(embedder, Trainable)
+        return
+    assert isinstance(embedder, Trainable)
+    contents = every_kind(model, embedder)
+    for query in (False, True):
+        vectors = embedder.vectors(contents, query=query)
+        assert vectors.requires_grad
+        np.testing.assert_allclose(vectors.detach(), embedder.encode(contents, query=query), atol=TOLERANCE)
+    vectors.sum().backward()
+    assert any(parameter.grad is not None for parameter in embedder.network.parameters())
+    embedder.network.zero_grad(set_to_none=True)
+
+
+def test_the_sides_of_a_model_are_apart_and_read_what_they_say(model: SmallModel, embedder: Embedder) -> None:
+    """A frozen text side has no gradient from a text; what it alone reads changes nothing else."""
+    if not isinstance(embedder, Trainable):
+        return
+    parameters = {
+        side: {id(one) for module in modules for one in module.parameters()} for side, modules in embedder.sides.items()
+    }
+    assert parameters["text"]
+    assert parameters["image"]
+    assert not parameters["text"] & parameters["image"]
+
+
+def test_a_model_that_is_saved_is_the_same_model(model: SmallModel, embedder: Embedder, tmp_path: Path) -> None:
+    if not isinstance(embedder, Trainable):
+        return
+    embedder.save(tmp_path)
+    again = load_embedder(tmp_path, device="cpu")
+    contents = every_kind(model, embedder)
+    assert again.space == embedder.space
+    np.testing.assert_allclose(again.encode(contents), embedder.encode(contents), atol=TOLERANCE)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]

@@ -30,7 +30,6 @@ from mm_retriever.embedders.clip import (
     config_content,
     convert_clip,
     filled,
-    unit_rows,
 )
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import find_tokenizer, original_fingerprint
@@ -57,16 +56,23 @@ class BGEVLEncoder(ClipEncoder):
         pixels = np.stack(images)  # (B, H, W, 3)
         return torch.from_numpy(np.stack([_NORMALISED[pixels[..., channel], channel] for channel in range(3)], axis=1))
 
-    def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
-        """(B, D), L2-normalised, row by row.
-
-        Args:
-            contents: what to embed.
-            query: makes no difference to this family.
-        """
+    def parts(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[np.uint8] | None]]:
+        """A text beside an image counts unless it is empty."""
         texts = [content.text if content.text or content.image is None else None for content in contents]
-        text_features, image_features = self._both_features(texts, [content.image for content in contents])
-        return unit_rows(text_features + image_features)
+        return texts, [content.image for content in contents]
+
+    def compose(self, text_features: Tensor, image_features: Tensor) -> Tensor:
+        """(B, D): the sum."""
+        return text_features + image_features
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` of a folder of ours says."""
+        return _folder_config(self.clip.config)
+
+
+def _folder_config(config: CLIPConfig) -> dict[str, Any]:
+    marks = {"architectures": ["CLIPModel"], "model_type": "clip", FAMILY_KEY: FAMILY}
+    return {**config_content(config), **marks}
 
 
 def load_files(
@@ -98,13 +104,7 @@ def convert_files(
 ) -> Path:
     """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
     content, config, state = _read(files)
-    written = {
-        **config_content(config),
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        FAMILY_KEY: FAMILY,
-        "rounded": content.get("rounded"),
-    }
+    written = {**_folder_config(config), "rounded": content.get("rounded")}
     original = original_fingerprint(state, content)
     return convert_clip(
         lambda: CLIPModel(config), state, files, out, written, original=original, tokenizer=tokenizer, dtype=dtype

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict
 from mm_retriever.embedders.clip import (
@@ -29,7 +29,6 @@ from mm_retriever.embedders.clip import (
     config_content,
     convert_clip,
     filled,
-    unit_rows,
 )
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import find_tokenizer, original_fingerprint
@@ -78,12 +77,8 @@ class MagicLensEncoder(ClipEncoder):
         mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (CLIP_MEAN, CLIP_STD))
         return (values - mean) / std
 
-    def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
-        """(B, D), L2-normalised, row by row.
-
-        Args:
-            contents: what to embed.
-            query: makes no difference to this family.
+    def parts(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[np.float32] | None]]:
+        """An image alone is an image with the empty text.
 
         Raises:
             QueryError: a content without an image.
@@ -93,10 +88,20 @@ class MagicLensEncoder(ClipEncoder):
                 f"{self.name} embeds images, and images with a text, but no text alone: give an image with it, or "
                 "index with a model that embeds texts too, such as BAAI/BGE-VL-base"
             )
-        texts, images = ([content.text for content in contents], [content.image for content in contents])
-        text_features, image_features = self._both_features(texts, images)
-        with self._turn, torch.inference_mode():
-            return unit_rows(self.model.compose(image_features, text_features))
+        return [content.text for content in contents], [content.image for content in contents]
+
+    def compose(self, text_features: Tensor, image_features: Tensor) -> Tensor:
+        """(B, D), by the layers above CLIP."""
+        return self.model.compose(image_features, text_features)
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` of a folder of ours says."""
+        return _folder_config(self.model.config)
+
+    @property
+    def network(self) -> nn.Module:
+        """CLIP and the layers above it."""
+        return self.model
 
     def _text_mask(self, input_ids: Tensor) -> Tensor:
         return input_ids > 0  # parity: 0 is padding to the original, though it is "!" to the tokenizer
@@ -126,15 +131,22 @@ def convert_files(
 ) -> Path:
     """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
     content, config, state = _read(files)
-    written = {
-        **config_content(config.clip),
-        "model_type": FAMILY,
-        **{name: getattr(config, name) for name in _SIZES},
-    }
     original = original_fingerprint(state, content)
     return convert_clip(
-        lambda: MagicLens(config), state, files, out, written, original=original, tokenizer=tokenizer, dtype=dtype
+        lambda: MagicLens(config),
+        state,
+        files,
+        out,
+        _folder_config(config),
+        original=original,
+        tokenizer=tokenizer,
+        dtype=dtype,
     )
+
+
+def _folder_config(config: MagicLensConfig) -> dict[str, Any]:
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    return {**config_content(config.clip), "model_type": FAMILY, **sizes}
 
 
 def _read(files: ModelFiles) -> tuple[dict[str, Any], MagicLensConfig, dict[str, Tensor]]:

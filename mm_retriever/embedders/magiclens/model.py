@@ -124,6 +124,7 @@ class MagicLens(nn.Module):
 
     def __init__(self, config: MagicLensConfig) -> None:
         super().__init__()
+        self.config = config
         self.clip = CLIPModel(config.clip)
         self.multimodal_encoder = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.contrastive_multimodal_pooler = Pooler(config)

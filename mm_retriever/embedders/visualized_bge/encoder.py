@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from mm_retriever.checkpoint import locate, read_state_dict
+from mm_retriever.checkpoint import fingerprint, locate, read_state_dict
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.folder import find_tokenizer
+from mm_retriever.embedders.folder import find_tokenizer, write_folder
 from mm_retriever.embedders.passes import passes
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS, MULTILINGUAL
 from mm_retriever.embedders.visualized_bge.model import (
@@ -226,6 +226,37 @@ class VisualizedBGEEncoder:
         if len(first) < len(squares):
             image_tokens = image_tokens[places]
         return self.model.encode_beside(image_tokens, **tokens)
+
+    @property
+    def network(self) -> nn.Module:
+        """See `Trainable`, as of the three below."""
+        return self.model
+
+    @property
+    def sides(self) -> Mapping[str, Sequence[nn.Module]]:
+        """The text side reads image tokens too; the projection belongs to the image side."""
+        text = [self.model.bge_embeddings, self.model.bge_encoder]
+        return {"text": text, "image": [self.model.model_visual, self.model.visual_proj]}
+
+    def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
+        """(B, D) with gradients, in one pass."""
+        parts: list[Tensor] = []
+        order: list[int] = []
+        for beside_image in (False, True):
+            rows = [row for row, content in enumerate(contents) if (content.image is not None) == beside_image]
+            if rows:
+                tokens = self.processor.tokens([contents[row].text for row in rows], beside_image=beside_image)
+                parts.append(self._encode(tokens, [contents[row].image for row in rows] if beside_image else []))
+                order += rows
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def save(self, folder: Path) -> None:
+        """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
+        config = self.model.config
+        config.architectures, config.dtype = [type(self.model).__name__], self.model.dtype
+        state = self.model.state_dict()
+        write_folder(folder, state, json.loads(config.to_json_string()), original=fingerprint(state))
+        self.processor.save_pretrained(folder)
 
     def _passes(self, lengths: Sequence[int], *, beside_image: bool) -> Iterator[range]:
         """Ranges of rows, which come sorted by length, that go through the model together."""

@@ -1,0 +1,210 @@
+"""`train`: from a file of queries to the folder of a model that answers them better."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mm_retriever.embedders.embedder import Embedder, Trainable
+from mm_retriever.errors import MissingExtraError, QueryError
+from mm_retriever.evaluation.metrics import Evaluation
+from mm_retriever.files import write_atomically
+from mm_retriever.rerank.reranker import Reranker
+from mm_retriever.training.card import Training, write_card
+from mm_retriever.training.examples import Examples, read_examples
+from mm_retriever.training.negatives import JUDGED, Row, judged_rows, mined_rows
+from mm_retriever.training.recipe import Recipe
+from mm_retriever.training.vectors import Vectors
+
+CHECKPOINTS = "checkpoints"
+FIGURES = "training.json"
+_SETTINGS = "settings.json"
+
+
+def train(
+    queries: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Embedder,
+    out: str | os.PathLike[str],
+    *,
+    recipe: Recipe | None = None,
+    held_out: str | os.PathLike[str] | None = None,
+    teacher: str | Reranker | None = None,
+    device: Any = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Training:
+    """Train a model on queries and their right images, or on what a reranker says; the folder `out` holds it then.
+
+    A training that was ended goes on where it was when it is called again in the same way. Under `accelerate launch`,
+    several processes train together; the first of them writes.
+
+    Args:
+        queries: a file as of `read_queries`, or its folder.
+        model: any name of `load_embedder`, or such a model; it is trained itself.
+        out: a folder, made if it is not there.
+        recipe: how it is trained.
+        held_out: queries to evaluate on; default: part of the others, that shares no image with the rest.
+        teacher: a reranker, or its name: its scores of what the model finds are learned, in place of the targets.
+        device: default: the fastest there is.
+        say: called with a line on what is done.
+
+    Raises:
+        QueryError: wrong queries or images, a model that is not trained here, or a folder that holds something else.
+        CheckpointError: a model that cannot be loaded.
+        MissingExtraError: a library of the extra "train" is not installed.
+    """
+    recipe = recipe or Recipe()
+    folder = Path(out).expanduser()
+    _check_folder(folder)
+    _check_extra()
+    if isinstance(teacher, str):
+        from mm_retriever.rerank.registry import check_reranker
+
+        check_reranker(teacher)
+    examples = read_examples(queries, held_out=held_out, share=recipe.held_out, seed=recipe.seed)
+    say(", ".join(f"{count:,} {what}" for what, count in examples.counts.items() if count))
+    embedder = _load(model, device)
+    return _train(embedder, examples, folder, recipe, teacher, say)
+
+
+def _train(
+    embedder: Trainable,
+    examples: Examples,
+    folder: Path,
+    recipe: Recipe,
+    teacher: str | Reranker | None,
+    say: Callable[[str], object],
+) -> Training:
+    from accelerate.utils import broadcast_object_list, set_seed
+
+    from mm_retriever.training.trainer import (
+        history,
+        make_trainer,
+        newest_checkpoint,
+        prepare_network,
+        trained,
+        training_arguments,
+    )
+
+    embedder.network.float()
+    space, vectors, checkpoints = embedder.space, Vectors(embedder), folder / CHECKPOINTS
+    arguments = training_arguments(recipe, checkpoints, next(embedder.network.parameters()).device)
+    is_main = arguments.process_index == 0
+    say = say if is_main else _silent
+    title = teacher if isinstance(teacher, str) or teacher is None else teacher.model_name
+    if is_main:
+        _check_settings(checkpoints, [space, title, asdict(recipe), _content(examples)])
+    before, worth = vectors.evaluate(examples.held_out)
+    say(f"before: {_figures(before)}")
+    rows = [_rows(examples, vectors, recipe, teacher, say)] if is_main else [[]]
+    rows = broadcast_object_list(rows)
+    set_seed(recipe.seed)
+    adapters = prepare_network(embedder, recipe)
+    trainer = make_trainer(embedder, vectors, rows[0], examples.train, examples.held_out, recipe, arguments, say)
+    checkpoint = broadcast_object_list([newest_checkpoint(checkpoints) if is_main else None])[0]
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    start = {name: parameter.detach().clone() for name, parameter in trained(embedder.network).items()}
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    kept = int(trainer.state.best_global_step or 0)
+    if (trainer.state.best_metric or 0) <= worth:
+        say("no step made it better on the held-out queries: the model stays as it was")
+        kept = 0
+        for name, parameter in trained(embedder.network).items():
+            parameter.data.copy_(start[name])
+    if adapters is not None:
+        adapters.merge_and_unload()
+    embedder.network.train(False)
+    after, _ = vectors.evaluate(examples.held_out)
+    say(f"after: {_figures(after)}")
+    result = Training(folder, before, after, history(trainer), examples.counts, trainer.state.global_step, kept)
+    if is_main:
+        embedder.save(folder)
+        write_card(folder, result, base=embedder.name, recipe=recipe, teacher=title)
+        write_atomically(folder / FIGURES, json.dumps(result.to_dict(), indent=2).encode())
+        shutil.rmtree(checkpoints)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _silent(_: str) -> None:
+    """The first process speaks for all."""
+
+
+def _rows(
+    examples: Examples,
+    vectors: Vectors,
+    recipe: Recipe,
+    teacher: str | Reranker | None,
+    say: Callable[[str], object],
+) -> list[Row]:
+    if teacher is None:
+        rows = mined_rows(examples.train, vectors, recipe.negatives)
+        say(f"{len(rows):,} rows to train on, each with {len(rows[0].images) - 1} wrong images")
+        return rows
+    if isinstance(teacher, str):
+        from mm_retriever.rerank.registry import load_reranker
+
+        teacher = load_reranker(teacher, top_n=JUDGED, device=getattr(vectors.embedder, "device", None))
+    done = 0
+
+    def progress() -> None:
+        nonlocal done
+        done += 1
+        if done % 100 == 0:
+            say(f"{teacher.model_name} has judged {done:,} of {len(examples.train):,} queries")
+
+    return judged_rows(examples.train, vectors, teacher, progress)
+
+
+def _load(model: str | os.PathLike[str] | Embedder, device: Any) -> Trainable:
+    from mm_retriever.embedders.registry import load_embedder
+
+    embedder = load_embedder(model, device=device) if isinstance(model, str | os.PathLike) else model
+    if not isinstance(embedder, Trainable):
+        raise QueryError(f"{embedder.name!r} has no weights on this machine to train; give a model that torch runs")
+    return embedder
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse to write into a folder that holds anything but a training that was ended."""
+    if folder.is_dir() and (other := sorted(entry.name for entry in folder.iterdir() if entry.name != CHECKPOINTS)):
+        raise QueryError(f"{str(folder)!r} holds {other[0]!r} already; give a folder that is new or empty")
+    if folder.exists() and not folder.is_dir():
+        raise QueryError(f"{str(folder)!r} is no folder; give a folder that is new or empty")
+
+
+def _check_extra() -> None:
+    from importlib.util import find_spec
+
+    for name in ("accelerate", "datasets", "ir_measures", "peft", "sentence_transformers"):
+        if find_spec(name) is None:
+            raise MissingExtraError(f'{name} is not installed: pip install "mm-retriever[train]"')
+
+
+def _check_settings(folder: Path, settings: list[Any]) -> None:
+    """Refuse to go on with a training of other data, another model or another recipe."""
+    path = folder / _SETTINGS
+    content = json.dumps(settings, sort_keys=True).encode()
+    if any(folder.glob("checkpoint-*")) and (not path.is_file() or path.read_bytes() != content):
+        raise QueryError(
+            f"{str(folder)!r} holds a training of other queries, of another model or with other options: remove it to "
+            "begin anew, or give another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def _content(examples: Examples) -> str:
+    lines = [repr((query.image, query.text, query.targets, query.negatives)) for query in examples.train]
+    lines += [repr((query.image, query.text, query.targets)) for query in examples.held_out]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _figures(evaluation: Evaluation) -> str:
+    return ", ".join(f"{measure} {figure}" for measure, figure in evaluation.figures.items())
