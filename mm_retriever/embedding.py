@@ -53,7 +53,9 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         model_name: a published name, "tiny" (bundled; drawn products only), a local folder or weight file, a hub
             repository, or an `Embedder`.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
-        dtype: "float32" (default), "bfloat16" or "float16".
+        dtype: "float32" (default), "bfloat16" or "float16"; with OpenVINO "float32", "bfloat16" or "int8".
+        backend: "torch"; "openvino", which is faster on CPUs; or "auto", the fastest that keeps the vectors.
+        calibration: a folder of images that "int8" is calibrated and measured on, once; default: drawn ones.
         revision: of the hub repository.
         base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1", with the name it serves the model
             under as `model_name`.
@@ -74,6 +76,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     model_name: str = DEFAULT_MODEL
     device: str | None = None
     dtype: str = "float32"
+    backend: str = "torch"
+    calibration: str | None = None
     revision: str | None = None
     base_url: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -105,6 +109,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         cache_bytes: int = MAX_BYTES,
         image_policy: ImagePolicy = DEFAULT_POLICY,
         compose_nodes: bool = False,
+        backend: str = "torch",
+        calibration: str | os.PathLike[str] | None = None,
         callback_manager: CallbackManager | None = None,
         num_workers: int | None = None,
         embeddings_cache: Any | None = None,
@@ -112,6 +118,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     ) -> None:
         given = None if isinstance(model_name, str | os.PathLike) else model_name
         served = server_options(given, base_url, api_key, options or {})
+        if given is not None and (backend != "torch" or calibration is not None):
+            raise QueryError(f"{given.name!r} is a loaded model; backend and calibration go with the name of one")
         fields: dict[str, Any] = {
             "model_name": os.fspath(model_name) if isinstance(model_name, str | os.PathLike) else model_name.name,
             "revision": revision,
@@ -122,6 +130,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
             "cache_bytes": cache_bytes,
             "image_policy": image_policy,
             "compose_nodes": compose_nodes,
+            "calibration": None if calibration is None else os.fspath(calibration),
             "callback_manager": callback_manager or CallbackManager([]),
             "num_workers": num_workers,
             "embeddings_cache": embeddings_cache,
@@ -130,9 +139,13 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         super().__init__(**fields)
         self._given = given
         chosen: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "families": self.families}
+        chosen |= {"backend": backend, "calibration": self.calibration}
         self._embedder = given or load_embedder(self.model_name, **chosen, **self.options, **served)
         self.device = getattr(self._embedder, "device", None) if device is None else str(device)
         self.dtype = self._embedder.note if given or base_url else str(dtype or "float32").removeprefix("torch.")
+        if backend != "torch":  # as chosen, for other processes
+            self.dtype, _, computed_by = self._embedder.note.partition(",")[0].partition(" ")
+            self.backend = "openvino" if computed_by.startswith("openvino") else "torch"
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
 

@@ -55,6 +55,7 @@ def index(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     """Put a folder of images into the store. Run it again at any time: only what changed is embedded."""
@@ -64,9 +65,17 @@ def index(
 
     if analyzer is not None and not hybrid:
         raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
-    name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
+    wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     embedding = options.embed_model(
-        name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+        wanted.name,
+        device=device,
+        dtype=wanted.dtype,
+        backend=wanted.backend,
+        calibration=source,
+        revision=revision,
+        url=model_url,
+        key=model_key,
+        batch_size=batch_size,
     )
     with open_store(db, embedding, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
         result = ingest_images(
@@ -107,6 +116,7 @@ def reindex(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
@@ -120,7 +130,14 @@ def reindex(
 
     check_exists(db)  # before a model is loaded
     embedding = options.embed_model(
-        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        revision=revision,
+        url=model_url,
+        key=model_key,
+        batch_size=batch_size,
     )
     try:
         report = reindex(

@@ -87,6 +87,7 @@ def search(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     """Search by text, by image, or by both: `--text "phone case with this" --image leopard.jpg`."""
@@ -102,7 +103,7 @@ def search(
     if via is not None and reranks:
         raise QueryError("--via goes without --rerank: the server ranks results on its own page")
     rows = _via(via, asked, http_token) if via is not None else None
-    if via is None and not reranks and not (device or dtype or revision or model_url):
+    if via is None and not reranks and not (device or dtype or backend or revision or model_url):
         rows = _of_running_server(db, collection, model, asked)
     if rows is not None:
         from mm_retriever.terminal import print_json, print_search, rows_report, write_search
@@ -123,10 +124,18 @@ def search(
     where_filters(asked["where"])  # what cannot be read is refused before a model is loaded
     check_exists(db)
     load_ranker = None
-    name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
+    wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     if reranks:
-        load_ranker = options.reranker(name, rerank_model, server, top_n=top_k, device=device)
-    embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
+        load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
+    embedding = options.embed_model(
+        wanted.name,
+        device=device,
+        dtype=wanted.dtype,
+        backend=wanted.backend,
+        revision=revision,
+        url=model_url,
+        key=model_key,
+    )
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         found = find_rows(store, embedding, RowsQuery(**{**asked, "where": tuple(asked["where"])}))
     _say(found.notes)

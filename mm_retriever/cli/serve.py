@@ -53,6 +53,7 @@ def serve(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     r"""Serve a web page, a JSON API and MCP; `search` uses it by itself. Needs: pip install "mm-retriever\[web]"."""
@@ -69,8 +70,10 @@ def serve(
     check_exists(db)  # before a model is loaded
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
-    name, dtype = held_model.model_to_load(model, dtype, url=None, db=db, collection=collection, token=token)
-    embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision)
+    wanted = held_model.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)
+    embedding = options.embed_model(
+        wanted.name, device=device, dtype=wanted.dtype, backend=wanted.backend, revision=revision
+    )
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         app = web_app(
             store,
@@ -84,4 +87,4 @@ def serve(
             device=device,
         )
         file = Path(db) if Path(db).is_dir() else None
-        serve_web(app, host=host, port=port, db=file, collection=collection, model=name)
+        serve_web(app, host=host, port=port, db=file, collection=collection, model=wanted.name)

@@ -208,12 +208,18 @@ class ClipEncoder(ABC):
         self.dimension = int(self._text.projection_dim)  # length of every vector
         self.side = int(self._vision.image_size)
         self.room = int(self._text.max_position_embeddings)
+        self.parts: dict[str, Callable[..., Tensor]] = {"text": self._text_pass, "image": self._image_pass}
         self._turn = ForkLock()
         self._loaded_in = os.getpid()
         self._said_cut = False
         inputs = [config_content(clip.config), *facts, self.token_ids(_PROBES)]
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:6]
         self.space = f"{family}@{fingerprint}.{digest}"
+
+    @property
+    def torch_model(self) -> CLIPModel:
+        """Whose weights the parts compute with."""
+        return self.clip
 
     @property
     def device(self) -> str:
@@ -263,7 +269,7 @@ class ClipEncoder(ABC):
             for place, row in enumerate(rows):
                 input_ids[place, : len(ids[row])] = torch.tensor(ids[row])
             with self._turn, torch.inference_mode():
-                features[rows] = self._text_pass(input_ids.to(self._device)).float()
+                features[rows] = self.parts["text"](input_ids.to(self._device)).float()
         return features
 
     def _text_pass(self, input_ids: Tensor) -> Tensor:
@@ -282,9 +288,12 @@ class ClipEncoder(ABC):
         for part in passes([patches] * len(images), int(self._vision.intermediate_size), self._device.type):
             pixel_values = self.pixel_values([images[row] for row in part]).to(self._device)
             with self._turn, torch.inference_mode():
-                pooled = self.clip.vision_model(pixel_values=pixel_values).pooler_output
-                features[part.start : part.stop] = self.clip.visual_projection(pooled).float()
+                features[part.start : part.stop] = self.parts["image"](pixel_values).float()
         return features
+
+    def _image_pass(self, pixel_values: Tensor) -> Tensor:
+        projected: Tensor = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).pooler_output)
+        return projected
 
     def _both_features(
         self, texts: Sequence[str | None], images: Sequence[NDArray[Any] | None]

@@ -38,6 +38,8 @@ def load_embedder(
     revision: str | None = None,
     base_url: str | None = None,
     families: tuple[str, ...] | None = None,
+    backend: str = "torch",
+    calibration: Any = None,
     **options: Any,
 ) -> Embedder:
     """The model of a name, of any family.
@@ -46,11 +48,13 @@ def load_embedder(
         name: a name of `published_models`, a local folder or weight file, or the id of a hub repository; with a
             `base_url` the name under which the server serves the model.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
-        dtype: "float32" (default), "bfloat16" or "float16".
+        dtype: "float32" (default), "bfloat16" or "float16"; with OpenVINO "float32", "bfloat16" or "int8".
         revision: of the hub repository.
         base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1"; options are then those of
             `RemoteEmbedding`.
         families: which may be considered; default: all.
+        backend: "torch"; "openvino", which is faster on CPUs; or "auto", the fastest that keeps the vectors.
+        calibration: a folder of images, or images, that "int8" is calibrated and measured on; default: drawn ones.
         **options: of the family.
 
     Raises:
@@ -59,10 +63,24 @@ def load_embedder(
         CheckpointError: the files are damaged, unsafe, or of no known family.
     """
     if base_url is not None:
+        if backend != "torch" or calibration is not None:
+            raise QueryError(f"backend={backend!r} is of a model on this machine; the server at base_url has its own")
         served = {"device": device, "dtype": dtype, "revision": revision, "families": families, **options}
         return _served(os.fspath(name), base_url, **served)
     family, files = _resolve(name, revision=revision, families=families or FAMILIES)
-    return family.load(files, device=device, dtype=dtype, **options)
+    if backend == "torch":
+        if dtype == "int8":
+            raise QueryError("dtype='int8' is computed by OpenVINO: give backend='openvino' with it")
+        return family.load(files, device=device, dtype=dtype, **options)
+    from mm_retriever.embedders.backends import load_with
+
+    return load_with(
+        backend,
+        lambda dtype, device: family.load(files, device=device, dtype=dtype, **options),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        device=device,
+        calibration=calibration,
+    )
 
 
 def convert_model(
