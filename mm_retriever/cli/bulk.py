@@ -108,6 +108,7 @@ def import_(
         model_id=plan.model_id,
         hybrid=analyzer is not None,
         analyzer=analyzer,
+        rows=plan.images,
     )
     with store:
         typer.echo(str(import_shards(out, store, remote_folder=remote_folder, timeout=timeout)))

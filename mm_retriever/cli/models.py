@@ -56,6 +56,9 @@ def info(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read all that the store holds, and check it for damage.")
     ] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Also measure how many of the nearest rows the index finds.")
+    ] = False,
     token: Token = None,
 ) -> None:
     """Versions, devices and bundled models; with --db, what a store holds."""
@@ -65,7 +68,7 @@ def info(
 
     from mm_retriever.devices import available_devices
     from mm_retriever.embedders.registry import published_models
-    from mm_retriever.store import Verification, check_exists, describe_store, verify_store
+    from mm_retriever.store import Verification, check_exists, describe_store, recall_store, verify_store
     from mm_retriever.terminal import print_facts
 
     facts = {package: version(package) for package in PACKAGES}
@@ -82,8 +85,10 @@ def info(
             facts[f"collection {name}"] = _described(described, models)
         verified = verify_store(db, token=token) if verify else {}
         facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
-    elif verify:
-        raise QueryError("--verify needs a store: give --db")
+        if recall:
+            facts |= {f"recall {name}": str(measured) for name, measured in recall_store(db, token=token).items()}
+    elif verify or recall:
+        raise QueryError(f"{'--verify' if verify else '--recall'} needs a store: give --db")
     print_facts(facts)
     for verification in verified.values():
         if not isinstance(verification, str):

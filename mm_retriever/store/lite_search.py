@@ -159,17 +159,19 @@ def _searching(original: Callable[..., Any]) -> Callable[..., Any]:
         found: list[list[tuple[float, int, int]]] = [[] for _ in query_vectors]
         for place, (segment, live) in enumerate(zip(segments, masks, strict=True)):
             mask = live & _wanted(segment, vector_field, compiled_filter, indexed_filter_plan)
-            index = segment.indexes.get(vector_field)
-            _nearest(found, place, segment.vector_data(vector_field)[0], index, metric_type, query_vectors, top_k, mask, search_params)
+            index, rows = segment.indexes.get(vector_field), segment.vector_data(vector_field)[0]
+            _nearest(found, place, rows, index, metric_type, query_vectors, top_k, mask, search_params)
         if ids:
-            rows = zip(ids, map(int, numbers), strict=True)
-            mask = np.array([_is_last(segments, delta_index, removed, id_, number) for id_, number in rows])
+            last = zip(ids, map(int, numbers), strict=True)
+            mask = np.array([_is_last(segments, delta_index, removed, id_, number) for id_, number in last])
             if compiled_filter is not None and table is not None:
                 mask &= _evaluated(compiled_filter, table)
             _nearest(found, len(segments), vectors, None, metric_type, query_vectors, top_k, mask, search_params)
 
         def record(place: int, row: int) -> dict[str, Any]:
-            whole = segments[place].row_to_dict(row) if place < len(segments) else memtable.materialize_row(*places[row])
+            whole = (
+                segments[place].row_to_dict(row) if place < len(segments) else memtable.materialize_row(*places[row])
+            )
             return {"id": whole[pk_field], "entity": project_record_fn(whole)}
 
         return [

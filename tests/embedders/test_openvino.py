@@ -232,7 +232,8 @@ for thread in threading.enumerate():
     if thread is not threading.current_thread() and not thread.daemon:
         thread.join()
 print("CALLS", calls)
-print("FILES", [file.name for file in pathlib.Path.home().rglob("*") if "telemetry" in file.name or file.name == "intel"])
+found = [file.name for file in pathlib.Path.home().rglob("*")]
+print("FILES", [name for name in found if "telemetry" in name or name == "intel"])
 """
 
 
