@@ -177,9 +177,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write everything measured")
     parser.add_argument("--backends", action="store_true", help="compare torch and OpenVINO")
-    parser.add_argument(
-        "--model", default="", help="with --backends: a model's name; default: base size, random weights"
-    )
+    parser.add_argument("--model", default="", help="with --backends: a name; default: base size, random weights")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.backends:

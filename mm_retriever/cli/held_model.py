@@ -53,7 +53,7 @@ def model_to_load(
         return Wanted(options.REAL_MODEL, dtype, backend)
     kept = _NOTE.fullmatch(note)
     assert kept is not None  # any text
-    name = kept["name"]
+    name = kept["name"] if kept["dtype"] else note.rpartition(", ")[0]
     if space.startswith("remote@"):
         raise QueryError(
             f"the collection holds vectors of the model {name!r}, which a server computes: give --model and --model-url"

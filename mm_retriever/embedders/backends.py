@@ -56,7 +56,7 @@ def load_with(backend: str, load: Load, *, dtype: str | None, device: Any, calib
     if backend == "auto":
         return _fastest(load, dtype, device, calibration)
     if device is not None and torch.device(device).type != "cpu":
-        raise QueryError(f"device={str(device)!r}: backend='openvino' computes on the CPU; leave the device out")
+        raise QueryError(f"device {str(device)!r}: OpenVINO computes on the CPU; leave it out, or take backend torch")
     embedder = load("float32", "cpu")
     return _by_openvino(embedder, dtype or "float32", partial(samples, embedder, calibration))
 
@@ -117,7 +117,7 @@ def _choices(dtype: str | None) -> list[tuple[str, str]]:
         choices += [("openvino", each) for each in DTYPES if dtype in (None, each)]
     if not choices:
         raise QueryError(
-            f"dtype={dtype!r} is not one of {', '.join(DTYPES)}, or needs OpenVINO, which is not installed"
+            f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, or needs OpenVINO, which is not installed"
         )
     return choices
 

@@ -158,11 +158,11 @@ def _own(
         raise QueryError(f"calibration={os.fspath(given)!r} is no folder: give one of images, or the images")
     below = (Path(place, name) for place, _, names in os.walk(folder) for name in names if is_image_path(name))
     listed = sorted(islice(below, MOST_LISTED))
-    # spread over the whole folder, with some to spare for those that cannot be read or are copies
-    chosen = listed[:: max(1, len(listed) // (2 * wanted))]
+    # of the whole folder, with some to spare for those that cannot be read or are copies
+    chosen = [listed[row] for row in np.random.default_rng(0).permutation(len(listed))[: 2 * wanted]]
     failed: list[Path] = []
     images = list(_different(embedder, _read(chosen, failed), wanted))
-    unread = f" ({len(failed)} files could not be read)" if failed else ""
+    unread = f", {len(failed)} unreadable left out" if failed else ""
     return images, f"{str(folder)!r}{unread}"
 
 

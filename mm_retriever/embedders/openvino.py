@@ -82,12 +82,12 @@ def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]
         CheckpointError: the model cannot be exported, or in 8 bits it is too far from itself.
     """
     if dtype not in DTYPES:
-        raise QueryError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}, which backend='openvino' computes in")
+        raise QueryError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, which OpenVINO computes in")
     model = _exportable(embedder)
     core = _openvino().Core()
     has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if dtype == "bfloat16" and not has_bfloat16:
-        raise QueryError("dtype='bfloat16': this processor does not compute in it; take 'float32' or 'int8'")
+        raise QueryError("this processor does not compute in bfloat16; take float32 or int8")
     if dtype != "int8":
         key = _identity(model, "float")
         graphs, _ = _cached(core, key, model.name) or (None, None)
@@ -105,11 +105,12 @@ def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]
         _keep(key, graphs if gate.passes else {}, gate)
     if not gate.passes or not graphs:
         raise CheckpointError(
-            f"{model.name!r} in 8 bits is too far from itself: {gate}; take dtype 'float32' or 'bfloat16', or other "
+            f"{model.name!r} in 8 bits is too far from itself: {gate}; take dtype float32 or bfloat16, or other "
             f"calibration images after removing {_place(key)}"
         )
     _take(model, core, graphs, rest)
-    model.note = f"int8 openvino {key[-6:]}"  # another calibration has other vectors
+    # another calibration has other vectors, which a cache must not take for these
+    model.note = f"int8 openvino {hashlib.sha256(json.dumps(asdict(gate)).encode()).hexdigest()[:6]}"
     return gate
 
 
@@ -117,7 +118,7 @@ def _exportable(embedder: Embedder) -> Any:
     parts = getattr(embedder, "parts", None)
     if not parts:
         raise CheckpointError(
-            f"{embedder.name!r} cannot be computed by OpenVINO: its inputs have no fixed form; take backend 'torch'"
+            f"{embedder.name!r} cannot be computed by OpenVINO: its inputs have no fixed form; take backend torch"
         )
     return embedder
 
@@ -134,7 +135,9 @@ def _openvino() -> Any:
             warnings.simplefilter("ignore")
             import openvino
     except ImportError as error:
-        raise MissingExtraError('OpenVINO is not installed: pip install "mm-retriever[openvino]"') from error
+        raise MissingExtraError(
+            'OpenVINO is not installed: pip install "mm-retriever[openvino]", or take backend torch'
+        ) from error
     return openvino
 
 
@@ -203,7 +206,7 @@ def _exported(model: Any) -> Graphs:
                 graph.reshape({place: _shape(tensor) for place, tensor in enumerate(example)})
         except Exception as error:  # the converter has a dozen kinds
             raise CheckpointError(
-                f"{model.name!r} cannot be computed by OpenVINO ({one_line(error, 200)}); take backend 'torch'"
+                f"{model.name!r} cannot be computed by OpenVINO ({one_line(error, 200)}); take backend torch"
             ) from error
         graphs[name] = graph
     return graphs
