@@ -46,7 +46,7 @@ def answers(store: ImageStore) -> list[tuple[list[str], list[float]]]:
     random = np.random.default_rng(9)
     found = []
     for filters in (None, CHEAP, RARE, MIXED):
-        for top_k in (1, 9, 2_000):
+        for top_k in (9, 2_000):
             vector = random.normal(size=DIMENSION)
             query = VectorStoreQuery(
                 query_embedding=(vector / np.linalg.norm(vector)).tolist(), similarity_top_k=top_k, filters=filters
@@ -71,24 +71,24 @@ def assert_as_milvus_lite_answers(store: ImageStore, monkeypatch: pytest.MonkeyP
         np.testing.assert_allclose(scores, their_scores, atol=1e-6)
 
 
-@pytest.mark.parametrize("index", ["FLAT", "HNSW"])
+@pytest.mark.parametrize("index", ["FLAT", pytest.param("HNSW", marks=pytest.mark.slow)])
 def test_answers_are_those_of_milvus_lite_after_every_kind_of_change(tmp_path, monkeypatch, index):
     """The truth is Milvus Lite's own search over the same rows."""
     random = np.random.default_rng(3)
     with open_store(tmp_path / "a.db", MODEL, index=index) as store:
-        store.add(nodes(random, range(700)))
+        store.add(nodes(random, range(400)))
         assert_as_milvus_lite_answers(store, monkeypatch)  # in memory
         store.flush()
         assert_as_milvus_lite_answers(store, monkeypatch)  # in one file
-        store.add(nodes(random, range(650, 1_000)))  # some replaced in memory
-        store.delete_nodes([f"{number:05}" for number in range(0, 300, 3)])  # removed in memory
+        store.add(nodes(random, range(370, 640)))  # some replaced in memory
+        store.delete_nodes([f"{number:05}" for number in range(0, 210, 3)])  # removed in memory
         store.add(nodes(random, range(0, 30, 3)))  # and stored again
         assert_as_milvus_lite_answers(store, monkeypatch)
         store.flush()
         assert_as_milvus_lite_answers(store, monkeypatch)  # in two files, with removals on the disk
         store.delete_nodes(["00001"])
         assert_as_milvus_lite_answers(store, monkeypatch)
-        assert store.count() == 1_000 - 100 + 10 - 1
+        assert store.count() == 640 - 70 + 10 - 1
     with open_store(tmp_path / "a.db", MODEL) as store:
         assert_as_milvus_lite_answers(store, monkeypatch)  # opened again
 
@@ -99,16 +99,16 @@ def test_what_is_kept_goes_with_the_rows_that_it_is_of(tmp_path):
     with open_store(tmp_path / "a.db", MODEL) as store:
         store.add(nodes(random, range(400)))
         store.flush()
-        assert len(answers(store)[2][0]) == 400
+        assert len(answers(store)[1][0]) == 400
         store.clear()
-        assert answers(store)[2][0] == []
+        assert answers(store)[1][0] == []
         later = nodes(random, range(300))
         for node in later:
             node.metadata["price"] = 6
         store.add(later)
         store.flush()
-        assert answers(store)[3][0] == []  # none is cheap now
-        assert len(answers(store)[2][0]) == 300
+        assert answers(store)[2][0] == []  # none is cheap now
+        assert len(answers(store)[1][0]) == 300
 
 
 def test_modes_that_fetch_vectors_or_words_still_answer(tmp_path):
