@@ -15,6 +15,7 @@ import openvino
 import pytest
 from PIL import Image
 
+from mm_retriever.demo.catalogue import catalogue, draw_product
 from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
 from mm_retriever.embedders.gate import LEAST_COSINE, Gate, measure, samples
 from mm_retriever.embedders.openvino import cache_folder
@@ -223,6 +224,7 @@ from mm_retriever.embedders.registry import load_embedder
 model = load_embedder("tiny", device="cpu")
 calls.clear()
 from mm_retriever.embedders.gate import Samples
+from mm_retriever.demo.catalogue import catalogue, draw_product
 from mm_retriever.embedders.embedder import Content
 with_openvino(model, "float32", lambda: None)
 if sys.argv[2] == "quantised":
@@ -278,18 +280,20 @@ def test_nothing_is_sent_or_drawn_while_a_model_is_quantised(tmp_path, order):
     assert "INFO:nncf" not in printed
 
 
-@pytest.fixture
-def quantised(cache) -> Iterator[Embedder]:
-    yield load_embedder("tiny", backend="openvino", dtype="int8")
+@pytest.fixture(scope="module")
+def drawn() -> list[Image.Image]:
+    """Enough images that no others are drawn."""
+    return [draw_product(*product.looks, seed=product.seed, size=96) for product in catalogue()[300:432]]
 
 
 @pytest.mark.slow
-def test_the_bundled_model_keeps_its_quality_in_8_bits(quantised, cache):
+def test_the_bundled_model_keeps_its_quality_in_8_bits(cache, drawn):
     """Our choice: least cosine .995 and 98% of the top 10 on held-out images; and the same numbers from the cache."""
     plain = load_embedder("tiny", device="cpu")
+    quantised = load_embedder("tiny", backend="openvino", dtype="int8", calibration=drawn)
     assert quantised.space == plain.space
     assert quantised.note.startswith("int8 openvino ")
-    held_out = samples(plain, None).held_out
+    held_out = samples(plain, drawn).held_out
     gate = measure(plain.encode(held_out), quantised.encode(held_out), held_out, "")
     assert gate.passes, gate
     assert gate.least_cosine < 1 - 1e-5  # it is quantised
@@ -299,10 +303,22 @@ def test_the_bundled_model_keeps_its_quality_in_8_bits(quantised, cache):
 
 
 @pytest.mark.slow
-def test_a_quantisation_that_is_too_coarse_is_refused_now_and_later(tmp_path, cache):
+def test_a_quantisation_that_is_too_coarse_is_refused_now_and_later(tmp_path, cache, drawn):
     """Random weights lose their order in 8 bits; the refusal is remembered, and names the figures."""
     with MAKERS["visualized_bge"](tmp_path, 3) as model:
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=r"least cosine 0\.\d+ \(at least 0.995\)"):
-                load_embedder(model.name, backend="openvino", dtype="int8")
+            with pytest.raises(CheckpointError, match=r"least cosine \d\.\d+ \(at least 0.995\)"):
+                load_embedder(model.name, backend="openvino", dtype="int8", calibration=drawn)
         assert len(list(cache_folder().iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_auto_takes_the_fastest_that_passes_and_remembers_it(small, cache, drawn):
+    """Our choice: it says what it measured, and measures once for a model and a machine."""
+    first = load_embedder(small, backend="auto", dtype="float32", calibration=drawn)
+    assert "torch float32" in first.told
+    assert "openvino float32" in first.told
+    again = load_embedder(small, backend="auto", dtype="float32")
+    assert again.told.endswith("as measured here before")
+    assert again.note == first.note
+    assert ComposedEmbedding(small, backend="auto", dtype="float32").backend in ("torch", "openvino")
