@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mm_retriever.embedders.embedder import Content, Embedder, Pixels, cache_identity
-from mm_retriever.embedders.registry import load_embedder, server_options
+from mm_retriever.embedders.registry import chosen_backend, load_embedder, server_options
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portable_image
@@ -117,25 +117,20 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         rate_limiter: Any | None = None,
     ) -> None:
         given = None if isinstance(model_name, str | os.PathLike) else model_name
-        served = server_options(given, base_url, api_key, options or {})
-        if given is not None and (backend != "torch" or calibration is not None):
-            raise QueryError(f"{given.name!r} is a loaded model; backend and calibration go with the name of one")
+        loads = (backend, calibration) != ("torch", None)
+        served = server_options(given, base_url, api_key, options or {}, loads=loads)
         fields: dict[str, Any] = {
             "model_name": os.fspath(model_name) if isinstance(model_name, str | os.PathLike) else model_name.name,
-            "revision": revision,
-            "base_url": base_url,
             "options": dict(options or {}),
             "embed_batch_size": embed_batch_size,
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
-            "cache_bytes": cache_bytes,
             "image_policy": image_policy,
-            "compose_nodes": compose_nodes,
-            "calibration": None if calibration is None else os.fspath(calibration),
+            "calibration": None if calibration is None else portable_name(calibration),
             "callback_manager": callback_manager or CallbackManager([]),
-            "num_workers": num_workers,
-            "embeddings_cache": embeddings_cache,
-            "rate_limiter": rate_limiter,
         }
+        fields |= {"revision": revision, "base_url": base_url, "cache_bytes": cache_bytes}
+        fields |= {"compose_nodes": compose_nodes, "num_workers": num_workers}
+        fields |= {"embeddings_cache": embeddings_cache, "rate_limiter": rate_limiter}
         super().__init__(**fields)
         self._given = given
         chosen: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "families": self.families}
@@ -143,9 +138,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         self._embedder = given or load_embedder(self.model_name, **chosen, **self.options, **served)
         self.device = getattr(self._embedder, "device", None) if device is None else str(device)
         self.dtype = self._embedder.note if given or base_url else str(dtype or "float32").removeprefix("torch.")
-        if backend != "torch":  # as chosen, for other processes
-            self.dtype, _, computed_by = self._embedder.note.partition(",")[0].partition(" ")
-            self.backend = "openvino" if computed_by.startswith("openvino") else "torch"
+        if backend != "torch":
+            self.backend, self.dtype = chosen_backend(self._embedder)
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
 
@@ -363,12 +357,11 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     ) -> QueryBundle:
         """A query that carries its vector and its image: any retriever, reranker or engine answers it.
 
-        The bundle's ``image_path`` is the image's path, or, where there is none, a data URI of it: of the very bytes
-        that were given, or of exactly the pixels of a PIL image or an array. So all who use the bundle see one image.
+        The bundle's ``image_path`` is the image's path, or else a data URI of exactly its bytes or pixels.
 
         Args:
             text: what to look for, or to change.
-            image: a path, URL, data URI, bytes, file object, upload, PIL image or numpy array (see `load_image`).
+            image: of any kind that `load_image` takes.
             image_policy: which images may be read; default: the policy of the model.
 
         Raises:
@@ -405,8 +398,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     acall = in_thread(__call__)  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------------------------------------ dicts and pickles
-
     def _made_of(self) -> dict[str, Any]:
         if self.base_url is not None:
             self.embedder.server.portable()  # type: ignore[attr-defined]
@@ -423,8 +414,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         """The fields, the model's identity, and a number that is never the same twice.
 
         An IngestionPipeline with a cache takes nodes for equal when their text and this dict are: two images without
-        text would get one vector. So no cached result of it may ever stand in for ours; ``cache_dir`` keeps vectors by
-        pixels instead.
+        text would get one vector. ``cache_dir`` keeps vectors by pixels instead.
         """
         return {**super().to_dict(**kwargs), "model_id": self.model_id, "pictures": uuid.uuid4().hex}
 

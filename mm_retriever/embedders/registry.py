@@ -133,7 +133,12 @@ def _resolve(
 
 
 def server_options(
-    given: Embedder | None, base_url: str | None, api_key: str | None, options: Mapping[str, Any]
+    given: Embedder | None,
+    base_url: str | None,
+    api_key: str | None,
+    options: Mapping[str, Any],
+    *,
+    loads: bool = False,
 ) -> dict[str, Any]:
     """The address and key of a server as `load_embedder` takes them; empty where there is no address.
 
@@ -142,12 +147,15 @@ def server_options(
         base_url: of the server.
         api_key: for it.
         options: of the family, which are written down and so hold no key.
+        loads: whether something is asked of how a model is loaded.
 
     Raises:
         QueryError: they do not go together.
     """
     if "api_key" in options or "base_url" in options:
         raise QueryError("give base_url and api_key as arguments of their own, not among the options")
+    if given is not None and loads:
+        raise QueryError(f"{given.name!r} is a loaded model; backend and calibration go with the name of one")
     if base_url is None:
         if api_key is not None:
             raise QueryError("api_key goes with base_url, the address of a server that embeds")
@@ -157,6 +165,12 @@ def server_options(
             f"{given.name!r} is a loaded model; base_url goes with the name under which a server serves one"
         )
     return {"base_url": base_url, "api_key": api_key}
+
+
+def chosen_backend(embedder: Embedder) -> tuple[str, str]:
+    """Backend and dtype by which another process loads an equal model."""
+    dtype, _, by = embedder.note.partition(",")[0].partition(" ")
+    return "openvino" if by.startswith("openvino") else "torch", dtype
 
 
 def _served(

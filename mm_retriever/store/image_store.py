@@ -69,15 +69,13 @@ def open_store(
         collection: name of the collection.
         token: `user:password` or an API key, for servers that ask for one.
         index: one of `store.indexes.INDEXES`; "auto" chooses by place and `rows`: "FLAT" is exact, the default on Lite.
-        metric: "IP" or "COSINE", which are the same thing for unit vectors. "auto" takes that of an existing
-            collection, and IP for a new one.
+        metric: "IP" or "COSINE", the same for unit vectors; "auto" is that of an existing collection, else IP.
         timeout: seconds for connecting, and for each request.
         overwrite: first drop an existing collection of that name, with all its rows.
         hybrid: True also indexes the words of each node (its text, and the texts in its metadata) by BM25, for hybrid
             search; a sparse model (`BGEM3SparseEmbedding`) does it by learned weights. An existing BM25 index is kept
             up either way. A server must be Milvus 2.5 or later.
-        create: False refuses a missing file or collection, and lists those that exist: for searching, where a mistyped
-            name must not become an empty collection.
+        create: False refuses a missing file or collection, and lists those that exist: a mistyped name makes none.
         analyzer: how BM25 finds words, kept with the collection. "mixed", that of new collections, serves any language,
             also those without spaces between words (Chinese, Japanese, Thai). "standard" serves languages with spaces;
             collections of earlier versions have it, and a search by words that it cannot serve is logged.
