@@ -86,8 +86,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     image_policy: ImagePolicy = Field(default=DEFAULT_POLICY)
     compose_nodes: bool = False
 
-    families: ClassVar[tuple[str, ...] | None] = None
-    """Model families that this class loads; None: all."""
+    families: ClassVar[tuple[str, ...] | None] = None  # that this class loads; None: all
 
     _embedder: Any = PrivateAttr(default=None)
     _given: Embedder | None = PrivateAttr(default=None)
@@ -117,7 +116,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         rate_limiter: Any | None = None,
     ) -> None:
         given = None if isinstance(model_name, str | os.PathLike) else model_name
-        loads = (backend, calibration) != ("torch", None)
+        loads = backend != "torch" or calibration is not None
         served = server_options(given, base_url, api_key, options or {}, loads=loads)
         fields: dict[str, Any] = {
             "model_name": os.fspath(model_name) if isinstance(model_name, str | os.PathLike) else model_name.name,
@@ -127,10 +126,10 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
             "image_policy": image_policy,
             "calibration": None if calibration is None else portable_name(calibration),
             "callback_manager": callback_manager or CallbackManager([]),
+            "embeddings_cache": embeddings_cache,
         }
         fields |= {"revision": revision, "base_url": base_url, "cache_bytes": cache_bytes}
-        fields |= {"compose_nodes": compose_nodes, "num_workers": num_workers}
-        fields |= {"embeddings_cache": embeddings_cache, "rate_limiter": rate_limiter}
+        fields |= {"compose_nodes": compose_nodes, "num_workers": num_workers, "rate_limiter": rate_limiter}
         super().__init__(**fields)
         self._given = given
         chosen: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "families": self.families}
