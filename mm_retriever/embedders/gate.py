@@ -118,7 +118,8 @@ def samples(embedder: Embedder, calibration: str | os.PathLike[str] | Sequence[I
     if len(images) < 2 * LEAST_IMAGES:
         source = f"{source} and the drawn catalogue" if images else "the drawn catalogue"
         images += [
-            embedder.prepare(draw_product(*product.looks, seed=product.seed)) for product in products[len(images) :]
+            embedder.prepare(draw_product(product.kind, product.pattern, product.colour, product.seed))
+            for product in products[len(images) :]
         ]
     kinds = _kinds(embedder, images[0])
     order = np.random.default_rng(0).permutation(len(images)).tolist()  # own and drawn ones in both halves
@@ -129,7 +130,7 @@ def samples(embedder: Embedder, calibration: str | os.PathLike[str] | Sequence[I
         contents += [Content(products[row].description) for row in rows] if "text" in kinds else []
         contents += [Content(products[-row].description, images[row]) for row in rows[::2]] if "pair" in kinds else []
         parts.append(contents)
-    return Samples(*parts, source)
+    return Samples(parts[0], parts[1], source)
 
 
 def _kinds(embedder: Embedder, image: Any) -> set[str]:

@@ -318,7 +318,7 @@ def _pad_as_trained(model: Any) -> None:
 
 def _towers(model: Any) -> dict[str, Callable[..., Any]]:
     """The two towers of a CLIP or SigLIP as functions of tensors, which the model asks from now on; else nothing."""
-    inner = getattr(model[0], "model", None)
+    inner: Any = getattr(model[0], "model", None)
     if getattr(getattr(inner, "config", None), "model_type", "") not in ("clip", "siglip"):
         return {}
     own_text, own_image = inner.get_text_features, inner.get_image_features

@@ -100,7 +100,7 @@ class RotaryPositions(nn.Module):
         Traced: (1 + patches, width / 2, 2), because graphs of other libraries have no complex numbers.
         """
         cos, sin = self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float()
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             cos = torch.cat((torch.ones_like(cos[:1]), cos)).repeat(1, self.heads)
             sin = torch.cat((torch.zeros_like(sin[:1]), sin)).repeat(1, self.heads)
             return torch.stack((cos, sin), dim=-1)
