@@ -117,10 +117,9 @@ def samples(embedder: Embedder, calibration: str | os.PathLike[str] | Sequence[I
     products = catalogue()[:wanted]
     if len(images) < 2 * LEAST_IMAGES:
         source = f"{source} and the drawn catalogue" if images else "the drawn catalogue"
-        images += [
-            embedder.prepare(draw_product(product.kind, product.pattern, product.colour, product.seed))
-            for product in products[len(images) :]
-        ]
+        for product in products[len(images) :]:
+            drawn = draw_product(product.kind, product.pattern, product.colour, product.seed)
+            images.append(embedder.prepare(drawn))
     kinds = _kinds(embedder, images[0])
     order = np.random.default_rng(0).permutation(len(images)).tolist()  # own and drawn ones in both halves
     half = len(images) * CALIBRATED // wanted
