@@ -71,7 +71,7 @@ class Judged:
     reason_right: bool | None  # None: another product was first, so there is no one right reason
 
     def rank(self, weight: float) -> int:
-        """1-based rank of the right product after reranking; one behind the last if it was not retrieved."""
+        """1-based rank of the right product after reranking; one more than the last if it was not retrieved."""
         values = fuse(self.model, self.retrieval, weight)
         order = sorted(range(len(values)), key=lambda place: -values[place])
         return next((rank for rank, place in enumerate(order, start=1) if self.right[place]), len(order) + 1)

@@ -117,7 +117,7 @@ def _batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 class Embedder:
-    """The model behind its real preprocessing, on batches of queries and products."""
+    """The model after its real preprocessing, on batches of queries and products."""
 
     def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor) -> None:
         self.model, self.processor = model.eval(), processor

@@ -90,6 +90,7 @@ def _cell(text: str) -> str:
 _KINDS = {bool: "", float: "number", int: "number", str: "text", Path: "path"}
 
 OWN_VARIABLES = {
+    "COLUMNS": "Width at which tables are folded; where it is not set, only a terminal folds them.",
     "HF_HUB_OFFLINE": "`1`: model hubs are never asked; a model that is not on this machine is an error.",
     "HF_HOME": "Where `huggingface_hub` keeps downloaded models.",
     "HF_TOKEN": "The token that `huggingface_hub` sends for models that need one.",
@@ -97,7 +98,7 @@ OWN_VARIABLES = {
     "OMP_NUM_THREADS": "How many CPU threads torch computes with.",
     "RAY_ADDRESS": "The Ray cluster that `embed --ray` and `embed_to_shards_on_ray` run on.",
     "TOKENIZERS_PARALLELISM": "Of the tokenizers library; the command line sets `false` where it is not set.",
-    "XDG_CACHE_HOME": "Where converted weights and the thumbnails of the web page are kept; default `~/.cache`.",
+    "XDG_CACHE_HOME": "Where converted weights, web thumbnails and vectors of `evaluate` are; default `~/.cache`.",
     "XDG_RUNTIME_DIR": "Where the socket of an open Milvus Lite file is made; default the temporary folder.",
 }
 """Variables that are no option of a command."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mm_retriever.images import ImagePolicy, load_image
     from mm_retriever.images.sheet import before_after, contact_sheet
     from mm_retriever.ingest import IngestReport, ReindexReport, ingest_images, prune_images, reindex, remove_images
+    from mm_retriever.notebook import show
     from mm_retriever.phi3_vision.llm import Phi3VisionLLM
     from mm_retriever.rerank import (
         CrossEncoderRerank,
@@ -72,6 +73,7 @@ _HOME = {
     "prune_images": "ingest",
     "reindex": "ingest",
     "remove_images": "ingest",
+    "show": "notebook",
 }
 
 __all__ = [
@@ -110,6 +112,7 @@ __all__ = [
     "prune_images",
     "reindex",
     "remove_images",
+    "show",
 ]
 
 

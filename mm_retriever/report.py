@@ -11,11 +11,11 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -26,7 +26,7 @@ from mm_retriever.images.loading import resized
 from mm_retriever.images.sheet import CELL, before_after, contact_sheet, with_text
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment
 
 THUMBNAIL = 320  # pixels
 _LARGEST_VIEW = 4 * CELL
@@ -114,8 +114,9 @@ def write_html(
         image_policy: what may be read.
     """
     reports = [reports] if isinstance(reports, SearchReport) else list(reports)
-    page = _document(title, subtitle, reports, _Thumbnails(thumbnail, max_bytes, image_policy))
-    return _write(Path(path), page.encode())
+    thumbnails = Thumbnails(thumbnail, max_bytes, image_policy)
+    page = render_page("report.html.j2", thumbnails, title=title, subtitle=subtitle, reports=reports)
+    return write_page(Path(path), page)
 
 
 def write_png(
@@ -146,6 +147,11 @@ def write_png(
     return _write(Path(path), out.getvalue())
 
 
+def write_page(path: Path, page: str) -> Path:
+    """Write a page in one step, and return its path; folders above it are made."""
+    return _write(path, page.encode())
+
+
 def _write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomically(path, data)
@@ -163,10 +169,12 @@ def _load(source: ImageSource, policy: ImagePolicy) -> tuple[Image.Image | None,
         return None, str(error)
 
 
-class _Thumbnails:
+class Thumbnails:
     """Images of one page as data URIs, up to a number of bytes; each is read once, wherever it is shown."""
 
-    def __init__(self, side: int, max_bytes: int, policy: ImagePolicy) -> None:
+    def __init__(
+        self, side: int = THUMBNAIL, max_bytes: int = MAX_PAGE_BYTES, policy: ImagePolicy = DEFAULT_POLICY
+    ) -> None:
         self._side, self._left, self._policy = side, max_bytes, policy
         self._known: dict[str | int, tuple[str, str]] = {}
 
@@ -186,7 +194,7 @@ class _Thumbnails:
 
 
 @cache
-def _template() -> Template:
+def _environment() -> Environment:
     import jinja2  # which a search that only prints does not need
     from markupsafe import Markup
 
@@ -199,18 +207,21 @@ def _template() -> Template:
         finalize=lambda value: value if isinstance(value, Markup) else one_line(value),
     )
     environment.filters["basename"] = os.path.basename
-    return environment.get_template("report.html.j2")
+    return environment
 
 
-def _document(title: str, subtitle: str, reports: Sequence[SearchReport], thumbnail: _Thumbnails) -> str:
+def render_page(template: str, thumbnail: Thumbnails, *, title: str, subtitle: str, **values: Any) -> str:
+    """Return a page with our style, which asks nobody for anything.
+
+    Args:
+        template: a file beside this module.
+        thumbnail: its images.
+        title: heading of the page.
+        subtitle: a line below it.
+        values: what else the template shows; it escapes all of it.
+    """
     style = (_FOLDER / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     security = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return _template().render(
-        title=title,
-        subtitle=subtitle,
-        reports=reports,
-        thumbnail=thumbnail,
-        style=style,
-        security=security,
-    )
+    page = {"title": title, "subtitle": subtitle, "thumbnail": thumbnail, "style": style, "security": security}
+    return _environment().get_template(template).render(**page, **values)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 10
 NOTES_SHOWN = 20
+_NEVER_FOLDED = 100_000
 
 
 def search_report(
@@ -73,9 +76,64 @@ def print_json(value: object) -> None:
     typer.echo("".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1] for sign in text))
 
 
+def show_rows(
+    rows: Sequence[Mapping[str, Any]],
+    report: Callable[[], SearchReport],
+    *,
+    as_json: bool = False,
+    paths: bool = False,
+    null: bool = False,
+    html: Path | None = None,
+    png: Path | None = None,
+) -> None:
+    """The results in the form that was asked for, and as page and sheet where a path is given.
+
+    Args:
+        rows: best first, as ``--json`` prints them.
+        report: makes the same for people.
+        as_json: print the rows as JSON.
+        paths: print the paths alone, one a line.
+        null: print the paths alone, each ended by a NUL byte.
+        html: file of the page.
+        png: file of the sheet.
+    """
+    plain = as_json or paths or null
+    if as_json:
+        print_json(rows)
+    elif plain:
+        _print_paths(rows, end=b"\0" if null else b"\n")
+    if not plain or html or png:
+        made = report()
+        if not plain:
+            print_search(made)
+        write_search(made, html=html, png=png, quiet=plain)
+
+
+def _print_paths(rows: Sequence[Mapping[str, Any]], *, end: bytes) -> None:
+    """Paths as they are, for other programs; a terminal gets nothing that commands it. What has none is counted."""
+    known = [str(own_value({**row, **row.get("metadata", {})}, "file_path") or "") for row in rows]
+    told = [path for path in known if path and (end == b"\0" or "\n" not in path)]
+    if sys.stdout.isatty():
+        for path in told:
+            typer.echo(one_line(path, len(path) + 1))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(b"".join(os.fsencode(path) + end for path in told))
+        sys.stdout.buffer.flush()
+    if lost := known.count(""):
+        typer.echo(f"{lost} of the {len(rows)} results have no path and are not printed", err=True)
+    if broken := len(known) - lost - len(told):
+        typer.echo(f"{broken} of the {len(rows)} results have a line break in their path: -0 prints them", err=True)
+
+
+def _console() -> Console:
+    """A console that folds lines at the width of a terminal, and nowhere else: what is piped is read by a program."""
+    return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=_NEVER_FOLDED)
+
+
 def print_search(report: SearchReport) -> None:
     """The results as a table; when they were reranked, as a second one with what the model said."""
-    console = Console()
+    console = _console()
     for heading, hits in (("", report.hits), ("reranked", report.reranked)):
         if hits is None:
             continue
@@ -83,7 +141,7 @@ def print_search(report: SearchReport) -> None:
         table.add_column("file", overflow="fold")
         for hit in hits:
             score = "" if hit.score is None else f"{hit.score:.3f}"
-            table.add_row(str(hit.rank), score, _words(hit.label), _words(_shown(hit)))
+            table.add_row(str(hit.rank), score, _words(hit.label), _linked(hit))
         console.print(table)
     for name, words in (("it sees", report.caption), *report.facts, ("the first because", report.reason)):
         if words:
@@ -131,7 +189,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
     table = Table(show_header=False, box=None)
     for name, fact in facts.items():
         table.add_row(_words(name), _words(fact))
-    Console().print(table)
+    _console().print(table)
 
 
 def download_archive(target: Path) -> Path:
@@ -153,6 +211,14 @@ def _hit(rank: int, id_: str, score: float | None, facts: Mapping[str, Any]) -> 
     label = str(facts.get("description") or facts.get("label") or "")
     note = str(facts.get("rerank_reason") or facts.get("rerank_note") or "")
     return Hit(rank, id_, score=score, path=str(own_value(facts, "file_path") or ""), label=label, note=note)
+
+
+def _linked(hit: Hit) -> Text:
+    """The path, which terminals that know OSC 8 make a link to the file; its URI is percent-encoded."""
+    shown = _words(_shown(hit))
+    with suppress(ValueError):  # no absolute path, or none that this machine could have
+        shown.stylize(Style(link=Path(hit.path).as_uri()))
+    return shown
 
 
 def _shown(hit: Hit) -> str:

@@ -1,12 +1,13 @@
-"""Work in threads: asynchronous twins of methods, and a call in bounded time."""
+"""Work in threads: asynchronous twins of methods, images that are decoded together, a call in bounded time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -25,6 +26,12 @@ def in_thread(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
         return result
 
     return twin
+
+
+def in_threads(read: Callable[..., R], *items: Iterable[Any]) -> list[R]:
+    """As `map`, for what decodes images: the decoders release the GIL."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="read-image") as readers:
+        return list(readers.map(read, *items))
 
 
 class InThreads:

@@ -526,7 +526,7 @@ def test_convert_writes_a_folder_that_loads_anywhere(tmp_path: Path, official: P
 
 
 def test_convert_says_when_it_found_no_tokenizer(tmp_path: Path, official: Path) -> None:
-    """Offline, with nothing beside the file; a later ``tokenizer=`` mends it."""
+    """Offline, with nothing beside the file; a later ``tokenizer=`` repairs it."""
     tokenizer = official.with_name("tokenizer.json").rename(tmp_path / "words.json")
     with pytest.warns(UserWarning, match=r"no tokenizer\.json.*tokenizer="):
         folder = convert_model(official, tmp_path / "out")

@@ -177,7 +177,7 @@ def assert_three_turns(
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_a_function_agent_holds_the_conversation_of_three_turns(spec, streaming):
-    """ "find phone cases like this photo", "the third one but red", "describe it": the issue's own."""
+    """ "find phone cases like this photo", "the third one but red", "describe it"."""
     script = [
         line for (name, given), said in zip(CALLS, ANSWERS, strict=True) for line in (calls(name, **given), says(said))
     ]

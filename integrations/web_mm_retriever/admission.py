@@ -27,6 +27,7 @@ OWNER = "mm_retriever.owner"
 """Key of the scope of a request of the server's own user."""
 
 _LARGEST_JSON = 30 * 2**20
+PAGES = ("/", "/indexing")  # which ask for the token themselves
 _OPEN = ("/static/", "/enter")  # what needs no token: the look of the page that asks for it
 _HEADERS = (
     (
@@ -59,6 +60,11 @@ class Access:
         self.secret = secrets.token_urlsafe(32)
         self._links: TTLCache[str, bool] = TTLCache(64, SESSION_SECONDS)
         self._sessions: TTLCache[str, bool] = TTLCache(4096, SESSION_SECONDS)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only people and programs of this machine are answered."""
+        return self.token is None
 
     def link(self) -> str:
         """A path that signs a browser in, once."""
@@ -118,7 +124,7 @@ class Admission:
             await refuse(respond, 421, reason)
         elif reason := _foreign(scope, path):
             await refuse(respond, 403, reason)
-        elif not path.startswith(_OPEN) and not self._access.admits(scope) and path != "/":
+        elif not path.startswith(_OPEN) and not self._access.admits(scope) and path not in PAGES:
             await refuse(respond, 401, "send the token of this server as 'Authorization: Bearer TOKEN'")
         elif size > MAX_BODY_BYTES:
             await refuse(
@@ -138,7 +144,7 @@ class Admission:
         """Why the host that a request names is not answered; "" if it is."""
         if self._access.token is not None:  # a proxy may pass requests on under any name
             return ""
-        host = urlsplit(f"//{_header(scope, b'host')}").hostname
+        host = _place(f"//{_header(scope, b'host')}")[1]
         return "" if host in LOOPBACK else "this server answers on loopback addresses only; give it a token for others"
 
 
@@ -163,10 +169,10 @@ async def refuse(send: Send, status: int, reason: str) -> None:
 def _foreign(scope: Scope, path: str) -> str:
     """Why a request that a page of another site made is refused; "" for any other request."""
     origin = _header(scope, b"origin")
-    if origin and urlsplit(origin).netloc != _header(scope, b"host"):
+    if origin and _place(origin)[0] != _header(scope, b"host"):
         return "requests of other web pages are refused"
     site, mode = _header(scope, b"sec-fetch-site"), _header(scope, b"sec-fetch-mode")
-    visits = scope["method"] == "GET" and mode == "navigate" and path in ("/", "/enter")
+    visits = scope["method"] == "GET" and mode == "navigate" and path in (*PAGES, "/enter")
     if site in ("cross-site", "same-site") and not visits:
         return "requests of other web pages are refused"
     return ""
@@ -210,6 +216,15 @@ def _header(scope: Scope, name: bytes) -> str:
     """A header that was given once; "" otherwise."""
     values = [value for given, value in scope.get("headers", ()) if given.lower() == name]
     return values[0].decode("latin-1") if len(values) == 1 else ""
+
+
+def _place(url: str) -> tuple[str, str]:
+    """The host of a URL with its port, and without; "" where there is none, or what cannot be one."""
+    try:
+        parts = urlsplit(url)
+        return parts.netloc, parts.hostname or ""
+    except ValueError:
+        return "", ""
 
 
 def _bearer(scope: Scope) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mm_retriever import __version__
+from mm_retriever.embedders.batching import MOST_CONTENTS, model_seconds
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import QueryError, one_line
 from mm_retriever.images import image_thumbnail
@@ -23,18 +25,21 @@ from mm_retriever.refinement import Refinement
 from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.retriever import COPIES
 from mm_retriever.search_tools import ImageSearch, SearchResult, read_filters
-from mm_retriever.search_tools.facets import count_facets
+from mm_retriever.search_tools.facets import KeptFacets
 from mm_retriever.search_tools.results import ImageResult
-from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
+from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows, without_places
 from mm_retriever.search_tools.thumbnails import SIDES, Thumbnails
 from mm_retriever.store import ImageStore
 from web_mm_retriever import models
 from web_mm_retriever.admission import COOKIE, OWNER, SESSION_SECONDS, Access
 from web_mm_retriever.endpoints import Endpoint, answering, as_json, in_thread, openapi_document, problem, read_body
+from web_mm_retriever.folders import Folders, opener
+from web_mm_retriever.indexing import Indexing
+from web_mm_retriever.ratings import Ratings
 from web_mm_retriever.reranking import Reranking
 from web_mm_retriever.uploads import PREFIX, Uploads
 
-SEARCHES_AT_ONCE = 32
+SEARCHES_AT_ONCE = MOST_CONTENTS  # of those that go through the model together, none waits elsewhere
 THUMBNAILS_AT_ONCE = 8
 DAY = 86_400
 
@@ -52,6 +57,8 @@ class Api:
         thumbnails: where small copies are kept.
         access: for signing in.
         reranker: ranks results when it is asked to; None: there is none.
+        ratings: the file that keeps ratings; None: they are not kept.
+        indexing: for folders that may be indexed; None: there are none.
     """
 
     def __init__(
@@ -64,11 +71,20 @@ class Api:
         thumbnails: Thumbnails,
         access: Access,
         reranker: Reranker | None = None,
+        ratings: Path | None = None,
+        indexing: Indexing | None = None,
     ) -> None:
         self._search, self._store, self._model, self._name = search, store, embed_model, model
         self._thumbnails, self._access = thumbnails, access
         self._uploads = Uploads(search.image_policy)
+        self._facets = KeptFacets(store)
         self._reranking = None if reranker is None else Reranking(search, store, reranker, self._uploads)
+        self._ratings = None
+        if ratings is not None:
+            self._ratings = Ratings(ratings, search, self._uploads, is_local=access.is_local)
+        self._indexing = indexing
+        self._folders = Folders(search) if access.is_local and opener() else None
+        parts = (self._reranking, self._ratings, self._indexing, self._folders)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         self._reads = anyio.CapacityLimiter(THUMBNAILS_AT_ONCE)
         self.endpoints: tuple[Endpoint, ...] = (
@@ -82,11 +98,11 @@ class Api:
                 "POST",
                 "/v1/rows",
                 self.rows,
-                "The search of the command line, for the user who runs the server",
+                "The search of the command line; where files lie is told to the user who runs the server",
                 models.RowsRequest,
                 models.RowsAnswer,
             ),
-            *(self._reranking.endpoints if self._reranking else ()),
+            *(one for part in parts if part is not None for one in part.endpoints),
         )
 
     def routes(self) -> list[Route]:
@@ -105,8 +121,11 @@ class Api:
                 dimension=self._model.dimension,
                 rows=self._store.count(),
                 hybrid=self._store.hybrid,
-                rerank=self._reranking and self._reranking.name,
-                rerank_seconds=self._reranking and self._reranking.seconds_each,
+                rerank=self._reranking.name if self._reranking else None,
+                rerank_seconds=self._reranking.seconds_each if self._reranking else None,
+                ratings=self._ratings.state() if self._ratings else None,
+                indexing=self._indexing is not None,
+                shows_folders=self._folders is not None,
                 urls=self._search.image_policy.allow_urls,
                 draws_only=self._name == "tiny",
             )
@@ -139,7 +158,8 @@ class Api:
                 progress=_until_cancelled,
             )
 
-        found = await self._in_turn(request, work)
+        with model_seconds() as seconds:
+            found = await self._in_turn(request, work)
         more = len(found.results) == asked.top_k and asked.skip + asked.top_k < models.DEEPEST
         return as_json(
             models.SearchAnswer(
@@ -149,22 +169,27 @@ class Api:
                 note=found.note,
                 next=asked.skip + asked.top_k if more else None,
                 seconds=round(time.perf_counter() - started, 4),
-            )
+            ),
+            timing=f"model;dur={1e3 * sum(seconds):.1f}, total;dur={1e3 * (time.perf_counter() - started):.1f}",
         )
 
     async def rows(self, request: Request) -> Response:
         """Search, as the command line does it."""
-        if not request.scope.get(OWNER):
-            return problem(403, "only the user who runs the server may see where files lie: ask /v1/search")
         asked = await read_body(request, models.RowsRequest)
-        query = RowsQuery(**{**asked.model_dump(), "where": tuple(asked.where)})
-        found = await self._in_turn(request, lambda: find_rows(self._store, self._model, query))
-        return as_json(models.RowsAnswer(rows=result_rows(found.nodes), notes=list(found.notes)))
+        given = {**asked.model_dump(), "where": tuple(asked.where), "images": tuple(asked.images)}
+        owner = bool(request.scope.get(OWNER))
+        if not owner and asked.top_k > models.MOST_RESULTS:
+            raise QueryError(f"--top-k {asked.top_k}: this server gives at most {models.MOST_RESULTS} to other users")
+        policy = None if owner else self._search.image_policy
+        query = RowsQuery(**given)
+        found = await self._in_turn(request, lambda: find_rows(self._store, self._model, query, image_policy=policy))
+        rows = result_rows(found.nodes)
+        return as_json(models.RowsAnswer(rows=rows if owner else without_places(rows), notes=list(found.notes)))
 
     async def facets(self, request: Request) -> Response:
         """Count the values of columns."""
         asked = await read_body(request, models.FacetsRequest)
-        found = await self._in_turn(request, lambda: count_facets(self._store, read_filters(asked.filters)))
+        found = await self._in_turn(request, lambda: self._facets.count(read_filters(asked.filters)))
         facets = [
             models.Facet(
                 key=facet.key,

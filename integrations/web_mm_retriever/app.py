@@ -10,7 +10,7 @@ import asyncio
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ from mm_retriever.search_tools.thumbnails import Thumbnails
 from mm_retriever.store import ImageStore
 from web_mm_retriever.admission import Access, Admission
 from web_mm_retriever.api import Api
+from web_mm_retriever.endpoints import Handler
+from web_mm_retriever.indexing import Indexing
 from web_mm_retriever.models import MOST_RERANKED, MOST_RESULTS, PAGE
 
 if TYPE_CHECKING:
@@ -48,15 +50,21 @@ class WebApp:
         access: makes links that sign a browser in.
     """
 
-    def __init__(self, app: ASGIApp, mcp: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, mcp: ASGIApp, access: Access, indexing: Indexing | None = None) -> None:
         self.access = access
         self._mcp = _Running(mcp)
         self._app = Admission(app, self._mcp, access)
+        self._indexing = indexing
+
+    def close(self) -> None:
+        """End what runs besides requests, before the store is closed."""
+        if self._indexing is not None:
+            self._indexing.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] == "lifespan":
-            await _lifespan(self._mcp, receive, send)
+            await _lifespan(self._mcp, receive, send, self.close)
         else:
             await self._app(scope, receive, send)
 
@@ -70,6 +78,8 @@ def web_app(
     roots: Sequence[Path] | None = None,
     allow_urls: bool = False,
     thumbnails: Path | None = None,
+    ratings: Path | None = None,
+    index_roots: Sequence[Path] = (),
     rerank: str | Reranker | None = None,
     rerank_server: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -84,6 +94,9 @@ def web_app(
         roots: folders that images may be read from. Default: where the store says, of a file of this machine.
         allow_urls: whether images may be named by URL.
         thumbnails: a private folder that keeps them; default: under the user's cache folder.
+        ratings: the file that keeps thumbs up and down as an evaluation set; images that people upload and rate results
+            for are kept in a folder beside it. None: ratings are not kept.
+        index_roots: folders that people may index from the page, with all below them.
         rerank: ranks results when somebody asks for it: a name of `load_reranker`, or a reranker, whose own
             `image_policy` then says what it may read. None: nobody can ask for it.
         rerank_server: `base_url`, `api` and `api_key` of `load_reranker`, for a model that runs on a server.
@@ -94,6 +107,8 @@ def web_app(
     """
     access = Access(host, token)
     shared = gathered(embed_model)
+    if roots is not None or (index_roots and not str(store.uri).endswith(".db")):
+        roots = [*(roots or ()), *index_roots]  # what was indexed is shown
     tools = image_search(store, shared, roots=roots, allow_urls=allow_urls)
     limits = SearchLimits(top_k=PAGE, max_top_k=MOST_RESULTS, thumbnails=0)
     search = ImageSearch(
@@ -103,19 +118,34 @@ def web_app(
     if isinstance(rerank, str):
         options: dict[str, Any] = {"device": None if rerank_server else device, **(rerank_server or {})}
         rerank = load_reranker(rerank, top_n=MOST_RERANKED, image_policy=tools.stored_policy, **options)
-    api = Api(search, store, shared, model=embed_model.model_name, thumbnails=kept, access=access, reranker=rerank)
+    indexing = Indexing(index_roots, store, embed_model) if index_roots else None
+    api = Api(
+        search,
+        store,
+        shared,
+        model=embed_model.model_name,
+        thumbnails=kept,
+        access=access,
+        reranker=rerank,
+        ratings=ratings,
+        indexing=indexing,
+    )
 
-    async def page(request: Request) -> Response:
-        return _page(request, admitted=access.admits(request.scope))
+    def page(template: str) -> Handler:
+        async def show(request: Request) -> Response:
+            return _page(template, request, admitted=access.admits(request.scope))
+
+        return show
 
     routes = [
-        Route("/", page),
+        Route("/", page("page.html.j2")),
+        *([Route("/indexing", page("indexing.html.j2"))] if indexing else []),
         *api.routes(),
         Route("/enter", api.enter, methods=["GET", "POST"]),
         Route("/openapi.json", api.openapi),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
     ]
-    return WebApp(Starlette(routes=routes), http_app(tools, host=host, token=token), access)
+    return WebApp(Starlette(routes=routes), http_app(tools, host=host, token=token), access, indexing)
 
 
 def gathered(embed_model: ComposedEmbedding) -> ComposedEmbedding:
@@ -142,7 +172,7 @@ def strings() -> dict[str, dict[str, str]]:
 
 
 @functools.cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     import jinja2
 
     environment = jinja2.Environment(
@@ -152,14 +182,13 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
-def _page(request: Request, *, admitted: bool) -> Response:
+def _page(template: str, request: Request, *, admitted: bool) -> Response:
     language = _language(request)
-    body = _template().render(
-        say=strings()[language], lang=language, languages=LANGUAGES, admitted=admitted, version=__version__
-    )
+    facts = {"languages": LANGUAGES, "admitted": admitted, "version": __version__}
+    body = _template(template).render(say=strings()[language], lang=language, **facts)
     headers = {"cache-control": "no-store", "vary": "accept-language, cookie"}
     return Response(body, 200 if admitted else 401, headers, "text/html")
 
@@ -215,10 +244,11 @@ class _Running:
             started.set()
 
 
-async def _lifespan(running: _Running, receive: Receive, send: Send) -> None:
+async def _lifespan(running: _Running, receive: Receive, send: Send, close: Callable[[], None]) -> None:
     await receive()
     await running.start()
     await send({"type": "lifespan.startup.complete"})
     await receive()
     await running.stop()
+    await asyncio.to_thread(close)
     await send({"type": "lifespan.shutdown.complete"})

@@ -6,7 +6,7 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -47,7 +47,7 @@ def serve_web(
     config = uvicorn.Config(
         app, http=BoundedProtocol, log_config=None, access_log=False, ws="none", backlog=BACKLOG, lifespan="on"
     )
-    with listener, _for_commands(app, db, collection, model) as sockets:
+    with closing(app), listener, _for_commands(app, db, collection, model) as sockets:
         uvicorn.Server(config).run(sockets=[listener, *sockets])
 
 

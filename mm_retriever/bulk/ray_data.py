@@ -73,7 +73,7 @@ def embed_to_shards_on_ray(
         MissingExtraError: Ray is not installed, or pyarrow.
     """
     try:
-        import ray.data  # noqa: F401 - what is missing is said before anything is done
+        import ray.data  # noqa: F401 - a missing package is named before anything is done
     except ImportError as error:
         raise MissingExtraError(f'Ray Data is not installed: pip install "mm-retriever[ray]" ({error})') from error
     if device is not None:

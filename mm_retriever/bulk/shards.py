@@ -27,6 +27,7 @@ from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.vectors import Vectors
+from mm_retriever.notebook import shown_facts
 from mm_retriever.store import ImageStore, SparseEmbedding, same_model
 from mm_retriever.store.bulk_import import ImportReport, import_files
 from mm_retriever.store.parquet import ParquetRows, read_account, remove_drafts
@@ -50,6 +51,11 @@ class ShardReport:
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         skipped += f", {ignored} ignored" if (ignored := sum(files.count for files in self.ignored)) else ""
         return f"{self.rows} rows in {self.shards} shards, {self.written} of them new{skipped}, in {self.seconds:.1f} s"
+
+    def _repr_html_(self) -> str:
+        left_out = (f"{image.path}: {image.reason}" for image in self.skipped)
+        not_taken = (f"{files.count} {files.kind}: {files.reason}" for files in self.ignored)
+        return shown_facts(str(self), {}, [*self.notes, *left_out, *not_taken])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON takes it."""

@@ -6,6 +6,7 @@ once; what a command shows is `mm_retriever.terminal`'s. Errors of the package a
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -15,16 +16,26 @@ from typing import Annotated, NoReturn
 import typer
 
 from mm_retriever import __version__
-from mm_retriever.cli import bulk, demo, indexing, mcp, models, search, serve
+from mm_retriever.cli import bulk, demo, evaluate, indexing, mcp, models, search, serve
+from mm_retriever.cli.group import SearchingGroup
 from mm_retriever.cli.options import EXIT_INTERRUPTED, fail
+from mm_retriever.cli.wording import in_cli_words
 from mm_retriever.errors import MMRetrieverError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Search images by text, by image, or by both at once.",
+    cls=SearchingGroup,
+    help="Search images by text, by image, or by both at once.\n\nWhat begins with no command is a search: "
+    '[bold]mm-retriever "red dress"[/bold].',
+    epilog="[bold]mm-retriever index ~/Pictures[/bold]  puts a folder into photos.db\n\n"
+    '[bold]mm-retriever "a red dress"[/bold]  searches photos.db\n\n'
+    '[bold]mm-retriever "the same in red" -i shoe.jpg[/bold]  an image, and what should be different\n\n'
+    "[bold]mm-retriever serve[/bold]  the same in a browser",
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -44,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "clear": indexing.clear,
     "embed": bulk.embed,
     "import": bulk.import_,
+    "evaluate": evaluate.evaluate,
     "models": models.models,
     "convert": models.convert,
     "info": models.info,
@@ -51,24 +63,40 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve.serve,
     "mcp": mcp.mcp,
 }
+_GROUPS = {
+    "Images": ("index", "search"),
+    "What is stored": ("reindex", "prune", "remove", "clear", "info"),
+    "Other surfaces": ("serve", "mcp"),
+    "Models": ("models", "convert", "evaluate"),
+    "Millions of images": ("embed", "import"),
+}
+_EXAMPLES = {
+    "index": indexing.EXAMPLES,
+    "search": search.EXAMPLES,
+}
+_RARELY = (200_000, 20, 100)
+"""Thresholds of the garbage collector: importing torch and LlamaIndex makes a million objects, and hardly any garbage;
+looking through them again and again takes a tenth of the time of a search."""
+_CONTINUED = ("index", "reindex", "embed", "import")
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    _group = next((group for group, names in _GROUPS.items() if _name in names), None)
+    app.command(_name, rich_help_panel=_group, epilog=_EXAMPLES.get(_name))(_command)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 done in part, 2 an error that the user can fix, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    gc.set_threshold(*_RARELY)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding cannot show
             stream.reconfigure(errors="backslashreplace")
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = typer.main.get_command(app).main(
-            list(sys.argv[1:] if argv is None else argv), "mm-retriever", standalone_mode=False
-        )
+        code = typer.main.get_command(app).main(arguments, "mm-retriever", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        fail("stopped; run the same command again to go on", EXIT_INTERRUPTED)
+        code = EXIT_INTERRUPTED
     except MMRetrieverError as error:
-        fail(str(error))
+        fail(in_cli_words(error))
     except OSError as error:
         fail(f"{error.strerror or error}" + (f": {error.filename!r}" if error.filename else ""))
     except Exception as error:
@@ -76,4 +104,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if usage is None:
             raise
         fail(str(usage()))
+    if code == EXIT_INTERRUPTED:  # by us above, or by typer, which says nothing
+        goes_on = arguments[:1] and arguments[0] in _CONTINUED
+        told = "stopped; what is done stays: run the same command again to go on" if goes_on else "stopped"
+        fail(told, EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from mm_retriever.cli import held_model, options
+from mm_retriever.cli.wording import in_cli_words
 from mm_retriever.errors import QueryError
+
+EXAMPLES = (
+    "[bold]mm-retriever index ~/Pictures --db photos.db[/bold]\n\n"
+    "[bold]mm-retriever index shoes boots one.jpg --db shop.db[/bold]\n\n"
+    "[bold]mm-retriever index products --sidecar products.csv --item sku[/bold]\n\n"
+    "A sidecar names an image in each row, by its path below the folder or by its file name, and says something about "
+    "it; a column text or caption becomes its text:\n\n"
+    "  CSV, TSV:  file_name,price,caption / a.jpg,49.5,red boots\n\n"
+    '  JSON Lines:  {"file_name": "a.jpg", "price": 49.5, "caption": "red boots"}\n\n'
+    '  JSON:  {"a.jpg": {"price": 49.5, "caption": "red boots"}}'
+)
 
 Force = Annotated[
     bool,
@@ -18,7 +30,10 @@ Force = Annotated[
 
 
 def index(
-    source: Annotated[Path, typer.Argument(help="A folder of images (read recursively).", callback=options.home)],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of images (read recursively), or single images.", callback=options.home),
+    ],
     db: options.Db = "photos.db",
     model: options.HeldModel = None,
     model_url: options.ModelUrl = None,
@@ -58,41 +73,55 @@ def index(
     backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
-    """Put a folder of images into the store. Run it again at any time: only what changed is embedded."""
-    from mm_retriever.ingest import ingest_images
+    """Put images into the store. Run it again at any time: only what changed is embedded."""
+    from mm_retriever.cli.sources import named_parts
+    from mm_retriever.ingest import IngestReport, ingest_images
     from mm_retriever.store import open_store
     from mm_retriever.terminal import print_ingestion, print_json
 
     if analyzer is not None and not hybrid:
         raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
+    if force and not prune:
+        raise QueryError("--force goes with --prune: it says that many rows may go")
+    columns = options.sidecar_of(sidecar, no_sidecar=no_sidecar)
+    parts = named_parts(sources, prune=prune)
+    if columns and len(parts) > 1:
+        raise QueryError("--sidecar goes with one folder: run `index` once for each")
+    if columns and not columns.is_file():
+        raise QueryError(f"there is no sidecar file {str(columns)!r}")
     wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     embedding = options.embed_model(
         wanted.name,
         device=device,
         dtype=wanted.dtype,
         backend=wanted.backend,
-        calibration=source,
+        calibration=sources[0],
         revision=revision,
         url=model_url,
         key=model_key,
         batch_size=batch_size,
     )
     with open_store(db, embedding, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
-        result = ingest_images(
-            source,
-            store,
-            embedding,
-            batch_size=batch_size,
-            prune=prune,
-            sidecar=options.sidecar_of(sidecar, no_sidecar=no_sidecar),
-            drop_columns=drop_columns,
-            item=item,
-            exif=not no_exif,
-            force=force,
-            verify=verify,
-            report_path=report,
-            show_progress=not as_json,
-        )
+        done = [
+            ingest_images(
+                part,
+                store,
+                embedding,
+                batch_size=batch_size,
+                prune=prune,
+                sidecar=columns,
+                drop_columns=drop_columns,
+                item=item,
+                exif=not no_exif,
+                force=force,
+                verify=verify,
+                show_progress=not as_json,
+            )
+            for part in parts
+        ]
+    result = IngestReport.of_parts(done)
+    if report is not None:
+        result.write(report)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -165,7 +194,7 @@ def reindex(
 
 
 def _as_option(reason: str) -> str:
-    return reason.replace("ImagePolicy(allow_urls=True)", "--allow-urls")
+    return in_cli_words(reason)
 
 
 def prune(

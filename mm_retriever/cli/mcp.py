@@ -90,7 +90,7 @@ def mcp(
     from mm_retriever.own_keys import ITEM_KEY
     from mm_retriever.rerank.registry import check_reranker
     from mm_retriever.search_tools import SearchLimits
-    from mm_retriever.store import check_exists, open_store
+    from mm_retriever.store import check_exists, open_store, open_stored
 
     group_by = ITEM_KEY if per_item else None
     if http:
@@ -100,7 +100,9 @@ def mcp(
     server = options.served_by(vision_url, vision_api, vision_key, "vision")
     if server and vision_model is None:
         raise QueryError("--vision-url needs --vision-model: the name under which the server serves the model")
-    check_exists(db)  # before a model is loaded
+    check_exists(db)
+    with open_stored(db, collection=collection, token=token) as stored:  # before a model is loaded
+        options.check_items(stored, group_by)
     if vision_model is not None:
         check_reranker(vision_model, base_url=server.get("base_url"))
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
@@ -117,7 +119,6 @@ def mcp(
             key=model_key,
         )
         with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-            options.check_items(store, group_by)
             search = image_search(
                 store,
                 embedding,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,10 +36,12 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print them as J
 
 
 def convert(
-    weights: Annotated[str, typer.Argument(help="Official .pth or .pkl file, folder or published name.")],
+    weights: Annotated[
+        str, typer.Argument(help="Official .pth or .pkl file, folder or published name.", callback=home)
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write.", callback=home)],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder with the tokenizer, if it is not beside WEIGHTS.")
+        str | None, typer.Option(help="Folder with the tokenizer, if it is not beside WEIGHTS.", callback=home)
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Store as float32, bfloat16 or float16. Default: as they are.")
@@ -59,37 +62,58 @@ def info(
     recall: Annotated[
         bool, typer.Option("--recall", help="Also measure how many of the nearest rows the index finds.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
     token: Token = None,
 ) -> None:
     """Versions, devices and bundled models; with --db, what a store holds."""
+    if verify and db is None:
+        raise QueryError("--verify needs a store: give --db")
+    if recall and db is None:
+        raise QueryError("--recall needs a store: give --db")
     from importlib.metadata import version
 
+    from mm_retriever.embedders.registry import published_models
+    from mm_retriever.store import Verification, check_exists, describe_store, recall_store, verify_store
+    from mm_retriever.terminal import print_facts, print_json
+
+    collections: dict[str, dict[str, Any]] = {}
+    verified: dict[str, Verification | str] = {}
+    measured_recall: dict[str, str] = {}
+    if db is not None:
+        check_exists(db)
+        collections = describe_store(db, token=token)
+        verified = verify_store(db, token=token) if verify else {}
+        if recall:
+            measured_recall = {name: str(measured) for name, measured in recall_store(db, token=token).items()}
     import torch
 
     from mm_retriever.devices import available_devices
-    from mm_retriever.embedders.registry import published_models
-    from mm_retriever.store import Verification, check_exists, describe_store, recall_store, verify_store
-    from mm_retriever.terminal import print_facts
 
-    facts = {package: version(package) for package in PACKAGES}
-    facts["devices"] = f"{', '.join(available_devices())}; {torch.get_num_threads()} threads"
     models = dict(published_models())
-    facts["bundled models"] = ", ".join(
-        f"{name} (drawn products only)" for name, entry in models.items() if entry.folder
-    )
-    facts["published models"] = ", ".join(name for name, entry in models.items() if not entry.folder)
-    verified: dict[str, Verification | str] = {}
+    told: dict[str, Any] = {
+        "versions": {package: version(package) for package in PACKAGES},
+        "devices": available_devices(),
+        "threads": torch.get_num_threads(),
+        "bundled_models": [name for name, entry in models.items() if entry.folder],
+        "published_models": [name for name, entry in models.items() if not entry.folder],
+    }
     if db is not None:
-        check_exists(db)
-        for name, described in describe_store(db, token=token).items():
-            facts[f"collection {name}"] = _described(described, models)
-        verified = verify_store(db, token=token) if verify else {}
+        told["collections"] = collections
+    if verify:
+        told["verified"] = {name: one if isinstance(one, str) else asdict(one) for name, one in verified.items()}
+    if recall:
+        told["recall"] = measured_recall
+    if as_json:
+        print_json(told)
+    else:
+        facts = dict(told["versions"])
+        facts["devices"] = f"{', '.join(told['devices'])}; {told['threads']} threads"
+        facts["bundled models"] = ", ".join(f"{name} (drawn products only)" for name in told["bundled_models"])
+        facts["published models"] = ", ".join(told["published_models"])
+        facts |= {f"collection {name}": _described(described, models) for name, described in collections.items()}
         facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
-        if recall:
-            facts |= {f"recall {name}": str(measured) for name, measured in recall_store(db, token=token).items()}
-    elif verify or recall:
-        raise QueryError(f"{'--verify' if verify else '--recall'} needs a store: give --db")
-    print_facts(facts)
+        facts |= {f"recall {name}": measured for name, measured in measured_recall.items()}
+        print_facts(facts)
     for verification in verified.values():
         if not isinstance(verification, str):
             verification.raise_damage()

@@ -177,11 +177,11 @@ def served_by(url: str | None, api: str | None, key: str | None, option: str) ->
 
 
 def reranker(
-    model: str, rerank_model: str | None, server: Mapping[str, Any], *, top_n: int, device: str | None
+    model: str, rerank_model: str | None, server: Mapping[str, Any], *, top_n: int, device: str | None, **more: Any
 ) -> Callable[[], Reranker]:
     """What loads the reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`.
 
-    A wrong name is an error now, before any model is loaded.
+    A wrong name is an error now, before any model is loaded. More options go to `load_reranker`.
     """
     from mm_retriever.phi3_vision.config import DEFAULT_MODEL
     from mm_retriever.rerank.registry import check_reranker, load_reranker
@@ -190,7 +190,7 @@ def reranker(
         raise QueryError("--rerank-api needs --rerank-model: the name under which the server serves a reranking model")
     name = rerank_model or ("tiny" if model == "tiny" and not server else DEFAULT_MODEL)
     check_reranker(name, base_url=server.get("base_url"))
-    return partial(load_reranker, name, top_n=top_n, device=None if server else device, **server)
+    return partial(load_reranker, name, top_n=top_n, device=None if server else device, **server, **more)
 
 
 def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:

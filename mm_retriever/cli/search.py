@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,18 +15,35 @@ from mm_retriever.cli import held_model, options
 from mm_retriever.errors import QueryError, one_line
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mm_retriever.running import Note
+
+EXAMPLES = (
+    '[bold]mm-retriever search "a red dress"[/bold]\n\n'
+    '[bold]mm-retriever search "the same in red" -i shoe.jpg --html results.html[/bold]\n\n'
+    '[bold]mm-retriever search -i shoe.jpg --where "price<50" --where "label in boots, shoes"[/bold]\n\n'
+    "[bold]curl -s https://example.org/a.jpg | mm-retriever search -i -[/bold]\n\n"
+    '[bold]mm-retriever search "beach" -0 | xargs -0 cp -t album/[/bold]'
+)
+_QUERY, _RESULTS, _RERANKING, _OUTPUT = "What to look for", "Which results", "Reranking", "Output"
 
 
 def search(
-    text: Annotated[str | None, typer.Option("--text", "-t", help="What to look for, or what to change.")] = None,
-    image: Annotated[
+    words: Annotated[list[str] | None, typer.Argument(help="The same as --text, without the option.")] = None,
+    text: Annotated[
         str | None,
+        typer.Option("--text", "-t", help="What to look for, or what to change.", rich_help_panel=_QUERY),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
         typer.Option(
             "--image",
             "-i",
-            help="An image to look for, or to start from: a file, a URL or a data URI.",
+            help="An image to look for, or to start from: a file, a URL, a data URI, or - for stdin; repeat for more "
+            "(the query is the mean of what it is with each).",
             callback=options.home,
+            rich_help_panel=_QUERY,
         ),
     ] = None,
     db: options.Db = "photos.db",
@@ -32,50 +51,96 @@ def search(
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=16_384, help="How many results.")] = 9,
+    top_k: Annotated[
+        int, typer.Option("--top-k", "-k", min=1, max=16_384, help="How many results.", rich_help_panel=_RESULTS)
+    ] = 9,
     where: Annotated[
         list[str] | None,
         typer.Option(
             help="What a result must be: label=shoes, year>2020, taken>=2024-01-31, 'label in mug, cup', "
-            "'caption contains red', 'price is empty'; repeat for more."
+            "'caption contains red', 'price is empty'; repeat for more.",
+            rich_help_panel=_RESULTS,
         ),
     ] = None,
-    min_score: Annotated[float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).")] = None,
+    min_score: Annotated[
+        float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).", rich_help_panel=_RESULTS)
+    ] = None,
     hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Search by words too, in a store of `index --hybrid`; scores tell ranks.")
+        bool,
+        typer.Option(
+            "--hybrid",
+            help="Search by words too, in a store of `index --hybrid`; scores tell ranks.",
+            rich_help_panel=_RESULTS,
+        ),
     ] = False,
     each_once: Annotated[
-        bool, typer.Option("--each-once", help="Show copies of one file once; the next results take their places.")
+        bool,
+        typer.Option(
+            "--each-once",
+            help="Show copies of one file once; the next results take their places.",
+            rich_help_panel=_RESULTS,
+        ),
     ] = False,
     per_item: Annotated[
         bool,
-        typer.Option("--per-item", help="Only the best image of each item (column `item`); --top-k counts items."),
+        typer.Option(
+            "--per-item",
+            help="Only the best image of each item (column `item`); --top-k counts items.",
+            rich_help_panel=_RESULTS,
+        ),
     ] = False,
-    exclude_query: Annotated[bool, typer.Option("--exclude-query", help="Leave out the query image itself.")] = False,
-    rerank: Annotated[bool, typer.Option("--rerank", help="Let a vision model rank the results and say why.")] = False,
+    exclude_query: Annotated[
+        bool, typer.Option("--exclude-query", help="Leave out the query image itself.", rich_help_panel=_RESULTS)
+    ] = False,
+    rerank: Annotated[
+        bool,
+        typer.Option("--rerank", help="Let a vision model rank the results and say why.", rich_help_panel=_RERANKING),
+    ] = False,
     rerank_model: Annotated[
         str | None,
         typer.Option(
-            help="Default: Phi-3.5 Vision; `tiny` if that is the --model.", autocompletion=options.reranker_names
+            help="Default: Phi-3.5 Vision; `tiny` if that is the --model.",
+            autocompletion=options.reranker_names,
+            rich_help_panel=_RERANKING,
         ),
     ] = None,
     rerank_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server that runs the model that reranks.")
+        str | None,
+        typer.Option(help="An OpenAI-compatible server that runs the model that reranks.", rich_help_panel=_RERANKING),
     ] = None,
     rerank_api: Annotated[
         str | None,
-        typer.Option(help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model)."),
+        typer.Option(
+            help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model).",
+            rich_help_panel=_RERANKING,
+        ),
     ] = None,
     rerank_key: Annotated[
         str | None,
         typer.Option(
-            envvar="MM_RETRIEVER_RERANK_KEY", help="The key that the server of --rerank-url wants.", show_envvar=True
+            envvar="MM_RETRIEVER_RERANK_KEY",
+            help="The key that the server of --rerank-url wants.",
+            show_envvar=True,
+            rich_help_panel=_RERANKING,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page of the results.", callback=options.home)] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=_OUTPUT)
+    ] = False,
+    paths: Annotated[
+        bool,
+        typer.Option("--paths", help="Print the paths of the results, one a line.", rich_help_panel=_OUTPUT),
+    ] = False,
+    null: Annotated[
+        bool,
+        typer.Option("--null", "-0", help="The same, each ended by a NUL byte: for xargs -0.", rich_help_panel=_OUTPUT),
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page of the results.", callback=options.home, rich_help_panel=_OUTPUT)
+    ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write a numbered sheet of the results.", callback=options.home)
+        Path | None,
+        typer.Option(help="Write a numbered sheet of the results.", callback=options.home, rich_help_panel=_OUTPUT),
     ] = None,
     via: Annotated[
         str | None,
@@ -90,39 +155,51 @@ def search(
     backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
-    """Search by text, by image, or by both: `--text "phone case with this" --image leopard.jpg`."""
+    """Search by words, by image, or by both: `mm-retriever search "phone case with this" --image leopard.jpg`."""
     from mm_retriever.own_keys import ITEM_KEY
 
-    if not (text and text.strip()) and image is None:
-        raise QueryError("nothing to search for: give --text, --image, or both")
-    asked: dict[str, Any] = {"text": text, "image": image, "where": where or [], "top_k": top_k, "min_score": min_score}
-    asked |= {"hybrid": hybrid, "each_once": each_once, "exclude_query": exclude_query}
-    asked["group_by"] = ITEM_KEY if per_item else None
+    text, images = _words(words, text), image or []
+    if not (text and text.strip()) and not images:
+        raise QueryError("nothing to search for: give words, --image, or both")
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     reranks = bool(rerank or rerank_url or rerank_model)
-    if via is not None and reranks:
-        raise QueryError("--via goes without --rerank: the server ranks results on its own page")
+    _check_output(as_json=as_json, paths=paths or null, files=(html, png))
+    if reranks and (via is not None or len(images) > 1):
+        way = "--via" if via is not None else "several --image"
+        why = "ranks results on its own page" if via is not None else "sees one image of the query"
+        raise QueryError(
+            f"{way} goes without --rerank: the {'server' if via is not None else 'model that ranks'} {why}"
+        )
+    local = {"--paths": paths, "-0": null, "--html": html, "--png": png}
+    if via is not None and (given := [option for option, value in local.items() if value]):
+        raise QueryError(f"--via goes without {given[0]}: the images are on the server, which tells nobody else where")
+    images = _with_stdin(images)
+    asked: dict[str, Any] = {"text": text, "image": images[0] if images else None, "where": where or []}
+    asked |= {"top_k": top_k, "min_score": min_score, "hybrid": hybrid, "each_once": each_once}
+    asked |= {"exclude_query": exclude_query, "group_by": ITEM_KEY if per_item else None}
+    if images[1:]:
+        asked["images"] = images[1:]
     rows = _via(via, asked, http_token) if via is not None else None
     if via is None and not reranks and not (device or dtype or backend or revision or model_url):
         rows = _of_running_server(db, collection, model, asked)
+    shown: dict[str, Any] = {"as_json": as_json, "paths": paths, "null": null, "html": html, "png": png}
     if rows is not None:
-        from mm_retriever.terminal import print_json, print_search, rows_report, write_search
+        from mm_retriever.terminal import rows_report, show_rows
 
-        if as_json:
-            print_json(rows)
-        if not as_json or html or png:
-            report = rows_report(text, image, rows)
-            if not as_json:
-                print_search(report)
-            write_search(report, html=html, png=png, quiet=as_json)
+        show_rows(rows, partial(rows_report, text, asked["image"], rows), **shown)
         return
 
-    from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows, where_filters
-    from mm_retriever.store import check_exists, open_store
-    from mm_retriever.terminal import print_json, print_search, search_report, write_search
+    from mm_retriever.search_tools.rows import RowsQuery, check_rows, find_rows, result_rows, where_filters
+    from mm_retriever.store import check_exists, open_store, open_stored
+    from mm_retriever.terminal import search_report, show_rows
 
-    where_filters(asked["where"])  # what cannot be read is refused before a model is loaded
+    query = RowsQuery(**{**asked, "where": tuple(asked["where"]), "images": tuple(images[1:])})
+    where_filters(query.where)  # what cannot be read is refused before a store is opened
     check_exists(db)
+    with open_stored(db, collection=collection, token=token) as stored:  # what cannot be answered, before a model is
+        check_rows(stored, query)
+    carried, opened = _opened(images)
+    query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
     load_ranker = None
     wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     if reranks:
@@ -137,15 +214,62 @@ def search(
         key=model_key,
     )
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-        found = find_rows(store, embedding, RowsQuery(**{**asked, "where": tuple(asked["where"])}))
+        found = find_rows(store, embedding, query, opened=opened)
     _say(found.notes)
-    reranking = None if load_ranker is None else load_ranker().rerank(found.nodes, found.query)
-    report = search_report(text, found.query.image_path, found.nodes, reranking=reranking)
-    if as_json:
-        print_json(result_rows(found.nodes if reranking is None else reranking.nodes))
-    else:
-        print_search(report)
-    write_search(report, html=html, png=png, quiet=as_json)
+    reranking = None
+    if load_ranker is not None:
+        reranking = load_ranker().rerank(found.nodes, found.query, query_image=opened[0] if opened else None)
+    nodes = found.nodes if reranking is None else reranking.nodes
+    show_rows(
+        result_rows(nodes),
+        lambda: search_report(text, found.query.image_path, found.nodes, reranking=reranking),
+        **shown,
+    )
+
+
+def _words(words: list[str] | None, text: str | None) -> str | None:
+    """The text of the query, from the argument or the option."""
+    if not words:
+        return text
+    if text is not None:
+        raise QueryError(f"{' '.join(words)!r} and --text {text!r}: give the words once")
+    return " ".join(words)
+
+
+def _check_output(*, as_json: bool, paths: bool, files: tuple[Path | None, ...]) -> None:
+    if as_json and paths:
+        raise QueryError("--json and --paths exclude each other: choose one")
+    for file in files:
+        if file is not None and file.is_dir():
+            raise QueryError(f"{str(file)!r} is a folder: give the name of a file in it")
+
+
+def _with_stdin(images: list[str]) -> list[str]:
+    """The images, with the bytes of stdin as a data URI in the place of "-"."""
+    if "-" not in images:
+        return images
+    if images.count("-") > 1:
+        raise QueryError("--image - is given twice: stdin holds one image")
+    from mm_retriever.images import DEFAULT_POLICY, ImageDataURI, portable_image
+
+    if sys.stdin.isatty():
+        raise QueryError("--image -: stdin is a terminal; pipe an image into it")
+    data = sys.stdin.buffer.read(DEFAULT_POLICY.max_bytes + 1)
+    if not data:
+        raise QueryError("--image -: stdin is empty; pipe an image into it")
+    uri = ImageDataURI(portable_image(data), "the image on stdin")
+    return [uri if image == "-" else image for image in images]
+
+
+def _opened(images: list[str]) -> tuple[list[str], list[Image.Image]]:
+    """Each image as what carries it (a path, or a data URI), and decoded: once, for the model and the reranker."""
+    if not images:
+        return [], []
+    from mm_retriever.images import ImagePolicy, load_image, portable_image
+
+    policy = ImagePolicy(allow_urls=True)  # whoever types a URL wants it fetched
+    carried = [portable_image(image, policy=policy) for image in images]
+    return carried, [load_image(image, policy=policy, keep_mode=True) for image in carried]
 
 
 def _say(notes: Any) -> None:
@@ -159,11 +283,14 @@ def _of_running_server(
     """The rows that a running server of the same file finds; None: there is none, or it is gone, which is said."""
     from mm_retriever.running import NoServerError, ask_note, read_note
 
-    note = read_note(Path(db)) if sys.platform != "win32" else None
+    note = read_note(Path(options.home(db))) if sys.platform != "win32" else None
     if note is None or not _serves(note, collection, model):
         return None
     try:
-        answer = ask_note(note, "/v1/rows", {**asked, "image": _absolute(asked["image"])})
+        places: dict[str, Any] = {"image": _absolute(asked["image"])}
+        if "images" in asked:
+            places["images"] = [_absolute(image) for image in asked["images"]]
+        answer = ask_note(note, "/v1/rows", {**asked, **places})
     except NoServerError as error:
         typer.echo(f"searching without a server: {one_line(error)}", err=True)
         return None
@@ -185,24 +312,22 @@ def _via(url: str, asked: dict[str, Any], token: str | None) -> list[dict[str, A
     """The rows that a server at a URL finds, which tells nothing about where its files lie."""
     from mm_retriever.running import NoServerError, ask_url
 
-    if asked["min_score"] is not None or asked["where"] or asked["group_by"]:
-        raise QueryError("--via goes without --min-score, --where and --per-item")
-    image = asked["image"]
-    request: dict[str, Any] = {"text": asked["text"] or "", "top_k": asked["top_k"], "hybrid": asked["hybrid"]}
-    request |= {"unique": asked["each_once"], "exclude_image": asked["exclude_query"], "image": _data_uri(image)}
+    places: dict[str, Any] = {"image": _data_uri(asked["image"])}
+    if "images" in asked:
+        places["images"] = [_data_uri(image) for image in asked["images"]]
     try:
-        answer = ask_url(url, "/v1/search", request, token)
+        answer = ask_url(url, "/v1/rows", {**asked, **places}, token)
     except NoServerError as error:
         raise QueryError(f"--via {url!r}: {one_line(error)}") from error
-    _say([answer["note"]] if answer.get("note") else ())
-    kept = ("rank", "id", "score", "text", "label")
-    return [{key: row[key] for key in kept if row.get(key)} | row["metadata"] for row in answer["results"]]
+    _say(answer.get("notes", ()))
+    rows: list[dict[str, Any]] = answer["rows"]
+    return rows
 
 
 def _data_uri(image: str | None) -> str | None:
-    """The bytes of an image as text, for a server that cannot read this machine's files."""
-    if image is None or not Path(image).is_file():
+    """An image as text, read here: the server can read neither this machine's files nor what only this one reaches."""
+    if image is None or image[:5].lower() == "data:":
         return image
-    import base64
+    from mm_retriever.images import ImagePolicy, portable_image, read_image_bytes
 
-    return f"data:image/unknown;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+    return str(portable_image(read_image_bytes(image, policy=ImagePolicy(allow_urls=True))))

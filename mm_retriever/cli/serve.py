@@ -24,6 +24,23 @@ def serve(
         ),
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let people name images by URL.")] = False,
+    index_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A folder that people may index from the page, with all below it; repeat for more. Default: none.",
+            callback=options.home,
+        ),
+    ] = None,
+    ratings: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file that keeps thumbs up and down as an evaluation set. Default: beside the file of --db, "
+            "like photos.queries.jsonl; none for a Milvus server.",
+            callback=options.home,
+            show_default=False,
+        ),
+    ] = None,
+    no_ratings: Annotated[bool, typer.Option("--no-ratings", help="Do not keep ratings.")] = False,
     rerank: Annotated[
         str | None,
         typer.Option(
@@ -82,9 +99,23 @@ def serve(
             token=http_token,
             roots=root,
             allow_urls=allow_urls,
+            ratings=_ratings(ratings, db, keep=not no_ratings),
+            index_roots=index_root or (),
             rerank=rerank,
             rerank_server=server,
             device=device,
         )
-        file = Path(db) if Path(db).is_dir() else None
-        serve_web(app, host=host, port=port, db=file, collection=collection, model=wanted.name)
+        file = Path(options.home(db))
+        serve_web(
+            app, host=host, port=port, db=file if file.is_dir() else None, collection=collection, model=wanted.name
+        )
+
+
+def _ratings(file: Path | None, db: str, *, keep: bool) -> Path | None:
+    """The file that keeps ratings."""
+    if file is not None and not keep:
+        raise QueryError("--ratings and --no-ratings exclude each other: choose one")
+    store = Path(options.home(db))
+    if file is not None or not keep or not store.exists():
+        return file
+    return store.absolute().with_suffix(".queries.jsonl")

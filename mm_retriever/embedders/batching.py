@@ -7,7 +7,11 @@ along: no call waits for company, and a busy model gets full batches.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,22 @@ from mm_retriever.forks import ForkLock
 
 MOST_CONTENTS = 64
 """In one pass; the model itself splits what does not fit into memory."""
+
+
+_SECONDS: ContextVar[list[float] | None] = ContextVar(
+    "seconds that calls of a context spent with the model", default=None
+)
+
+
+@contextmanager
+def model_seconds() -> Iterator[list[float]]:
+    """The seconds that each call of `encode` in this context takes: its pass through the model, and the wait for it."""
+    seconds: list[float] = []
+    token = _SECONDS.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _SECONDS.reset(token)
 
 
 class BatchedEmbedder:
@@ -36,8 +56,9 @@ class BatchedEmbedder:
         self._embedder = embedder
         self._most = most
         self._arrival = ForkLock()
-        self._turn = ForkLock()
         self._waiting: list[_Call] = []
+        self._is_led = False
+        self._process = os.getpid()
 
     @property
     def name(self) -> str:
@@ -85,66 +106,99 @@ class BatchedEmbedder:
         Raises:
             QueryError: the model cannot embed this kind of content.
         """
+        started = time.perf_counter()
         call = _Call(contents, query)
-        with self._arrival:
-            self._waiting.append(call)
         try:
-            with self._turn:
-                if not call.is_done:
-                    self._run(self._batch(call))
-        except BaseException:  # interrupted while it waited: nobody computes it any more
-            self._leave([call])
-            raise
+            self._arrive(call)
+            call.woken.wait()
+            if call.leads:
+                self._gather(call)
+                self._run(call.batch)
+        finally:
+            self._leave(call)
+            if (seconds := _SECONDS.get()) is not None:
+                seconds.append(time.perf_counter() - started)
         return call.result()
 
-    def _leave(self, calls: Sequence[_Call]) -> None:
+    def _arrive(self, call: _Call) -> None:
+        """Wait behind the others, or lead the next pass where nobody does."""
         with self._arrival:
-            self._waiting = [call for call in self._waiting if call not in calls]
+            if self._process != os.getpid():  # in a forked child, the calls of the parent are the parent's
+                self._process, self._waiting, self._is_led = os.getpid(), [], False
+            if self._is_led:
+                self._waiting.append(call)
+            else:
+                self._is_led = True
+                call.lead()
 
-    def _batch(self, first: _Call) -> list[_Call]:
-        """This call and the others that go with it, in the order of their arrival."""
+    def _leave(self, call: _Call) -> None:
+        """Go, also when interrupted: nobody computes this call any more, and those of a pass that failed wait again."""
+        with self._arrival:
+            if call in self._waiting:
+                self._waiting.remove(call)
+            if not call.leads:
+                return
+            self._waiting[:0] = [other for other in call.batch if other is not call and not other.is_done]
+            self._is_led = bool(self._waiting)
+            if self._waiting:
+                self._waiting.pop(0).lead()
+
+    def _gather(self, first: _Call) -> None:
+        """Take along the others that go with this call, in the order of their arrival."""
         batch, size = [first], len(first.contents)
         with self._arrival:
             for call in self._waiting:
-                fits = size + len(call.contents) <= self._most
-                if call is not first and call.process == os.getpid() and call.query == first.query and fits:
+                if call.query == first.query and size + len(call.contents) <= self._most:
                     batch.append(call)
                     size += len(call.contents)
-        self._leave(batch)
-        return batch
+            first.batch = batch
+            self._waiting = [call for call in self._waiting if call not in batch]
 
     def _run(self, batch: Sequence[_Call]) -> None:
         try:
             vectors = self._embedder.encode([item for call in batch for item in call.contents], query=batch[0].query)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].end(error=error)
                 return
             for call in batch:
                 self._run([call])
             return
         start = 0
         for call in batch:
-            call.vectors = vectors[start : start + len(call.contents)]
+            call.end(vectors[start : start + len(call.contents)])
             start += len(call.contents)
 
 
 class _Call:
-    """One call of `encode`, and what became of it."""
+    """One call of `encode`, and what became of it.
+
+    Each has an event of its own: a lock that all wait for would wake them one after another, the model idle meanwhile.
+    """
 
     def __init__(self, contents: Sequence[Content], query: bool) -> None:
         self.contents = list(contents)
         self.query = query
-        self.process = os.getpid()  # in a forked child, the calls of the parent are the parent's
-        self.vectors: NDArray[np.float32] | None = None
-        self.error: Exception | None = None
+        self.leads = False
+        self.batch: Sequence[_Call] = ()  # that it takes along, itself first
+        self.woken = threading.Event()
+        self._vectors: NDArray[np.float32] | None = None
+        self._error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
-        return self.vectors is not None or self.error is not None
+        return self._vectors is not None or self._error is not None
+
+    def lead(self) -> None:
+        self.leads = True
+        self.woken.set()
+
+    def end(self, vectors: NDArray[np.float32] | None = None, *, error: Exception | None = None) -> None:
+        self._vectors, self._error = vectors, error
+        self.woken.set()
 
     def result(self) -> NDArray[np.float32]:
-        if self.error is not None:
-            raise self.error
-        assert self.vectors is not None
-        return self.vectors
+        if self._error is not None:
+            raise self._error
+        assert self._vectors is not None
+        return self._vectors

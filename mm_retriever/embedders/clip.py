@@ -245,7 +245,7 @@ class ClipEncoder(ABC):
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of every text, start and end included; of a text too long for the model the end token stays.
 
-        The originals crash on such a text. Cut is said once, in the log.
+        The originals crash on such a text. The first cut is logged.
         """
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch([valid_unicode(text) for text in texts])]
         longest = max(map(len, rows), default=0)

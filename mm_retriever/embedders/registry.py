@@ -83,6 +83,16 @@ def load_embedder(
     )
 
 
+def check_embedder(name: str | os.PathLike[str], *, revision: str | None = None) -> None:
+    """Refuse a name that `load_embedder` would refuse, and load nothing; files that are not here are downloaded.
+
+    Raises:
+        ModelNotFoundError: the name leads to no files, or the hub is out of reach.
+        CheckpointError: the files are of no known family.
+    """
+    _resolve(name, revision=revision, families=FAMILIES)
+
+
 def convert_model(
     name: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -111,10 +111,10 @@ def evaluate(
         if measure.startswith("R_subset@"):
             _cover(names, subsets, "subsets")
             _cover(names, references, "references, which R_subset leaves out")
-            values[measure] = _values(_within(rankings, subsets or {}, references or {}), wanted, measure)
+            values[measure] = query_values(_within(rankings, subsets or {}, references or {}), wanted, measure)
             continue
         for way, ranking in ways.items():
-            values[measure + way] = _values(ranking, wanted, measure)
+            values[measure + way] = query_values(ranking, wanted, measure)
     if groups is not None:
         _cover(names, groups, "groups")
     belongs = names if groups is None else tuple(groups[query] for query in names)
@@ -172,8 +172,17 @@ def ranked(scores: Mapping[str, float]) -> list[str]:
 # ------------------------------------------------------------------------------------------ values
 
 
-def _values(rankings: Mapping[str, Sequence[str]], wanted: Wanted, measure: str) -> NDArray[np.float64]:
-    """(Q,) of the queries in `wanted`."""
+def query_values(rankings: Mapping[str, Sequence[str]], wanted: Wanted, measure: str) -> NDArray[np.float64]:
+    """Return (Q,): one measure of each query in `wanted`.
+
+    Args:
+        rankings: documents of each query, best first; for "R_subset@k" those of its subset alone.
+        wanted: the right documents of each query.
+        measure: as of `evaluate`.
+
+    Raises:
+        QueryError: another measure, or ir-measures is not installed.
+    """
     try:
         import ir_measures
     except ImportError as error:

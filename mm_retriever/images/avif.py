@@ -1,7 +1,7 @@
 """How large an AVIF file is, told from its boxes and its AV1 headers before any decoder sees them.
 
 Pure bytes in, numbers out. The decoder allocates what the coded images say, whatever the size property (`ispe`) says
-beside them: 12,000x12,000 pixels hide in 2 kB that are said to be 64x64, and are shrunk once they are decoded. So the
+beside them: 12,000x12,000 pixels hide in 2 kB that claim to be 64x64, and are shrunk once they are decoded. So the
 sequence headers of all coded images count, with the size property, the grid that tiles are put together on, and the
 tracks of an animation. Source: AV1 Image File Format 1.1, ISO/IEC 14496-12 (boxes, tracks), AV1 specification, 5.3 to
 5.9 (headers).

@@ -13,7 +13,7 @@ from mm_retriever.errors import ImageLoadError
 
 MAX_BOXES = 20_000  # in one file; a phone's photo of 48 megapixels has about 200
 MAX_ITEMS = 1_000  # grids and coded images whose sizes are looked for; that photo has about 50
-MAX_PARTS = 10_000  # that the data of all items lie in; each may take no bytes to be said
+MAX_PARTS = 10_000  # of the data of all items; naming one may take no bytes
 META_BOXES = (b"iprp", b"iinf", b"iloc", b"idat")
 
 Size: TypeAlias = tuple[int, int]

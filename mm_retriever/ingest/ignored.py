@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -63,14 +63,21 @@ class IgnoredFiles:
 
 
 class IgnoredCounts:
-    """Collects what a walk leaves out."""
+    """Collects what a walk leaves out.
 
-    def __init__(self) -> None:
+    Args:
+        used: paths of files that are used for something else, such as sidecars: they are not left out.
+    """
+
+    def __init__(self, used: Collection[str] = ()) -> None:
+        self._used = used
         self._paths: dict[tuple[str, str], list[str]] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def __call__(self, kind: str, reason: str, path: str) -> None:
         """Count one file."""
+        if path in self._used:
+            return
         self._counts[kind, reason] += 1
         paths = self._paths.setdefault((kind, reason), [])
         if len(paths) < PATHS_LISTED:

@@ -205,7 +205,7 @@ class _Run:
     item: str | None
     counts: Counter[str] = field(default_factory=Counter)
     skipped: list[SkippedImage] = field(default_factory=list)
-    ignored: IgnoredCounts = field(default_factory=IgnoredCounts)
+    ignored: IgnoredCounts = field(init=False)
     remarks: Counter[str] = field(default_factory=Counter)  # what happened to so many images
     under_way: set[str] = field(default_factory=set)  # ids that are being read or embedded
     spoiled: set[str] = field(default_factory=set)  # ids of files that exist and are images no longer
@@ -214,6 +214,7 @@ class _Run:
     files: int = 0
 
     def __post_init__(self) -> None:
+        self.ignored = IgnoredCounts(self.sidecar.files)
         self.vectors = Vectors(self.embed_model)
         self.known = KnownVectors(self.store, _retried)
 
@@ -280,6 +281,10 @@ class _Run:
         if self.item is not None and (given or stored is None):
             given, remark = with_items(given, self.item)
             self.remarks.update([remark] if remark else [])
+        elif self.item is not None:
+            self.remarks[
+                f"images keep the item that they have, if any: this run gives them no column {self.item!r}"
+            ] += 1
         if row is None and not self.dropped and self.sidecar.has_rows and has_columns(stored):
             self.remarks["images that the sidecar does not name keep the columns that they have"] += 1
         task = Task(item, given, stamp, stored, drop=self.dropped)

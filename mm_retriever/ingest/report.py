@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mm_retriever.errors import IngestError
 from mm_retriever.files import write_atomically
-from mm_retriever.ingest.ignored import IgnoredFiles
+from mm_retriever.ingest.ignored import PATHS_LISTED, IgnoredFiles
+from mm_retriever.notebook import shown_facts
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,25 @@ class IngestReport:
     pictures_per_second = images_per_second
     """The earlier name."""
 
+    @classmethod
+    def of_parts(cls, parts: Sequence[IngestReport]) -> IngestReport:
+        """Return the report of several calls as one."""
+        if len(parts) == 1:
+            return parts[0]
+        numbers = ("indexed", "replaced", "updated", "unchanged", "removed", "unused_rows", "moved", "reused", "kept")
+        ignored: dict[tuple[str, str], IgnoredFiles] = {}
+        for files in (files for part in parts for files in part.ignored):
+            known = ignored.get((files.kind, files.reason), IgnoredFiles(files.kind, 0, files.reason))
+            paths = (*known.paths, *files.paths)[:PATHS_LISTED]
+            ignored[files.kind, files.reason] = replace(known, count=known.count + files.count, paths=paths)
+        return cls(
+            **{name: sum(getattr(part, name) for part in parts) for name in numbers},
+            skipped=tuple(image for part in parts for image in part.skipped),
+            seconds=sum(part.seconds for part in parts),
+            ignored=tuple(sorted(ignored.values(), key=lambda files: -files.count)),
+            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+        )
+
     def __str__(self) -> str:
         counts = ("indexed", "replaced", "moved", "updated", "unchanged", "removed")
         parts = [f"{getattr(self, name)} {name}" for name in counts if name == "indexed" or getattr(self, name)]
@@ -64,6 +85,11 @@ class IngestReport:
         }
         parts += [f"{count} {name}" for name, count in others.items() if count]
         return f"{', '.join(parts)} in {self.seconds:.1f} s ({self.images_per_second:.1f} images/s)"
+
+    def _repr_html_(self) -> str:
+        left_out = (f"{image.path}: {image.reason}" for image in self.skipped)
+        not_taken = (f"{files.count} {files.kind}: {files.reason}" for files in self.ignored)
+        return shown_facts(str(self), {}, [*self.notes, *left_out, *not_taken])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON takes it."""
@@ -111,6 +137,9 @@ class ReindexReport:
         rate = self.embedded / self.seconds if self.seconds > 0 else 0.0
         now = f"{self.collection!r} has {self.rows} rows of {self.model} now, in place of {self.before}"
         return f"{', '.join(parts)} in {self.seconds:.1f} s ({rate:.1f} rows/s); {now}"
+
+    def _repr_html_(self) -> str:
+        return shown_facts(str(self), {}, [f"{image.path}: {image.reason}" for image in self.dropped])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON takes it."""

@@ -1,6 +1,6 @@
 """Metadata files beside the images: JSON, JSON Lines, CSV and TSV, whose rows name an image and say something about it.
 
-Whatever is not used is counted and said. Opens no image.
+What is not used is counted and reported. Opens no image.
 """
 
 from __future__ import annotations
@@ -41,12 +41,21 @@ Columns: TypeAlias = dict[str, dict[str, Any]]
 
 
 class Sidecar:
-    """Rows by the name of the image: a path, a file name, or one without its suffix. Messages call it `source`."""
+    """Rows by the name of the image: a path, a file name, or one without its suffix. Messages call it `source`.
+
+    `files` are the paths that the rows were read from.
+    """
 
     def __init__(
-        self, columns: Mapping[str, Mapping[str, Any]], *, source: str = "sidecar", notes: Sequence[str] = ()
+        self,
+        columns: Mapping[str, Mapping[str, Any]],
+        *,
+        source: str = "sidecar",
+        notes: Sequence[str] = (),
+        files: Sequence[str] = (),
     ) -> None:
         self.source = source
+        self.files = frozenset(files)
         left_out: Counter[str] = Counter()
         self.rows: dict[str, SidecarRow] = {
             image_key(name): make_row(values, f"{source}: {name!r}", left_out) for name, values in columns.items()
@@ -89,17 +98,18 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]]) -> Sideca
         raise IngestError(f"cannot read the sidecar file {str(path)!r}: {error.strerror or error}") from error
     notes: list[str] = []
     columns = parse(_decoded(data, path, notes), path.name, notes)
-    return Sidecar(columns, source=path.name, notes=notes)
+    return Sidecar(columns, source=path.name, notes=notes, files=[os.path.realpath(path)])
 
 
 def find_sidecars(folder: str) -> Sidecar:
     """Return the rows of the `metadata.jsonl` and `metadata.csv` files in a folder and up to two levels below it.
 
-    Names are taken from where each file lies. One that names no images, or cannot be read, is said in the notes.
+    Names are taken from where each file lies. One that names no images, or cannot be read, is named in the notes.
     """
     rows: dict[str, Mapping[str, Any]] = {}
     notes: list[str] = []
     sources: list[str] = []
+    files: list[str] = []
     for place in _folders(folder, levels=2):
         below = posixpath.relpath(Path(place).as_posix(), Path(folder).as_posix())
         for name in FOUND_NAMES:
@@ -115,13 +125,14 @@ def find_sidecars(folder: str) -> Sidecar:
                 notes.append(f"{where} in the folder is not used: {error}")
                 continue
             sources.append(where)
+            files.append(str(path))
             notes += sidecar.notes
             for key, row in sidecar.rows.items():
                 own = key if below == "." or os.path.isabs(key) else f"{below}/{key}"  # noqa: PTH117 - a key
                 rows.setdefault(own, {**row.columns, **({"text": row.text} if row.text else {})})
     if sources:
         notes.insert(0, f"columns are taken from {listed(sources)}, found in the folder")
-    return Sidecar(rows, source=", ".join(sources[:3]) or "sidecar", notes=notes)
+    return Sidecar(rows, source=", ".join(sources[:3]) or "sidecar", notes=notes, files=files)
 
 
 def _folders(folder: str, levels: int) -> Iterator[str]:
@@ -231,7 +242,7 @@ def _by_name(content: Mapping[Any, Any], name: str) -> Columns:
 
 
 def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: list[str], what: str) -> Columns:
-    """Columns by image. All captions of an image are kept; of other values the last counts, which is said."""
+    """Columns by image. All captions of an image are kept; of other values the last counts, and a note says so."""
     guess = None if any(name_column(row) for _, row in rows) else guessed_name_column([row for _, row in rows])
     if guess is not None:
         notes.append(f"{name}: images are named by the column {guess!r}")

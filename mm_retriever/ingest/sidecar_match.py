@@ -1,4 +1,4 @@
-"""Which row of a sidecar belongs to which image; rows that belong to none, or to several, are said."""
+"""Which row of a sidecar belongs to which image; rows that belong to none, or to several, are reported."""
 
 from __future__ import annotations
 
@@ -63,6 +63,11 @@ class SidecarMatch:
         return self._sidecar.rows[key]
 
     @property
+    def files(self) -> frozenset[str]:
+        """Paths of the files that the rows were read from."""
+        return self._sidecar.files
+
+    @property
     def has_rows(self) -> bool:
         """Whether there is a sidecar that says anything."""
         return bool(self._sidecar.rows)
@@ -74,7 +79,7 @@ class SidecarMatch:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Everything to be said about the file, about rows that fit several images, and about rows that fit none."""
+        """Notes on the file, on rows that fit several images, and on rows that fit none."""
         source, unused = self._sidecar.source, self.unused
         notes = [*self._sidecar.notes]
         if self._shared:

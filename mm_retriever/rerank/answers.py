@@ -2,7 +2,7 @@
 
 An answer may be JSON, JSON in prose, a chain (`[3] > [1] > [2]`), a list, a table, prose, or anything else, of any
 length and by anyone. A number counts only where the form proves that it names a candidate: beside a rank or a score,
-in a list that is said to be the ranking, after the word "Image". An answer without proof has no ranking. The work is
+in a list that is called the ranking, after the word "Image". An answer without proof has no ranking. The work is
 bounded and nothing raises. JSON is read here, other text in `answer_text`. Plain Python.
 """
 
@@ -267,7 +267,7 @@ def _entries_of(value: Any, key: str) -> list[Entry]:
         return [] if key in _SCORE_KEYS else [(number, "") for number in numbers]
     if isinstance(value, list):
         if key in _SCORE_KEYS and not any(isinstance(entry, dict) for entry in value):
-            return []  # which score is whose is not said
+            return []  # scores that name no candidate
         return _list_entries(value, ordered=key not in _DESCRIBING_KEYS)
     if isinstance(value, dict):
         facts = _lowered(value)

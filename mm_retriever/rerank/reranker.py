@@ -27,6 +27,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, is_place, load_image, source_name
+from mm_retriever.notebook import show
 from mm_retriever.rebuild import Rebuilt, field_arguments, wrong_options
 from mm_retriever.rerank.scorer import (
     Candidate,
@@ -74,6 +75,11 @@ class Reranking:
     repairs: str = ""
     usage: Usage = field(default_factory=Usage)
     error: str = ""
+
+    def _repr_html_(self) -> str:
+        facts = (("it sees", self.caption), ("wanted", self.wanted), ("repaired", self.repairs), ("error", self.error))
+        told = tuple((name, one_line(fact)) for name, fact in facts if fact)
+        return replace(show(self.nodes), facts=told)._repr_html_()
 
 
 REMOVED = {

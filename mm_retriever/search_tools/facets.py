@@ -6,21 +6,25 @@ Counts are of rows that match the filters, not of results: the nearest of a sear
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from cachetools import LRUCache
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from mm_retriever.errors import one_line
+from mm_retriever.forks import ForkLock
 from mm_retriever.own_keys import OWN_KEYS
 from mm_retriever.search_tools.results import shown_keys
-from mm_retriever.store import ImageStore
+from mm_retriever.store import ImageStore, filter_expression
 from mm_retriever.store.schema import CONTENT_FIELD
 
 MOST_ROWS = 20_000
 MOST_VALUES = 20
 MOST_FACETS = 12
+KEPT_SECONDS = 60.0
 _MOST_KINDS = 200  # different texts; a column of more is a description and nothing to choose from
 _LONGEST = 80
 _NOT_OFFERED = frozenset((OWN_KEYS - {"label"}) | {"description", "caption", "title"})
@@ -91,6 +95,29 @@ def count_facets(store: ImageStore, filters: MetadataFilters | None = None, *, m
         facets.append(Facet(key, values.total(), values=tuple(values.most_common(MOST_VALUES))))
     facets.sort(key=lambda facet: (not facet.values, -facet.count, facet.key))
     return Facets(tuple(facets[:MOST_FACETS]), rows, complete)
+
+
+class KeptFacets:
+    """Counts of one store, kept for a while: everyone who looks at it asks for the same ones, and each takes a second.
+
+    Args:
+        store: from `open_store`.
+        seconds: how old a count may be; what was stored or removed since then is not in it.
+    """
+
+    def __init__(self, store: ImageStore, *, seconds: float = KEPT_SECONDS) -> None:
+        self._store, self._seconds = store, seconds
+        self._kept: LRUCache[str, tuple[float, Facets]] = LRUCache(256)
+        self._turn = ForkLock()  # who asks while another counts waits for that count
+
+    def count(self, filters: MetadataFilters | None = None) -> Facets:
+        """Return what `count_facets` returned not long ago, or returns now."""
+        asked = filter_expression(filters)
+        with self._turn:
+            kept = self._kept.get(asked)
+            if kept is None or time.monotonic() - kept[0] >= self._seconds:
+                kept = self._kept[asked] = time.monotonic(), count_facets(self._store, filters)
+        return kept[1]
 
 
 def _count(metadata: dict[str, Any], texts: dict[str, Counter[Any]], numbers: dict[str, list[float]]) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import mimetypes
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Self, TypeAlias
 
@@ -52,7 +50,7 @@ from mm_retriever.search_tools.results import (
     without_folders,
 )
 from mm_retriever.store import ImageStore
-from mm_retriever.threads import in_thread
+from mm_retriever.threads import in_thread, in_threads
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Told how many steps of how many are done, and what comes next; in the thread that searches."""
@@ -64,7 +62,6 @@ DESCRIBE = (
 _LABELS = ("description", "title", "name", "label", "file_name")
 _LONGEST_ID = 512
 _ANY_NUMBER = 10**9
-_READERS = min(4, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
 
 
 class ImageSearch:
@@ -327,8 +324,9 @@ class ImageSearch:
             for postprocessor in self._rerank:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
-            results = tuple(readers.map(self._result, range(skip + 1, skip + count + 1), nodes[:count]))
+        ranks, shown = range(skip + 1, skip + count + 1), nodes[:count]
+        read = self.limits.thumbnails > 0  # a thread for each of nothing would take longer than the search
+        results = tuple(in_threads(self._result, ranks, shown) if read else map(self._result, ranks, shown))
         number = conversation.remember([node.node.node_id for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
         names = [named.name] if named else []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.vector_stores.types import MetadataFilters
+from PIL import Image
 
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import FilterError, QueryError
-from mm_retriever.own_keys import LAYERS_KEY
-from mm_retriever.retriever import ComposedRetriever, item_problems
+from mm_retriever.images import ImagePolicy, ImageSource, load_image
+from mm_retriever.own_keys import LAYERS_KEY, PREFIX
+from mm_retriever.refinement import Refinement
+from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever, item_problems
 from mm_retriever.store import ImageStore
 from mm_retriever.store.conditions import read_condition, second_condition
 
@@ -23,6 +27,7 @@ class RowsQuery:
 
     text: str | None = None
     image: str | None = None
+    images: tuple[str, ...] = ()  # further ones
     where: tuple[str, ...] = ()
     top_k: int = 9
     min_score: float | None = None
@@ -47,14 +52,18 @@ class FoundRows:
     notes: tuple[str, ...] = ()
 
 
-def find_rows(store: ImageStore, embed_model: ComposedEmbedding, asked: RowsQuery) -> FoundRows:
-    """Return what `mm-retriever search` shows.
+def check_rows(store: ImageStore, asked: RowsQuery) -> None:
+    """Refuse what a store cannot answer, whatever its model is.
 
     Raises:
-        QueryError: nothing to search for, or an option that this store cannot serve; in the words of the command line.
-        ImageLoadError: the image cannot or must not be read.
+        QueryError: in the words of the command line.
     """
-    filters = where_filters(asked.where)
+    if asked.images and asked.exclude_query:
+        raise QueryError("--exclude-query goes with one --image: of several it is not clear which")
+    if asked.hybrid and asked.min_score is not None:
+        raise QueryError("--min-score goes without --hybrid: hybrid scores say ranks, not how near an image is")
+    if asked.min_score is not None and math.isnan(asked.min_score):
+        raise QueryError("--min-score nan: give a number, usually from -1 to 1")
     if asked.hybrid and not store.hybrid:
         raise QueryError(
             f"{str(store.uri)!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid"
@@ -62,6 +71,38 @@ def find_rows(store: ImageStore, embed_model: ComposedEmbedding, asked: RowsQuer
     if asked.group_by is not None and (problems := item_problems(store, asked.group_by)):
         way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
         raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
+    if problems := store.filter_problems(where_filters(asked.where)):
+        raise QueryError(f"--where: {'; '.join(problems)}")
+
+
+def find_rows(
+    store: ImageStore,
+    embed_model: ComposedEmbedding,
+    asked: RowsQuery,
+    *,
+    opened: Sequence[Image.Image] = (),
+    image_policy: ImagePolicy | None = None,
+) -> FoundRows:
+    """Return what `mm-retriever search` shows.
+
+    Args:
+        store: that is searched.
+        embed_model: of the store.
+        asked: the options of the command.
+        opened: the images of the query, decoded, where that was done already.
+        image_policy: which images may be read; None: all that the user may read, and URLs, but no private addresses.
+
+    Raises:
+        QueryError: nothing to search for, or an option that this store cannot serve; in the words of the command line.
+        ImageLoadError: the image cannot or must not be read.
+    """
+    filters = where_filters(asked.where)
+    check_rows(store, asked)
+    # whoever types a URL wants it fetched; addresses in a private network stay closed
+    policy = image_policy or replace(embed_model.image_policy, allow_urls=True)
+    more: tuple[ImageSource, ...] = tuple(opened[1:]) or tuple(
+        load_image(one, policy=policy, keep_mode=True) for one in asked.images
+    )
     retriever = ComposedRetriever(
         store,
         embed_model,
@@ -72,12 +113,10 @@ def find_rows(store: ImageStore, embed_model: ComposedEmbedding, asked: RowsQuer
         exclude_query_image=asked.exclude_query,
         unique=asked.each_once,
         group_by=asked.group_by,
+        image_policy=policy,
+        refinement=Refinement(images=more) if more else None,
     )
-    if problems := store.filter_problems(filters):
-        raise QueryError(f"--where: {'; '.join(problems)}")
-    # whoever types a URL wants it fetched; addresses in a private network stay closed
-    policy = replace(embed_model.image_policy, allow_urls=True)
-    query = embed_model.get_query_bundle(asked.text, asked.image, image_policy=policy)
+    query = _query(embed_model, asked, opened, policy)
     nodes = retriever.retrieve(query)
     notes = [
         f"--where {condition!r} is taken as one condition; repeat --where for each"
@@ -87,6 +126,21 @@ def find_rows(store: ImageStore, embed_model: ComposedEmbedding, asked: RowsQuer
         reason = _why_fewer(store.count(), filters, asked)
         notes.append(f"{len(nodes)} of the {asked.top_k} results that were asked for: {reason}")
     return FoundRows(query, nodes, tuple(notes))
+
+
+def _query(
+    embed_model: ComposedEmbedding, asked: RowsQuery, opened: Sequence[Image.Image], policy: ImagePolicy
+) -> QueryBundle:
+    """The query with its vector, from an image that is decoded once."""
+    if not opened or asked.image is None:
+        return embed_model.get_query_bundle(asked.text, asked.image, image_policy=policy)
+    words = asked.text if asked.text and asked.text.strip() else ""
+    vector = (
+        embed_model.get_composed_embedding(words, opened[0])
+        if words
+        else embed_model.get_image_embedding(opened[0], query=True)
+    )
+    return QueryBundle(query_str=words, image_path=asked.image, embedding=vector)
 
 
 def where_filters(conditions: Sequence[str]) -> MetadataFilters | None:
@@ -118,6 +172,16 @@ def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
         row |= {key: value for key, value in metadata.items() if key not in hidden}
         rows.append({**row, "metadata": hidden} if hidden else row)
     return rows
+
+
+def without_places(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without where their files lie, for a user of another machine."""
+    hidden = ("file_path", f"{PREFIX}file_path")
+    told = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    for row in told:
+        if ITEM_IMAGES in row:
+            row[ITEM_IMAGES] = [{"id": image["id"]} for image in row[ITEM_IMAGES]]
+    return told
 
 
 def _why_fewer(rows: int, filters: MetadataFilters | None, asked: RowsQuery) -> str:

@@ -20,7 +20,7 @@ from mm_retriever.store.collection import Collection, Row
 from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists, is_server
 from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
-from mm_retriever.store.inspection import Verification, verify_collection
+from mm_retriever.store.inspection import Verification, store_html, verify_collection
 from mm_retriever.store.pages import chunks, without_checksums
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import answer, log_unserved, refuse_options
@@ -232,6 +232,8 @@ class ImageStore(MilvusVectorStore):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    _repr_html_ = store_html
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._opening["token"] or self.uri != self._opening["uri"]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.errors import StoreDamagedError, StoreMismatchError, shown
+from mm_retriever.errors import MMRetrieverError, StoreDamagedError, StoreMismatchError, one_line, shown
+from mm_retriever.notebook import show
 from mm_retriever.store.collection import Collection
 from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.lite_durability import damaged_files
@@ -18,6 +19,7 @@ from mm_retriever.store.schema import ID_FIELD, stored_model
 from mm_retriever.store.switching import left_by_reindex
 
 _PAGE_ROWS = 1_000
+_SAMPLE = 6  # images of a store that a notebook shows
 
 
 @dataclass(frozen=True)
@@ -140,3 +142,17 @@ def _collections(uri: str | Path, token: str | None, timeout: float) -> Iterator
         with connection.request("listing the collections"):
             names = sorted(connection.ask(connection.client.list_collections))
         yield connection, names
+
+
+def store_html(store: Any) -> str:
+    """Return what a notebook displays of an `ImageStore`: what it holds, and a few of its images."""
+    facts: dict[str, object] = {"collection": store.collection_name, "dimension": store.dim, "model": store.model_id}
+    try:
+        rows = store.count()
+        facts = {"rows": rows, **facts, "words indexed": "yes" if store.hybrid else "no"}
+        some: list[Any] = next(store.scan(), []) if rows else []
+        nodes = store.get_nodes([str(row["id"]) for row in some[:_SAMPLE]]) if some else []
+    except MMRetrieverError as error:  # closed, or a server that is away
+        facts, nodes = {**facts, "cannot be read": error}, []
+    told = tuple((name, one_line(fact, 300)) for name, fact in facts.items())
+    return replace(show(nodes), title=f"store {store.uri}", facts=told, lines=())._repr_html_()

@@ -44,6 +44,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(capfd, db, leopard, tmp_path, 
     assert len(json.loads(out)) == 1
     assert (tmp_path / "sheet.png").exists()
     (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(leopard)
     code, out, err = run(capfd, "index", "~/images", "--db", "~/b.db", "--model", "tiny", "--report", "~/report.json")
     assert code == 0, err
     assert (tmp_path / "b.db").is_dir()
@@ -203,7 +204,7 @@ def test_a_second_index_embeds_nothing(capfd, images, db):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["search", "--model", "tiny"], "give --text, --image, or both"),
+        (["search", "--model", "tiny"], "give words, --image, or both"),
         (["search", "-t", "x", "--model", "tiny", "--db", "missing.db"], "mm-retriever index FOLDER --db missing.db"),
         (["search", "-t", "x", "--top-k", "0"], "greater than or equal to 1"),
         (["search", "-t", "x", "--where", "label"], "is not key=value"),
@@ -213,12 +214,13 @@ def test_a_second_index_embeds_nothing(capfd, images, db):
         (["index", ".", "--db", "new.db"], "tiny"),
         (["demo", "archive.tar.gz"], "--amazon"),
         (["demo", "--amazon", "--photos", "."], "exclude each other"),
-        (["serch"], "serch"),
+        (["serch"], "did you mean 'search'"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capfd, tmp_path, monkeypatch, arguments, says):
     """Our choice: errors are one line and exit code 2; a hub out of reach names a local path or `tiny`."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"no image")
     code, _, err = run(capfd, *arguments)
     assert code == 2
     lines = [line for line in err.splitlines() if line.startswith("mm-retriever: ")]
@@ -258,6 +260,12 @@ def test_info_names_versions_and_what_a_store_holds(capfd, db):
     assert code == 0
     assert "torch" in out
     assert "mm_retriever" in out
+    code, out, _ = run(capfd, "info", "--db", db, "--json", "--verify")
+    told = json.loads(out)
+    assert (code, told["collections"]["mm_retriever"]["rows"]) == (0, 9)
+    assert told["verified"]["mm_retriever"]["rows"] == 9
+    assert "tiny" in told["bundled_models"]
+    assert told["versions"]["torch"]
 
 
 def test_images_are_embedded_into_files_and_a_second_run_has_nothing_to_do(capfd, images, tmp_path):

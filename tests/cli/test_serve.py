@@ -70,15 +70,32 @@ def test_search_asks_the_server_of_the_file_and_gives_the_same(served, queries, 
         assert json.loads(its_out) == rows(out)
 
 
-def test_via_asks_a_server_at_a_url(served, leopard, capfd):
-    _, url, _ = served
-    query = ("--text", "phone case with this", "--image", leopard, "-k", "1")
-    code, out, _ = run(capfd, *SEARCH, "--via", url, *query)
-    (row,) = json.loads(out)
-    assert (code, row["label"], row["file_name"]) == (0, "phone case", "natural leopard.jpg")
-    assert "file_path" not in row
+def test_via_gives_the_same_without_paths(served, queries, leopard, images, capfd):
+    """The whole command line, but for where the files of the server lie."""
+    db, url, _ = served
+    more = ("--image", str(leopard), "--image", str(next(images.rglob("*stars.jpg"))), "-k", "4")
+    hidden = (db / NOTE).rename(db / "hidden")
+    for query in [*queries, more]:
+        asked = run(capfd, *SEARCH, "--via", url, *query)
+        alone = run(capfd, *SEARCH, "--db", db, *query)
+        told = [{key: value for key, value in row.items() if key != "file_path"} for row in rows(alone[1])]
+        assert (asked[0], asked[2]) == (alone[0], alone[2])
+        assert json.loads(asked[1]) == told
+    hidden.rename(db / NOTE)
+    assert json.loads(run(capfd, *SEARCH, "--db", db, *more)[1]) == rows(alone[1])
+    for option, says in (("--per-item", "--per-item: no column 'item'"), ("--rerank", "--via goes without --rerank")):
+        code, _, err = run(capfd, *SEARCH, "--via", url, "--text", "mug", option)
+        assert (code, says in err) == (2, True), err
+    code, _, err = run(capfd, "search", "mug", "--via", url, "--paths")
+    assert (code, "--via goes without --paths" in err) == (2, True)
     code, _, err = run(capfd, *SEARCH, "--via", "http://127.0.0.1:9", "--text", "mug")
     assert (code, "does not answer" in err) == (2, True)
+
+
+def test_paths_come_from_a_server_too(served, capfd):
+    db, _, _ = served
+    code, out, _ = run(capfd, "search", "a mug", "--db", db, "-k", "2", "--paths")
+    assert (code, [Path(path).parent.name for path in out.splitlines()]) == (0, ["mug", "mug"])
 
 
 def test_errors_of_a_server_are_those_of_the_command(served, capfd):

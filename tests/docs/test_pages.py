@@ -61,6 +61,10 @@ def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
         assert place.exists() or place in GENERATED, target
 
 
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     folder = ROOT / "docs"

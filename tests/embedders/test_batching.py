@@ -108,6 +108,23 @@ def test_a_call_that_was_interrupted_while_it_waited_is_not_computed():
     assert model.passes == [["first"], ["last"]]
 
 
+def test_the_others_of_a_pass_that_was_interrupted_are_computed():
+    class Interrupted(Gated):
+        def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
+            vectors = super().encode(contents, query=query)
+            if len(self.passes) == 2:
+                raise KeyboardInterrupt
+            return vectors
+
+    model = Interrupted()
+    results = together(model, BatchedEmbedder(model), ["red", "blue", "green", "grey"])
+    with pytest.raises(KeyboardInterrupt):
+        results[1].result()
+    for place, text in ((0, "red"), (2, "green"), (3, "grey")):
+        np.testing.assert_array_equal(results[place].result(), MeanColour().encode([Content(text)], query=True))
+    assert model.passes[2] == ["green", "grey"]
+
+
 def test_vectors_of_many_threads_are_those_of_single_calls():
     """Up to the rounding of another batch size, which the model itself has."""
     model = load_embedder("tiny", device="cpu")

@@ -12,47 +12,11 @@ pytest.importorskip("starlette", reason='needs the extra "web"')
 from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
-from web_mm_retriever import web_app
 from web_mm_retriever.app import strings
 
-from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
 from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
-from tests.support.drawn_store import drawn_store
-
-HOME = "http://127.0.0.1:8765"
-TOKEN = "a-token-that-nobody-guesses"
-
-
-@pytest.fixture(scope="module")
-def embed_model():
-    return VisualizedBGEEmbedding("tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def store(folder, embed_model):
-    store = drawn_store(folder, embed_model)
-    yield store
-    store.close()
-
-
-@pytest.fixture(scope="module")
-def make_app(store, embed_model, folder):
-    def make(**options):
-        return web_app(store, embed_model, thumbnails=folder / "thumbnails", **options)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def app(make_app):
-    return make_app()
-
-
-@pytest.fixture(scope="module")
-def client(app):
-    with TestClient(app, base_url=HOME) as client:
-        yield client
+from tests.support.web import HOME, TOKEN
 
 
 def test_words_find_images_with_thumbnails_and_originals(client, folder):
@@ -67,6 +31,12 @@ def test_words_find_images_with_thumbnails_and_originals(client, folder):
     original = client.get(first["original"])
     assert original.content == (folder / "images" / "mug" / first["metadata"]["file_name"]).read_bytes()
     assert client.get(first["original"] + "&download=1").headers["content-disposition"].startswith("attachment")
+
+
+def test_an_answer_tells_how_long_the_model_took(client):
+    timing = client.post("/v1/search", json={"text": "a mug"}).headers["server-timing"]
+    model, total = (float(part.partition("dur=")[2]) for part in timing.split(", "))
+    assert 0 < model < total
 
 
 def test_an_upload_is_an_image_of_a_query(client, leopard):
@@ -105,15 +75,24 @@ def test_facets_count_the_rows_that_match(client):
     assert {one["label"] for one in found["results"]} == {"mug"}
 
 
-def test_the_rows_of_the_command_line_are_for_the_servers_own_user(app, client, store, embed_model):
+def test_the_rows_of_the_command_line_tell_only_the_servers_own_user_where_files_lie(app, client, store, embed_model):
     asked = {"text": "mug", "top_k": 3}
-    assert client.post("/v1/rows", json=asked).status_code == 403
+    others = client.post("/v1/rows", json=asked).json()["rows"]
     owner = {"authorization": f"Bearer {app.access.secret}"}
     rows = client.post("/v1/rows", json=asked, headers=owner).json()["rows"]
     local = result_rows(find_rows(store, embed_model, RowsQuery(text="mug", top_k=3)).nodes)
     for row, mine in zip(rows, json.loads(json.dumps(local)), strict=True):
         assert row.pop("score") == pytest.approx(mine.pop("score"), abs=1e-6)
         assert row == mine
+    assert "file_path" in rows[0]
+    for row, others_row in zip(rows, others, strict=True):
+        del row["file_path"], others_row["score"]
+        assert row == others_row
+    assert "/" not in json.dumps(others)
+    secret = Path(__file__).parent / "secret.png"
+    refused = client.post("/v1/rows", json={"image": str(secret)})
+    assert (refused.status_code, str(secret.parent) in refused.text) == (422, False)
+    assert client.post("/v1/rows", json={"text": "mug", "top_k": 201}).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -124,6 +103,9 @@ def test_the_rows_of_the_command_line_are_for_the_servers_own_user(app, client, 
         ({"text": "x", "top_k": 0}, "top_k: Input should be greater"),
         ({"text": "x", "balance": 3}, "balance 3.0: give a number from 0"),
         ({"text": "x", "filters": [{"key": "nothing", "operator": "==", "value": 1}]}, "no column 'nothing'"),
+        ({"text": "x", "avoid": ["mug " * 501]}, "avoid.0: String should have at most 2000 characters"),
+        ({"text": "x", "liked": ["a" * 513]}, "liked.0: String should have at most 512 characters"),
+        ({"text": "x", "avoid": ["mug"] * 65}, "65 given, at most 64"),
         ({"text": "x", "liked": ["nobody"]}, "no image of the id 'nobody'"),
         ({"image": "/etc/hostname.png"}, "no image is known"),
         ({"image": "http://127.0.0.1/a.png"}, "URLs is off"),
@@ -164,7 +146,10 @@ def test_pages_of_other_sites_get_nothing(client):
     ):
         assert client.post("/v1/search", headers=headers, **asked).status_code == 403
         assert client.get("/v1/thumbnail?id=x", headers=headers).status_code == 403
-    assert client.post("/v1/search", headers={"host": "evil.example"}, **asked).status_code == 421
+    for host in ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "0.0.0.0", "[", ""):
+        assert client.post("/v1/search", headers={"host": host}, **asked).status_code == 421
+    for origin in ("null", "http://[", "http://127.0.0.1:9"):
+        assert client.post("/v1/search", headers={"origin": origin}, **asked).status_code == 403
     form = {"content-type": "text/plain"}  # what a form of any page may send
     assert client.post("/v1/search", content=b'{"text": "mug"}', headers=form).status_code == 415
     assert client.post("/v1/uploads", content=b"", headers=form).status_code == 415

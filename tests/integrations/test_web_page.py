@@ -7,45 +7,37 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import threading
-import time
 from pathlib import Path
 
 import pytest
-import uvicorn
 from PIL import Image
 from web_mm_retriever import web_app
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from tests.support.drawn_store import drawn_store
-from tests.support.processes import free_port
+from tests.support.web import served, violations
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SHOTS = os.environ.get("MM_RETRIEVER_SCREENSHOTS", "")
 expect = playwright.expect
+expect.set_options(timeout=30_000)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
+    pytest.mark.xdist_group("web page"),  # one server and one browser
 ]
 
 
 @pytest.fixture(scope="module")
 def address(folder):
     model = VisualizedBGEEmbedding("tiny", device="cpu")
-    with drawn_store(folder, model) as store:
-        port = free_port()
-        app = web_app(store, model, thumbnails=folder / "thumbnails")
-        server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, ws="none"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}/"
-        server.should_exit = True
-        thread.join()
+    with (
+        drawn_store(folder, model) as store,
+        served(web_app(store, model, thumbnails=folder / "thumbnails")) as address,
+    ):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -307,20 +299,6 @@ def test_nothing_overflows_in_either_theme(browser, address, scheme, width):
     page.close()
 
 
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory) -> str:
-    """The accessibility checker, from npm."""
-    if shutil.which("npm") is None:
-        pytest.skip("no npm on this machine")
-    folder = tmp_path_factory.mktemp("axe")
-    command = ["npm", "pack", "--silent", "axe-core@4"]
-    packed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    if packed.returncode:
-        pytest.skip(f"npm gave no axe-core: {packed.stderr[-200:]}")
-    shutil.unpack_archive(next(folder.glob("*.tgz")), folder, "gztar", filter="data")
-    return (folder / "package" / "axe.min.js").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("state", ["start", "results", "lightbox", "question"])
 def test_axe_finds_no_violation(browser, address, axe, scheme, state):
@@ -334,7 +312,6 @@ def test_axe_finds_no_violation(browser, address, axe, scheme, state):
         expect(page.locator("#light-title")).not_to_be_empty()
     if state == "question":
         page.locator(".card").first.get_by_role("button", name="Similar but").click()
-    page.evaluate(axe)
-    found = page.evaluate("axe.run({ runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa'] })")
+    found = violations(page, axe)
     context.close()
-    assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found["violations"]] == []
+    assert found == []

@@ -167,7 +167,7 @@ answers = st.one_of(
 def test_whatever_a_server_says_the_result_is_a_permutation(
     running: ScriptedServer, folder: Path, tried: Counter[str], text: str, kinds: str, window: int, reasons: bool
 ) -> None:
-    """Truth: the issue; every text goes over HTTP, and candidates hold instructions of their own."""
+    """Truth: our choice; every text goes over HTTP, and candidates hold instructions of their own."""
     tried["model answers"] += 1
     running.reply = lambda _: completion(text)
     running.requests.clear()

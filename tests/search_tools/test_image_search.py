@@ -34,7 +34,7 @@ def name(image) -> str:
 
 
 def test_a_conversation_of_three_turns(search, talk):
-    """The issue's own: "find phone cases like this photo", "the third one but red", "describe it"."""
+    """What people ask for: "find phone cases like this photo", "the third one but red", "describe it"."""
     first = search.search("phone case with this", "photo.png", conversation=talk)
     assert name(first.results[0]) == "natural leopard.jpg of phone case"
     second = search.find_similar("result 1", "in red", conversation=talk)

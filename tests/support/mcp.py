@@ -28,7 +28,7 @@ def opened(content) -> Image.Image:
 
 
 async def assert_every_tool_works(client: Client, leopard: Path, *, remembers: bool) -> None:
-    """What the issue asks of a session: list and call every tool, read a resource, an image opens, errors are said."""
+    """A whole session: every tool is listed and called, a resource is read, an image opens, errors are text."""
     tools = {tool.name: tool for tool in (await client.list_tools()).tools}
     assert list(tools) == ["search_images", "find_similar", "describe_image"]
     for tool in tools.values():

@@ -84,8 +84,9 @@ def check(words: Sequence[str]) -> bool:
     from typer.main import get_command
 
     if words[0] == "mm-retriever":
-        command = get_command(app).commands[words[1]]
-        with command.make_context(words[1], list(words[2:])):
+        known = get_command(app).commands
+        name, given = (words[1], words[2:]) if words[1] in known else ("search", words[1:])
+        with known[name].make_context(name, list(given)):
             return True
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)

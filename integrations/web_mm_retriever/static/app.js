@@ -1,37 +1,6 @@
 // The page: one state, held by the address bar; everything else is drawn from it and from the API's answers.
-const $ = (id) => document.getElementById(id);
-const say = (await (await fetch("static/strings.json")).json())[document.documentElement.lang];
-const fill = (key, facts = {}) => say[key].replace(/{(\w+)}/g, (_, name) => facts[name]);
+const { $, say, fill, number, make, icon, api, lines, problem, signs_in } = await import(`./page.js${new URL(import.meta.url).search}`);
 const PAGE = 40;
-
-function make(tag, facts = {}, ...inside) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(facts)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name in made && name !== "list") made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...inside.filter((one) => one !== null && one !== undefined));
-  return made;
-}
-
-async function api(path, body, options = {}) {
-  let answer;
-  try {
-    const json = body === undefined ? {} : { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-    answer = await fetch(path, { ...json, ...options });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error(say.gone);
-  }
-  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error || answer.statusText);
-  return answer.status === 204 ? null : answer.json();
-}
-
-function problem(error) {
-  if (error?.name === "AbortError") return;
-  $("problem").textContent = error ? error.message || String(error) : "";
-}
 
 // ---------------------------------------------------------------------------------------- the state and the address
 
@@ -39,12 +8,12 @@ let state, info, names = {}, under_way = null, shown = [], next = null;
 
 function read_address() {
   const given = new URLSearchParams(location.search);
-  const number = parseFloat(given.get("b"));
+  const balance = parseFloat(given.get("b"));
   let filters = [];
   try { filters = JSON.parse(given.get("w") || "[]"); } catch { /* someone's own address: no filters */ }
   return {
     text: given.get("q") || "", images: given.getAll("i"), avoid: given.get("no") || "",
-    balance: number >= 0 && number <= 1 ? number : 0.5, liked: given.getAll("up"), disliked: given.getAll("down"),
+    balance: balance >= 0 && balance <= 1 ? balance : 0.5, liked: given.getAll("up"), disliked: given.getAll("down"),
     filters: Array.isArray(filters) ? filters : [], hybrid: given.get("h") === "1", others: given.get("o") === "1",
   };
 }
@@ -87,13 +56,13 @@ function request(skip) {
 // ---------------------------------------------------------------------------------------- searching
 
 async function search(skip = 0) {
-  under_way?.abort();
+  under_way?.abort(); if (!skip) ranking?.abort();
   const mine = (under_way = new AbortController());
   problem();
   if (!skip) { next = null; $("more").hidden = true; }
   if (!is_asked()) {
     shown = []; $("results").replaceChildren(); $("tools").hidden = true;
-    $("status").textContent = say.start; count_facets();
+    $("status").textContent = say.start; draw_rerank(); count_facets();
     return;
   }
   if (!skip) $("status").textContent = say.searching;
@@ -103,10 +72,11 @@ async function search(skip = 0) {
     next = found.next;
     const cards = found.results.map(card);
     if (skip) $("results").append(...cards); else $("results").replaceChildren(...cards);
-    const facts = { count: shown.length, seconds: found.seconds.toLocaleString(document.documentElement.lang, { maximumFractionDigits: 2 }) };
+    const facts = { count: shown.length, seconds: number(found.seconds, 2) };
     $("status").textContent = shown.length ? fill(next ? "found_more" : "found", facts) : `${say.nothing} ${found.hint}`;
     $("tools").hidden = !shown.length;
     $("more").hidden = next === null;
+    draw_rerank();
     if (!skip) count_facets();
   } catch (error) {
     if (error.name !== "AbortError") { $("status").textContent = ""; if (!skip) $("results").replaceChildren(); }
@@ -124,9 +94,9 @@ function card(one) {
   const bar = make("div");
   bar.style.width = `${Math.max(0, Math.min(1, (one.score ?? 0) / Math.max(best, state.hybrid ? 0 : 1))) * 100}%`;
   const vote = (kind, sign) => make("button", {
-    type: "button", "aria-pressed": String(state[kind].includes(one.id)), "aria-label": `${say[kind === "liked" ? "up" : "down"]}: ${title(one)}`,
+    type: "button", className: "vote", "aria-pressed": String(state[kind].includes(one.id)), "aria-label": `${say[kind === "liked" ? "up" : "down"]}: ${title(one)}`,
     title: say[kind === "liked" ? "up" : "down"], onclick: () => rate(kind, one.id),
-  }, sign);
+  }, icon(sign));
   const open = make("button", { type: "button", className: "open", onclick: () => show(one) },
     make("img", { src: one.thumbnail, alt: title(one), loading: "lazy", decoding: "async", width: 256, height: 256 }),
     one.copies ? make("span", { className: "copies" }, fill("copies", { count: one.copies + 1 })) : null);
@@ -134,13 +104,15 @@ function card(one) {
   return make("li", { className: "card", "data-id": one.id }, open,
     make("p", { className: "name" }, title(one)),
     other_name ? make("p", { className: "note" }, other_name) : null,
-    one.reason || one.note ? make("p", { className: "note" }, one.reason || one.note) : null,
+    one.note ? make("p", { className: "note" }, one.note) : null,
+    one.moved ? make("p", { className: "note moved" }, one.moved) : null,
+    one.reason ? make("p", { className: "reason" }, one.reason) : null,
     make("div", { className: "score" }, make("div", { className: "track", "aria-hidden": "true" }, bar),
       make("span", { "aria-label": `${say.score} ${one.score?.toFixed(3)}` , role: "img" }, one.score === null ? "" : one.score.toFixed(3))),
     make("div", { className: "acts" },
       make("button", { type: "button", onclick: () => similar(one) }, say.similar),
       make("button", { type: "button", onclick: () => similar_but(one) }, say.similar_but),
-      vote("liked", "👍"), vote("disliked", "👎")));
+      make("div", { className: "votes" }, vote("liked", "up"), vote("disliked", "down"))));
 }
 
 const similar = (one, text = "") => { names[one.id] = title(one); $("lightbox").close(); return go({ text, images: [one.id], others: true, liked: [], disliked: [], balance: 0.5 }); };
@@ -161,7 +133,90 @@ async function similar_but(one) {
 function rate(kind, id) {
   const other = kind === "liked" ? "disliked" : "liked";
   const had = state[kind].includes(id);
+  keep_rating(id, had ? "none" : kind === "liked" ? "up" : "down");
   go({ [kind]: had ? state[kind].filter((one) => one !== id) : [...state[kind], id], [other]: state[other].filter((one) => one !== id) });
+}
+
+// Ratings are an evaluation set: what is right for words, for an image, or for both.
+async function keep_rating(id, rating) {
+  if (!info?.ratings) return;
+  const text = state.text.trim();
+  if (!text && !state.images.length) return;
+  if (state.images.length > 1 || state.avoid.trim() || state.balance !== 0.5) { tell_ratings(say.rating_not_kept); return; }
+  try {
+    info.ratings = await api("v1/rate", { text, image: state.images[0] || null, id, rating });
+    tell_ratings();
+  } catch (error) { tell_ratings(error.message); }
+}
+
+function tell_ratings(problem = "") {
+  const { queries, waiting, place, download } = info.ratings;
+  const link = download && queries ? make("a", { href: "v1/ratings", download: "queries.jsonl" }, say.ratings_download) : null;
+  $("rated").replaceChildren(problem || fill("ratings_kept", { count: queries, place }), waiting && !problem ? ` ${fill("ratings_waiting", { count: waiting })}` : "", " ", ...(link ? [link] : []));
+  $("rated").hidden = false;
+}
+
+// ---------------------------------------------------------------------------------------- ranking by the server's model
+
+let ranking = null;
+const rank_count = () => Math.min(info?.rerank_count ?? 0, shown.length);
+
+function draw_rerank() {
+  const count = rank_count();
+  $("rerank").hidden = !info?.rerank || count < 2 || !(state.text.trim() || state.images.length) || Boolean(ranking);
+  const seconds = info?.rerank_seconds;
+  $("rerank").textContent = fill(typeof seconds === "number" ? "rerank_seconds" : "rerank_unknown", { count, model: info?.rerank, seconds: number((seconds ?? 0) * count, seconds * count < 10 ? 1 : 0) });
+}
+
+async function rerank() {
+  const mine = (ranking = new AbortController());
+  const best = shown.slice(0, rank_count());
+  problem(); draw_rerank();
+  $("ranking").hidden = false; $("rank-stop").focus();
+  let is_done = false;
+  try {
+    const body = { text: state.text, image: state.images[0] || null, ids: best.map((one) => one.id), scores: best.map((one) => one.score) };
+    for await (const event of lines("v1/rerank", body, { signal: mine.signal })) {
+      if (event.event === "waiting" || event.event === "running") draw_ranking(event);
+      else if (event.event === "failed") throw new Error(fill("rerank_failed", { reason: event.error }));
+      else { is_done = true; put_in_order(best, event); info.rerank_seconds = event.seconds / best.length; }
+    }
+    if (!is_done) throw new Error(fill("rerank_failed", { reason: say.gone }));
+  } catch (error) {
+    if (error.name === "AbortError" && ranking === mine) $("status").textContent = say.rerank_stopped;
+    problem(error);
+  } finally {
+    if (ranking === mine) {
+      const focused = document.activeElement === $("rank-stop");
+      ranking = null; $("ranking").hidden = true; draw_rerank();
+      if (focused) $("rerank").focus();
+    }
+  }
+}
+
+function draw_ranking({ event, expected_seconds, seconds, passes }) {
+  const bar = $("rank-progress");
+  if (event === "running" && expected_seconds) { bar.max = expected_seconds; bar.value = Math.min(seconds, expected_seconds * 0.98); } else bar.removeAttribute("value");
+  const facts = { seconds: number(seconds, 0), expected: number(expected_seconds ?? 0, expected_seconds < 10 ? 1 : 0), passes };
+  $("rank-status").textContent = event === "waiting" ? say.rank_waiting : fill(expected_seconds ? "rank_running" : "rank_running_unknown", facts);
+}
+
+function put_in_order(best, event) {
+  const before = new Map([...document.querySelectorAll(".card")].map((one) => [one.dataset.id, one.getBoundingClientRect()]));
+  const by_id = new Map(best.map((one, place) => [one.id, { one, place }]));
+  const ranked = event.results.map((result, place) => {
+    const { one, place: was } = by_id.get(result.id);
+    const moved = [was === place ? "" : fill("moved_from", { place: was + 1 }), result.score === null ? "" : fill("model_score", { score: number(result.score, 3) })];
+    return { ...one, rank: place + 1, reason: result.reason, note: result.note || one.note, moved: moved.filter(Boolean).join(" · ") };
+  });
+  shown = [...ranked, ...shown.slice(ranked.length)];
+  $("results").replaceChildren(...shown.map(card));
+  $("status").textContent = fill("reranked", { count: ranked.length, model: info.rerank, seconds: number(event.seconds, 1) }) + (state.liked.length || state.disliked.length || state.avoid.trim() || state.images.length > 1 ? ` ${say.rerank_saw}` : "");
+  if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+  for (const one of document.querySelectorAll(".card")) {
+    const was = before.get(one.dataset.id), is = one.getBoundingClientRect();
+    if (was && (was.left !== is.left || was.top !== is.top)) one.animate([{ transform: `translate(${was.left - is.left}px, ${was.top - is.top}px)` }, { transform: "none" }], { duration: 500, easing: "ease-in-out" });
+  }
 }
 
 // ---------------------------------------------------------------------------------------- the query
@@ -171,7 +226,7 @@ function draw_query() {
   $("balance-field").hidden = !(state.images.length && state.text.trim());
   const chip = (name, image, without) => make("li", {},
     image ? make("img", { src: `v1/thumbnail?id=${encodeURIComponent(image)}`, alt: "" }) : null, make("span", {}, name),
-    make("button", { type: "button", "aria-label": `${say.remove}: ${name}`, onclick: () => { go(without); $("text").focus(); } }, "✕"));
+    make("button", { type: "button", "aria-label": `${say.remove}: ${name}`, onclick: () => { go(without); $("text").focus(); } }, icon("close")));
   const is_url = (image) => /^https?:/.test(image);
   const drop = (kind, id) => ({ [kind]: state[kind].filter((one) => one !== id) });
   $("chips").replaceChildren(
@@ -297,7 +352,7 @@ async function use_region() {
 // ---------------------------------------------------------------------------------------- export
 
 function save(kind) {
-  const rows = shown.map((one) => ({ rank: one.rank, id: one.id, score: one.score, label: one.label, ...one.metadata }));
+  const rows = shown.map((one) => ({ rank: one.rank, id: one.id, score: one.score, label: one.label, ...(one.reason ? { reason: one.reason } : {}), ...one.metadata }));
   const keys = [...new Set(rows.flatMap(Object.keys))];
   const cell = (value) => { const text = String(value ?? ""); const safe = /^[=+\-@\t\r]/.test(text) && isNaN(text) ? `'${text}` : text; return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe; };
   const made = {
@@ -382,28 +437,25 @@ function listen() {
   document.addEventListener("keydown", keys);
   window.addEventListener("popstate", () => { $("lightbox").close(); state = read_address(); draw_query(); search(); });
   $("more").addEventListener("click", more);
+  $("rerank").addEventListener("click", rerank);
+  $("rank-stop").addEventListener("click", () => ranking?.abort());
   new IntersectionObserver((seen) => { if (seen[0].isIntersecting) more(); }, { rootMargin: "600px" }).observe($("more"));
   for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => save(button.dataset.export));
-  for (const link of document.querySelectorAll("[data-lang]")) link.addEventListener("click", (event) => { event.preventDefault(); const parts = new URLSearchParams(location.search); parts.set("lang", link.dataset.lang); location.search = parts; });
-  const acts = { in: () => zoom_to(zoom * 1.5), out: () => zoom_to(zoom / 1.5), cut: () => cut(!is_cutting()), similar: () => similar(looked_at), close: () => $("lightbox").close() };
+  const acts = { in: () => zoom_to(zoom * 1.5), out: () => zoom_to(zoom / 1.5), cut: () => cut(!is_cutting()), similar: () => similar(looked_at), close: () => $("lightbox").close(), reveal: () => api("v1/reveal", { id: looked_at.id }).catch((error) => { $("lightbox").close(); problem(error); }) };
   for (const button of document.querySelectorAll("[data-do]")) button.addEventListener("click", acts[button.dataset.do]);
   listen_to_stage();
 }
 
 async function start() {
-  if (document.body.dataset.admitted !== "yes") {
-    $("enter").addEventListener("submit", async (event) => {
-      event.preventDefault();
-      try { await api("enter", { token: $("token").value }); location.reload(); } catch (error) { problem(error); }
-    });
-    return;
-  }
+  if (signs_in()) return;
   listen();
   state = read_address();
   try {
     info = await api("v1/info");
-    $("about").textContent = fill("about", { rows: info.rows.toLocaleString(document.documentElement.lang), model: info.model });
+    $("about").textContent = fill("about", { rows: number(info.rows), model: info.model });
     $("hybrid-field").hidden = !info.hybrid; $("url").hidden = !info.urls;
+    $("reveal").hidden = !info.shows_folders; $("to-indexing").hidden = !info.indexing;
+    if (info.ratings?.queries) tell_ratings();
     if (info.draws_only) $("banners").append(make("p", { className: "banner" }, say.tiny));
   } catch (error) { problem(error); }
   draw_query();

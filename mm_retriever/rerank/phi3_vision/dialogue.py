@@ -245,7 +245,7 @@ class Dialogue:
         return stream
 
     def put(self, opening: Sequence[int], words: Sequence[int]) -> None:
-        """Into the model's mouth: what it said another time. Fed with what comes next."""
+        """Take as the next turn of the model what it wrote another time; it is fed with what comes next."""
         self._pending += [*opening, *words]
 
     def fork(self) -> Dialogue:

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("ranking", ["single_pass", "generated"])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_candidate_comes_back_once_and_the_unreadable_last(folder: Path, mode: str, ranking: str) -> None:
-    """Truth: the issue; texts are candidates like images, what cannot be shown is behind all others with a note."""
+    """Truth: our choice; texts are candidates like images, what cannot be shown comes after all others with a note."""
     nodes = mixed(folder)
     result = make(mode=mode, ranking=ranking, reasons="all", window=3, stride=2).rerank(nodes, composed(folder))
     assert sorted(result.order) == list(range(8))
@@ -95,7 +95,7 @@ def test_the_callers_nodes_stay_as_they_were(folder: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_candidates(folder: Path, mode: str) -> None:
-    """Truth: the issue; lists are ranked by overlapping windows, single looks in batches."""
+    """Truth: our choice; lists are ranked by overlapping windows, single looks in batches."""
     nodes = image_nodes(folder, 47)
     nodes[10:10] = [NodeWithScore(node=TextNode(id_=f"t{i}", text=f"mug {i}"), score=0.5) for i in range(2)]
     nodes.append(NodeWithScore(node=ImageNode(id_="gone", image_path="gone.png"), score=0.1))
@@ -109,7 +109,7 @@ def test_fifty_candidates(folder: Path, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_none_and_one(folder: Path, mode: str) -> None:
-    """Truth: the issue; one candidate needs no ranking, but a reason all the same."""
+    """Truth: our choice; one candidate needs no ranking, but a reason all the same."""
     reranker = make(mode=mode)
     assert reranker.rerank([], composed(folder)).nodes == []
     [one] = reranker.postprocess_nodes(image_nodes(folder, 1), composed(folder))
@@ -195,7 +195,7 @@ def test_whatever_logits_a_model_emits_the_result_is_a_permutation(
     folder: Path, noisy: tuple[Phi3Vision, Phi3VisionProcessor], tried: Counter[str], seed: int, kinds: list[str],
     mode: str, ranking: str, window: int, weight: float | None, scores: list[float | None],
 ) -> None:  # fmt: skip
-    """Truth: the issue; noise, nan and infinities in the logits, and any retrieval scores."""
+    """Truth: our choice; noise, nan and infinities in the logits, and any retrieval scores."""
     tried["model answers"] += 1
     noisy[0].lm_head.random.seed(seed)  # type: ignore[operator, union-attr]
     nodes = []

@@ -1,0 +1,186 @@
+"""Everything that an evaluation says: figures, differences, costs, and the queries that went worst."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mm_retriever.evaluation.comparison import (
+    Difference,
+    Fusion,
+    chosen_weight,
+    differences,
+    mean_figure,
+    part_values,
+    run_values,
+)
+from mm_retriever.evaluation.datasets import EvaluationQuery, EvaluationSet
+from mm_retriever.evaluation.metrics import Figure
+from mm_retriever.evaluation.runs import Run, main_way
+
+SHOWN = 5
+"""Images of each run that are listed for one of the worst queries."""
+
+
+@dataclass(frozen=True)
+class WorstQuery:
+    """A query that few runs answered.
+
+    Args:
+        data: its part of the data set.
+        query: the query.
+        worth: its measure, the mean over runs.
+        wanted: the right images, and the rank at which each run has them; None: not found.
+        found: the first images of each run, with whether they are right.
+    """
+
+    data: EvaluationSet
+    query: EvaluationQuery
+    worth: float
+    wanted: tuple[tuple[str, dict[str, int | None]], ...]
+    found: dict[str, tuple[tuple[str, bool], ...]]
+
+    @property
+    def answers(self) -> tuple[tuple[str, bool], ...]:
+        """The right images, in the form of `found`."""
+        return tuple((name, True) for name, _ in self.wanted)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What runs over a data set reached.
+
+    Args:
+        data: the parts of the data set.
+        runs: of models alone, and of rerankers after them.
+        figures: by way, run and measure; empty where the answers are not published.
+        differences: what each has over another.
+        fusions: weights that were chosen.
+        notes: what was left out, failed, or is not plain.
+    """
+
+    data: Sequence[EvaluationSet]
+    runs: Sequence[Run]
+    figures: dict[str, dict[str, dict[str, Figure]]]
+    differences: Sequence[Difference]
+    fusions: Sequence[Fusion]
+    notes: Sequence[str]
+
+    @property
+    def way(self) -> str:
+        """The way of the data set's published figures."""
+        return main_way(self.data)
+
+    @property
+    def measure(self) -> str:
+        """The first measure of the data set."""
+        return self.data[0].measures[0]
+
+    def worst(self, count: int) -> list[WorstQuery]:
+        """Return the queries with the least mean over runs of the first measure; of equals the first."""
+        ranked: list[tuple[float, int, int]] = []
+        for number in range(len(self.data)):
+            values = np.mean([part_values(run.parts[number], self.way, self.measure) for run in self.runs], axis=0)
+            ranked += [(float(value), number, row) for row, value in enumerate(values)]
+        return [
+            self._worst(number, self.data[number].queries[row], value) for value, number, row in sorted(ranked)[:count]
+        ]
+
+    def _worst(self, number: int, query: EvaluationQuery, value: float) -> WorstQuery:
+        rankings = {run.name: run.parts[number].rankings[self.way][query.id] for run in self.runs}
+        wanted = tuple(
+            (name, {run: ranking.index(name) + 1 if name in ranking else None for run, ranking in rankings.items()})
+            for name in query.targets
+        )
+        found = {
+            run: tuple((name, name in query.targets) for name in ranking[:SHOWN]) for run, ranking in rankings.items()
+        }
+        return WorstQuery(self.data[number], query, value, wanted, found)
+
+    def to_dict(self, worst: int = 12) -> dict[str, Any]:
+        """Return all of it as JSON holds it.
+
+        Args:
+            worst: how many of the worst queries.
+        """
+        parts = [
+            {"name": part.name, "queries": len(part.queries), "images": len(part.gallery), "labelled": part.labelled}
+            for part in self.data
+        ]
+        figures = {
+            way: {run: {name: asdict(one) for name, one in measures.items()} for run, measures in by_run.items()}
+            for way, by_run in self.figures.items()
+        }
+        gains = [asdict(one) | {"verdict": one.verdict, "text": str(one)} for one in self.differences]
+        return {
+            "data": parts,
+            "figures": figures,
+            "published_way": self.way,
+            "differences": gains,
+            "fusion_weights": [asdict(one) for one in self.fusions],
+            "cost_per_query": {run.name: _cost(run) for run in self.runs},
+            "worst": [
+                {
+                    "part": one.data.name,
+                    "query": one.query.id,
+                    "text": one.query.words["text"],
+                    "image": one.query.image,
+                    "value": one.worth,
+                    "wanted": dict(one.wanted),
+                    "found": {run: [name for name, _ in names] for run, names in one.found.items()},
+                }
+                for one in (self.worst(worst) if self.figures else ())
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def results_of(runs: Sequence[Run], weights: Sequence[float] = ()) -> Results:
+    """Return the figures of runs over one data set.
+
+    Args:
+        runs: first the models alone; a reranker's run after that of its model.
+        weights: fusion weights to choose from for each reranker; (): none is chosen.
+
+    Raises:
+        QueryError: ir-measures is not installed.
+    """
+    data = [part.data for part in runs[0].parts]
+    notes = [note for part in data for note in part.notes]
+    notes += [note for run in runs for note in _notes(run)]
+    if not all(part.labelled for part in data):
+        return Results(data, runs, {}, (), (), [*notes, "the right answers are not published: there are no figures"])
+    figures: dict[str, dict[str, dict[str, Figure]]] = {way: {} for way in runs[0].ways}
+    for run in runs:
+        for way in run.ways:
+            figures[way][run.name] = {name: mean_figure(values) for name, values in run_values(run, way).items()}
+    alone = {(run.model, run.prompt): run for run in runs if not run.rerank}
+    fusions = [chosen_weight(run, alone[run.model, run.prompt], weights) for run in runs if run.rerank and len(weights)]
+    return Results(data, runs, figures, differences(runs), fusions, notes)
+
+
+def _notes(run: Run) -> list[str]:
+    notes = []
+    if not run.rerank and (tied := sum(part.tied for part in run.parts)):
+        notes.append(
+            f"{run.name}: {tied} queries found images of equal scores; the one that the gallery names first is first"
+        )
+    if failed := dict(run.failures):
+        first, reason = next(iter(failed.items()))
+        notes.append(
+            f"{run.name}: no ranking for {len(failed)} queries, whose order is that of retrieval; {first}: {reason}"
+        )
+    return notes
+
+
+def _cost(run: Run) -> dict[str, float]:
+    cost = run.cost
+    return {
+        "seconds": round(cost.seconds, 6),
+        "tokens": cost.tokens_a_query,
+        "peak_mib": cost.peak_mib,
+        "gpu_peak_mib": cost.gpu_peak_mib,
+    }

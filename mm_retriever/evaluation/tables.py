@@ -1,0 +1,81 @@
+"""What the command line shows of an evaluation. Its words may be untrusted: file names, queries, a model's answer."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mm_retriever.errors import one_line
+from mm_retriever.evaluation.health import NEAR_DUPLICATE, NEIGHBOURS, Health
+from mm_retriever.evaluation.results import Results
+
+_WORST = 5
+_LISTED = 5
+
+
+def print_results(results: Results) -> None:
+    """Print a table for each way, the costs, what makes it better or worse, and the worst queries."""
+    console = Console()
+    for way, by_run in results.figures.items():
+        title = way + (", as published" if way == results.way and len(results.figures) > 1 else "")
+        table = Table("run", title=_words(title), title_justify="left", box=None)
+        for measure in results.data[0].measures:
+            table.add_column(measure, justify="right")
+        for name, measures in by_run.items():
+            cells = [f"{one.mean:.3f}\n{one.low:.3f}-{one.high:.3f}" for one in measures.values()]
+            table.add_row(_words(name), *cells)
+        console.print(table)
+    costs = Table("run", "s/query", "tokens/query", "peak MiB", title="cost", title_justify="left", box=None)
+    for run in results.runs:
+        tokens = f"{run.cost.tokens_a_query:.0f}" if run.rerank else "-"
+        peak = f"{run.cost.peak_mib or '-'}" + (f" + GPU {run.cost.gpu_peak_mib}" if run.cost.gpu_peak_mib else "")
+        costs.add_row(_words(run.name), f"{run.cost.seconds:.3f}", tokens, peak)
+    console.print(costs)
+    for one in results.differences:
+        console.print(_words(str(one)))
+    for fusion in results.fusions:
+        console.print(_words(str(fusion)))
+    for note in results.notes:
+        console.print(_words(f"note: {note}"))
+    worst = [query for query in (results.worst(_WORST) if results.figures else ()) if query.worth < 1]
+    if worst:
+        console.print(_words(f"worst queries by {results.measure} (--html shows them):"))
+    for query in worst:
+        asked = " ".join(
+            filter(None, (f"[{query.query.image}]" if query.query.image else "", query.query.words["text"]))
+        )
+        found = {run: names[0][0] if names else "nothing" for run, names in query.found.items()}
+        first = "; ".join(f"{run}: {name}" for run, name in found.items())
+        console.print(
+            _words(f"  {query.worth:.3f} {query.query.id}: {asked} -> {query.answers[0][0]}; first by {first}")
+        )
+
+
+def print_health(title: str, health: Health) -> None:
+    """Print the state of a collection."""
+    console = Console()
+    console.print(_words(f"{title}: {health.images} images read, {len(health.dead)} unreadable"))
+    for name, reason in health.dead[:_LISTED]:
+        console.print(_words(f"  {name}: {reason}"))
+    if len(health.dead) > _LISTED:
+        console.print(_words(f"  and {len(health.dead) - _LISTED} more; --json lists them all"))
+    console.print(_words(f"near duplicates (cosine {NEAR_DUPLICATE} or more): {health.near_duplicates} pairs"))
+    for first, second, cosine in health.nearest_pairs[:_LISTED]:
+        console.print(_words(f"  {cosine:.3f} {first} = {second}"))
+    hubs = ", ".join(f"{name} ({times} times)" for name, times in health.hubs[:3])
+    console.print(
+        _words(
+            f"hubness {health.hubness:.2f} (above 1: a few images are near everything); most often among the nearest "
+            f"{NEIGHBOURS}: {hubs}; {health.never_found:.0%} of images never"
+        )
+    )
+    for one in health.shortcuts:
+        reached = "" if one.reached is None else f"; reaches {one.reached} where the whole query reaches {one.whole}"
+        console.print(
+            _words(f"{one.use} alone finds the same first image for {one.same_first:.0%} of queries{reached}")
+        )
+
+
+def _words(text: str) -> Text:
+    return Text(one_line(text))

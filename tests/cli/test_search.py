@@ -1,0 +1,161 @@
+"""What `search` takes and gives: several images, URLs and stdin, paths for other programs, links for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import sys
+from pathlib import Path
+
+from llama_index.core.schema import NodeWithScore, TextNode
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+
+from mm_retriever import terminal
+from mm_retriever.report import Hit, SearchReport
+from mm_retriever.search_tools.rows import result_rows
+from tests.support.command_line import run
+
+
+class Stdin:
+    """What a pipe gives."""
+
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_stdin_is_an_image(capfd, db, leopard, monkeypatch):
+    asked = ("search", "phone case with this", "--db", db, "-k", 3, "--json")
+    by_path = json.loads(run(capfd, *asked, "-i", leopard)[1])
+    monkeypatch.setattr(sys, "stdin", Stdin(leopard.read_bytes()))
+    code, out, err = run(capfd, *asked, "-i", "-")
+    assert (code, json.loads(out)) == (0, by_path), err
+    monkeypatch.setattr(sys, "stdin", Stdin(b""))
+    code, _, err = run(capfd, *asked, "-i", "-")
+    assert (code, "stdin is empty" in err) == (2, True)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"no image"))
+    code, _, err = run(capfd, *asked, "-i", "-")
+    assert (code, "the image on stdin" in err or "not an image" in err) == (2, True), err
+
+
+def test_a_url_is_fetched_and_a_private_address_is_not(capfd, db):
+    """Truth: the address is this machine's own, which no URL may lead to; so it was tried."""
+    code, _, err = run(capfd, "search", "--db", db, "-i", "http://127.0.0.1:9/a.png")
+    assert (code, "no public address" in err, "ImagePolicy" in err) == (2, True, False), err
+
+
+def test_several_images_are_one_query(capfd, db, images):
+    """Truth: the mean of an image with itself is the image; halfway between two, both are near."""
+    mug, umbrella = images / "mug" / "blue stars.jpg", images / "umbrella" / "natural leopard.jpg"
+    asked = ("search", "--db", db, "-k", 4, "--json")
+    once, twice, both = ([*asked, "-i", mug, *more] for more in ((), ("-i", mug), ("-i", umbrella)))
+    alone = json.loads(run(capfd, *once)[1])
+    assert [row["id"] for row in json.loads(run(capfd, *twice)[1])] == [row["id"] for row in alone]
+    code, out, err = run(capfd, *both)
+    assert code == 0, err
+    assert {Path(row["file_path"]) for row in json.loads(out)} >= {mug, umbrella}
+    assert umbrella not in {Path(row["file_path"]) for row in alone}
+    for option in ("--rerank", "--exclude-query"):
+        assert run(capfd, "search", "--db", db, "-i", mug, "-i", umbrella, option)[0] == 2
+
+
+def test_paths_are_for_other_programs(capfd, db, images):
+    code, out, _ = run(capfd, "search", "a mug", "--db", db, "-k", 3, "--paths")
+    assert code == 0
+    assert all(Path(path).parent == images / "mug" for path in out.splitlines())
+    assert len(out.splitlines()) == 3
+    assert run(capfd, "search", "a mug", "--db", db, "-k", 3, "-0")[1] == out.replace("\n", "\0")
+    code, _, err = run(capfd, "search", "a mug", "--db", db, "--paths", "--json")
+    assert (code, "exclude each other" in err) == (2, True)
+
+
+def test_a_path_with_a_line_break_is_counted_and_not_printed_as_two(capfdbinary):
+    nodes = [
+        NodeWithScore(node=TextNode(id_="a", metadata={"file_path": "/a\nb.png"}), score=0.5),
+        NodeWithScore(node=TextNode(id_="b"), score=0.4),
+        NodeWithScore(node=TextNode(id_="c", metadata={"file_path": "/\x1b[31m.png"}), score=0.3),
+    ]
+    terminal.show_rows(result_rows(nodes), lambda: SearchReport(), paths=True)
+    out, err = capfdbinary.readouterr()
+    assert out == b"/\x1b[31m.png\n"
+    assert b"1 of the 3 results have no path" in err
+    assert b"1 of the 3 results have a line break in their path: -0 prints them" in err
+    terminal.show_rows(result_rows(nodes), lambda: SearchReport(), null=True)
+    assert capfdbinary.readouterr()[0] == b"/a\nb.png\0/\x1b[31m.png\0"
+
+
+def test_lines_are_folded_by_no_pipe(capfd, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = "/" + "long name/" * 40 + "a.png"
+    terminal.print_search(SearchReport("x", None, (Hit(1, "a", 0.5, path, None, "label " * 30),)))
+    out, _ = capfd.readouterr()
+    assert any(line.rstrip().endswith(path) for line in out.splitlines())
+
+
+def test_a_terminal_gets_links(monkeypatch):
+    """Truth: OSC 8, `ESC ] 8 ; parameters ; URI ST`; the URI of a file is percent-encoded."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        terminal.print_search(SearchReport("x", None, (Hit(1, "a", 0.5, "/a b/\x1b]8;;x\x07.png"),)))
+        stdout.flush()
+        out = os.read(ours, 65_536)
+    os.close(ours)
+    assert b"file:///a%20b/%1B%5D8%3B%3Bx%07.png\x1b\\" in out
+    assert b"\x07" not in out
+
+
+def test_what_cannot_be_answered_is_refused_before_a_model_is_loaded(capfd, db, tmp_path):
+    """Truth: the model does not exist, and the error is about something else."""
+    wrong = ("--db", db, "--model", "no-such-model")
+    (tmp_path / "text.png").write_text("no image")
+    for arguments, says in (
+        (("search", "-t", "x", "--collection", "other"), "other"),
+        (("search", "-i", tmp_path / "gone.png"), "gone.png"),
+        (("search", "-i", tmp_path / "text.png"), "not an image"),
+        (("search", "-t", "x", "--where", "colour=red"), "colour"),
+        (("search", "-t", "x", "--per-item"), "--per-item"),
+        (("search", "-t", "x", "--min-score", "nan"), "--min-score"),
+        (("search", "-t", "x", "--hybrid", "--min-score", "0.5"), "--min-score goes without --hybrid"),
+        (("search", "x", "-t", "y"), "give the words once"),
+        (("search", "x", "--html", tmp_path), "is a folder"),
+        (("index", tmp_path / "no folder"), "no folder"),
+    ):
+        code, _, err = run(capfd, *arguments, *wrong)
+        assert (code, says in err, "no-such-model" in err) == (2, True, False), err
+
+
+def test_reranking_decodes_the_query_image_once(capfd, db, leopard, monkeypatch):
+    """Truth: how often Pillow decodes an image of that size."""
+    decoded: list[tuple[int, int]] = []
+    really = PngImageFile.load_prepare
+
+    def counted(image: PngImageFile) -> None:
+        decoded.append(image.size)
+        really(image)
+
+    with Image.open(leopard) as image:
+        image.resize((161, 163)).save(leopard.with_name("odd.png"))
+    monkeypatch.setattr(PngImageFile, "load_prepare", counted)
+    code, _, err = run(
+        capfd,
+        "search",
+        "phone case with this",
+        "-i",
+        leopard.with_name("odd.png"),
+        "--db",
+        db,
+        "-k",
+        2,
+        "--rerank",
+        "--json",
+    )
+    assert code == 0, err
+    assert decoded.count((161, 163)) == 1
