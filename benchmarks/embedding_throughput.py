@@ -2,19 +2,28 @@
 
     python benchmarks/embedding_throughput.py
     python benchmarks/embedding_throughput.py --dtypes bfloat16 --batches 8 --json throughput.json
+    python benchmarks/embedding_throughput.py --backends
+    python benchmarks/embedding_throughput.py --backends --model tiny
 
 The model is EVA02-CLIP-B-16 with bge-base-en-v1.5 and random weights (speed does not depend on them), run through the
 path that ingestion takes, from cropped images to vectors. The yardstick is the machine's own matrix product, measured
 right before and after every row: the fastest of two large square products and of the model's own shapes, so that 100%
 cannot be reached. Operations are counted by torch from the shapes of all products (a multiply-add counts as two).
+
+`--backends` compares what computes the model, round by round in one run: one image a call in float32, which is how the
+original's example embeds, is 1; then batches by torch and by OpenVINO. It prints medians of five rounds with their
+spread. int8 is calibrated on a few drawn images; whether it is good enough cannot be told from random weights, so that
+the gate is open here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,15 +31,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, processors
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_retriever.devices import as_dtype, default_device
-from mm_retriever.embedders.embedder import Content
+from mm_retriever.devices import as_dtype, default_device, processor_name
+from mm_retriever.embedders import gate
+from mm_retriever.embedders.embedder import Content, Embedder
+from mm_retriever.embedders.openvino import with_openvino
+from mm_retriever.embedders.registry import load_embedder
 from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder, VisualizedBGEProcessor
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
+from mm_retriever.errors import MMRetrieverError
 
 SQUARE = [(2048, 2048, 2048), (4096, 4096, 4096)]
 OWN = [(1576, 768, 768), (1576, 768, 2048), (1576, 2048, 768), (1576, 768, 3072), (1576, 3072, 768)]  # of batch 8
@@ -104,6 +118,55 @@ def measure(batch: int, encoder: VisualizedBGEEncoder, gflop: float, repeats: in
     }
 
 
+def by_backend(model: str, rounds: int, batch: int) -> dict[str, Any]:
+    """Images a second of each backend and dtype in each round, and why others are missing."""
+    gate.LEAST_COSINE = gate.LEAST_SAME = -1.0
+    gate.CALIBRATED, gate.HELD_OUT, gate.LEAST_IMAGES = 24, 16, 20
+
+    def loaded(dtype: str) -> Any:
+        return load_embedder(model, device="cpu", dtype=dtype) if model else build(as_dtype(dtype), "cpu")
+
+    ways: dict[str, tuple[Embedder, int]] = {"torch float32, one image a call": (loaded("float32"), 1)}
+    ways["torch float32"] = (loaded("float32"), batch)
+    ways["torch bfloat16"] = (loaded("bfloat16"), batch)
+    missing = {}
+    for dtype in ("float32", "bfloat16", "int8"):
+        embedder = loaded("float32")
+        try:
+            with_openvino(embedder, dtype, lambda embedder=embedder: gate.samples(embedder, None))
+        except MMRetrieverError as error:
+            missing[f"openvino {dtype}"] = str(error)
+            continue
+        ways[f"openvino {dtype}"] = (embedder, batch)
+    noise = np.random.default_rng(0).integers(0, 256, (batch, 300, 300, 3), dtype=np.uint8)
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):  # the first to warm up
+        for name, (embedder, size) in ways.items():
+            contents = [Content(image=embedder.prepare(Image.fromarray(image))) for image in noise]
+            start = time.perf_counter()
+            for first in range(0, batch, size):
+                embedder.encode(contents[first : first + size])
+            if number:
+                rates[name].append(batch / (time.perf_counter() - start))
+    return {"rates": rates, "missing": missing}
+
+
+def print_backends(measured: dict[str, Any], threads: int) -> None:
+    """One row for each way; ratios are those within a round."""
+    rates = measured["rates"]
+    base = next(iter(rates.values()))
+    table = Table(title=f"Images to vectors on {processor_name()}, {threads} threads; medians, least and most")
+    for column in ("computed by", "images/s", "times one image a call"):
+        table.add_column(column, justify="right")
+    for name, of_round in rates.items():
+        ratios = [rate / first for rate, first in zip(of_round, base, strict=True)]
+        figures = [f"{statistics.median(f):.2f} ({min(f):.2f}-{max(f):.2f})" for f in (of_round, ratios)]
+        table.add_row(name, *figures)
+    Console().print(table)
+    for name, reason in measured["missing"].items():
+        print(f"{name}: {reason}")
+
+
 def main() -> None:
     """Measures and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,8 +176,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU cores to use")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write everything measured")
+    parser.add_argument("--backends", action="store_true", help="compare torch and OpenVINO")
+    parser.add_argument("--model", default="", help="with --backends: a name; default: base size, random weights")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.backends:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["XDG_CACHE_HOME"] = folder  # nothing made here is used again
+            measured = by_backend(arguments.model, arguments.repeats, max(arguments.batches))
+        print_backends(measured, arguments.threads)
+        if arguments.json is not None:
+            named = {"processor": processor_name(), "threads": arguments.threads, "torch": torch.__version__}
+            arguments.json.write_text(json.dumps({**named, **measured}, indent=2))
+        return
     gflop = gflop_per_image()
     rows = []
     for name in arguments.dtypes:

@@ -5,6 +5,10 @@ The one place that both models, the rerankers and the command line ask.
 
 from __future__ import annotations
 
+import platform
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -67,3 +71,12 @@ def stored_dtype(stored: torch.dtype | str | None, device: torch.device) -> torc
 def input_device(parameter: Tensor) -> torch.device:
     """Where a module expects its inputs; one that is offloaded moves them itself, from anywhere real."""
     return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+
+
+def processor_name() -> str:
+    """The processor, as the system calls it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from mm_retriever.embedders.embedder import Content, Embedder, Pixels, cache_identity
-from mm_retriever.embedders.registry import load_embedder, server_options
+from mm_retriever.embedders.registry import chosen_backend, load_embedder, server_options
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
 from mm_retriever.errors import QueryError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portable_image
@@ -53,7 +53,9 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         model_name: a published name, "tiny" (bundled; drawn products only), a local folder or weight file, a hub
             repository, or an `Embedder`.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
-        dtype: "float32" (default), "bfloat16" or "float16".
+        dtype: "float32" (default), "bfloat16" or "float16"; with OpenVINO "float32", "bfloat16" or "int8".
+        backend: "torch"; "openvino", which is faster on CPUs; or "auto", the fastest that keeps the vectors.
+        calibration: a folder of images that "int8" is calibrated and measured on, once; default: drawn ones.
         revision: of the hub repository.
         base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1", with the name it serves the model
             under as `model_name`.
@@ -74,6 +76,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     model_name: str = DEFAULT_MODEL
     device: str | None = None
     dtype: str = "float32"
+    backend: str = "torch"
+    calibration: str | None = None
     revision: str | None = None
     base_url: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -82,8 +86,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     image_policy: ImagePolicy = Field(default=DEFAULT_POLICY)
     compose_nodes: bool = False
 
-    families: ClassVar[tuple[str, ...] | None] = None
-    """Model families that this class loads; None: all."""
+    families: ClassVar[tuple[str, ...] | None] = None  # that this class loads; None: all
 
     _embedder: Any = PrivateAttr(default=None)
     _given: Embedder | None = PrivateAttr(default=None)
@@ -105,34 +108,37 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         cache_bytes: int = MAX_BYTES,
         image_policy: ImagePolicy = DEFAULT_POLICY,
         compose_nodes: bool = False,
+        backend: str = "torch",
+        calibration: str | os.PathLike[str] | None = None,
         callback_manager: CallbackManager | None = None,
         num_workers: int | None = None,
         embeddings_cache: Any | None = None,
         rate_limiter: Any | None = None,
     ) -> None:
         given = None if isinstance(model_name, str | os.PathLike) else model_name
-        served = server_options(given, base_url, api_key, options or {})
+        loads = backend != "torch" or calibration is not None
+        served = server_options(given, base_url, api_key, options or {}, loads=loads)
         fields: dict[str, Any] = {
             "model_name": os.fspath(model_name) if isinstance(model_name, str | os.PathLike) else model_name.name,
-            "revision": revision,
-            "base_url": base_url,
             "options": dict(options or {}),
             "embed_batch_size": embed_batch_size,
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
-            "cache_bytes": cache_bytes,
             "image_policy": image_policy,
-            "compose_nodes": compose_nodes,
+            "calibration": None if calibration is None else portable_name(calibration),
             "callback_manager": callback_manager or CallbackManager([]),
-            "num_workers": num_workers,
             "embeddings_cache": embeddings_cache,
-            "rate_limiter": rate_limiter,
         }
+        fields |= {"revision": revision, "base_url": base_url, "cache_bytes": cache_bytes}
+        fields |= {"compose_nodes": compose_nodes, "num_workers": num_workers, "rate_limiter": rate_limiter}
         super().__init__(**fields)
         self._given = given
         chosen: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "families": self.families}
+        chosen |= {"backend": backend, "calibration": self.calibration}
         self._embedder = given or load_embedder(self.model_name, **chosen, **self.options, **served)
         self.device = getattr(self._embedder, "device", None) if device is None else str(device)
         self.dtype = self._embedder.note if given or base_url else str(dtype or "float32").removeprefix("torch.")
+        if backend != "torch":
+            self.backend, self.dtype = chosen_backend(self._embedder)
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
 
@@ -350,12 +356,11 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
     ) -> QueryBundle:
         """A query that carries its vector and its image: any retriever, reranker or engine answers it.
 
-        The bundle's ``image_path`` is the image's path, or, where there is none, a data URI of it: of the very bytes
-        that were given, or of exactly the pixels of a PIL image or an array. So all who use the bundle see one image.
+        The bundle's ``image_path`` is the image's path, or else a data URI of exactly its bytes or pixels.
 
         Args:
             text: what to look for, or to change.
-            image: a path, URL, data URI, bytes, file object, upload, PIL image or numpy array (see `load_image`).
+            image: of any kind that `load_image` takes.
             image_policy: which images may be read; default: the policy of the model.
 
         Raises:
@@ -392,8 +397,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     acall = in_thread(__call__)  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------------------------------------ dicts and pickles
-
     def _made_of(self) -> dict[str, Any]:
         if self.base_url is not None:
             self.embedder.server.portable()  # type: ignore[attr-defined]
@@ -410,8 +413,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         """The fields, the model's identity, and a number that is never the same twice.
 
         An IngestionPipeline with a cache takes nodes for equal when their text and this dict are: two images without
-        text would get one vector. So no cached result of it may ever stand in for ours; ``cache_dir`` keeps vectors by
-        pixels instead.
+        text would get one vector. ``cache_dir`` keeps vectors by pixels instead.
         """
         return {**super().to_dict(**kwargs), "model_id": self.model_id, "pictures": uuid.uuid4().hex}
 

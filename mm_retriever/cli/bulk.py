@@ -42,6 +42,7 @@ def embed(
     ] = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     """Embed millions of images into files that a Milvus server imports by itself. Run it again to go on."""
@@ -51,7 +52,15 @@ def embed(
     if workers is not None and not ray:
         raise QueryError("--workers is taken only with --ray")
     embedding = options.embed_model(
-        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        calibration=source,
+        revision=revision,
+        url=model_url,
+        key=model_key,
+        batch_size=batch_size,
     )
     run = partial(embed_to_shards_on_ray, workers=workers) if ray else embed_to_shards
     with redirect_stdout(sys.stderr):  # where Ray says that a worker died
@@ -99,6 +108,7 @@ def import_(
         model_id=plan.model_id,
         hybrid=analyzer is not None,
         analyzer=analyzer,
+        rows=plan.images,
     )
     with store:
         typer.echo(str(import_shards(out, store, remote_folder=remote_folder, timeout=timeout)))

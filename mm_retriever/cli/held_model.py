@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_NOTE = re.compile(
+    r"(?P<name>.*?)(?:, (?P<dtype>float32|bfloat16|float16|int8)(?P<openvino> openvino)?\b.*)?", re.DOTALL
+)
+
+
+class Wanted(NamedTuple):
+    """What loads a model: its name; dtype and backend where they are said."""
+
+    name: str
+    dtype: str | None
+    backend: str | None
 
 
 def model_to_load(
-    model: str | None, dtype: str | None, *, url: str | None, db: str, collection: str, token: str | None
-) -> tuple[str, str | None]:
-    """Name and dtype of the model to load: those that are given, else those that the collection was made with.
+    model: str | None,
+    dtype: str | None,
+    backend: str | None = None,
+    *,
+    url: str | None,
+    db: str,
+    collection: str,
+    token: str | None,
+) -> Wanted:
+    """The model to load, and how: as is given, else as the collection was made.
 
     Args:
         model: of `--model`; it wins, and is checked when the store is opened.
         dtype: of `--dtype`; it wins.
+        backend: of `--backend`; it wins.
         url: of `--model-url`; the server chooses the dtype.
         db: the store, which may not be there yet.
         collection: its collection, likewise.
@@ -27,11 +47,13 @@ def model_to_load(
         QueryError: the collection's model has no name by which this command may load it.
     """
     if model is not None:
-        return model, dtype
+        return Wanted(model, dtype, backend)
     space, note = _held(db, collection, token)
     if not (space or note):
-        return options.REAL_MODEL, dtype
-    name, _, kept = note.rpartition(", ")
+        return Wanted(options.REAL_MODEL, dtype, backend)
+    kept = _NOTE.fullmatch(note)
+    assert kept is not None  # any text
+    name = kept["name"] if kept["dtype"] else note.rpartition(", ")[0]
     if space.startswith("remote@"):
         raise QueryError(
             f"the collection holds vectors of the model {name!r}, which a server computes: give --model and --model-url"
@@ -43,7 +65,10 @@ def model_to_load(
             f"the collection holds vectors of the model {note or space!r}, which is not on this machine by that name: "
             "give --model, a name or a folder"
         )
-    return name, dtype or (kept if kept in _DTYPES else None)
+    held = "openvino" if kept["openvino"] else "torch"
+    if backend is None and dtype != "float16":  # which OpenVINO does not take here
+        backend = held
+    return Wanted(name, dtype or (kept["dtype"] if backend in (None, held) else None), backend)
 
 
 def _may_be_loaded(name: str) -> bool:

@@ -70,6 +70,7 @@ def index(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     """Put images into the store. Run it again at any time: only what changed is embedded."""
@@ -88,9 +89,17 @@ def index(
         raise QueryError("--sidecar goes with one folder: run `index` once for each")
     if columns and not columns.is_file():
         raise QueryError(f"there is no sidecar file {str(columns)!r}")
-    name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
+    wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     embedding = options.embed_model(
-        name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+        wanted.name,
+        device=device,
+        dtype=wanted.dtype,
+        backend=wanted.backend,
+        calibration=sources[0],
+        revision=revision,
+        url=model_url,
+        key=model_key,
+        batch_size=batch_size,
     )
     with open_store(db, embedding, collection=collection, token=token, hybrid=hybrid, analyzer=analyzer) as store:
         done = [
@@ -136,6 +145,7 @@ def reindex(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
@@ -149,7 +159,14 @@ def reindex(
 
     check_exists(db)  # before a model is loaded
     embedding = options.embed_model(
-        model, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key, batch_size=batch_size
+        model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        revision=revision,
+        url=model_url,
+        key=model_key,
+        batch_size=batch_size,
     )
     try:
         report = reindex(

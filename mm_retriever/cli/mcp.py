@@ -81,6 +81,7 @@ def mcp(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     r"""Serve image search to an MCP client. Needs: pip install "mm-retriever\[mcp]"."""
@@ -105,9 +106,17 @@ def mcp(
     if vision_model is not None:
         check_reranker(vision_model, base_url=server.get("base_url"))
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
-        name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
+        wanted = held_model.model_to_load(
+            model, dtype, backend, url=model_url, db=db, collection=collection, token=token
+        )
         embedding = options.embed_model(
-            name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key
+            wanted.name,
+            device=device,
+            dtype=wanted.dtype,
+            backend=wanted.backend,
+            revision=revision,
+            url=model_url,
+            key=model_key,
         )
         with open_store(db, embedding, collection=collection, token=token, create=False) as store:
             search = image_search(

@@ -59,24 +59,32 @@ def info(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read all that the store holds, and check it for damage.")
     ] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Also measure how many of the nearest rows the index finds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
     token: Token = None,
 ) -> None:
     """Versions, devices and bundled models; with --db, what a store holds."""
     if verify and db is None:
         raise QueryError("--verify needs a store: give --db")
+    if recall and db is None:
+        raise QueryError("--recall needs a store: give --db")
     from importlib.metadata import version
 
     from mm_retriever.embedders.registry import published_models
-    from mm_retriever.store import Verification, check_exists, describe_store, verify_store
+    from mm_retriever.store import Verification, check_exists, describe_store, recall_store, verify_store
     from mm_retriever.terminal import print_facts, print_json
 
     collections: dict[str, dict[str, Any]] = {}
     verified: dict[str, Verification | str] = {}
+    measured_recall: dict[str, str] = {}
     if db is not None:
         check_exists(db)
         collections = describe_store(db, token=token)
         verified = verify_store(db, token=token) if verify else {}
+        if recall:
+            measured_recall = {name: str(measured) for name, measured in recall_store(db, token=token).items()}
     import torch
 
     from mm_retriever.devices import available_devices
@@ -93,6 +101,8 @@ def info(
         told["collections"] = collections
     if verify:
         told["verified"] = {name: one if isinstance(one, str) else asdict(one) for name, one in verified.items()}
+    if recall:
+        told["recall"] = measured_recall
     if as_json:
         print_json(told)
     else:
@@ -102,6 +112,7 @@ def info(
         facts["published models"] = ", ".join(told["published_models"])
         facts |= {f"collection {name}": _described(described, models) for name, described in collections.items()}
         facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
+        facts |= {f"recall {name}": measured for name, measured in measured_recall.items()}
         print_facts(facts)
     for verification in verified.values():
         if not isinstance(verification, str):

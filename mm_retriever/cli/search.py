@@ -152,6 +152,7 @@ def search(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     """Search by words, by image, or by both: `mm-retriever search "phone case with this" --image leopard.jpg`."""
@@ -179,7 +180,7 @@ def search(
     if images[1:]:
         asked["images"] = images[1:]
     rows = _via(via, asked, http_token) if via is not None else None
-    if via is None and not reranks and not (device or dtype or revision or model_url):
+    if via is None and not reranks and not (device or dtype or backend or revision or model_url):
         rows = _of_running_server(db, collection, model, asked)
     shown: dict[str, Any] = {"as_json": as_json, "paths": paths, "null": null, "html": html, "png": png}
     if rows is not None:
@@ -200,10 +201,18 @@ def search(
     carried, opened = _opened(images)
     query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
     load_ranker = None
-    name, dtype = held_model.model_to_load(model, dtype, url=model_url, db=db, collection=collection, token=token)
+    wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     if reranks:
-        load_ranker = options.reranker(name, rerank_model, server, top_n=top_k, device=device)
-    embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision, url=model_url, key=model_key)
+        load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
+    embedding = options.embed_model(
+        wanted.name,
+        device=device,
+        dtype=wanted.dtype,
+        backend=wanted.backend,
+        revision=revision,
+        url=model_url,
+        key=model_key,
+    )
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         found = find_rows(store, embedding, query, opened=opened)
     _say(found.notes)

@@ -70,6 +70,7 @@ def serve(
     token: options.Token = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    backend: options.Backend = None,
     revision: options.Revision = None,
 ) -> None:
     r"""Serve a web page, a JSON API and MCP; `search` uses it by itself. Needs: pip install "mm-retriever\[web]"."""
@@ -86,8 +87,10 @@ def serve(
     check_exists(db)  # before a model is loaded
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
-    name, dtype = held_model.model_to_load(model, dtype, url=None, db=db, collection=collection, token=token)
-    embedding = options.embed_model(name, device=device, dtype=dtype, revision=revision)
+    wanted = held_model.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)
+    embedding = options.embed_model(
+        wanted.name, device=device, dtype=wanted.dtype, backend=wanted.backend, revision=revision
+    )
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         app = web_app(
             store,
@@ -103,7 +106,9 @@ def serve(
             device=device,
         )
         file = Path(options.home(db))
-        serve_web(app, host=host, port=port, db=file if file.is_dir() else None, collection=collection, model=name)
+        serve_web(
+            app, host=host, port=port, db=file if file.is_dir() else None, collection=collection, model=wanted.name
+        )
 
 
 def _ratings(file: Path | None, db: str, *, keep: bool) -> Path | None:

@@ -209,12 +209,18 @@ class ClipEncoder(ABC):
         self.dimension = int(self._text.projection_dim)  # length of every vector
         self.side = int(self._vision.image_size)
         self.room = int(self._text.max_position_embeddings)
+        self.parts: dict[str, Callable[..., Tensor]] = {"text": self._text_pass, "image": self._image_pass}
         self._turn = ForkLock()
         self._loaded_in = os.getpid()
         self._said_cut = False
         inputs = [config_content(clip.config), *facts, self.token_ids(_PROBES)]
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:6]
         self.space = f"{family}@{fingerprint}.{digest}"
+
+    @property
+    def torch_model(self) -> CLIPModel:
+        """Whose weights the parts compute with."""
+        return self.clip
 
     @property
     def device(self) -> str:
@@ -234,7 +240,7 @@ class ClipEncoder(ABC):
         """(B, 3, H, W) float32 of what `prepare` made of images."""
 
     @abstractmethod
-    def parts(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[Any] | None]]:
+    def texts_and_images(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[Any] | None]]:
         """The text and the image of each content that a vector is made of; None where there is none."""
 
     @abstractmethod
@@ -255,7 +261,7 @@ class ClipEncoder(ABC):
         Raises:
             QueryError: the model cannot embed this kind of content.
         """
-        text_features, image_features = self._both_features(*self.parts(contents))
+        text_features, image_features = self._both_features(*self.texts_and_images(contents))
         with self._turn, torch.inference_mode():
             return unit_rows(self.compose(text_features, image_features))
 
@@ -272,7 +278,7 @@ class ClipEncoder(ABC):
 
     def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
         """(B, D) with gradients, in one pass."""
-        texts, images = self.parts(contents)
+        texts, images = self.texts_and_images(contents)
         features = self._of_present(texts, self._text_rows), self._of_present(images, self._image_rows)
         return F.normalize(self.compose(*features).float(), dim=-1)
 
@@ -314,17 +320,19 @@ class ClipEncoder(ABC):
         for part in passes(lengths, int(self._text.intermediate_size), self._device.type):
             rows = [order[place] for place in part]
             with self._turn, torch.inference_mode():
-                features[rows] = self._text_pass([ids[row] for row in rows]).float()
+                features[rows] = self.parts["text"](self._padded([ids[row] for row in rows])).float()
         return features
 
     def _text_rows(self, texts: Sequence[str]) -> Tensor:
-        return self._text_pass(self.token_ids(texts))
+        return self._text_pass(self._padded(self.token_ids(texts)))
 
-    def _text_pass(self, ids: Sequence[Sequence[int]]) -> Tensor:
+    def _padded(self, ids: Sequence[Sequence[int]]) -> Tensor:
         rows = torch.zeros((len(ids), max(map(len, ids))), dtype=torch.long)
         for place, row in enumerate(ids):
             rows[place, : len(row)] = torch.tensor(row)
-        input_ids = rows.to(self._device)
+        return rows.to(self._device)
+
+    def _text_pass(self, input_ids: Tensor) -> Tensor:
         # attention is causal, and a text is pooled at its end token: padding after that is never seen
         pooled = self.clip.text_model(input_ids=input_ids, attention_mask=self._text_mask(input_ids)).pooler_output
         projected: Tensor = self.clip.text_projection(pooled)
@@ -339,11 +347,14 @@ class ClipEncoder(ABC):
         patches = (self.side // int(self._vision.patch_size)) ** 2 + 1
         for part in passes([patches] * len(images), int(self._vision.intermediate_size), self._device.type):
             with self._turn, torch.inference_mode():
-                features[part.start : part.stop] = self._image_rows([images[row] for row in part]).float()
+                pixel_values = self.pixel_values([images[row] for row in part]).to(self._device)
+                features[part.start : part.stop] = self.parts["image"](pixel_values).float()
         return features
 
     def _image_rows(self, images: Sequence[NDArray[Any]]) -> Tensor:
-        pixel_values = self.pixel_values(images).to(self._device)
+        return self._image_pass(self.pixel_values(images).to(self._device))
+
+    def _image_pass(self, pixel_values: Tensor) -> Tensor:
         projected: Tensor = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixel_values).pooler_output)
         return projected
 

@@ -38,6 +38,8 @@ def load_embedder(
     revision: str | None = None,
     base_url: str | None = None,
     families: tuple[str, ...] | None = None,
+    backend: str = "torch",
+    calibration: Any = None,
     **options: Any,
 ) -> Embedder:
     """The model of a name, of any family.
@@ -46,11 +48,13 @@ def load_embedder(
         name: a name of `published_models`, a local folder or weight file, or the id of a hub repository; with a
             `base_url` the name under which the server serves the model.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
-        dtype: "float32" (default), "bfloat16" or "float16".
+        dtype: "float32" (default), "bfloat16" or "float16"; with OpenVINO "float32", "bfloat16" or "int8".
         revision: of the hub repository.
         base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1"; options are then those of
             `RemoteEmbedding`.
         families: which may be considered; default: all.
+        backend: "torch"; "openvino", which is faster on CPUs; or "auto", the fastest that keeps the vectors.
+        calibration: a folder of images, or images, that "int8" is calibrated and measured on; default: drawn ones.
         **options: of the family.
 
     Raises:
@@ -59,10 +63,24 @@ def load_embedder(
         CheckpointError: the files are damaged, unsafe, or of no known family.
     """
     if base_url is not None:
+        if backend != "torch" or calibration is not None:
+            raise QueryError(f"backend={backend!r} is of a model on this machine; the server at base_url has its own")
         served = {"device": device, "dtype": dtype, "revision": revision, "families": families, **options}
         return _served(os.fspath(name), base_url, **served)
     family, files = _resolve(name, revision=revision, families=families or FAMILIES)
-    return family.load(files, device=device, dtype=dtype, **options)
+    if backend == "torch":
+        if dtype == "int8":
+            raise QueryError("dtype='int8' is computed by OpenVINO: give backend='openvino' with it")
+        return family.load(files, device=device, dtype=dtype, **options)
+    from mm_retriever.embedders.backends import load_with
+
+    return load_with(
+        backend,
+        lambda dtype, device: family.load(files, device=device, dtype=dtype, **options),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        device=device,
+        calibration=calibration,
+    )
 
 
 def check_embedder(name: str | os.PathLike[str], *, revision: str | None = None) -> None:
@@ -125,7 +143,12 @@ def _resolve(
 
 
 def server_options(
-    given: Embedder | None, base_url: str | None, api_key: str | None, options: Mapping[str, Any]
+    given: Embedder | None,
+    base_url: str | None,
+    api_key: str | None,
+    options: Mapping[str, Any],
+    *,
+    loads: bool = False,
 ) -> dict[str, Any]:
     """The address and key of a server as `load_embedder` takes them; empty where there is no address.
 
@@ -134,12 +157,15 @@ def server_options(
         base_url: of the server.
         api_key: for it.
         options: of the family, which are written down and so hold no key.
+        loads: whether something is asked of how a model is loaded.
 
     Raises:
         QueryError: they do not go together.
     """
     if "api_key" in options or "base_url" in options:
         raise QueryError("give base_url and api_key as arguments of their own, not among the options")
+    if given is not None and loads:
+        raise QueryError(f"{given.name!r} is a loaded model; backend and calibration go with the name of one")
     if base_url is None:
         if api_key is not None:
             raise QueryError("api_key goes with base_url, the address of a server that embeds")
@@ -149,6 +175,12 @@ def server_options(
             f"{given.name!r} is a loaded model; base_url goes with the name under which a server serves one"
         )
     return {"base_url": base_url, "api_key": api_key}
+
+
+def chosen_backend(embedder: Embedder) -> tuple[str, str]:
+    """Backend and dtype by which another process loads an equal model."""
+    dtype, _, by = embedder.note.partition(",")[0].partition(" ")
+    return "openvino" if by.startswith("openvino") else "torch", dtype
 
 
 def _served(

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,13 @@ class SentenceTransformersEncoder:
         self._pixels = Pixels(model) if "image" in self.takes else None
         self.space = f"sentence-transformers@{weights}.{self._inputs()}/{self._dimension}"
         self._cut_is_said = False
+        self.parts: dict[str, Callable[..., Any]] = _towers(model)
+        self._short_note: str | None = None
+
+    @property
+    def torch_model(self) -> Any:
+        """Whose weights the parts compute with."""
+        return self.model[0].model
 
     @property
     def dimension(self) -> int:
@@ -79,12 +86,17 @@ class SentenceTransformersEncoder:
     @property
     def note(self) -> str:
         """Float format; what queries are told; and how an image with a text is embedded."""
-        facts = [str(self.model.dtype).removeprefix("torch.")]
+        facts = [self._short_note or str(self.model.dtype).removeprefix("torch.")]
         if told := self.model.prompts.get("query"):
             facts.append(f"queries told {told!r}")
         if self._sums:
             facts.append(f"image and text as a sum, {self._text_weight:g} of it the text")
         return ", ".join(facts)
+
+    @note.setter
+    def note(self, how: str) -> None:
+        """How it computes, in place of the float format of its weights."""
+        self._short_note = how
 
     @property
     def _sums(self) -> bool:
@@ -367,6 +379,29 @@ def _pad_as_trained(model: Any) -> None:
         **first.processing_kwargs,
         "text": {"padding": "max_length", "max_length": length, "return_attention_mask": False, **own},
     }
+
+
+def _towers(model: Any) -> dict[str, Callable[..., Any]]:
+    """The two towers of a CLIP or SigLIP as functions of tensors, which the model asks from now on; else nothing."""
+    inner: Any = getattr(model[0], "model", None)
+    if getattr(getattr(inner, "config", None), "model_type", "") not in ("clip", "siglip"):
+        return {}
+    own_text, own_image = inner.get_text_features, inner.get_image_features
+    parts: dict[str, Callable[..., Any]] = {
+        "text": lambda input_ids, attention_mask=None: (
+            own_text(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        ),
+        "image": lambda pixel_values: own_image(pixel_values=pixel_values).pooler_output,
+    }
+
+    def text(input_ids: Any, attention_mask: Any = None) -> dict[str, Any]:
+        given = (input_ids,) if attention_mask is None else (input_ids, attention_mask)
+        return {"pooler_output": parts["text"](*given)}
+
+    # sentence-transformers asks the model by these names
+    inner.get_text_features = text
+    inner.get_image_features = lambda pixel_values: {"pooler_output": parts["image"](pixel_values)}
+    return parts
 
 
 def _middle(image: Image.Image) -> Image.Image:

@@ -62,6 +62,7 @@ from mm_retriever.own_keys import own_value
 from mm_retriever.store import ImageStore, same_model
 from mm_retriever.tracing import spanned
 
+_FLUSHED_ROWS = 200  # fewer in memory cost a search less than a data file of their own
 _WINDOW = 256
 """Items looked up in the store with one request."""
 
@@ -224,6 +225,8 @@ class _Run:
             self._ingest(self._tasks(source))
             if prune_folder is not None and not self.bar.is_stopped:
                 self._prune(prune_folder, start, force=force)
+            if sum(self.counts[name] for name in ("indexed", "replaced", "moved", "updated")) >= _FLUSHED_ROWS:
+                _retried(self.store.flush)
         except StoreError as error:
             stored = self.counts["indexed"] + self.counts["replaced"]
             raise type(error)(f"{error}. {stored} images were stored; the same call goes on from there") from error

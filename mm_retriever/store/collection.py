@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from pymilvus import AnnSearchRequest, RRFRanker
 from pymilvus.client.types import ConsistencyLevel
@@ -20,7 +20,9 @@ from pymilvus.exceptions import MilvusException
 from mm_retriever.errors import StoreError, StoreMismatchError
 from mm_retriever.store.connection import Connection
 from mm_retriever.store.filters import all_of, one_of, quoted
+from mm_retriever.store.indexes import SINCE, build_params, index_for, search_params
 from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
+from mm_retriever.store.pages import chunks, without_checksums
 from mm_retriever.store.rows import damaged_rows, row_is_damaged, vector_is_damaged
 from mm_retriever.store.schema import (
     CHECKSUM_FIELD,
@@ -48,7 +50,6 @@ _SAMPLED_ROWS = 64
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
 _INDEX_EXISTS = 35
-T = TypeVar("T")
 Row: TypeAlias = dict[str, Any]
 Hit: TypeAlias = Mapping[str, Any]
 """A search result: the id of a row, its "distance", and the columns asked for in "entity"."""
@@ -62,6 +63,7 @@ class Collection:
     Attributes:
         model_note: name and float format of the model, for people.
         index_type: what the vectors are indexed by, once open.
+        rows: that a new collection is made for, if that is known.
         made_from: of a new collection of a `reindex`, the model of the one before.
         words: the index of words; None if there is none.
     """
@@ -76,7 +78,9 @@ class Collection:
         model_note: str = "",
         index: str = "auto",
         metric: str | None = None,
+        rows: int | None = None,
     ) -> None:
+        self.rows = rows
         self.connection, self.name, self.model_id, self.model_note = connection, name, model_id, model_note
         self.dimension = dimension or 0
         self.metric = (metric or "").upper()
@@ -169,12 +173,13 @@ class Collection:
     def _create_indexes(self) -> None:
         """Index the vectors, and the words if there are any; existing indexes stay."""
         if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
-            index = self.index_type
-            if index == "auto":
-                on_server = "HNSW" if self._client.is_self_hosted else "AUTOINDEX"
-                index = "FLAT" if self._lite else on_server
-            build = {"params": {"M": 16, "efConstruction": 200}} if index == "HNSW" else {}
-            self._index(VECTOR_FIELD, index, self.metric or METRICS[0], **build)
+            self_hosted = self._lite or self._client.is_self_hosted
+            auto = index_for(self.rows, lite=self._lite, self_hosted=self_hosted)
+            index = auto if self.index_type == "auto" else self.index_type
+            if index in SINCE and not self._lite:
+                self.connection.check_version(SINCE[index], f"index={index!r}")
+            build = build_params(index, self.rows)
+            self._index(VECTOR_FIELD, index, self.metric or METRICS[0], **({"params": build} if build else {}))
         words = self.words
         if words is not None and not self._ask(self._client.list_indexes, field_name=words.vector_field):
             self._index(words.vector_field, "SPARSE_INVERTED_INDEX", words.metric)
@@ -280,6 +285,11 @@ class Collection:
                 self._ask(self._client.delete, filter=one_of(ID_FIELD, part))
         self._last_delete = time.monotonic()
         self._sync(sync_logs)
+
+    def flush(self) -> None:
+        """Have Milvus Lite put rows from memory into data files, where they are searched fast."""
+        with self.connection.request("flushing"):
+            self._ask(self._client.flush)
 
     def _sync(self, step: Callable[[Path, str], None]) -> None:
         """Put what was written to a Milvus Lite file on the disk; a server does that itself."""
@@ -387,8 +397,8 @@ class Collection:
         return list(hits[0]) if hits else []
 
     def _vector_params(self, limit: int) -> dict[str, Any]:
-        breadth = {"params": {"ef": min(32_768, max(256, 4 * limit))}} if self.index_type == "HNSW" else {}
-        return {"metric_type": self.metric, **breadth}
+        breadth = search_params(self.index_type, limit)
+        return {"metric_type": self.metric, **({"params": breadth} if breadth else {})}
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -432,16 +442,3 @@ class Collection:
         if self._lite or time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS:
             return self._strong
         return {"consistency_level": "Session"}  # what this process wrote is there
-
-
-def without_checksums(rows: Sequence[Row], names: Sequence[str]) -> Sequence[Row]:
-    """Return the rows with the named columns alone: "*" does not ask for checksums."""
-    for row in rows if CHECKSUM_FIELD not in names else ():
-        row.pop(CHECKSUM_FIELD, None)
-    return rows
-
-
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield the items in order, so many at a time."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

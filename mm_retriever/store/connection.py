@@ -150,6 +150,11 @@ class Connection:
         return StoreError(f"Milvus at {self.where} failed while {doing}: {_short(error)}")
 
 
+def is_server(uri: str | Path) -> bool:
+    """Whether a URI is that of a server, rather than of a Milvus Lite file."""
+    return _SERVER_URI.fullmatch(str(uri)) is not None
+
+
 def check_exists(uri: str | Path) -> None:
     """Refuse a missing Milvus Lite file, which connecting would make; of a server, only the server knows.
 

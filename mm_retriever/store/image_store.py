@@ -16,11 +16,12 @@ from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQue
 from llama_index.vector_stores.milvus import MilvusVectorStore
 
 from mm_retriever.errors import CopyError, FilterError, QueryError, StoreError
-from mm_retriever.store.collection import Collection, Row, chunks, without_checksums
+from mm_retriever.store.collection import Collection, Row
 from mm_retriever.store.columns import Columns
-from mm_retriever.store.connection import Connection, check_exists
+from mm_retriever.store.connection import Connection, check_exists, is_server
 from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
 from mm_retriever.store.inspection import Verification, store_html, verify_collection
+from mm_retriever.store.pages import chunks, without_checksums
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import answer, log_unserved, refuse_options
 from mm_retriever.store.rows import log_unfiltered, row_to_node, storable_node, stored_row
@@ -56,6 +57,7 @@ def open_store(
     hybrid: bool | SparseEmbedding = False,
     analyzer: str | None = None,
     create: bool = True,
+    rows: int | None = None,
 ) -> ImageStore:
     """Return a store that is ready to be written and searched; a missing collection is made.
 
@@ -66,19 +68,18 @@ def open_store(
             It also embeds images that a `VectorStoreIndex` adds under vectors of their text.
         collection: name of the collection.
         token: `user:password` or an API key, for servers that ask for one.
-        index: "FLAT" (exact; the default on Lite), "HNSW" (the default on a server) or "AUTOINDEX" (on Zilliz Cloud).
-        metric: "IP" or "COSINE", which are the same thing for unit vectors. "auto" takes that of an existing
-            collection, and IP for a new one.
+        index: one of `store.indexes.INDEXES`; "auto" chooses by place and `rows`: "FLAT" is exact, the default on Lite.
+        metric: "IP" or "COSINE", the same for unit vectors; "auto" is that of an existing collection, else IP.
         timeout: seconds for connecting, and for each request.
         overwrite: first drop an existing collection of that name, with all its rows.
         hybrid: True also indexes the words of each node (its text, and the texts in its metadata) by BM25, for hybrid
             search; a sparse model (`BGEM3SparseEmbedding`) does it by learned weights. An existing BM25 index is kept
             up either way. A server must be Milvus 2.5 or later.
-        create: False refuses a missing file or collection, and lists those that exist: for searching, where a mistyped
-            name must not become an empty collection.
+        create: False refuses a missing file or collection, and lists those that exist: a mistyped name makes none.
         analyzer: how BM25 finds words, kept with the collection. "mixed", that of new collections, serves any language,
             also those without spaces between words (Chinese, Japanese, Thai). "standard" serves languages with spaces;
             collections of earlier versions have it, and a search by words that it cannot serve is logged.
+        rows: how many a new collection is made for; default: not known, and taken to be few.
 
     Raises:
         StoreError: there is no such file or collection, and `create` is False.
@@ -100,6 +101,7 @@ def open_store(
         hybrid=hybrid,
         analyzer=analyzer,
         create=create,
+        rows=rows,
         model_note=str(getattr(embed_model, "model_note", "")),
         embed_model=embed_model,
     )
@@ -151,6 +153,7 @@ class ImageStore(MilvusVectorStore):
         hybrid: bool | SparseEmbedding | None = False,
         analyzer: str | None = None,
         create: bool = True,
+        rows: int | None = None,
         model_note: str = "",
         embed_model: Any = None,
         **llamaindex: Any,
@@ -160,14 +163,14 @@ class ImageStore(MilvusVectorStore):
         metric = llamaindex.pop("similarity_metric", metric)
         metric = None if (metric or "auto").lower() == "auto" else metric
         hybrid = sparse_option(llamaindex, hybrid)
-        check_options(collection, dimension, index, metric)
+        check_options(collection, dimension, index, metric, lite=not is_server(uri))
         fields = milvus_fields(llamaindex)
         if not create:
             check_exists(uri)
         connection = Connection(uri, token=token, timeout=timeout)
         vectors: dict[str, Any] = {"dimension": dimension, "model_id": model_id, "model_note": model_note}
         vectors |= {"index": index, "metric": metric}
-        opened = Collection(connection, collection, **vectors)
+        opened = Collection(connection, collection, rows=rows, **vectors)
         try:
             opened.open(hybrid, overwrite=overwrite, create=create, analyzer=analyzer)
             check_options(collection, opened.dimension, index, opened.metric)  # another program's may be L2
@@ -196,7 +199,7 @@ class ImageStore(MilvusVectorStore):
 
     @property
     def index_type(self) -> str:
-        """What the vectors are indexed by: "FLAT", "HNSW" or "AUTOINDEX"."""
+        """What the vectors are indexed by: one of `store.indexes.INDEXES`."""
         return self._collection.index_type
 
     @property
@@ -268,8 +271,6 @@ class ImageStore(MilvusVectorStore):
             raise StoreError(f"this store has words by the model {opening['hybrid']!r}: give it as hybrid=")
         return _opened_again(cls, opening, opening.pop("embed_model", None))
 
-    # ------------------------------------------------------------------------------------------ writing
-
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
         """Store nodes with their vectors and return their ids; a node whose id is there already replaces it.
 
@@ -308,6 +309,11 @@ class ImageStore(MilvusVectorStore):
             self._collection.write(batch)
             self._columns.written(batch)
 
+    def flush(self) -> None:
+        """Have a Milvus Lite file search what was just stored as fast as the rest; servers do so themselves."""
+        if self._collection.connection.lite_path is not None:
+            self._collection.flush()
+
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Remove every node that was made from the document; an image without a document is its own, by its id."""
         refuse_options("delete", delete_kwargs)
@@ -340,8 +346,6 @@ class ImageStore(MilvusVectorStore):
         """Remove every row; the store stays open and ready."""
         self._collection.clear()
         self._columns.forget()
-
-    # ------------------------------------------------------------------------------------------ reading
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Return the nearest nodes, best first; similarities are inner products (-1 to 1 for unit vectors).
@@ -434,8 +438,6 @@ class ImageStore(MilvusVectorStore):
     def verify(self) -> Verification:
         """Return whether every row, and every file of a Milvus Lite store, still is what was stored; reads it all."""
         return verify_collection(self._collection)
-
-    # ------------------------------------------------------------------------------------------ asynchronous twins
 
     async_add = in_thread(add)  # type: ignore[arg-type]
     adelete = in_thread(delete)  # type: ignore[arg-type]

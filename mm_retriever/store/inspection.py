@@ -13,6 +13,7 @@ from mm_retriever.notebook import show
 from mm_retriever.store.collection import Collection
 from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.lite_durability import damaged_files
+from mm_retriever.store.recall import Recall, measure_recall
 from mm_retriever.store.rows import damaged_rows, has_checksum, row_is_damaged
 from mm_retriever.store.schema import ID_FIELD, stored_model
 from mm_retriever.store.switching import left_by_reindex
@@ -88,6 +89,24 @@ def _verified(collection: Collection) -> Verification | str:
     except StoreMismatchError:
         return "made by another program"
     return verify_collection(collection)
+
+
+def recall_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, Recall | str]:
+    """Return how many of the nearest rows the index of each collection of a store finds, or why it cannot be told.
+
+    Raises:
+        StoreError: there is no such file, it is locked, or the server does not answer.
+    """
+    with _collections(uri, token, timeout) as (connection, names):
+        return {name: _measured(Collection(connection, name)) for name in names}
+
+
+def _measured(collection: Collection) -> Recall | str:
+    try:
+        collection.open(None)
+    except StoreMismatchError:
+        return "made by another program"
+    return measure_recall(collection)
 
 
 def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:

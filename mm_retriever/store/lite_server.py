@@ -25,6 +25,7 @@ from typing import Any
 import grpc
 
 from mm_retriever.store.lite_repair import repair
+from mm_retriever.store.lite_search import hasten
 from mm_retriever.store.lite_wire import (
     CLOSING,
     FOLDER_PREFIX,
@@ -332,6 +333,8 @@ class _Context:
 
 def _database(path: Path) -> Any:
     from milvus_lite.db import MilvusLite
+
+    hasten()
 
     class ServedDatabase(MilvusLite):  # type: ignore[misc]
         def _release_lock(self) -> None:

@@ -11,6 +11,7 @@ from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
 from mm_retriever.errors import StoreError, shown
+from mm_retriever.store.indexes import INDEXES, LITE_INDEXES
 
 ID_FIELD = "id"
 DOC_ID_FIELD = "doc_id"
@@ -84,7 +85,6 @@ WRITE_ROWS = 256
 RRF_K = 60
 """The constant of reciprocal rank fusion."""
 
-INDEXES = ("FLAT", "HNSW", "AUTOINDEX")
 METRICS = ("IP", "COSINE")
 
 _MODEL_PROPERTY = "mm_retriever.model"
@@ -104,7 +104,9 @@ def collection_schema(dimension: int, description: str = "") -> CollectionSchema
     return schema
 
 
-def check_options(collection: str, dimension: int | None, index: str, metric: str | None) -> None:
+def check_options(
+    collection: str, dimension: int | None, index: str, metric: str | None, *, lite: bool = False
+) -> None:
     """Refuse what Milvus would misread; Milvus Lite would take any index and metric, and search by something else."""
     if not _NAME.fullmatch(collection):
         raise StoreError(f"collection {collection!r}: use up to 255 ASCII letters, digits and '_', no digit first")
@@ -112,6 +114,10 @@ def check_options(collection: str, dimension: int | None, index: str, metric: st
         raise StoreError(f"dimension {dimension!r}: a vector has at least one number")
     if index.lower() != "auto" and index.upper() not in INDEXES:
         raise StoreError(f"index {index!r} is not one of auto, {', '.join(INDEXES)}")
+    if lite and index.lower() != "auto" and index.upper() not in LITE_INDEXES:
+        raise StoreError(
+            f"index {index!r} needs a Milvus server; a Milvus Lite file has auto, {', '.join(LITE_INDEXES)}"
+        )
     if metric is not None and metric.upper() not in METRICS:
         hint = "; L2 ranks unit vectors in the same order" if metric.upper() == "L2" else ""
         raise StoreError(f"metric {metric!r} is not one of {', '.join(METRICS)}{hint}")

@@ -19,6 +19,7 @@ from mm_retriever.errors import StoreError, StoreLockedError, StoreMismatchError
 from mm_retriever.store import switching
 from mm_retriever.store.collection import Collection, Row
 from mm_retriever.store.connection import Connection, check_exists
+from mm_retriever.store.indexes import INDEXES
 from mm_retriever.store.rows import (
     damaged_rows,
     has_checksum,
@@ -32,7 +33,6 @@ from mm_retriever.store.schema import (
     CONTENT_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
-    INDEXES,
     MADE_FROM_PROPERTY,
     NODE_FIELDS,
     TEXT_FIELD,

@@ -49,6 +49,21 @@ def test_a_folder_is_stored_with_what_is_known_of_its_images(folder, store, mode
     assert stored["red.png"].get_metadata_str(mode="llm").count("digest") == 0, "bookkeeping is not for language models"
 
 
+def test_what_was_stored_is_in_data_files_at_the_end(tmp_path, folder, store, model):
+    """Milvus Lite compares rows in its memory one by one; a few of them are not worth a file of their own."""
+
+    def data_files() -> int:
+        return len(list(Path(store.uri).rglob("*data*.parquet")))
+
+    ingest(folder, store, model)
+    before = data_files()
+    for number in range(200):
+        paint(tmp_path / "many" / f"{number}.png", "red", size=(4 + number, 4))
+    assert counts(ingest(tmp_path / "many", store, model)) == {"indexed": 200}
+    assert data_files() > before
+    assert store.count() == 203
+
+
 def test_a_second_run_embeds_and_adds_nothing_whatever_the_folder_is_called(folder, store, model, monkeypatch):
     ingest(folder, store, model)
     first = nodes(store)

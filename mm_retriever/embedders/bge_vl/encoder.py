@@ -56,7 +56,7 @@ class BGEVLEncoder(ClipEncoder):
         pixels = np.stack(images)  # (B, H, W, 3)
         return torch.from_numpy(np.stack([_NORMALISED[pixels[..., channel], channel] for channel in range(3)], axis=1))
 
-    def parts(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[np.uint8] | None]]:
+    def texts_and_images(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[np.uint8] | None]]:
         """A text beside an image counts unless it is empty."""
         texts = [content.text if content.text or content.image is None else None for content in contents]
         return texts, [content.image for content in contents]

@@ -77,7 +77,9 @@ class MagicLensEncoder(ClipEncoder):
         mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (CLIP_MEAN, CLIP_STD))
         return (values - mean) / std
 
-    def parts(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[np.float32] | None]]:
+    def texts_and_images(
+        self, contents: Sequence[Content]
+    ) -> tuple[list[str | None], list[NDArray[np.float32] | None]]:
         """An image alone is an image with the empty text.
 
         Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,21 @@ class VisualizedBGEEncoder:
         self.name = name
         self.note = str(model.dtype).removeprefix("torch.")
         self.space = f"visualized-bge@{model.fingerprint}.{processor.fingerprint()}"
-        self.cache_identity = f"{model.fingerprint}/{self.note}"
+        self.parts: dict[str, Callable[..., Tensor]] = {
+            "text": model.encode_text, "image": model.image_tokens, "beside": model.encode_beside
+        }  # fmt: skip
         self._lock = ForkLock()
         self._loaded_in = os.getpid()
+
+    @property
+    def cache_identity(self) -> str:
+        """As caches have always named it."""
+        return f"{self.model.fingerprint}/{self.note}"
+
+    @property
+    def torch_model(self) -> VisualizedBGE:
+        """Whose weights the parts compute with."""
+        return self.model
 
     @property
     def dimension(self) -> int:
@@ -218,14 +230,14 @@ class VisualizedBGEEncoder:
         device = self.model.input_device
         tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
         if not squares:
-            return self.model.encode_text(**tokens)
+            return self.parts["text"](tokens["input_ids"], tokens["attention_mask"])
         first: dict[bytes, int] = {}  # an image beside several texts goes through the tower once
         places = [first.setdefault(square.tobytes(), len(first)) for square in squares]
         pixel_values = self.processor.pixel_values([squares[places.index(place)] for place in range(len(first))])
-        image_tokens = self.model.image_tokens(pixel_values.to(device))
+        image_tokens = self.parts["image"](pixel_values.to(device))
         if len(first) < len(squares):
             image_tokens = image_tokens[places]
-        return self.model.encode_beside(image_tokens, **tokens)
+        return self.parts["beside"](image_tokens, tokens["input_ids"], tokens["attention_mask"])
 
     @property
     def network(self) -> nn.Module:

@@ -95,13 +95,25 @@ class RotaryPositions(nn.Module):
         self.register_buffer("freqs_sin", sin)
 
     def forward(self) -> Tensor:
-        """(1 + patches, width / 2) complex64, the same for every head; CLS, the first token, is not turned."""
-        turns = torch.complex(self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float())
+        """(1 + patches, width / 2) complex64, the same for every head; CLS, the first token, is not turned.
+
+        Traced: (1 + patches, width / 2, 2), because graphs of other libraries have no complex numbers.
+        """
+        cos, sin = self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float()
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            cos = torch.cat((torch.ones_like(cos[:1]), cos)).repeat(1, self.heads)
+            sin = torch.cat((torch.zeros_like(sin[:1]), sin)).repeat(1, self.heads)
+            return torch.stack((cos, sin), dim=-1)
+        turns = torch.complex(cos, sin)
         return torch.cat((torch.ones_like(turns[:1]), turns)).repeat(1, self.heads)
 
 
 def rotate(projected: Tensor, turns: Tensor) -> Tensor:
     """(B, N, D) with every pair (x0, x1) turned as the complex number x0 + i x1: one pass, in float32."""
+    if not turns.is_complex():
+        x0, x1 = projected.view(*projected.shape[:-1], -1, 2).unbind(-1)
+        cos, sin = turns.unbind(-1)
+        return torch.stack((x0 * cos - x1 * sin, x0 * sin + x1 * cos), dim=-1).flatten(-2)
     pairs = torch.view_as_complex(projected.float().view(*projected.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turns).flatten(-2).to(projected.dtype)
 
@@ -217,7 +229,7 @@ class EvaVisionTower(nn.Module):
         if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}, expected (B, 3, {side}, {side})")
         patches = self.patch_embed(pixel_values)
-        hidden_states = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + self.pos_embed
+        hidden_states = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + self.pos_embed
         turns = self.rope()
         for block in self.blocks:
             hidden_states = block(hidden_states, turns)

@@ -372,10 +372,13 @@ def normalized(vectors: Tensor) -> Tensor:
 
 def key_mask(attention_mask: Tensor | None, *, image_tokens: int = 0) -> Tensor | None:
     """(B, 1, 1, T) bool for attention, or None when nothing is padded: attention without a mask is faster."""
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None:
+        return None
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if not traced and bool(attention_mask.all()):
         return None
     mask = attention_mask.bool()
-    seen = mask.new_ones(len(mask), image_tokens)
+    seen = mask.new_ones(mask.shape[0], image_tokens)  # len() would be fixed in a traced graph
     return torch.cat((mask[:, :1], seen, mask[:, 1:]), dim=1)[:, None, None, :]  # (B, 1, 1, T)
 
 

@@ -1,0 +1,412 @@
+"""Any torch embedder computed by OpenVINO on the CPU: in float32, bfloat16, or 8-bit integers by NNCF.
+
+An embedder offers the functions of tensors that its vectors are made of as its `parts`. Each is traced once; the graphs
+are kept in the user's cache, by the identity of the model, and take the places of the functions. Only files that this
+module wrote are read back. Neither library may send what it calls telemetry.
+
+Needs the extra ``[openvino]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+from torch import Tensor, nn
+
+from mm_retriever.devices import processor_name
+from mm_retriever.embedders.embedder import Content, Embedder
+from mm_retriever.embedders.gate import Gate, Samples, measure
+from mm_retriever.errors import CheckpointError, MissingExtraError, QueryError, one_line
+from mm_retriever.files import read_own, write_atomically
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "int8")
+_FORMAT = 1  # of the files in the cache, and of what is traced
+_PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+
+Part: TypeAlias = Callable[..., Tensor]
+Graphs: TypeAlias = dict[str, Any]
+"""OpenVINO's models by the name of the part."""
+
+
+class Exportable(Embedder, Protocol):
+    """An embedder whose vectors are made of functions of tensors alone.
+
+    Attributes:
+        parts: the functions by name; rows in, rows out. What stands there is what `encode` calls.
+        torch_model: whose weights they compute with, on the CPU in float32.
+        note: see `Embedder`.
+    """
+
+    parts: dict[str, Part]
+    note: str
+
+    @property
+    def torch_model(self) -> nn.Module:
+        """See above."""
+        ...
+
+
+def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]) -> Gate | None:
+    """Has an embedder computed by OpenVINO from now on, and returns how near its vectors are to those in float32.
+
+    Args:
+        embedder: on the CPU in float32.
+        dtype: one of `DTYPES`.
+        samples: makes what an 8-bit form is calibrated and measured on; called only where the cache has none.
+
+    Raises:
+        MissingExtraError: OpenVINO, or NNCF for "int8", is not installed.
+        QueryError: the dtype is not one of those, or this processor does not have it.
+        CheckpointError: the model cannot be exported, or in 8 bits it is too far from itself.
+    """
+    if dtype not in DTYPES:
+        raise QueryError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, which OpenVINO computes in")
+    model = _exportable(embedder)
+    core = _openvino().Core()
+    has_bfloat16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if dtype == "bfloat16" and not has_bfloat16:
+        raise QueryError("this processor does not compute in bfloat16; take float32 or int8")
+    if dtype != "int8":
+        key = _identity(model, "float")
+        graphs, _ = _cached(core, key, model.name) or (None, None)
+        if graphs is None:
+            graphs = _exported(model)
+            _keep(key, graphs, None)
+        _take(model, core, graphs, _PRECISION[dtype])
+        model.note = f"{dtype} openvino"
+        return None
+    rest = "bf16" if has_bfloat16 else "f32"
+    key = _identity(model, f"int8 {rest}")
+    graphs, gate = _cached(core, key, model.name) or (None, None)
+    if gate is None:
+        graphs, gate = _quantised(model, core, rest, samples())
+        _keep(key, graphs if gate.passes else {}, gate)
+    if not gate.passes or not graphs:
+        raise CheckpointError(
+            f"{model.name!r} in 8 bits is too far from itself: {gate}; take dtype float32 or bfloat16, or other "
+            f"calibration images after removing {_place(key)}"
+        )
+    _take(model, core, graphs, rest)
+    # another calibration has other vectors, which a cache must not take for these
+    model.note = f"int8 openvino {hashlib.sha256(json.dumps(asdict(gate)).encode()).hexdigest()[:6]}"
+    return gate
+
+
+def _exportable(embedder: Embedder) -> Any:
+    parts = getattr(embedder, "parts", None)
+    if not parts:
+        raise CheckpointError(
+            f"{embedder.name!r} cannot be computed by OpenVINO: its inputs have no fixed form; take backend torch"
+        )
+    return embedder
+
+
+# ------------------------------------------------------------------------------------------ the libraries
+
+
+def _openvino() -> Any:
+    """OpenVINO, which may not send anything."""
+    if "openvino_telemetry" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # both libraries go on without it
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import openvino
+    except ImportError as error:
+        raise MissingExtraError(
+            'OpenVINO is not installed: pip install "mm-retriever[openvino]", or take backend torch'
+        ) from error
+    return openvino
+
+
+def _nncf() -> Any:
+    _openvino()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import nncf
+    except ImportError as error:
+        raise MissingExtraError('NNCF is not installed: pip install "mm-retriever[openvino]"') from error
+    return nncf
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let the libraries neither warn about their own insides, print, nor send anything."""
+    telemetry = getattr(sys.modules.get("openvino_telemetry"), "Telemetry", None)  # the program imported OpenVINO first
+    names = ("send_event", "start_session", "end_session", "send_error", "send_stack_trace")
+    kept = {name: getattr(telemetry, name) for name in names} if telemetry is not None else {}
+    chatty = [logging.getLogger(name) for name in ("nncf", "openvino")]
+    levels = [each.level for each in chatty]
+    rich = sys.modules.get("rich")  # draws NNCF's progress bars
+    console: Any = SimpleNamespace(quiet=False) if rich is None else rich.get_console()
+    was_quiet, console.quiet = console.quiet, True
+    for name in kept:
+        setattr(telemetry, name, lambda *_, **__: None)
+    for each in chatty:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        console.quiet = was_quiet
+        for name, method in kept.items():
+            setattr(telemetry, name, method)
+        for each, level in zip(chatty, levels, strict=True):
+            each.setLevel(level)
+
+
+# ------------------------------------------------------------------------------------------ export and quantisation
+
+
+class _Traced(nn.Module):
+    """A part with the weights that it computes with, as tracing wants it."""
+
+    def __init__(self, model: nn.Module, part: Part) -> None:
+        super().__init__()
+        self.model = model
+        self.part = part
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.part(*inputs)
+
+
+def _exported(model: Any) -> Graphs:
+    """Every part as a graph that takes any number of rows, and texts of any length."""
+    openvino = _openvino()
+    graphs: Graphs = {}
+    for name, examples in _recorded(model, _probes(model)).items():
+        example = max(examples, key=lambda inputs: inputs[-1].numel())
+        try:
+            with _alone(), torch.no_grad():
+                graph = openvino.convert_model(_Traced(model.torch_model, model.parts[name]), example_input=example)
+                graph.reshape({place: _shape(tensor) for place, tensor in enumerate(example)})
+        except Exception as error:  # the converter has a dozen kinds
+            raise CheckpointError(
+                f"{model.name!r} cannot be computed by OpenVINO ({one_line(error, 200)}); take backend torch"
+            ) from error
+        graphs[name] = graph
+    return graphs
+
+
+def _shape(tensor: Tensor) -> Any:
+    """Rows are any number, and so are the tokens of ids and masks, and of what stands beside them stays."""
+    sizes = [-1, *tensor.shape[1:]]
+    if not tensor.is_floating_point():
+        sizes[1:] = [-1] * (len(sizes) - 1)
+    return _openvino().PartialShape(sizes)
+
+
+def _probes(model: Any) -> list[Content]:
+    """Two rows of every kind that a model embeds, texts of different lengths."""
+    images = [model.prepare(Image.new("RGB", (64, 48), colour)) for colour in ((200, 90, 30), (20, 140, 80))]
+    return [
+        *(Content(image=image) for image in images),
+        *(Content(text) for text in ("a mug", "a red mug with white stars")),
+        *(Content(text, image) for text, image in zip(("in red", "the same in dark blue"), images, strict=True)),
+    ]
+
+
+def _recorded(model: Any, contents: Sequence[Content]) -> dict[str, list[tuple[Tensor, ...]]]:
+    """What the parts are called with while contents are embedded, kind by kind."""
+    inputs: dict[str, list[tuple[Tensor, ...]]] = {}
+    parts = dict(model.parts)
+
+    def recorder(name: str, part: Part) -> Part:
+        def record(*given: Tensor) -> Tensor:
+            inputs.setdefault(name, []).append(tuple(tensor.clone() for tensor in given))
+            return part(*given)
+
+        return record
+
+    model.parts.update({name: recorder(name, part) for name, part in parts.items()})
+    try:
+        for kind in ((False, True), (True, False), (True, True)):
+            of_kind = [content for content in contents if (bool(content.text), content.image is not None) == kind]
+            try:
+                model.encode(of_kind)
+            except QueryError:  # not of this model
+                continue
+    finally:
+        model.parts.update(parts)
+    return {name: [tuple(tensor.clone() for tensor in row) for row in rows] for name, rows in inputs.items()}
+
+
+def _quantised(model: Any, core: Any, rest: str, samples: Samples) -> tuple[Graphs, Gate]:
+    """The parts in 8 bits, and how good they are; where all of a model is too coarse, its outliers stay in float."""
+    nncf = _nncf()
+    logger.warning(
+        "%s is quantised for OpenVINO on %d contents, with images of %s: once, for some minutes",
+        model.name, len(samples.calibration), samples.source,
+    )  # fmt: skip
+    reference = model.encode(samples.held_out)
+    inputs: dict[str, list[tuple[Tensor, ...]]] = {}
+    for content in samples.calibration:
+        for name, rows in _recorded(model, [content]).items():
+            inputs.setdefault(name, []).extend(rows)
+    best: tuple[Graphs, Gate] | None = None
+    for in_float, kept in _RUNGS:
+        graphs = _exported(model)
+        for name, graph in graphs.items():
+            if name in kept:
+                continue
+            items = [[tensor.numpy() for tensor in row] for row in inputs[name]]
+            ignored = nncf.IgnoredScope(patterns=list(in_float), validate=False)
+            with _alone():
+                graphs[name] = nncf.quantize(
+                    graph,
+                    nncf.Dataset(items),
+                    subset_size=len(items),
+                    model_type=nncf.ModelType.TRANSFORMER,
+                    ignored_scope=ignored,
+                )
+        parts = dict(model.parts)
+        try:
+            _take(model, core, graphs, rest)
+            gate = measure(reference, model.encode(samples.held_out), samples.held_out, samples.source)
+        finally:
+            model.parts.update(parts)
+        logger.info("%s in 8 bits, all but %s: %s", model.name, ", ".join((*in_float, *kept)), gate)
+        if best is None or (gate.same_top, gate.least_cosine) > (best[1].same_top, best[1].least_cosine):
+            best = graphs, gate
+        if gate.passes:
+            break
+    assert best is not None
+    return best
+
+
+_PATCHES = (r".*patch_embed.*",)
+_OUTLIERS = (*_PATCHES, r".*mlp\.w3.*", r".*mlp\.fc2.*", r".*\.output\.dense.*")
+_RUNGS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (_PATCHES, ()),
+    (_OUTLIERS, ()),
+    (_OUTLIERS, ("text", "beside")),
+)
+"""Layers by the names of the graph, and parts, that stay in float: first what reads the pixels, which costs nothing;
+then what reads the widest layer of each block, where the outliers are; then the whole text side too."""
+
+
+# ------------------------------------------------------------------------------------------ computing
+
+
+class _Compiled:
+    """A graph in the place of a part; its callers take turns."""
+
+    def __init__(self, graph: Any, core: Any, precision: str) -> None:
+        settings = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._request = core.compile_model(graph, "CPU", settings).create_infer_request()
+        self._process = os.getpid()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._process != os.getpid():
+            raise CheckpointError(
+                "the model was compiled by OpenVINO before this process was forked, where it cannot compute; load it "
+                "in each worker, or start workers by 'spawn'"
+            )
+        given = {place: tensor.contiguous().numpy() for place, tensor in enumerate(inputs)}
+        computed: NDArray[np.float32] = self._request.infer(given)[0]
+        return torch.from_numpy(np.array(computed, dtype=np.float32))
+
+
+def _take(model: Any, core: Any, graphs: Mapping[str, Any], precision: str) -> None:
+    """Puts graphs in the places of the parts."""
+    model.parts.update({name: _Compiled(graph, core, precision) for name, graph in graphs.items()})
+
+
+# ------------------------------------------------------------------------------------------ the cache
+
+
+def cache_folder() -> Path:
+    """Where exported models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / "openvino"
+
+
+def _identity(model: Any, kind: str) -> str:
+    """The name of a model's file: equal for equal weights, inputs and libraries only."""
+    libraries = [version("openvino"), *([version("nncf")] if kind.startswith("int8") else ())]
+    # integers saturate on some processors, so that a gate holds for those of its kind
+    facts = [_FORMAT, model.space, kind, *libraries, processor_name() if kind.startswith("int8") else ""]
+    return f"{kind.split()[0]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / f"{key}.safetensors"
+
+
+def _cached(core: Any, key: str, name: str) -> tuple[Graphs, Gate | None] | None:
+    """The graphs and the gate of a model that was exported before; what is not our own work is not read."""
+    place = _place(key)
+    if not place.exists():
+        return None
+    try:
+        content = read_own(place, place.stat().st_size, others_may=0o044)
+        if content is None:
+            raise ValueError("another user may have written it")
+        digest, content = content[:32], content[32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("it is damaged")
+        arrays = load_tensors(content)
+        facts = json.loads(arrays.pop("facts").tobytes())
+        if facts["key"] != key:
+            raise ValueError("it is of another model")
+        names = sorted({entry.rpartition(".")[0] for entry in arrays})
+        graphs = {
+            part: core.read_model(arrays[f"{part}.xml"].tobytes(), arrays[f"{part}.bin"].tobytes()) for part in names
+        }
+        return graphs, None if facts["gate"] is None else Gate(**facts["gate"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        logger.warning("%s: %s is not used (%s); the model is exported again", name, place, one_line(error, 200))
+        return None
+
+
+def _keep(key: str, graphs: Graphs, gate: Gate | None) -> None:
+    """Writes a model's graphs into the cache; where that cannot be, says so."""
+    openvino = _openvino()
+    arrays: dict[str, NDArray[Any]] = {}
+    facts = {"key": key, "gate": None if gate is None else asdict(gate)}
+    arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
+    place = _place(key)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, graph in graphs.items():
+                xml = Path(folder, "graph.xml")
+                with _alone():
+                    openvino.save_model(graph, xml, compress_to_fp16=False)
+                for suffix in ("xml", "bin"):
+                    content = xml.with_suffix(f".{suffix}").read_bytes()
+                    arrays[f"{name}.{suffix}"] = np.frombuffer(content, dtype=np.uint8)
+        packed = save_tensors(arrays)
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(place, hashlib.sha256(packed).digest() + packed, mode=0o600)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): the model is exported at every start", place, error.strerror or error
+        )
