@@ -133,7 +133,7 @@ def test_what_does_not_go_together_is_refused_in_one_line():
 def test_bfloat16_is_computed_where_the_processor_has_it_and_refused_elsewhere(small):
     """OpenVINO itself would compute in float32 without a word."""
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        with pytest.raises(QueryError, match="this processor does not compute in it"):
+        with pytest.raises(QueryError, match="this processor does not compute in bfloat16"):
             load_embedder(small, backend="openvino", dtype="bfloat16")
         return
     reference = load_embedder(small, device="cpu").encode([Content("red mug")])
