@@ -98,6 +98,7 @@ OWN_VARIABLES = {
     "OMP_NUM_THREADS": "How many CPU threads torch computes with.",
     "RAY_ADDRESS": "The Ray cluster that `embed --ray` and `embed_to_shards_on_ray` run on.",
     "TOKENIZERS_PARALLELISM": "Of the tokenizers library; the command line sets `false` where it is not set.",
+    "WORLD_SIZE": "Set by `torchrun` and `accelerate launch`: how many processes train together.",
     "XDG_CACHE_HOME": "Where converted weights, web thumbnails and vectors of `evaluate` are; default `~/.cache`.",
     "XDG_RUNTIME_DIR": "Where the socket of an open Milvus Lite file is made; default the temporary folder.",
 }
