@@ -249,11 +249,18 @@ def _compared(
         distances[:, ~mask] = np.inf
     for candidates, far in zip(found, distances, strict=True):
         most = min(top_k, count)
-        nearest = np.argpartition(far, most - 1)[:most] if most < len(far) else np.arange(len(far))
+        nearest = _smallest(far, most) if most < len(far) else np.arange(len(far))
         numbers = (nearest if rows is None else rows[nearest]).tolist()
         candidates += [
             (distance, place, row) for distance, row in zip(far[nearest].tolist(), numbers, strict=True) if mask[row]
         ]
+
+
+def _smallest(far: NDArray[np.float32], most: int) -> NDArray[np.intp]:
+    """Of equal distances the first rows: more results begin with those of a smaller `top_k`."""
+    last = np.partition(far, most - 1)[most - 1]
+    below = np.flatnonzero(far < last)
+    return np.concatenate([below, np.flatnonzero(far == last)[: most - len(below)]])
 
 
 # ------------------------------------------------------------------------------------------ filters
