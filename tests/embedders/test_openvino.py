@@ -261,7 +261,8 @@ def _silent(tmp_path: Path, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     assert "CALLS []" in done.stdout
-    assert "FILES []" in done.stdout
+    if arguments[0] == "ours":  # a program that imports OpenVINO itself has its files
+        assert "FILES []" in done.stdout
     return done.stdout + done.stderr
 
 
