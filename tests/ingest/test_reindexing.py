@@ -240,6 +240,7 @@ def after_a_kill(place: Path, before: dict[str, dict[str, Any]], *models: Compos
         shutil.rmtree(left)
 
 
+@pytest.mark.slow
 def test_killed_at_each_step_of_the_switch_one_whole_collection_answers(place, colour, tiny, tried):
     """SIGKILL before the old collection is renamed, before the new one is, before the old one is removed."""
     _, before = rows(place / "a.db")

@@ -131,6 +131,7 @@ def arbitrary_speaker(seed: int, odd: float) -> Any:
     return lambda row: rows[hash(row) % len(rows)]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1_000 * EFFORT,
     deadline=None,
