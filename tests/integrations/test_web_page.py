@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,20 +12,11 @@ from PIL import Image
 from web_mm_retriever import web_app
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
+from tests.support.browser import SHOTS, expect, in_browser, launched
 from tests.support.drawn_store import drawn_store
 from tests.support.web import served, violations
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SHOTS = os.environ.get("MM_RETRIEVER_SCREENSHOTS", "")
-expect = playwright.expect
-expect.set_options(timeout=30_000)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-    pytest.mark.xdist_group("web page"),  # one server and one browser
-]
+pytestmark = in_browser("web page")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +31,8 @@ def address(folder):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

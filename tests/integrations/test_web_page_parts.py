@@ -21,21 +21,12 @@ from web_mm_retriever import web_app
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.ingest import ingest_images
 from mm_retriever.store import open_store
+from tests.support.browser import SHOTS, expect, in_browser, launched
 from tests.support.drawn_store import draw_images
 from tests.support.held_reranker import HeldRerank
 from tests.support.web import TOKEN, HeldModel, served, violations
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SHOTS = os.environ.get("MM_RETRIEVER_SCREENSHOTS", "")
-expect = playwright.expect
-expect.set_options(timeout=30_000)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine"),
-    pytest.mark.xdist_group("parts of the web page"),  # one server and one browser
-]
+pytestmark = in_browser("parts of the web page")
 
 
 def draw_many(folder):
@@ -85,10 +76,8 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -96,7 +85,7 @@ def visit(browser, site):
     """Opens pages; what they log as an error fails the test, but for requests that a test expects to be refused."""
     contexts, complaints = [], []
 
-    def open_page(path, *, refused=(), **options):
+    def open_page(path, *, refused=(), holds=None, until="load", **options):
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB", **options})
         contexts.append(context)
         page = context.new_page()
@@ -109,7 +98,10 @@ def visit(browser, site):
             ),
         )
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(site.address + path)
+        if holds is not None:
+            address, held = holds
+            page.route(address, lambda route: held.append(route))
+        page.goto(site.address + path, wait_until=until)
         return page
 
     yield open_page
@@ -304,6 +296,28 @@ def test_a_token_signs_a_browser_in(visit, site):
     expect(page.locator("#text")).to_be_visible()
     (cookie,) = page.context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"], cookie["path"]) == (True, "Strict", "/locked")
+
+
+@pytest.mark.parametrize(("app", "box"), [("locked", "#token"), ("many", "#text")])
+def test_nothing_can_be_typed_before_the_page_listens_to_enter(visit, app, box):
+    """It would be lost: forms are sent by scripts alone."""
+    held = []
+    page = visit(f"{app}/", refused=[401], holds=("**/static/app.js*", held), until="commit")
+    expect(page.locator(box)).to_be_disabled()
+    for route in held:
+        route.continue_()
+    expect(page.locator(box)).to_be_enabled()
+
+
+def test_what_is_typed_while_the_page_asks_for_its_facts_stays(visit, site):
+    held = []
+    page = visit("many/", holds=("**/v1/info", held))
+    page.fill("#text", "mug")
+    held.pop().continue_()
+    expect(page.locator("#about")).to_contain_text("48 images")
+    assert page.input_value("#text") == "mug"
+    page.press("#text", "Enter")
+    expect(page.locator(".card").nth(9)).to_be_visible()
 
 
 def test_the_folder_of_a_file_is_opened_on_this_machine(visit, site):

@@ -450,6 +450,8 @@ async function start() {
   if (signs_in()) return;
   listen();
   state = read_address();
+  draw_query();  // before anything is waited for: what is typed meanwhile stays
+  $("text").disabled = $("avoid").disabled = false;  // before, nothing listened to Enter
   try {
     info = await api("v1/info");
     $("about").textContent = fill("about", { rows: number(info.rows), model: info.model });
@@ -458,7 +460,6 @@ async function start() {
     if (info.ratings?.queries) tell_ratings();
     if (info.draws_only) $("banners").append(make("p", { className: "banner" }, say.tiny));
   } catch (error) { problem(error); }
-  draw_query();
   await search();
 }
 

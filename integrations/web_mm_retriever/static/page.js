@@ -69,5 +69,6 @@ export function signs_in() {
     event.preventDefault();
     try { await api("enter", { token: $("token").value }); location.reload(); } catch (error) { problem(error); }
   });
+  $("token").disabled = false;  // before, nothing listened to Enter
   return true;
 }
