@@ -135,8 +135,6 @@ def test_queries_are_drafted_from_a_folder_for_review(capfd, colours, photos, tm
 def llm_url():
     from tests.support.llm_server import ScriptedServer, completion
 
-    script = ScriptedServer()
-    script.reply = lambda _: completion("the same in blue")
-    yield script.url
-    script.server.shutdown()
-    script.server.server_close()
+    with ScriptedServer() as script:
+        script.reply = lambda _: completion("the same in blue")
+        yield script.url

@@ -48,10 +48,8 @@ def served(running: ModelServer) -> ModelServer:
 
 @pytest.fixture
 def scripted() -> Iterator[ScriptedServer]:
-    script = ScriptedServer()
-    yield script
-    script.server.shutdown()
-    script.server.server_close()
+    with ScriptedServer() as script:
+        yield script
 
 
 def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:

@@ -20,10 +20,8 @@ from tests.support.llm_server import ScriptedServer, completion
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[ScriptedServer]:
-    script = ScriptedServer()
-    yield script
-    script.server.shutdown()
-    script.server.server_close()
+    with ScriptedServer() as script:
+        yield script
 
 
 @pytest.fixture

@@ -53,10 +53,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def scripted() -> Iterator[ScriptedServer]:
-    script = ScriptedServer()
-    yield script
-    script.server.shutdown()
-    script.server.server_close()
+    with ScriptedServer() as script:
+        yield script
 
 
 def nodes_of(folder: Path) -> list[NodeWithScore]:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
@@ -66,6 +66,13 @@ class ScriptedServer:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
     def reranker(self, **options: Any) -> VisionLLMRerank:
         settings = {"model": "m", "top_n": 99, "retry_wait_s": 0.0, "timeout_s": 20.0}
