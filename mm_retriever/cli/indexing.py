@@ -91,10 +91,8 @@ def index(
         raise QueryError(f"there is no sidecar file {str(columns)!r}")
     wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
     embedding = options.embed_model(
-        wanted.name,
+        **wanted._asdict(),
         device=device,
-        dtype=wanted.dtype,
-        backend=wanted.backend,
         calibration=sources[0],
         revision=revision,
         url=model_url,

@@ -110,10 +110,8 @@ def mcp(
             model, dtype, backend, url=model_url, db=db, collection=collection, token=token
         )
         embedding = options.embed_model(
-            wanted.name,
+            **wanted._asdict(),
             device=device,
-            dtype=wanted.dtype,
-            backend=wanted.backend,
             revision=revision,
             url=model_url,
             key=model_key,

@@ -130,7 +130,8 @@ def embed_model(
 ) -> ComposedEmbedding:
     """The model that `--model` names, on this machine or on the server of `--model-url`.
 
-    How a backend was chosen, or how good its quantisation is, is said.
+    No model is calibrated on a single image: the drawn catalogue takes its place, as without `calibration`. How a
+    backend was chosen, or how good its quantisation is, is said.
     """
     from mm_retriever.embedding import ComposedEmbedding
 
@@ -150,7 +151,7 @@ def embed_model(
         api_key=key if url is not None else None,  # from the environment, for another run
         embed_batch_size=batch_size,
         backend=backend or "torch",
-        calibration=calibration if backend in ("openvino", "auto") else None,
+        calibration=None if calibration is None or calibration.is_file() or backend in (None, "torch") else calibration,
     )
     if told := getattr(embedding.embedder, "told", ""):
         typer.echo(one_line(told, 2_000), err=True)

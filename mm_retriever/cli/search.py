@@ -205,10 +205,8 @@ def search(
     if reranks:
         load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
     embedding = options.embed_model(
-        wanted.name,
+        **wanted._asdict(),
         device=device,
-        dtype=wanted.dtype,
-        backend=wanted.backend,
         revision=revision,
         url=model_url,
         key=model_key,

@@ -88,9 +88,7 @@ def serve(
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
     wanted = held_model.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)
-    embedding = options.embed_model(
-        wanted.name, device=device, dtype=wanted.dtype, backend=wanted.backend, revision=revision
-    )
+    embedding = options.embed_model(**wanted._asdict(), device=device, revision=revision)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         app = web_app(
             store,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from milvus_lite.server_manager import server_manager_instance
@@ -362,3 +363,22 @@ def test_a_terminal_of_few_letters_ends_no_command(encoding, db, tmp_path):
     assert [part.split("\n")[-2] for part in parts] == ["0", "0", "0", "2", "0"], done.stderr
     assert json.loads(parts[2].rpartition("\n0")[0])[0]["file_name"] == name
     assert Path(sheet).is_file()
+
+
+def test_a_single_image_is_indexed_without_calibrating_on_it(tmp_path, monkeypatch):
+    """The truth is the way of every command that gives no folder: the drawn catalogue."""
+    from mm_retriever import embedding
+    from mm_retriever.cli import options
+
+    given = []
+
+    def made(*_, **settings):
+        given.append(settings["calibration"])
+        return SimpleNamespace(embedder=None)
+
+    monkeypatch.setattr(embedding, "ComposedEmbedding", made)
+    image = tmp_path / "one.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for source in (image, tmp_path, None):
+        options.embed_model("tiny", device=None, dtype="int8", backend="openvino", calibration=source)
+    assert given == [None, tmp_path, None]
