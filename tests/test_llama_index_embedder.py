@@ -1,4 +1,4 @@
-"""Embeddings of LlamaIndex behind the one interface of every model family; the models here are means of colours."""
+"""An embedding of LlamaIndex as an `Embedder`, like every model family; the models here are mean colours."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def draw(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
 
 
 def draw_folder(folder: Path) -> Path:
-    """Twelve images of three shapes, a query image, and what is none."""
+    """Twelve images of three shapes, a query image, and a file that holds no image."""
     for i in range(12):
         draw(folder / f"{i}.png", i, [(40, 30), (30, 40), (33, 33)][i % 3])
     draw(folder / "query.png", 99, (36, 31))
