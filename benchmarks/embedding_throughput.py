@@ -19,9 +19,7 @@ the gate is open here.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -30,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, processors
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,8 +47,8 @@ SQUARE = [(2048, 2048, 2048), (4096, 4096, 4096)]
 OWN = [(1576, 768, 768), (1576, 768, 2048), (1576, 2048, 768), (1576, 768, 3072), (1576, 3072, 768)]  # of batch 8
 
 
-def seconds(run: Callable[[], Any], *, repeats: int, device: str) -> float:
-    """Median time of one run, after one to warm up."""
+def seconds(run: Callable[[], Any], *, repeats: int, device: str) -> list[float]:
+    """Time of each run, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -59,7 +56,7 @@ def seconds(run: Callable[[], Any], *, repeats: int, device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return times[1:]
 
 
 def product_rate(dtype: torch.dtype, device: str) -> dict[str, float]:
@@ -68,25 +65,27 @@ def product_rate(dtype: torch.dtype, device: str) -> dict[str, float]:
     for rows, inner, columns in SQUARE + OWN:
         left = torch.randn(rows, inner, dtype=dtype, device=device)
         right = torch.randn(columns, inner, dtype=dtype, device=device)
-        taken = seconds(lambda a=left, b=right: torch.nn.functional.linear(a, b), repeats=5, device=device)
+        times = seconds(lambda a=left, b=right: torch.nn.functional.linear(a, b), repeats=5, device=device)
+        taken = statistics.median(times)
         rates[f"{rows}x{inner}x{columns}"] = 2 * rows * inner * columns / taken / 1e9
     return rates
 
 
-def gflop_per_image() -> float:
+def gflop_per_image(config: VisualizedBGEConfig) -> float:
     """Counted on tensors without data."""
     with torch.device("meta"):
-        model = VisualizedBGE(VisualizedBGEConfig())
-        pixels = torch.empty(1, 3, 224, 224)
+        model = VisualizedBGE(config)
+        side = config.vision_shape.image_size
+        pixels = torch.empty(1, 3, side, side)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode_image(pixels)
     return counter.get_total_flops() / 1e9
 
 
-def build(dtype: torch.dtype, device: str) -> VisualizedBGEEncoder:
-    """The full-size model with random weights, and a tokenizer that knows no words."""
+def build(dtype: torch.dtype, device: str, config: VisualizedBGEConfig | None = None) -> VisualizedBGEEncoder:
+    """A model with random weights, by default of the base size, and a tokenizer that knows no words."""
     torch.manual_seed(0)
-    config = VisualizedBGEConfig()
+    config = config or VisualizedBGEConfig()
     tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[CLS]": 101, "[SEP]": 102, "[UNK]": 100}, unk_token="[UNK]"))  # noqa: S106 - a piece of text, no password
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 101), ("[SEP]", 102)]
@@ -96,13 +95,30 @@ def build(dtype: torch.dtype, device: str) -> VisualizedBGEEncoder:
     return VisualizedBGEEncoder(model, VisualizedBGEProcessor(config, tokenizer))
 
 
+def base_size(dtype: str) -> Embedder:
+    """The same on the CPU: by torch, or in "int8" by OpenVINO, with the gate open."""
+    if dtype != "int8":
+        return build(as_dtype(dtype), "cpu")
+    open_gate()
+    embedder = build(torch.float32, "cpu")
+    with_openvino(embedder, dtype, lambda: gate.samples(embedder, None))
+    return embedder
+
+
+def open_gate() -> None:
+    """Let every int8 form pass: random weights tell nothing of its quality."""
+    gate.LEAST_COSINE = gate.LEAST_SAME = -1.0
+    gate.CALIBRATED, gate.HELD_OUT, gate.LEAST_IMAGES = 24, 16, 20
+
+
 def measure(batch: int, encoder: VisualizedBGEEncoder, gflop: float, repeats: int) -> dict[str, Any]:
     """One row of the table."""
     device, dtype = encoder.model.device.type, encoder.model.dtype
     noise = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
     contents = [Content(image=square) for square in noise]
     before = product_rate(dtype, device)
-    taken = seconds(lambda: encoder.encode(contents), repeats=repeats, device=device)
+    times = seconds(lambda: encoder.encode(contents), repeats=repeats, device=device)
+    taken = statistics.median(times)
     after = product_rate(dtype, device)
     rates = {shape: max(before[shape], after[shape]) for shape in before}
     rate = gflop * batch / taken
@@ -111,6 +127,7 @@ def measure(batch: int, encoder: VisualizedBGEEncoder, gflop: float, repeats: in
         "batch": batch,
         "ms_per_image": 1e3 * taken / batch,
         "images_per_second": batch / taken,
+        "images_per_second_spread": record.spread([batch / time for time in times]),
         "gflop_per_second": rate,
         "product_gflop_per_second": max(rates.values()),
         "percent": 100 * rate / max(rates.values()),
@@ -120,8 +137,7 @@ def measure(batch: int, encoder: VisualizedBGEEncoder, gflop: float, repeats: in
 
 def by_backend(model: str, rounds: int, batch: int) -> dict[str, Any]:
     """Images a second of each backend and dtype in each round, and why others are missing."""
-    gate.LEAST_COSINE = gate.LEAST_SAME = -1.0
-    gate.CALIBRATED, gate.HELD_OUT, gate.LEAST_IMAGES = 24, 16, 20
+    open_gate()
 
     def loaded(dtype: str) -> Any:
         return load_embedder(model, device="cpu", dtype=dtype) if model else build(as_dtype(dtype), "cpu")
@@ -153,6 +169,9 @@ def by_backend(model: str, rounds: int, batch: int) -> dict[str, Any]:
 
 def print_backends(measured: dict[str, Any], threads: int) -> None:
     """One row for each way; ratios are those within a round."""
+    from rich.console import Console
+    from rich.table import Table
+
     rates = measured["rates"]
     base = next(iter(rates.values()))
     table = Table(title=f"Images to vectors on {processor_name()}, {threads} threads; medians, least and most")
@@ -185,11 +204,13 @@ def main() -> None:
             os.environ["XDG_CACHE_HOME"] = folder  # nothing made here is used again
             measured = by_backend(arguments.model, arguments.repeats, max(arguments.batches))
         print_backends(measured, arguments.threads)
-        if arguments.json is not None:
-            named = {"processor": processor_name(), "threads": arguments.threads, "torch": torch.__version__}
-            arguments.json.write_text(json.dumps({**named, **measured}, indent=2))
+        figures = {"model": arguments.model or "base size, random weights", **measured}
+        record.write(arguments.json, {"backends": figures}, threads=arguments.threads)
         return
-    gflop = gflop_per_image()
+    from rich.console import Console
+    from rich.table import Table
+
+    gflop = gflop_per_image(VisualizedBGEConfig())
     rows = []
     for name in arguments.dtypes:
         encoder = build(as_dtype(name), arguments.device)
@@ -206,9 +227,7 @@ def main() -> None:
         of_dtype = [row["products"] for row in rows if row["dtype"] == name]
         best = {shape: max(rates[shape] for rates in of_dtype) for shape in of_dtype[0]}
         print(f"products in {name}, GFLOP/s:", ", ".join(f"{shape} {rate:.0f}" for shape, rate in best.items()))
-    if arguments.json is not None:
-        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({**machine, "threads": arguments.threads, "rows": rows}, indent=2))
+    record.write(arguments.json, {"gflop_per_image": gflop, "rows": rows}, threads=arguments.threads)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
     python benchmarks/rerank_cost.py                     # Phi-3 Vision's full size, random weights, bfloat16: 8.3 GB
     python benchmarks/rerank_cost.py --size small        # the same paths in a minute
     python benchmarks/rerank_cost.py --flows "single pass" --json cost.json
+    python benchmarks/rerank_cost.py --layers 2 4 --rounds 5     # full width; the time of all 32 layers follows
+
+`--layers` runs the language model twice, with so many of its 32 layers, and computes the seconds of each stage and the
+memory for all of them: both are linear in the number of layers. The vision tower is whole.
 
 Speed does not depend on the weights, so they are random. Texts are runs of arbitrary ids of the lengths in `LENGTHS`;
 what the model would write is of fixed length. Only `--steps` words are written by the clock; the others count the same.
@@ -16,20 +20,17 @@ likelihood    the query image once, wanted description; nine candidates at 1 cro
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import record
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, processor_fo
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 CANDIDATES = 9
+LAYERS = 32  # of the full size
 LENGTHS = {"instruction": 60, "caption": 30, "list request": 60, "list": 28, "wanted": 12, "reason": 40}
 SHORT_FACTORS = [1.05 + 0.04 * i for i in range(48)]
 LONG_FACTORS = [1.03 + 1.35 * i for i in range(48)]
@@ -71,20 +73,24 @@ class Flow:
         self.stages.append(stage)
 
 
-def build(size: str, attention: str) -> tuple[Phi3Vision, Phi3VisionConfig]:
+def build(
+    size: str, attention: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Phi3Vision, Phi3VisionConfig]:
     """A model of this size with random weights, filled by repeating one block of noise."""
     rope = {"type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
     scale = {"max_position_embeddings": 131_072, "original_max_position_embeddings": 4096, "rope_scaling": rope}
     if size == "small":
         scale |= {"hidden_size": 384, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 1024}
         scale["vision_config"] = {"num_hidden_layers": 3, "intermediate_size": 512}
+    if layers is not None:
+        scale["num_hidden_layers"] = layers
     config = Phi3VisionConfig(vocab_size=32064, pad_token_id=32000, **scale)
     config._attn_implementation = attention
     with torch.device("meta"):
         skeleton = Phi3Vision(config)
-    noise = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    noise = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     weights = {name: repeat(noise, tensor) for name, tensor in skeleton.state_dict().items()}
-    return Phi3Vision.from_pretrained(None, config=config, state_dict=weights, dtype=torch.bfloat16).eval(), config
+    return Phi3Vision.from_pretrained(None, config=config, state_dict=weights, dtype=dtype).eval(), config
 
 
 def repeat(noise: Tensor, like: Tensor) -> Tensor:
@@ -199,46 +205,90 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def show(console: Console, flow: Flow, peak: float) -> None:
+def show(flow: Flow, seconds: dict[str, float], peak: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"{flow.name}: peak memory so far {peak:.1f} GB")
     for column in ("stage", "tokens prefilled", "tokens written", "seconds"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in flow.stages:
         table.add_row(stage.name, str(stage.prefilled or ""), str(stage.generated or ""), f"{stage.seconds:.2f}")
-    totals = [sum(getattr(stage, name) for stage in flow.stages) for name in ("prefilled", "generated", "seconds")]
+    totals = [sum(getattr(stage, name) for stage in flow.stages) for name in ("prefilled", "generated")]
     table.add_section()
-    table.add_row("all", str(totals[0]), str(totals[1]), f"{totals[2]:.2f}")
-    console.print(table)
+    whole = f"{seconds['median']:.2f} ({seconds['least']:.2f}-{seconds['most']:.2f})"
+    table.add_row("all", str(totals[0]), str(totals[1]), whole)
+    Console().print(table)
+
+
+@dataclass
+class Measured:
+    """The rounds of one flow, and the memory that was in use at most by then."""
+
+    rounds: list[Flow]
+    peak: float
+
+    def whole(self, other: Measured | None, layers: list[int]) -> Measured:
+        """What all layers take, by the two numbers of layers that were measured; `other` has more of them."""
+        if other is None:
+            return self
+        share = (LAYERS - layers[0]) / (layers[1] - layers[0])
+        rounds = []
+        for few, more in zip(self.rounds, other.rounds, strict=True):
+            pairs = zip(few.stages, more.stages, strict=True)
+            stages = [replace(a, seconds=max(0.0, a.seconds + share * (b.seconds - a.seconds))) for a, b in pairs]
+            rounds.append(Flow(few.name, stages))
+        return Measured(rounds, self.peak + share * (other.peak - self.peak))
+
+
+def measured(arguments: argparse.Namespace, layers: int | None) -> dict[str, Measured]:
+    """Every flow of one model."""
+    start = time.perf_counter()
+    dtype = getattr(torch, arguments.dtype)
+    model, config = build(arguments.size, arguments.attention, layers=layers, dtype=dtype)
+    model.to(arguments.device)
+    print(
+        f"{arguments.size} size, {config.num_hidden_layers} layers, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters, {arguments.dtype}, "
+        f"{arguments.threads} threads, ready in {time.perf_counter() - start:.0f} s"
+    )
+    bench = Bench(model, config, arguments.steps)
+    bench.single_pass(Flow("warm up"))
+    found = {}
+    for name in arguments.flows:
+        rounds = [Flow(name) for _ in range(arguments.rounds)]
+        for flow in rounds:
+            FLOWS[name](bench, flow)
+        found[name] = Measured(rounds, peak_gigabytes())
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["full", "small"], default="full")
+    parser.add_argument("--layers", type=int, nargs=2, help="two numbers of layers, from which all are computed")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--flows", nargs="+", choices=list(FLOWS), default=list(FLOWS))
     parser.add_argument("--steps", type=int, default=8, help="words of each text written by the clock")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    console = Console()
-    start = time.perf_counter()
-    model, config = build(arguments.size, arguments.attention)
-    model.to(arguments.device)
-    console.print(f"{arguments.size} size, {sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters, "
-                  f"bfloat16, {arguments.threads} threads, ready in {time.perf_counter() - start:.0f} s")  # fmt: skip
-    bench = Bench(model, config, arguments.steps)
-    bench.single_pass(Flow("warm up"))
+    layers = sorted(arguments.layers or [])
+    first = measured(arguments, layers[0] if layers else None)
+    second = measured(arguments, layers[1]) if layers else {}
     report = []
-    for name in arguments.flows:
-        flow = Flow(name)
-        FLOWS[name](bench, flow)
-        show(console, flow, peak_gigabytes())
-        report.append(asdict(flow) | {"peak_gigabytes": peak_gigabytes()})
-    if arguments.json:
-        machine = {"processor": platform.processor(), "threads": arguments.threads, "torch": torch.__version__}
-        arguments.json.write_text(json.dumps({"machine": machine, "size": arguments.size, "flows": report}, indent=1))
+    for name, few in first.items():
+        whole = few.whole(second.get(name), layers)
+        seconds = record.spread([sum(stage.seconds for stage in flow.stages) for flow in whole.rounds])
+        show(whole.rounds[0], seconds, whole.peak)
+        report.append(asdict(whole.rounds[0]) | {"seconds": seconds, "peak_gigabytes": whole.peak})
+    note = f"computed from runs with {layers[0]} and {layers[1]} of {LAYERS} layers" if layers else ""
+    figures = {"size": arguments.size, "dtype": arguments.dtype, "flows": report}
+    record.write(arguments.json, figures, threads=arguments.threads, note=note)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -76,8 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), options)
     print_table(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    record.write(options.json, figures, threads=os.cpu_count() or 1)
 
 
 def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def test_many_users_get_right_answers_and_the_memory_stays_flat(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "serving.py", *options, "--json", tmp_path / "serving.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
-    figures = json.loads((tmp_path / "serving.json").read_text())
+    figures = json.loads((tmp_path / "serving.json").read_text())["figures"]
     assert (figures["errors"], figures["wrong"]) == (0, 0), figures["first_errors"]
     assert figures["requests"] > 50
     assert figures["memory_end_mb"] - figures["memory_start_mb"] < 150
