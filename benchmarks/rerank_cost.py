@@ -128,9 +128,9 @@ class Bench:
     def features(self, flow: Flow, name: str, images: list[Image.Image], num_crops: int) -> list[Tensor]:
         """Token embeddings of images: crops, then tower."""
         with flow.stage(f"{name}: crops"):
-            pictures = make_processor(self.config, num_crops).image_inputs(images)
-        with flow.stage(f"{name}: tower, {len(pictures.pixel_values)} crops"), torch.inference_mode():
-            return self.model.image_features(pictures.pixel_values, pictures.image_sizes)
+            inputs = make_processor(self.config, num_crops).image_inputs(images)
+        with flow.stage(f"{name}: tower, {len(inputs.pixel_values)} crops"), torch.inference_mode():
+            return self.model.image_features(inputs.pixel_values, inputs.image_sizes)
 
     def read(self, flow: Flow, name: str, text: str, feature: Tensor | None, prefix: Prefix | None = None) -> Prefix:
         """An image and a text, computed from the beginning or after `prefix`."""

@@ -185,7 +185,7 @@ def reason(mode: Mode, looks: Looks) -> str:
     """Why a product answers a query of this mode: "it is the same tote bag, but with hearts"."""
     kind, pattern, colour = looks
     if kind is None:
-        raise ValueError("a theme picture is never the answer; give the looks of a product")
+        raise ValueError("a theme image is never the answer; give the looks of a product")
     if mode == "colour":
         return f"it is the same {kind}, but {colour}"
     if mode == "pattern":

@@ -138,8 +138,8 @@ class LayerCache:
         planes[:, 0], planes[:, 1], planes[:, 4] = layers[:, 0], layers[:, 1], layers[:, 2]
         torch.mul(layers[:, 1:2], weights, out=planes[:, 2:4])
         colours = self._colours(kind, pattern, colour, rng)
-        picture = torch.baddbmm(layers[:, 3:].flatten(2), colours, planes.flatten(2))
-        return picture.clamp_(0, 255).view(count, 3, size, size)
+        image = torch.baddbmm(layers[:, 3:].flatten(2), colours, planes.flatten(2))
+        return image.clamp_(0, 255).view(count, 3, size, size)
 
     def _cut(self, pattern: Tensor, rng: np.random.Generator) -> Tensor:
         size, count = self.size, len(pattern)
@@ -164,31 +164,31 @@ class LayerCache:
         return torch.stack((behind, ground, figure - ground, accent - ground, trim), dim=2)
 
 
-def augmented(pictures: Tensor, rng: np.random.Generator, *, noise: float = 3.0) -> Tensor:
+def augmented(images: Tensor, rng: np.random.Generator, *, noise: float = 3.0) -> Tensor:
     """Images under other light: contrast, brightness, tint and grain, still 0 to 255."""
-    count = len(pictures)
+    count = len(images)
     contrast = torch.from_numpy(rng.uniform(0.85, 1.15, (count, 1, 1, 1)).astype(np.float32))
     shift = rng.normal(0, 9, (count, 1, 1, 1)) + rng.normal(0, 3, (count, 3, 1, 1))
     offset = torch.from_numpy(shift.astype(np.float32)) + 128 * (1 - contrast)
-    return torch.addcmul(offset, pictures, contrast).add_(torch.randn_like(pictures), alpha=noise)
+    return torch.addcmul(offset, images, contrast).add_(torch.randn_like(images), alpha=noise)
 
 
-def normalised(pictures: Tensor) -> Tensor:
+def normalised(images: Tensor) -> Tensor:
     """0 to 255 images as ``pixel_values``, in the memory layout that convolutions like."""
     mean, std = (torch.tensor(channel).view(3, 1, 1) * 255 for channel in (CLIP_MEAN, CLIP_STD))
-    return ((pictures - mean) / std).contiguous(memory_format=torch.channels_last)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def enlarged_crops(pictures: Tensor, rng: np.random.Generator, smallest: float = 0.35) -> Tensor:
+def enlarged_crops(images: Tensor, rng: np.random.Generator, smallest: float = 0.35) -> Tensor:
     """A random square of each image, enlarged to full size: hides the kind, shows the pattern."""
-    count = len(pictures)
+    count = len(images)
     scale = torch.from_numpy(rng.uniform(smallest, 1, (count, 1)).astype(np.float32))
     centre = torch.from_numpy(rng.uniform(-1, 1, (count, 2)).astype(np.float32)) * (1 - scale)
     affine = torch.zeros(count, 2, 3)
     affine[:, 0, 0] = affine[:, 1, 1] = scale[:, 0]
     affine[:, :, 2] = centre
-    grid = F.affine_grid(affine, list(pictures.shape), align_corners=False)
-    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 # ---------------------------------------------------------------------- words
@@ -332,11 +332,11 @@ def train_naming(
                 kind, pattern = None, PATTERNS[int(rng.integers(len(PATTERNS)))]
             looks.append(Looks(kind, pattern, random_colour(pattern, rng)))
         labels = labels_of(looks)
-        pictures = render(labels)
+        images = render(labels)
         cropped = torch.from_numpy(rng.random(len(labels)) < crops)
-        pictures[cropped] = enlarged_crops(pictures[cropped], rng)
+        images[cropped] = enlarged_crops(images[cropped], rng)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = logits_of(normalised(augmented(pictures, rng)))
+            logits = logits_of(normalised(augmented(images, rng)))
         loss = attribute_loss(logits, labels, adjust=adjust, scored=((~cropped).float(), None, None))
         stage.update(loss)
         right = correct(logits, labels).float()

@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-embedder"), help="folder for weights, config, tokenizer")
     parser.add_argument("--cache", type=Path, default=Path("tiny-layers"), help="folder for the drawn layers")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
+    parser.add_argument("--size", type=int, default=128, help="pixels of an image's side")
     parser.add_argument("--tower-layers", type=int, default=4)
     parser.add_argument("--shapes", type=int, default=64, help="drawings of each kind")
     parser.add_argument("--textures", type=int, default=96, help="windows on each pattern")
@@ -193,9 +193,9 @@ def train_together(joint: Joint, layers: LayerCache, arguments: argparse.Namespa
                 for b, q in zip(colourless, queries, strict=True)
             ]
         )
-        pictures = augmented(layers.render(torch.cat((wanted, sources)), rng), rng)
+        images = augmented(layers.render(torch.cat((wanted, sources)), rng), rng)
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = joint.model.image_tokens(normalised(pictures))
+            tokens = joint.model.image_tokens(normalised(images))
             shown = joint.encode(tokens, empty)  # the wanted products, then the query images as more to tell apart
             composed = joint.encode(tokens[len(wanted) :], [reworded(query.text, rng) for query in queries])
             text = joint.encode(None, [reworded(phrase, rng) for phrase in full])

@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tiny-reranker"), help="folder for weights, config, tokenizer")
     parser.add_argument("--cache", type=Path, default=Path("tiny-layers"), help="folder for the drawn layers")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a picture's side")
+    parser.add_argument("--size", type=int, default=128, help="pixels of an image's side")
     parser.add_argument("--shapes", type=int, default=112, help="drawings of each kind")
     parser.add_argument("--textures", type=int, default=240, help="windows on each pattern")
     parser.add_argument("--sets", type=int, default=2, help="sets of drawings, 1.1 GB each")
