@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # two workers, each with whole test modules
 TWO := --numprocesses 2 --dist loadscope
+# three, for many of the slow tests wait for other processes; in the order and the groups of tests/conftest.py
+THREE := --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
@@ -33,7 +35,7 @@ test: $(VENV)/.dev  ## the tests, offline, on the CPU, in five to six minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO)
 
 test-slow: $(VENV)/.dev  ## the slow tests: full size, kills, power cuts, a real Milvus server
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(THREE)
 
 test-all: test test-slow  ## both
 

@@ -112,6 +112,7 @@ def test_size_and_file_format_of_an_image_hardly_matter(embedder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_the_figures_of_the_model_card_are_reproduced(embedder):
     """The card's numbers are those of ``python benchmarks/tiny_quality.py``, row by row.
