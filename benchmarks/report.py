@@ -184,6 +184,9 @@ def of_indexing(figures: dict[str, Any]) -> Iterator[Row]:
         yield Row(f"{what}, from files to rows ({figures['images']} files): images/s", share, short=True)
         share = f"{beside:.2f} ({beside / whole:.0%} of undisturbed)"
         yield Row(f"{what}, beside a process that keeps one core busy: images/s", share)
+        if "cosine" in figures:
+            cosine = f"{figures['cosine']['least']:.4f} / {figures['cosine']['mean']:.4f}"
+            yield Row("`exact_pixels=False`: cosine to exact pixels, `tiny`, drawn products, least / mean", cosine)
 
 
 def of_reranking(figures: dict[str, Any]) -> Iterator[Row]:

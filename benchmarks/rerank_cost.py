@@ -5,8 +5,8 @@
     python benchmarks/rerank_cost.py --flows "single pass" --json cost.json
     python benchmarks/rerank_cost.py --layers 2 4 --rounds 5     # full width; the time of all 32 layers follows
 
-`--layers` runs the language model twice, with so many of its 32 layers, and computes the seconds of each stage and the
-memory for all of them: both are linear in the number of layers. The vision tower is whole.
+`--layers` runs the model twice, with so many of the 32 layers of its language model and of the 24 of its vision tower,
+and computes the seconds of each stage and the memory for all of them: both are linear in the number of layers.
 
 Speed does not depend on the weights, so they are random. Texts are runs of arbitrary ids of the lengths in `LENGTHS`;
 what the model would write is of fixed length. Only `--steps` words are written by the clock; the others count the same.
@@ -40,7 +40,7 @@ from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, processor_fo
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 
 CANDIDATES = 9
-LAYERS = 32  # of the full size
+LAYERS, TOWER_LAYERS = 32, 24  # of the full size
 LENGTHS = {"instruction": 60, "caption": 30, "list request": 60, "list": 28, "wanted": 12, "reason": 40}
 SHORT_FACTORS = [1.05 + 0.04 * i for i in range(48)]
 LONG_FACTORS = [1.03 + 1.35 * i for i in range(48)]
@@ -83,7 +83,7 @@ def build(
         scale |= {"hidden_size": 384, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 1024}
         scale["vision_config"] = {"num_hidden_layers": 3, "intermediate_size": 512}
     if layers is not None:
-        scale["num_hidden_layers"] = layers
+        scale |= {"num_hidden_layers": layers, "vision_config": {"num_hidden_layers": layers}}
     config = Phi3VisionConfig(vocab_size=32064, pad_token_id=32000, **scale)
     config._attn_implementation = attention
     with torch.device("meta"):
@@ -232,11 +232,17 @@ class Measured:
         """What all layers take, by the two numbers of layers that were measured; `other` has more of them."""
         if other is None:
             return self
-        share = (LAYERS - layers[0]) / (layers[1] - layers[0])
+        share, of_tower = ((count - layers[0]) / (layers[1] - layers[0]) for count in (LAYERS, TOWER_LAYERS))
         rounds = []
         for few, more in zip(self.rounds, other.rounds, strict=True):
             pairs = zip(few.stages, more.stages, strict=True)
-            stages = [replace(a, seconds=max(0.0, a.seconds + share * (b.seconds - a.seconds))) for a, b in pairs]
+            stages = [
+                replace(
+                    a,
+                    seconds=max(0.0, a.seconds + (of_tower if "tower" in a.name else share) * (b.seconds - a.seconds)),
+                )
+                for a, b in pairs
+            ]
             rounds.append(Flow(few.name, stages))
         return Measured(rounds, self.peak + share * (other.peak - self.peak))
 

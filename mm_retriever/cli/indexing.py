@@ -53,6 +53,14 @@ def index(
         typer.Option(help="The column whose value the images of one item share, like sku: for `search --per-item`."),
     ] = None,
     no_exif: options.NoExif = False,
+    exact_pixels: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact-pixels/--reduced-pixels",
+            help="Whether large JPEG files are decoded whole, or several times as fast at a part of their size, never "
+            "below twice what the model sees. By default reduced where the model computes in int8.",
+        ),
+    ] = None,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Index the words with the images too (BM25); in a new collection only.")
     ] = False,
@@ -111,6 +119,7 @@ def index(
                 drop_columns=drop_columns,
                 item=item,
                 exif=not no_exif,
+                exact_pixels=exact_pixels,
                 force=force,
                 verify=verify,
                 show_progress=not as_json,

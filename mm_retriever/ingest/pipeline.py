@@ -41,7 +41,7 @@ from mm_retriever.ingest.nodes import (
     write_each,
 )
 from mm_retriever.ingest.progress import Meter, Progress
-from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
+from mm_retriever.ingest.reading import ImageReader, ReadImage, read_ahead
 from mm_retriever.ingest.removal import fate, prune_images, prune_missing
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
@@ -88,6 +88,7 @@ def ingest_images(
     drop_columns: bool = False,
     item: str | None = None,
     exif: bool = True,
+    exact_pixels: bool | None = None,
     report_path: str | Path | None = None,
     show_progress: bool = True,
     progress: Progress | None = None,
@@ -129,6 +130,9 @@ def ingest_images(
         item: a column of the sidecar or of the nodes whose value the images of one item share, such as "sku"; it is
             stored as the column `item` too, for `ComposedRetriever(group_by="item")`. A column `item` needs no naming.
         exif: read the EXIF block of images that are new or changed.
+        exact_pixels: False: a large JPEG is decoded at a half, a quarter or an eighth of its size, never below twice
+            what the model sees, which is several times as fast and changes vectors a little. True: never. None: only
+            where the model computes in 8 bits.
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
         progress: asked before each image that is to be embedded, with how many are done, and of how many. It may wait;
@@ -171,9 +175,8 @@ def ingest_images(
                 embed_model,
                 match,
                 batch_size,
-                image_policy,
+                ImageReader(embed_model, image_policy, exif, exact_pixels),
                 Meter(bar, progress, total),
-                exif=exif,
                 dropped=dropped,
                 fs=fs,
                 verify=verify,
@@ -196,9 +199,8 @@ class _Run:
     embed_model: ComposedEmbedding
     sidecar: SidecarMatch
     batch_size: int
-    policy: ImagePolicy
+    reader: ImageReader
     bar: Meter
-    exif: bool
     dropped: tuple[Kind, ...]
     fs: Any | None
     verify: bool
@@ -243,14 +245,14 @@ class _Run:
             seconds=time.perf_counter() - start,
             ignored=self.ignored.report(),
             unused_rows=len(self.sidecar.unused),
-            notes=(*self.bar.notes, *self.sidecar.notes, *remarks),
+            notes=(*self.bar.notes, *self.sidecar.notes, *self.reader.notes, *remarks),
         )
 
     # ------------------------------------------------------------------------------------------ what is to be done
 
     def _tasks(self, source: Source) -> Iterator[Task]:
         """Yield what is new or may have changed; what is stored as it is needs no task."""
-        everything = items(source, self._skip, self.ignored, self.fs, search_open=self.policy.roots is None)
+        everything = items(source, self._skip, self.ignored, self.fs, search_open=self.reader.policy.roots is None)
         while self.bar.goes_on() and (window := list(islice(everything, _WINDOW))):
             by_id = {item.id: item for item in window if item.id not in self.under_way}
             self.bar.update(len(window) - len(by_id))  # named twice
@@ -298,8 +300,9 @@ class _Run:
     def _ingest(self, tasks: Iterator[Task]) -> None:
         changed: list[Read] = []
         rewritten: list[Read] = []  # the same pixels under other metadata
-        reading = read_ahead(self._without_texts(tasks), self._read, ahead=2 * self.batch_size)
-        with closing(reading) as results:
+        tasks, read = self._without_texts(tasks), self.reader.read
+        ahead = read_ahead(tasks, lambda task: read(task.item.source, task.known_digest), ahead=2 * self.batch_size)
+        with closing(ahead) as results:
             for task, image in results:
                 if not self.bar.goes_on():
                     break
@@ -337,9 +340,6 @@ class _Run:
                 self._embed_texts(texts)
                 texts.clear()
         self._embed_texts(texts)
-
-    def _read(self, task: Task) -> ReadImage:
-        return read_image(task.item.source, task.known_digest, self.embed_model.prepare_image, self.policy, self.exif)
 
     def _embed_images(self, images: Sequence[Read]) -> None:
         """Store images; contents that the store or this batch has already are not embedded again."""

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, reason_of
 from mm_retriever.images import ImagePolicy, ImageSource, file_size, opened_image, read_image_bytes
 from mm_retriever.ingest.exif import exif_columns
 
+_LARGE = (2048, 1536)
 THREADS = min(4, os.cpu_count() or 1)
 
 T = TypeVar("T")
@@ -44,8 +46,12 @@ def read_image(
     prepare: Callable[[Image.Image], Any],
     policy: ImagePolicy,
     with_exif: bool = False,
+    least_side: int = 0,
 ) -> ReadImage:
-    """Read an image file once, for its digest and for the model; one of the known digest is not decoded."""
+    """Read an image file once, for its digest and for the model; one of the known digest is not decoded.
+
+    `least_side`: see `opened_image`.
+    """
     try:
         data = read_image_bytes(source, policy=policy)
         digest = hashlib.sha256(data).hexdigest()
@@ -54,7 +60,7 @@ def read_image(
             return ReadImage(digest, exif=exif, length=len(data))
         try:
             # the model resizes grey and CMYK in their own mode
-            with opened_image(data, policy=policy, keep_mode=True) as image:
+            with opened_image(data, policy=policy, keep_mode=True, least_side=least_side) as image:
                 return ReadImage(digest, file_size(data, image), prepare(image), exif=exif, length=len(data))
         except ImageLoadError as error:
             unread = _blames_machine(error.__cause__)
@@ -64,6 +70,37 @@ def read_image(
         return ReadImage(error=error.reason or str(error), unread=_blames_machine(error.__cause__))
     except Exception as error:  # one image, whatever is wrong with it, must not end the run
         return ReadImage(error=reason_of(error), unread=_blames_machine(error))
+
+
+class ImageReader:
+    """What reads images for a model.
+
+    Args:
+        embed_model: the model.
+        policy: what may be read.
+        exif: whether to read EXIF blocks.
+        exact_pixels: as `ingest_images` takes it; a model that computes in 8 bits has no use for exact pixels.
+    """
+
+    def __init__(
+        self, embed_model: ComposedEmbedding, policy: ImagePolicy, exif: bool, exact_pixels: bool | None
+    ) -> None:
+        self.policy = policy
+        self._prepare, self._exif = embed_model.prepare_image, exif
+        if exact_pixels is None:
+            exact_pixels = not getattr(embed_model, "dtype", "").startswith("int8")
+        seen = (0, 0) if exact_pixels else self._prepare(Image.new("RGB", _LARGE)).shape
+        self._least_side = 2 * min(seen[:2])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report says of it."""
+        reduced = "large JPEG files were decoded at a part of their size, never below twice what the model sees"
+        return (reduced,) if self._least_side else ()
+
+    def read(self, source: ImageSource, known_digest: str) -> ReadImage:
+        """As `read_image`."""
+        return read_image(source, known_digest, self._prepare, self.policy, self._exif, self._least_side)
 
 
 def _blames_machine(cause: BaseException | None) -> bool:

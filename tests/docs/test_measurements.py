@@ -50,7 +50,7 @@ for name in ("llama_index", "pymilvus", "rich", "psutil", "cachetools", "typer")
     sys.modules[name] = None
 import runpy
 sys.path.insert(0, "benchmarks")
-sys.argv = ["benchmarks/gpu.py", "--device", "cpu", "--small"]
+sys.argv = ["benchmarks/gpu.py", "--device", "cpu", "--dtype", "float32", "--small"]
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 

@@ -21,6 +21,7 @@ from mm_retriever.images import (
     encode_thumbnail,
     is_image_path,
     load_image,
+    opened_image,
     pixel_digest,
     thumbnail_data_uri,
 )
@@ -354,6 +355,20 @@ def test_keep_mode_leaves_grey_and_cmyk_as_the_file_has_them(mode: str, kind: st
 def test_keep_mode_converts_everything_else(mode: str) -> None:
     """Truth: the contract of keep_mode."""
     assert load_image(Image.new(mode, (3, 2)), keep_mode=True).mode in ("RGB", "L")
+
+
+@pytest.mark.parametrize(
+    ("least_side", "size"), [(0, (800, 600)), (301, (800, 600)), (300, (400, 300)), (70, (100, 75))]
+)
+def test_a_jpeg_may_come_smaller_down_to_a_least_side(least_side: int, size: tuple[int, int]) -> None:
+    """libjpeg's own sizes: a half, a quarter, an eighth. A PNG has one size only."""
+    gradient = Image.linear_gradient("L").resize((800, 600)).convert("RGB")
+    with opened_image(encoded(gradient, "JPEG"), least_side=least_side) as image:
+        assert image.size == size
+        expected = np.asarray(gradient.resize(size), dtype=int)
+        assert np.abs(np.asarray(image, dtype=int) - expected).max() <= 3
+    with opened_image(encoded(gradient, "PNG"), least_side=least_side) as image:
+        assert image.size == (800, 600)
 
 
 def test_the_callers_image_stays_as_it_was() -> None:

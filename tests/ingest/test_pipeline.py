@@ -19,7 +19,7 @@ from PIL import Image
 from mm_retriever.errors import IngestError, StoreMismatchError
 from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import IngestReport, ingest_images
-from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
+from tests.support.colour_embedding import COLOURS, ColourEmbedder, ColourEmbedding, paint
 from tests.support.ingesting import counts, ingest, nearest, nodes, where
 
 # ------------------------------------------------------------------------------------------ a folder
@@ -399,6 +399,29 @@ def test_the_report_is_written_as_json_whole_or_not_at_all(folder, tmp_path, sto
     assert [one.name for one in path.parent.iterdir()] == ["run.json"]
     assert str(report).startswith(f"{report.indexed} indexed")
     assert f"{len(report.skipped)} skipped" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("note", "exact_pixels", "seen"),
+    [("float32", None, 640), ("float32", False, 80), ("int8 openvino", None, 80), ("int8 openvino", True, 640)],
+)
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_only_where_pixels_need_not_be_exact(
+    tmp_path, store, monkeypatch, note, exact_pixels, seen
+):
+    """Our choice: an eighth at most, never below twice what the model sees (16); the row has the file's own size."""
+    sizes = []
+
+    class Watching(ColourEmbedding):
+        def prepare_image(self, image):
+            sizes.append(image.width)
+            return super().prepare_image(image)
+
+    monkeypatch.setattr(ColourEmbedder, "note", note)
+    paint(tmp_path / "large.jpg", "red", size=(640, 480))
+    report = ingest_images(tmp_path, store, Watching(), exact_pixels=exact_pixels, show_progress=False)
+    assert sizes[-1] == seen
+    assert [node.metadata["width"] for node in nodes(store).values()] == [640]
+    assert any("a part of their size" in note for note in report.notes) == (seen == 80)
 
 
 def test_progress_shows_rate_and_total(folder, store, model, capfd):
