@@ -266,7 +266,7 @@ def photographs(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     draw_photographs(photos, count)
     embedder = base_size(options.dtype)
     model = ComposedEmbedding(embedder)
-    images = [Content(image=embedder.prepare(load_image(path))) for path in sorted(photos.iterdir())[:BATCH]]
+    images = [Content(image=embedder.prepare(load_image(path))) for path in sorted(photos.iterdir())[: BATCH // 2]]
     embedder.encode(images)
     alone = [model_rate(embedder, images) for _ in range(3)]
     whole, parts = indexed(work / "alone.db", photos, model, options)

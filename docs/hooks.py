@@ -91,6 +91,8 @@ _KINDS = {bool: "", float: "number", int: "number", str: "text", Path: "path"}
 
 OWN_VARIABLES = {
     "COLUMNS": "Width at which tables are folded; where it is not set, only a terminal folds them.",
+    "GOMP_SPINCOUNT": "On Linux, how long torch's threads wait for each other before they sleep; `10000` where neither "
+    "it nor `OMP_WAIT_POLICY` is set.",
     "HF_HUB_OFFLINE": "`1`: model hubs are never asked; a model that is not on this machine is an error.",
     "HF_HOME": "Where `huggingface_hub` keeps downloaded models.",
     "HF_TOKEN": "The token that `huggingface_hub` sends for models that need one.",

@@ -6,8 +6,15 @@ transformers, pymilvus or llama_index, which together take about twenty seconds.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    # Torch's threads wait for each other hundreds of times in a pass, by default on a busy core for milliseconds, which
+    # reading threads and other programs could use. So they sleep after microseconds.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 
