@@ -27,8 +27,9 @@ from mm_retriever.ingest import ingest_images
 from mm_retriever.ingest.sources import path_id
 from mm_retriever.store import ImageStore, open_store
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
-from tests.support.processes import ends, python
+from tests.support.processes import ends
 from tests.support.shards import check_whole, embed, planned_ids, rows_of, skips
+from tests.support.warm import WarmProcess
 
 HOSTILE = (
     'quote".png',
@@ -264,7 +265,7 @@ embed_to_shards(sys.argv[1], sys.argv[2], Slow(), rows_per_shard=5, batch_size=2
 def test_a_run_killed_in_the_middle_redoes_only_what_was_not_done(folder, tmp_path):
     """A finished shard is the same file afterwards, not an equal one."""
     out = tmp_path / "out"
-    process = python("-c", RUN, folder, out)
+    process = WarmProcess("-c", RUN, folder, out)
     while not (out / "shards" / "000001.parquet").exists():
         time.sleep(0.005)
     ends(process)
@@ -280,7 +281,7 @@ def test_many_kills_at_random_moments(folder, tmp_path, tried):
     """From before the plan to after the last shard."""
     chance = random.Random(10)
     for _ in range(8):
-        process = python("-c", RUN, folder, tmp_path / "out")
+        process = WarmProcess("-c", RUN, folder, tmp_path / "out")
         assert process.stdout.readline() == "start\n"
         time.sleep(chance.uniform(0.0, 0.4))
         ends(process)

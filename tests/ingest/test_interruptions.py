@@ -17,6 +17,7 @@ from mm_retriever.store import open_store
 from mm_retriever.vector_cache import VectorCache
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
 from tests.support.processes import ends, python
+from tests.support.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 60
@@ -48,7 +49,7 @@ def folder(tmp_path) -> Path:
 
 def killed_run(folder: Path, db: Path, after: float) -> None:
     """Start a run in a process of its own and kill -9 it so many seconds after it began to write."""
-    process = python("-c", RUN, folder, db)
+    process = WarmProcess("-c", RUN, folder, db)
     try:
         assert process.stdout.readline() == "start\n"
         time.sleep(after)
@@ -78,7 +79,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_every_image_once(folde
 def test_a_second_process_reads_while_the_first_ingests_and_goes_on_when_that_is_killed(folder, tmp_path):
     """The first has the file open and serves it; the second takes over, and misses and repeats nothing."""
     model = ColourEmbedding()
-    first = python("-c", RUN, folder, tmp_path / "a.db")
+    first = WarmProcess("-c", RUN, folder, tmp_path / "a.db")
     try:
         assert first.stdout.readline() == "start\n"
         with open_store(tmp_path / "a.db", model) as store:
@@ -120,6 +121,7 @@ with open_store(sys.argv[2], model) as store:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_a_clear_error_and_what_was_stored_stays(folder, small_disk):
     """Thousands of rows do not fit. The second run finds what the first could store, and says the same."""
     for number in range(4000):

@@ -28,6 +28,7 @@ from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableEr
 from mm_retriever.store import open_store
 from mm_retriever.store.lite_wire import RECORD, read_record
 from tests.support.processes import ends, python
+from tests.support.warm import WarmProcess
 
 MODEL = SimpleNamespace(dimension=3, model_id="three numbers")
 QUERY = VectorStoreQuery(query_embedding=[1.0, 0.0, 0.0], similarity_top_k=50)
@@ -81,8 +82,8 @@ def ids(store) -> list[str]:
     return [row["id"] for page in store.scan() for row in page]
 
 
-def started(script: str, *arguments: object, first: str = "open") -> subprocess.Popen[str]:
-    process = python("-c", script, *arguments, stdin=subprocess.PIPE)
+def started(script: str, *arguments: object, first: str = "open") -> WarmProcess:
+    process = WarmProcess("-c", script, *arguments)
     assert process.stdout.readline() == f"{first}\n"
     return process
 
@@ -127,11 +128,11 @@ def test_the_other_process_goes_on_when_the_owner_closes(db):
 
 @pytest.mark.slow
 def test_processes_that_open_a_new_file_at_once_make_one_collection(db):
-    processes = [python("-c", ADD, db, name) for name in "abc"]
+    processes = [WarmProcess("-c", ADD, db, name) for name in "abc"]
     for process in processes:
         assert int(process.stdout.read()) >= 5
         assert process.wait(60) == 0
-        process.stdout.close()
+        ends(process)
     with open_store(db, MODEL) as store:
         assert ids(store) == sorted(f"{name}-{number}" for name in "abc" for number in range(5))
 
@@ -159,7 +160,7 @@ def test_another_process_reads_no_half_emptied_memory(db, monkeypatch):
 
 def test_a_forked_child_attaches_to_its_parent_and_takes_over_when_that_is_killed(db):
     """The child inherits descriptors of the lock and of all connections; none of them may outlive the parent in it."""
-    parent = python("-c", HOLD_AND_FORK, db, stdin=subprocess.PIPE)
+    parent = WarmProcess("-c", HOLD_AND_FORK, db)
     child = int(parent.stdout.readline())
     try:
         assert parent.stdout.readline() == "forked 0\n"

@@ -7,10 +7,7 @@ the end every image is there exactly once.
 from __future__ import annotations
 
 import json
-import os
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +21,8 @@ from mm_retriever.store import open_store
 from mm_retriever.store.lite_wire import read_record
 from tests.support.colour_embedding import COLOURS, paint
 from tests.support.effort import EFFORT
-from tests.support.processes import ROOT, ends
+from tests.support.processes import ends
+from tests.support.warm import WarmProcess, warm_run
 
 IMAGES = 300
 KILLS = 10
@@ -44,19 +42,17 @@ for line in sys.stdin:
 class Worker:
     """A process that is asked one line at a time, and started again when it was killed."""
 
-    def __init__(self, command: list[object]) -> None:
-        self._command = [str(one) for one in command]
+    def __init__(self, *command: object) -> None:
+        self._command = command
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'integrations'}"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(self._command, env=environment, text=True, **pipes)
+        self.process = WarmProcess(*self._command)
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, args=(self.process, self._lines), daemon=True).start()
 
     @staticmethod
-    def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
+    def _read(process: WarmProcess, lines: queue.Queue[str]) -> None:
         for line in process.stdout:
             lines.put(line)
 
@@ -118,11 +114,12 @@ def workers(*made: Callable[[], Worker]) -> Iterator[list[Worker]]:
         yield started
 
 
-def cli(*arguments: object) -> list[object]:
-    return [sys.executable, "-m", "mm_retriever.cli", *arguments]
+def command(*arguments: object) -> tuple[object, ...]:
+    return ("-m", "mm_retriever.cli", *arguments)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_no_row_is_lost_or_doubled_while_the_owner_of_the_file_is_killed_again_and_again(tmp_path, tried):
     images, db = tmp_path / "images", tmp_path / "a.db"
@@ -135,10 +132,10 @@ def test_no_row_is_lost_or_doubled_while_the_owner_of_the_file_is_killed_again_a
         ingest_images(sorted(images.iterdir())[:8], store, model, show_progress=False)
     use = ("--db", db, "--model", "tiny")
     made = (
-        lambda: McpServer(cli("mcp", *use)),
-        lambda: McpServer(cli("mcp", *use)),
-        lambda: Program([sys.executable, "-c", PROGRAM, db]),
-        lambda: Worker(cli("index", images, *use, "--batch-size", 4, "--json")),
+        lambda: McpServer(*command("mcp", *use)),
+        lambda: McpServer(*command("mcp", *use)),
+        lambda: Program("-c", PROGRAM, db),
+        lambda: Worker(*command("index", images, *use, "--batch-size", 4, "--json")),
     )
     with workers(*made) as (first, second, program, indexing):
         for kill in range(KILLS):
@@ -159,8 +156,8 @@ def test_no_row_is_lost_or_doubled_while_the_owner_of_the_file_is_killed_again_a
                     owner.start()
             tried["kills of the process that serves a Milvus Lite file"] += len(owners)
             if kill % 3 == 0:
-                for command in (("search", "-t", "red", *use, "--json"), ("info", "--db", db)):
-                    ran = subprocess.run([*map(str, cli(*command))], capture_output=True, text=True, timeout=120)
+                for asked in (("search", "-t", "red", *use, "--json"), ("info", "--db", db)):
+                    ran = warm_run(*command(*asked))
                     assert ran.returncode == 0, ran.stderr
         assert indexing.process.wait(600) == 0
     with open_store(db, model) as store:

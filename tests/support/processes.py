@@ -9,6 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.support.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +24,7 @@ def python(*arguments: object, **options) -> subprocess.Popen[str]:
     )
 
 
-def ends(process: subprocess.Popen[str], how: int = signal.SIGKILL) -> None:
+def ends(process: subprocess.Popen[str] | WarmProcess, how: int = signal.SIGKILL) -> None:
     process.send_signal(how)
     process.wait(30)
     for pipe in (process.stdin, process.stdout):

@@ -23,6 +23,7 @@ from mm_retriever.training.examples import read_examples
 from mm_retriever.training.run import CHECKPOINTS
 from tests.support.colour_scorer import load as load_colour_scorer
 from tests.support.training_data import coloured, write_model, write_queries
+from tests.support.warm import warm_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Recipe(epochs=1, batch_size=4, learning_rate=1e-2, negatives=2, held_out=0.2)
@@ -166,12 +167,6 @@ train(sys.argv[1], sys.argv[2], sys.argv[3], recipe=recipe, device="cpu", say=sa
 """
 
 
-def fresh(code: str, *arguments: str | Path, launch: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, *(["-c", code] if not launch else [code]), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_killed_and_resumed_training_gives_the_same_weights_to_the_bit(
@@ -180,9 +175,9 @@ def test_killed_and_resumed_training_gives_the_same_weights_to_the_bit(
     """Killed twice in the second epoch; the other run was never ended."""
     arguments = (queries, model, tmp_path / "killed")
     for step in ("step 5 ", "step 6 "):
-        assert fresh(KILLED, *arguments, step, kind).returncode == -signal.SIGKILL
+        assert warm_run("-c", KILLED, *arguments, step, kind).returncode == -signal.SIGKILL
     for folder in ("killed", "whole"):
-        done = fresh(KILLED, queries, model, tmp_path / folder, "never", kind)
+        done = warm_run("-c", KILLED, queries, model, tmp_path / folder, "never", kind)
         assert done.returncode == 0, done.stderr
     assert not changed(tmp_path / "killed", tmp_path / "whole")
     assert changed(model, tmp_path / "whole")
@@ -192,13 +187,14 @@ def test_killed_and_resumed_training_gives_the_same_weights_to_the_bit(
 
 @pytest.mark.slow
 def test_a_training_is_not_resumed_with_other_options(model: Path, queries: Path, tmp_path: Path) -> None:
-    assert fresh(KILLED, queries, model, tmp_path / "out", "step 6 ", "full").returncode == -signal.SIGKILL
-    refused = fresh(KILLED, queries, model, tmp_path / "out", "never", "lora")
+    assert warm_run("-c", KILLED, queries, model, tmp_path / "out", "step 6 ", "full").returncode == -signal.SIGKILL
+    refused = warm_run("-c", KILLED, queries, model, tmp_path / "out", "never", "lora")
     assert refused.returncode == 1
     assert "holds a training of other queries, of another model or with other options" in refused.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_right_targets_lift_and_shuffled_ones_do_not(model: Path, tmp_path: Path) -> None:
     """The gain is in what the targets say, on images that were never trained on: the control of every fine-tuning."""
     recipe = Recipe(epochs=12, batch_size=16, learning_rate=3e-3, negatives=2)
@@ -228,9 +224,11 @@ def test_two_processes_train_as_one_with_the_doubled_batch(model: Path, queries:
     script = tmp_path / "together.py"
     script.write_text(TOGETHER)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    both = fresh(str(script), queries, model, tmp_path / "two", "2", launch=launch)
+    command = [sys.executable, *launch, *map(str, (script, queries, model, tmp_path / "two", "2"))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert both.returncode == 0, both.stderr
-    alone = fresh(TOGETHER, queries, model, tmp_path / "one", "4")
+    alone = warm_run("-c", TOGETHER, queries, model, tmp_path / "one", "4")
     assert alone.returncode == 0, alone.stderr
     losses = [
         [entry["loss"] for entry in json.loads((tmp_path / name / "training.json").read_text())["history"]]
