@@ -279,6 +279,24 @@ def test_the_command_line_indexes_and_searches_items(tmp_path, capfd, monkeypatc
     assert [Path(image["image"]).name for image in rows[1][ITEM_IMAGES]] == ["b-front.png", "b-back.png"]
 
 
+def test_a_running_server_gives_items_to_the_command_line(shop, tmp_path, capfd):
+    """As without a server, but for where the images lie, which a server tells nobody else."""
+    import json
+
+    pytest.importorskip("starlette", reason='needs the extra "web"')
+    from web_mm_retriever import web_app
+
+    from tests.support.web import served
+
+    with served(web_app(shop[0], shop[1], thumbnails=tmp_path)) as address:
+        code, out, error = run(capfd, "search", "red", "--via", address, "--per-item", "--json", "-k", "3")
+    assert code == 0, error
+    rows, alone = json.loads(out), per_item(shop, top_k=3)
+    assert [row["file_name"] for row in rows] == names(alone)
+    assert [len(row[ITEM_IMAGES]) for row in rows] == [len(image_names(hit)) for hit in alone]
+    assert str(shop[2]) not in out
+
+
 def test_langchain_gives_items(shop):
     from langchain_mm_retriever import ComposedImageRetriever
 

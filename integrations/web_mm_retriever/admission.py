@@ -27,7 +27,7 @@ OWNER = "mm_retriever.owner"
 """Key of the scope of a request of the server's own user."""
 
 _LARGEST_JSON = 30 * 2**20
-PAGES = ("/", "/indexing")  # which ask for the token themselves
+PAGES = ("/", "/indexing", "/review")  # which ask for the token themselves
 _OPEN = ("/static/", "/enter")  # what needs no token: the look of the page that asks for it
 _HEADERS = (
     (

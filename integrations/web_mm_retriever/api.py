@@ -37,6 +37,7 @@ from web_mm_retriever.folders import Folders, opener
 from web_mm_retriever.indexing import Indexing
 from web_mm_retriever.ratings import Ratings
 from web_mm_retriever.reranking import Reranking
+from web_mm_retriever.review import Review
 from web_mm_retriever.uploads import PREFIX, Uploads
 
 SEARCHES_AT_ONCE = MOST_CONTENTS  # of those that go through the model together, none waits elsewhere
@@ -59,6 +60,7 @@ class Api:
         reranker: ranks results when it is asked to; None: there is none.
         ratings: the file that keeps ratings; None: they are not kept.
         indexing: for folders that may be indexed; None: there are none.
+        review: of drafted queries; None: there are none.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Api:
         reranker: Reranker | None = None,
         ratings: Path | None = None,
         indexing: Indexing | None = None,
+        review: Review | None = None,
     ) -> None:
         self._search, self._store, self._model, self._name = search, store, embed_model, model
         self._thumbnails, self._access = thumbnails, access
@@ -82,9 +85,9 @@ class Api:
         self._ratings = None
         if ratings is not None:
             self._ratings = Ratings(ratings, search, self._uploads, is_local=access.is_local)
-        self._indexing = indexing
+        self._indexing, self._review = indexing, review
         self._folders = Folders(search) if access.is_local and opener() else None
-        parts = (self._reranking, self._ratings, self._indexing, self._folders)
+        parts = (self._reranking, self._ratings, self._indexing, self._review, self._folders)
         self._turns = anyio.CapacityLimiter(SEARCHES_AT_ONCE)
         self._reads = anyio.CapacityLimiter(THUMBNAILS_AT_ONCE)
         self.endpoints: tuple[Endpoint, ...] = (
@@ -125,6 +128,7 @@ class Api:
                 rerank_seconds=self._reranking.seconds_each if self._reranking else None,
                 ratings=self._ratings.state() if self._ratings else None,
                 indexing=self._indexing is not None,
+                review=self._review is not None,
                 shows_folders=self._folders is not None,
                 urls=self._search.image_policy.allow_urls,
                 draws_only=self._name == "tiny",

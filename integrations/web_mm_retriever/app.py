@@ -35,6 +35,7 @@ from web_mm_retriever.api import Api
 from web_mm_retriever.endpoints import Handler
 from web_mm_retriever.indexing import Indexing
 from web_mm_retriever.models import MOST_RERANKED, MOST_RESULTS, PAGE
+from web_mm_retriever.review import Review
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -80,6 +81,7 @@ def web_app(
     thumbnails: Path | None = None,
     ratings: Path | None = None,
     index_roots: Sequence[Path] = (),
+    review: Path | None = None,
     rerank: str | Reranker | None = None,
     rerank_server: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -97,13 +99,14 @@ def web_app(
         ratings: the file that keeps thumbs up and down as an evaluation set; images that people upload and rate results
             for are kept in a folder beside it. None: ratings are not kept.
         index_roots: folders that people may index from the page, with all below them.
+        review: a `queries.jsonl` whose drafts people review on the page.
         rerank: ranks results when somebody asks for it: a name of `load_reranker`, or a reranker, whose own
             `image_policy` then says what it may read. None: nobody can ask for it.
         rerank_server: `base_url`, `api` and `api_key` of `load_reranker`, for a model that runs on a server.
         device: of a reranker on this machine.
 
     Raises:
-        QueryError: a token is missing, empty, too short, or too easy to guess.
+        QueryError: a token is missing, empty, too short, or too easy to guess; the file to review is missing or is none.
     """
     access = Access(host, token)
     shared = gathered(embed_model)
@@ -129,6 +132,7 @@ def web_app(
         reranker=rerank,
         ratings=ratings,
         indexing=indexing,
+        review=None if review is None else Review(review),
     )
 
     def page(template: str) -> Handler:
@@ -140,6 +144,7 @@ def web_app(
     routes = [
         Route("/", page("page.html.j2")),
         *([Route("/indexing", page("indexing.html.j2"))] if indexing else []),
+        *([Route("/review", page("review.html.j2"))] if review is not None else []),
         *api.routes(),
         Route("/enter", api.enter, methods=["GET", "POST"]),
         Route("/openapi.json", api.openapi),

@@ -142,6 +142,34 @@ class RatingsState(BaseModel):
     download: bool = Field(description="Whether /v1/ratings gives the file, which names where images lie.")
 
 
+class Draft(BaseModel):
+    """A query that a model wrote and nobody has reviewed."""
+
+    id: str = Field(description="Of the line as it is in the file.")
+    text: str
+    note: str = Field(description="Who wrote it.")
+    image: bool = Field(description="Whether it has a query image: place 0 of /v1/review/image.")
+    targets: int = Field(description="How many right images it has: places 1, 2, ...")
+
+
+class ReviewState(BaseModel):
+    """What is left to review, and the draft that comes next."""
+
+    place: str = Field(description="Name of the file.")
+    queries: int = Field(description="In the file.")
+    left: int = Field(description="Of them, not reviewed.")
+    draft: Draft | None = Field(default=None, description="null: all are reviewed.")
+
+
+class ReviewRequest(Taken):
+    """A verdict on a draft."""
+
+    id: str
+    verdict: Literal["keep", "drop"] = Field(description="keep: with these words; drop: the line goes.")
+    text: Words = Field(default="", description="The words, as they were or corrected.")
+    after: str = Field(default="", description="The draft after which the next one is shown: the last put off.")
+
+
 class FolderName(BaseModel):
     """A folder that may be indexed."""
 
@@ -286,6 +314,7 @@ class Info(BaseModel):
     )
     ratings: RatingsState | None = Field(default=None, description="null: ratings are not kept.")
     indexing: bool = Field(default=False, description="Whether folders may be indexed here.")
+    review: bool = Field(default=False, description="Whether drafted queries may be reviewed here.")
     shows_folders: bool = Field(
         default=False, description="Whether /v1/reveal opens the folder of a file, on this machine."
     )

@@ -330,7 +330,7 @@ def _make(
         print_json(facts)
         return
     typer.echo(f"{len(drafts.queries)} of {count} queries drafted by {one_line(ranker.model_name)}: {out}")
-    typer.echo(f"look at {page}, then correct or delete lines of {out}; nobody has reviewed them yet")
+    typer.echo(f"look at {page}, then correct or delete lines of {out}, or `mm-retriever serve --review {out}`")
     for title, left in (("unreadable", dead), ("no words for", drafts.left_out)):
         if left:
             typer.echo(one_line(f"{title}: {len(left)} images, such as {left[0][0]}: {left[0][1]}"))

@@ -31,6 +31,13 @@ def serve(
             callback=options.home,
         ),
     ] = None,
+    review: Annotated[
+        Path | None,
+        typer.Option(
+            help="A queries.jsonl of `evaluate --make`, whose drafts people keep, correct or drop on the page.",
+            callback=options.home,
+        ),
+    ] = None,
     ratings: Annotated[
         Path | None,
         typer.Option(
@@ -84,6 +91,8 @@ def serve(
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     if server and rerank is None:
         raise QueryError("--rerank-url needs --rerank: the name under which the server serves the model")
+    if review is not None and not review.is_file():
+        raise QueryError(f"--review {str(review)!r}: there is no such file; `evaluate FOLDER --make N` writes one")
     check_exists(db)  # before a model is loaded
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
@@ -99,6 +108,7 @@ def serve(
             allow_urls=allow_urls,
             ratings=_ratings(ratings, db, keep=not no_ratings),
             index_roots=index_root or (),
+            review=review,
             rerank=rerank,
             rerank_server=server,
             device=device,

@@ -14,6 +14,7 @@ import pytest
 from milvus_lite.server_manager import server_manager_instance
 from PIL import Image
 from pymilvus import MilvusClient
+from tqdm import tqdm
 
 from mm_retriever.cli import main
 from mm_retriever.cli.options import REAL_MODEL
@@ -228,6 +229,29 @@ def test_a_mistake_is_one_line_that_names_it(capfd, tmp_path, monkeypatch, argum
     assert len(lines) == 1
     assert says in lines[0]
     assert "Traceback" not in err
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on(capfd, images, tmp_path, monkeypatch):
+    """Ctrl-C after two images are stored: Python raises it in the main thread, wherever that is."""
+    count, updates = tqdm.update, []
+
+    def interrupted(bar: tqdm, number: float = 1) -> bool | None:
+        updates.append(number)
+        if len(updates) == 2:
+            raise KeyboardInterrupt
+        return count(bar, number)
+
+    index = ("index", images, "--db", tmp_path / "a.db", "--model", "tiny", "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tqdm, "update", interrupted)
+        code, _, err = run(capfd, *index)
+    assert code == 130, err
+    assert "mm-retriever: stopped; what is done stays: run the same command again to go on" in err.splitlines()
+    code, out, _ = run(capfd, *index, "--json")
+    report = json.loads(out)
+    assert (code, report["unchanged"] + report["indexed"]) == (0, 9)
+    assert report["unchanged"] >= 2
+    assert report["indexed"]
 
 
 def test_info_verify_reads_every_row_and_names_those_that_are_not_what_was_stored(capfd, db, tmp_path):

@@ -7,8 +7,11 @@ import json
 import os
 import pty
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpcore
 from llama_index.core.schema import NodeWithScore, TextNode
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
@@ -47,6 +50,34 @@ def test_a_url_is_fetched_and_a_private_address_is_not(capfd, db):
     """Truth: the address is this machine's own, which no URL may lead to; so it was tried."""
     code, _, err = run(capfd, "search", "--db", db, "-i", "http://127.0.0.1:9/a.png")
     assert (code, "no public address" in err, "ImagePolicy" in err) == (2, True, False), err
+
+
+def test_a_url_gives_what_its_file_gives(capfd, db, leopard, monkeypatch):
+    """Truth: the file behind it. A public address, whose connection is led to a server of this machine."""
+    connect = httpcore.SyncBackend.connect_tcp
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(leopard.stat().st_size))
+            self.end_headers()
+            self.wfile.write(leopard.read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
+        monkeypatch.setattr(
+            httpcore.SyncBackend,
+            "connect_tcp",
+            lambda self, host, port, *given, **more: connect(self, "127.0.0.1", server.server_port, *given, **more),
+        )
+        asked = ("search", "phone case with this", "--db", db, "-k", 3, "--json")
+        code, out, err = run(capfd, *asked, "-i", "http://8.8.8.8/leopard.png")
+        server.shutdown()
+    assert code == 0, err
+    assert json.loads(out) == json.loads(run(capfd, *asked, "-i", leopard)[1])
 
 
 def test_several_images_are_one_query(capfd, db, images):

@@ -40,6 +40,17 @@ def draw_many(folder):
     return folder
 
 
+def draft_queries(folder):
+    """Three drafts about the products, as `evaluate --make` writes them."""
+    names = [path.relative_to(folder).as_posix() for path in sorted((folder / "images").rglob("*.jpg"))]
+    lines = [
+        {"image": names[n], "text": f"draft {n}", "targets": [names[n + 1]], "note": "drafted by m; not reviewed"}
+        for n in range(3)
+    ]
+    (folder / "drafts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "drafts.jsonl"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
@@ -64,7 +75,8 @@ def site(tmp_path_factory):
         first = web_app(store, model, rerank=reranker, **options)
         fresh = web_app(new, held, index_roots=[folder / "inbox"], **options)
         locked = web_app(store, model, token=TOKEN, **options)
-        apps = {"/many": many, "/first": first, "/fresh": fresh, "/locked": locked}
+        drafts = web_app(store, model, review=draft_queries(folder), **options)
+        apps = {"/many": many, "/first": first, "/fresh": fresh, "/locked": locked, "/drafts": drafts}
         with served(Starlette(routes=[Mount(path, app) for path, app in apps.items()])) as address:
             yield SimpleNamespace(
                 address=address, folder=folder, images=images, reranker=reranker, held=held, new=new, opened=opened
@@ -247,6 +259,41 @@ def test_where_nothing_may_be_indexed_there_is_no_such_page(visit):
     page = found(visit, "q=mug", refused=[404])
     expect(page.locator("#to-indexing")).to_be_hidden()
     assert page.goto(page.url.partition("?")[0] + "indexing").status == 404
+
+
+# ------------------------------------------------------------------------------------------ drafted queries
+
+
+def test_drafts_are_reviewed_by_keyboard(visit, site, axe):
+    """Truth: the file afterwards. The first draft is put off, the second corrected, the third dropped."""
+    page = visit("drafts/", bypass_csp=True)
+    page.locator("#to-review").click()
+    words = page.locator("#words")
+    expect(words).to_have_value("draft 0")
+    expect(page.locator("#status")).to_have_text("3 of 3 queries in drafts.jsonl are not reviewed yet.")
+    expect(page.locator("#pair img")).to_have_count(2)
+    page.wait_for_load_state("networkidle")
+    assert page.locator("#pair img").evaluate_all("all => all.map((one) => one.naturalWidth > 0)") == [True, True]
+    assert violations(page, axe) == []
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/review.png")
+    page.get_by_role("button", name="Later").press("Enter")
+    expect(words).to_have_value("draft 1")
+    expect(words).to_be_focused()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("in blue")
+    page.keyboard.press("Enter")
+    expect(words).to_have_value("draft 2")
+    page.get_by_role("button", name="Drop").press("Enter")
+    expect(words).to_have_value("draft 0")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("All 2 queries in drafts.jsonl are reviewed.")
+    expect(page.locator("#review")).to_be_hidden()
+    kept = list(map(json.loads, (site.folder / "drafts.jsonl").read_text().splitlines()))
+    assert [(one["text"], one["note"].partition("; ")[2]) for one in kept] == [
+        ("draft 0", "reviewed"),
+        ("in blue", "corrected by hand"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------ the rest of the page

@@ -456,7 +456,7 @@ async function start() {
     info = await api("v1/info");
     $("about").textContent = fill("about", { rows: number(info.rows), model: info.model });
     $("hybrid-field").hidden = !info.hybrid; $("url").hidden = !info.urls;
-    $("reveal").hidden = !info.shows_folders; $("to-indexing").hidden = !info.indexing;
+    $("reveal").hidden = !info.shows_folders; $("to-indexing").hidden = !info.indexing; $("to-review").hidden = !info.review;
     if (info.ratings?.queries) tell_ratings();
     if (info.draws_only) $("banners").append(make("p", { className: "banner" }, say.tiny));
   } catch (error) { problem(error); }
