@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
+from mm_retriever.downloads import progress_bar
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, one_line, reason_of, shown
 
 if TYPE_CHECKING:  # what is known of models, for the shell's completion too, is read without torch
@@ -225,7 +226,8 @@ def hub_files(repo: str, names: Sequence[str], revision: str | None = None, *, c
     """
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(names), local_files_only=cached))
+    options: dict[str, Any] = {"revision": revision, "local_files_only": cached, "tqdm_class": progress_bar()}
+    return Path(snapshot_download(repo, allow_patterns=list(names), **options))
 
 
 def _complete(folder: Path, wanted: Sequence[str]) -> bool:

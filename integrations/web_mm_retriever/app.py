@@ -106,7 +106,7 @@ def web_app(
         device: of a reranker on this machine.
 
     Raises:
-        QueryError: a token is missing, empty, too short, or too easy to guess; the file to review is missing or is none.
+        QueryError: a token is missing, empty, too short, or too easy to guess; or there is no such file to review.
     """
     access = Access(host, token)
     shared = gathered(embed_model)
@@ -137,7 +137,8 @@ def web_app(
 
     def page(template: str) -> Handler:
         async def show(request: Request) -> Response:
-            return _page(template, request, admitted=access.admits(request.scope))
+            admitted = access.admits(request.scope)
+            return page_response(template, request, admitted=admitted, status=200 if admitted else 401)
 
         return show
 
@@ -190,12 +191,13 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _page(template: str, request: Request, *, admitted: bool) -> Response:
+def page_response(template: str, request: Request, *, admitted: bool, status: int, **more: str | int) -> Response:
+    """A page in the language of its reader; `more` is what its template says."""
     language = _language(request)
-    facts = {"languages": LANGUAGES, "admitted": admitted, "version": __version__}
+    facts = {"languages": LANGUAGES, "admitted": admitted, "version": __version__, **more}
     body = _template(template).render(say=strings()[language], lang=language, **facts)
     headers = {"cache-control": "no-store", "vary": "accept-language, cookie"}
-    return Response(body, 200 if admitted else 401, headers, "text/html")
+    return Response(body, status, headers, "text/html")
 
 
 def _language(request: Request) -> str:

@@ -21,7 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def serve_web(
-    app: WebApp, *, host: str, port: int, db: Path | None = None, collection: str = "", model: str = ""
+    app: WebApp,
+    *,
+    host: str,
+    port: int,
+    db: Path | None = None,
+    collection: str = "",
+    model: str = "",
+    listener: socket.socket | None = None,
 ) -> None:
     """Serve on http://HOST:PORT/ until interrupted, with the limits of the MCP server.
 
@@ -32,13 +39,14 @@ def serve_web(
         db: the Milvus Lite file, whose folder gets a note by which `mm-retriever search` finds the server.
         collection: for the note.
         model: for the note.
+        listener: of `listen_on`; default: made for the host and port.
 
     Raises:
         QueryError: the port cannot be had.
     """
     log_plainly()
     limit_connections()
-    listener = _listen(host, port)
+    listener = listener or listen_on(host, port)
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/"
     print(f"serving on {address}  (MCP: {address}mcp, API: {address}openapi.json)", file=sys.stderr)  # noqa: T201
@@ -70,7 +78,12 @@ def _for_commands(app: WebApp, db: Path | None, collection: str, model: str) -> 
         remove_socket(address)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen_on(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address, and does not listen yet.
+
+    Raises:
+        QueryError: the port cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -82,7 +82,12 @@ def serve(
 ) -> None:
     r"""Serve a web page, a JSON API and MCP; `search` uses it by itself. Needs: pip install "mm-retriever\[web]"."""
     from web_mm_retriever import serve_web, web_app
+    from web_mm_retriever.admission import Access
+    from web_mm_retriever.serving import listen_on
+    from web_mm_retriever.waiting import waiting_page
 
+    from mm_retriever.downloads import watched
+    from mm_retriever.embedders.registry import check_embedder
     from mm_retriever.rerank.registry import check_reranker
     from mm_retriever.store import check_exists, open_store
 
@@ -97,6 +102,9 @@ def serve(
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
     wanted = held_model.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)
+    listener = listen_on(host, port)
+    with waiting_page(listener, Access(host, http_token), wanted.name) as tell, watched(tell):
+        check_embedder(wanted.name, revision=revision)  # downloads what is not here
     embedding = options.embed_model(**wanted._asdict(), device=device, revision=revision)
     with open_store(db, embedding, collection=collection, token=token, create=False) as store:
         app = web_app(
@@ -115,7 +123,13 @@ def serve(
         )
         file = Path(options.home(db))
         serve_web(
-            app, host=host, port=port, db=file if file.is_dir() else None, collection=collection, model=wanted.name
+            app,
+            host=host,
+            port=port,
+            db=file if file.is_dir() else None,
+            collection=collection,
+            model=wanted.name,
+            listener=listener,
         )
 
 

@@ -7,20 +7,25 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from mm_retriever.cli import main
 from mm_retriever.running import NOTE, read_note
 from tests.support.command_line import run
 from tests.support.processes import ROOT
+from tests.support.scripted_hub import scripted_hub
 
 pytest.importorskip("starlette", reason='needs the extra "web"')
 
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "integrations")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+TINY = ROOT / "mm_retriever" / "embedders" / "visualized_bge" / "tiny"
 SEARCH = ("search", "--json", "--model", "tiny")
 
 
@@ -48,6 +53,16 @@ def served(db) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
             yield db, line.split()[2], process
         finally:
             process.kill()
+
+
+def line_of(process: subprocess.Popen[str], words: str) -> str:
+    """The next line with these words, after bars of downloads, which end with no line."""
+    before = []
+    for line in process.stderr:
+        if words in line:
+            return line
+        before.append(line)
+    raise AssertionError("".join(before))
 
 
 def rows(out: str) -> list[dict]:
@@ -137,6 +152,44 @@ def test_a_search_with_a_server_waits_for_no_model(served):
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
     assert "http" in imported
     assert imported.isdisjoint({"torch", "transformers", "llama_index", "pymilvus", "milvus_lite"})
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_here_are_downloaded_behind_a_page(images, tmp_path):
+    """Truth: the page, and what it answers, while half of the weights are here, and after the rest came."""
+    db, released = tmp_path / "a.db", threading.Event()
+    with pytest.raises(SystemExit):
+        main(["index", str(images), "--db", str(db), "--model", "tiny"])
+    with scripted_hub({"some/model": TINY}, released) as (hub, _):
+        network = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        command = ["serve", "--db", str(db), "--model", "some/model", "--port", "0"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mm_retriever.cli", *command],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **network},
+        )
+        try:
+            address = line_of(process, "downloading some/model; how far it is: http://127.0.0.1:").split()[-1]
+            page = httpx.get(address, headers={"accept-language": "de"})
+            assert (page.status_code, page.headers["retry-after"]) == (503, "5")
+            assert "Die Gewichte von some/model werden heruntergeladen" in page.text
+            assert "<progress" in page.text
+            assert "script-src 'self'" in page.headers["content-security-policy"]
+            assert httpx.get(address + "static/waiting.js").status_code == 200
+            refused = httpx.post(address + "v1/search", json={"text": "mug"})
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert "are being downloaded" in refused.json()["error"]
+            assert httpx.get(address, headers={"host": "elsewhere.example"}).status_code == 421
+            released.set()
+            line_of(process, f"serving on {address}")
+            found = httpx.post(address + "v1/search", json={"text": "a mug", "top_k": 1}).json()["results"]
+            assert [one["label"] for one in found] == ["mug"]
+        finally:
+            released.set()
+            process.kill()
+            process.wait()
+            process.stderr.close()
 
 
 def test_a_server_that_was_killed_is_said_and_done_without(served, capfd):

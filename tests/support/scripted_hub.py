@@ -15,11 +15,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def scripted_hub(repos: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
+def scripted_hub(repos: dict[str, Path], released: threading.Event | None = None) -> Iterator[tuple[str, list[str]]]:
     """Its address, and the files that were fetched from it.
 
     Args:
         repos: folders by the id of their repository.
+        released: before it is set, weights are sent up to their middle.
     """
     fetched: list[str] = []
 
@@ -43,22 +44,28 @@ def scripted_hub(repos: dict[str, Path]) -> Iterator[tuple[str, list[str]]]:
                 if path.startswith(f"{repo}/resolve/") and wanted in files:
                     content = (folder / wanted).read_bytes()
                     fetched.append(wanted) if body else None
-                    return self.send(content, body=body, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+                    holds = released if wanted.endswith(".safetensors") else None
+                    return self.send(content, holds, body=body, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
 
-        def send(self, content: bytes, *, body: bool, **headers: str) -> None:
+        def send(self, content: bytes, holds: threading.Event | None = None, *, body: bool, **headers: str) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("X-Repo-Commit", COMMIT)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            if body:
-                self.wfile.write(content)
+            if not body:
+                return
+            if holds is not None:
+                self.wfile.write(content[: len(content) // 2])
+                content = content[len(content) // 2 :]
+                holds.wait()
+            self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
             pass

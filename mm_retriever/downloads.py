@@ -1,0 +1,54 @@
+"""How far a download from the model hub is, for whoever watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+Tell: TypeAlias = Callable[[int, int], None]
+"""Called with how many bytes are here, and of how many; from the threads that download."""
+
+_TELL: ContextVar[Tell | None] = ContextVar("who is told how far a download is", default=None)
+
+
+@contextmanager
+def watched(tell: Tell) -> Iterator[None]:
+    """Tell how far the downloads are that this context begins."""
+    token = _TELL.set(tell)
+    try:
+        yield
+    finally:
+        _TELL.reset(token)
+
+
+def progress_bar() -> Any:
+    """The hub's class of progress bars, which also tells whoever watches; None, the hub's own, where nobody does."""
+    tell = _TELL.get()
+    if tell is None:
+        return None
+    from huggingface_hub.utils import tqdm
+
+    class Watched(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        """A bar that is not shown counts nothing: this one counts for itself."""
+
+        def __init__(self, *given: Any, **options: Any) -> None:
+            self.is_of_bytes, self.here = options.get("unit") == "B", 0
+            super().__init__(*given, **options)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.is_of_bytes and n:
+                self.here += int(n)
+                self._say()
+            return super().update(n)
+
+        def refresh(self, *given: Any, **options: Any) -> Any:
+            if self.is_of_bytes:  # a file has begun: more bytes are to come
+                self._say()
+            return super().refresh(*given, **options)
+
+        def _say(self) -> None:
+            tell(self.here, int(getattr(self, "total", 0) or 0))
+
+    return Watched
