@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-_WORDS = (
+_FEWER = "rank fewer results (--top-k)"
+
+
+def _option(found: re.Match[str]) -> str:
+    return f"--{found[1].replace('_', '-')} is "
+
+
+_WORDS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r" \(\w+=True in Python\)", ""),
     (r"; ImagePolicy\(allow_urls=True\) turns it on", "; --allow-urls turns it on, in a command that has it"),
     (r" \(ImagePolicy\.\w+\)", ""),
@@ -13,7 +21,17 @@ _WORDS = (
     (r"or with a base_url any model", "or with --rerank-url any model"),
     (r"give its base_url", "give its URL"),
     (r"or the base_url of", "or the URL of"),
-    (r"\b(device|dtype|revision|analyzer)=", r"--\1 "),
+    (r"\b(device|dtype|revision|analyzer|backend|item)=", r"--\1 "),
+    (r"^(learning_rate|batch_size|pass_size|epochs|negatives|seed) is (?=.*; give )", _option),
+    (r"^(prompt|collection) '", r"--\1 '"),
+    (r"\brows_per_shard\b", "--rows-per-file"),
+    (r"embed_to_shards makes them", "`mm-retriever embed` makes them"),
+    (r"say with how many workers=", "say with how many --workers"),
+    (r"name it with tokenizer=", "write the model with `mm-retriever convert --tokenizer`"),
+    (r"use ingest_images, or open a Milvus server", "use `mm-retriever index`, or give a Milvus server as --db"),
+    (r"give a key as api_key", "give the key with --model-key, --rerank-key or --vision-key"),
+    (r"raise max_tokens, now \d+ with a base_url, or rank fewer candidates at a time \(window=\d+\)", _FEWER),
+    (r", or lower num_crops=.*", f", or {_FEWER}"),
     (r"\banalyzer '", "--analyzer '"),
     (r"the same hybrid=", "the same --hybrid"),
     (r"open_store\(\.\.\., hybrid=(True)?\)", "index FOLDER --db NEW.db --hybrid"),

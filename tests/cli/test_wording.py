@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from mm_retriever.bulk.plan import read_plan
 from mm_retriever.cli.wording import in_cli_words
 from mm_retriever.devices import as_dtype
+from mm_retriever.embedders.backends import load_with
 from mm_retriever.errors import ImageLoadError, MMRetrieverError
+from mm_retriever.evaluation.datasets.evaluation_set import EvaluationQuery
 from mm_retriever.images import ImagePolicy, load_image
 from mm_retriever.rerank.registry import check_reranker
+from mm_retriever.store.schema import check_options
+from mm_retriever.training import Recipe
+from tests.support.command_line import run
 
 
 def test_arguments_of_python_become_options(tmp_path):
@@ -28,6 +34,30 @@ def test_arguments_of_python_become_options(tmp_path):
     with pytest.raises(MMRetrieverError) as error:
         check_reranker("no-such-reranker")
     assert "base_url" not in in_cli_words(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [
+        (lambda: Recipe(learning_rate=-1), "--learning-rate is -1; give a number above 0"),
+        (lambda: Recipe(batch_size=1), "--batch-size is 1; give a whole number from 2"),
+        (lambda: read_plan("no-such-folder"), "`mm-retriever embed` makes them"),
+        (lambda: check_options("a-b", None, "auto", None), "--collection 'a-b': use up to 255"),
+        (lambda: EvaluationQuery("1", {"text": "red"}).asked("{other}"), "--prompt '{other}': no words for"),
+        (lambda: load_with("onnx", lambda *_: None, dtype=None, device=None), "--backend 'onnx' is not one of"),
+    ],
+)
+def test_what_a_command_refuses_is_said_with_its_option(fails, says):
+    with pytest.raises(MMRetrieverError) as error:
+        fails()
+    assert says in in_cli_words(error.value)
+
+
+def test_usage_errors_say_where_help_is(capfd):
+    code, _, err = run(capfd, "index", "photos", "--bd", "a.db")
+    assert code == 2
+    assert "No such option: --bd" in err
+    assert err.endswith("`mm-retriever index --help` says what it takes\n")
 
 
 def test_other_words_stay():
