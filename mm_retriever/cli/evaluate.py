@@ -44,14 +44,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A reranker by name; repeat it to compare.", autocompletion=options.reranker_names),
     ] = None,
-    rerank_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server that runs the models of --rerank.")
-    ] = None,
-    rerank_api: Annotated[str | None, typer.Option(help="What it is asked: chat, rerank or score.")] = None,
-    rerank_key: Annotated[
-        str | None,
-        typer.Option(envvar="MM_RETRIEVER_RERANK_KEY", help="The key that the server wants.", show_envvar=True),
-    ] = None,
+    rerank_url: options.RerankUrl = None,
+    rerank_api: options.RerankApi = None,
+    rerank_key: options.RerankKey = None,
     rerank_depth: Annotated[int, typer.Option(min=2, max=100, help="How many of the 100 nearest are reranked.")] = 10,
     weights: Annotated[
         str | None,

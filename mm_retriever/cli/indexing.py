@@ -187,21 +187,17 @@ def reindex(
             image_policy=ImagePolicy(allow_urls=allow_urls),
         )
     except ReindexError as error:
-        unreadable = [SkippedImage(path, _as_option(reason)) for path, reason in error.unreadable]
+        unreadable = [SkippedImage(path, in_cli_words(reason)) for path, reason in error.unreadable]
         if as_json:
-            print_json({"error": _as_option(str(error)), "unreadable": [asdict(row) for row in unreadable]})
+            print_json({"error": in_cli_words(str(error)), "unreadable": [asdict(row) for row in unreadable]})
         else:
             print_skipped(unreadable, rest="--json lists them all")
-        options.fail(_as_option(str(error)), options.EXIT_INCOMPLETE)
+        options.fail(in_cli_words(str(error)), options.EXIT_INCOMPLETE)
     if as_json:
         print_json(report.to_dict())
     else:
         typer.echo(str(report))
         print_skipped(report.dropped, rest="--json lists them all")
-
-
-def _as_option(reason: str) -> str:
-    return in_cli_words(reason)
 
 
 def prune(

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,13 +45,7 @@ def mcp(
             envvar="MM_RETRIEVER_VISION_KEY", help="The key that the server of --vision-url wants.", show_envvar=True
         ),
     ] = None,
-    root: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A folder that images may be read from; repeat for more. Default: only the indexed ones.",
-            callback=options.home,
-        ),
-    ] = None,
+    root: options.Root = None,
     per_item: Annotated[
         bool, typer.Option("--per-item", help="Give the best image of each item (column `item`), and its other images.")
     ] = False,

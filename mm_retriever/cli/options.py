@@ -104,6 +104,33 @@ Backend = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+RERANKING = "Reranking"
+RerankUrl = Annotated[
+    str | None,
+    typer.Option(help="An OpenAI-compatible server that runs the model that reranks.", rich_help_panel=RERANKING),
+]
+RerankApi = Annotated[
+    str | None,
+    typer.Option(
+        help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model).",
+        rich_help_panel=RERANKING,
+    ),
+]
+RerankKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MM_RETRIEVER_RERANK_KEY",
+        help="The key that the server of --rerank-url wants.",
+        show_envvar=True,
+        rich_help_panel=RERANKING,
+    ),
+]
+Root = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A folder that images may be read from; repeat for more. Default: only the indexed ones.", callback=home
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images embedded at a time.")]
 Sidecar = Annotated[
     Path | None,

@@ -26,7 +26,7 @@ EXAMPLES = (
     "[bold]curl -s https://example.org/a.jpg | mm-retriever search -i -[/bold]\n\n"
     '[bold]mm-retriever search "beach" -0 | xargs -0 cp -t album/[/bold]'
 )
-_QUERY, _RESULTS, _RERANKING, _OUTPUT = "What to look for", "Which results", "Reranking", "Output"
+_QUERY, _RESULTS, _OUTPUT = "What to look for", "Which results", "Output"
 
 
 def search(
@@ -94,36 +94,21 @@ def search(
     ] = False,
     rerank: Annotated[
         bool,
-        typer.Option("--rerank", help="Let a vision model rank the results and say why.", rich_help_panel=_RERANKING),
+        typer.Option(
+            "--rerank", help="Let a vision model rank the results and say why.", rich_help_panel=options.RERANKING
+        ),
     ] = False,
     rerank_model: Annotated[
         str | None,
         typer.Option(
             help="Default: Phi-3.5 Vision; `tiny` if that is the --model.",
             autocompletion=options.reranker_names,
-            rich_help_panel=_RERANKING,
+            rich_help_panel=options.RERANKING,
         ),
     ] = None,
-    rerank_url: Annotated[
-        str | None,
-        typer.Option(help="An OpenAI-compatible server that runs the model that reranks.", rich_help_panel=_RERANKING),
-    ] = None,
-    rerank_api: Annotated[
-        str | None,
-        typer.Option(
-            help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model).",
-            rich_help_panel=_RERANKING,
-        ),
-    ] = None,
-    rerank_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="MM_RETRIEVER_RERANK_KEY",
-            help="The key that the server of --rerank-url wants.",
-            show_envvar=True,
-            rich_help_panel=_RERANKING,
-        ),
-    ] = None,
+    rerank_url: options.RerankUrl = None,
+    rerank_api: options.RerankApi = None,
+    rerank_key: options.RerankKey = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=_OUTPUT)
     ] = False,

@@ -16,13 +16,7 @@ def serve(
     db: options.Db = "photos.db",
     model: options.HeldModel = None,
     collection: options.Collection = "mm_retriever",
-    root: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="A folder that images may be read from; repeat for more. Default: only the indexed ones.",
-            callback=options.home,
-        ),
-    ] = None,
+    root: options.Root = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Let people name images by URL.")] = False,
     index_root: Annotated[
         list[Path] | None,
@@ -53,21 +47,12 @@ def serve(
         typer.Option(
             help="A model that ranks results when somebody asks for it on the page. Default: none.",
             autocompletion=options.reranker_names,
+            rich_help_panel=options.RERANKING,
         ),
     ] = None,
-    rerank_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible server that runs the --rerank model.")
-    ] = None,
-    rerank_api: Annotated[
-        str | None,
-        typer.Option(help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model)."),
-    ] = None,
-    rerank_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="MM_RETRIEVER_RERANK_KEY", help="The key that the server of --rerank-url wants.", show_envvar=True
-        ),
-    ] = None,
+    rerank_url: options.RerankUrl = None,
+    rerank_api: options.RerankApi = None,
+    rerank_key: options.RerankKey = None,
     host: Annotated[str, typer.Option(help="Other than loopback only with a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free.")] = 8765,
     http_token: Annotated[
