@@ -21,11 +21,12 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable ".[dev]"
 	# apart: transformers imports torchao wherever it finds it, and on a CPU that prints warnings into every command
 	$(PIP) --no-deps --target $(VENV)/torchao torchao
-	@touch $@
+	@touch $(VENV)/.runtime $@
 
 install: $(VENV)/.runtime  ## a virtual environment with the package in it
 demo: $(VENV)/.runtime  ## draw a catalogue, index it, search it four ways; writes demo/
