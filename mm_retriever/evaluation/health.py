@@ -81,17 +81,33 @@ def nearest(vectors: NDArray[np.float32], count: int) -> tuple[NDArray[np.intp],
         vectors: (N, D) of length 1.
         count: less than N.
     """
+    return _compared(vectors, count)[:2]
+
+
+def _compared(
+    vectors: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.intp], NDArray[np.float32], int, list[tuple[int, int, float]]]:
+    """The rows and cosines of `nearest`, how many pairs are near duplicates, and the nearest of these."""
     rows = np.zeros((len(vectors), count), np.intp)
     cosines = np.zeros((len(vectors), count), np.float32)
+    number = 0
+    listed: list[tuple[int, int, float]] = []
     for start in range(0, len(vectors), _BLOCK):
         scores = vectors[start : start + _BLOCK] @ vectors.T
+        firsts, seconds = np.nonzero(scores >= NEAR_DUPLICATE)
+        above = seconds > firsts + start  # each pair once
+        number += int(above.sum())
+        found = scores[firsts[above], seconds[above]]
+        best = np.argsort(-found, kind="stable")[:_LISTED]
+        places = zip(firsts[above][best], seconds[above][best], found[best], strict=True)
+        listed += [(int(first) + start, int(second), float(cosine)) for first, second, cosine in places]
         own = np.arange(len(scores))
         scores[own, start + own] = -np.inf
         best = np.argpartition(-scores, count - 1, axis=1)[:, :count] if count else rows[:0]
         order = np.take_along_axis(best, np.argsort(-np.take_along_axis(scores, best, 1), 1, kind="stable"), 1)
         rows[start : start + len(scores)] = order
         cosines[start : start + len(scores)] = np.take_along_axis(scores, order, 1)
-    return rows, cosines
+    return rows, cosines, number, sorted(listed, key=lambda pair: -pair[2])[:_LISTED]
 
 
 def readable_vectors(
@@ -164,11 +180,10 @@ def health_of(names: Sequence[str], vectors: NDArray[np.float32], dead: Sequence
         dead: files that cannot be read, with the reason.
     """
     count = min(NEIGHBOURS, len(vectors) - 1)
-    rows = nearest(vectors, count)[0]
+    rows, _, number, pairs = _compared(vectors, count)
     times = np.bincount(rows.ravel(), minlength=len(vectors)).astype(np.float64)
     spread = float(times.std())
     skewness = float(((times - times.mean()) ** 3).mean() / spread**3) if spread else 0.0
-    number, pairs = _near(vectors)
     hubs = np.argsort(-times, kind="stable")[:5]
     return Health(
         images=len(vectors),
@@ -179,22 +194,6 @@ def health_of(names: Sequence[str], vectors: NDArray[np.float32], dead: Sequence
         hubs=tuple((names[row], int(times[row])) for row in hubs),
         never_found=float((times == 0).mean()),
     )
-
-
-def _near(vectors: NDArray[np.float32]) -> tuple[int, list[tuple[int, int, float]]]:
-    """How many pairs are near duplicates, and the nearest of them."""
-    number = 0
-    listed: list[tuple[int, int, float]] = []
-    for start in range(0, len(vectors), _BLOCK):
-        scores = vectors[start : start + _BLOCK] @ vectors.T
-        firsts, seconds = np.nonzero(scores >= NEAR_DUPLICATE)
-        above = seconds > firsts + start
-        number += int(above.sum())
-        found = scores[firsts[above], seconds[above]]
-        best = np.argsort(-found, kind="stable")[:_LISTED]
-        places = zip(firsts[above][best], seconds[above][best], found[best], strict=True)
-        listed += [(int(first) + start, int(second), float(cosine)) for first, second, cosine in places]
-    return number, sorted(listed, key=lambda pair: -pair[2])[:_LISTED]
 
 
 def shortcuts_of(model: ComposedEmbedding, data: EvaluationSet, gallery: NDArray[np.float32]) -> tuple[Shortcut, ...]:

@@ -27,8 +27,8 @@ Run: TypeAlias = Mapping[str, Mapping[str, float]]
 Wanted: TypeAlias = Mapping[str, Mapping[str, int]]
 """Gains of the right documents, whole numbers above 0, by query. Only nDCG tells one gain from another."""
 
-REMOVED = "reference removed"
-"""Said of a measure whose rankings lack the query image."""
+KEPT, REMOVED = "query image in the ranking", "query image removed"
+"""The two ways of a ranking."""
 
 RESAMPLES = 2_000
 _MEASURES = {"Recall": "R", "Hit": "Success", "nDCG": "nDCG", "mAP": "AP", "R_subset": "R"}
@@ -60,7 +60,7 @@ class Evaluation:
     """What one run reached.
 
     Args:
-        figures: by measure; "Recall@1" has the reference image in the ranking, "Recall@1, reference removed" has not.
+        figures: by measure; "Recall@1" has the query image in the ranking, "Recall@1, query image removed" has not.
         values: (Q,) of each query, by measure.
         queries: their names, in that order.
         groups: what each query belongs to; queries of one group are drawn together.

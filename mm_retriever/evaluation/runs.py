@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from mm_retriever.errors import RerankError, one_line
 from mm_retriever.evaluation.costs import Cost
 from mm_retriever.evaluation.datasets import EvaluationQuery, EvaluationSet
+from mm_retriever.evaluation.metrics import KEPT, REMOVED
 
 if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
     from mm_retriever.rerank.reranker import Reranker
 
-KEPT, REMOVED = "query image in the ranking", "query image removed"
 DEPTH = 100
 TIMED = 16  # queries that are embedded one by one, to time them
 _BLOCK = 256
@@ -201,9 +201,9 @@ def retrieved(
     """
     found: dict[str, dict[str, Scores]] = {way: {} for way in ways}
     places, tied = {name: row for row, name in enumerate(data.gallery)}, 0
-    for query, scores in zip(data.queries, _rows(queries, gallery), strict=True):
-        rows = np.array([places[name] for name in query.among]) if query.among else np.arange(len(scores))
-        order = rows[np.argsort(-scores[rows], kind="stable")]
+    for query, (scores, order) in zip(data.queries, ranked_rows(queries, gallery), strict=True):
+        if query.among:
+            order = order[np.isin(order, [places[name] for name in query.among])]
         best = {data.gallery[row]: float(scores[row]) for row in order[: DEPTH + 1]}
         members = sorted(set(query.subset) - best.keys(), key=lambda name: (-scores[places[name]], places[name]))
         for way in ways:
@@ -216,10 +216,20 @@ def retrieved(
     return PartRun(data, found, rankings, tied=tied)
 
 
-def _rows(queries: NDArray[np.float32], gallery: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-    """The scores of each query, (G,), a block at a time: all of them may not fit in memory."""
+def ranked_rows(
+    queries: NDArray[np.float32], gallery: NDArray[np.float32]
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp]]]:
+    """Yield for each query its scores (G,) and the rows of the gallery, best first; of equal scores the first row.
+
+    All scores may not fit in memory: there is a block of them at a time.
+
+    Args:
+        queries: (Q, D).
+        gallery: (G, D).
+    """
     for start in range(0, len(queries), _BLOCK):
-        yield from queries[start : start + _BLOCK] @ gallery.T
+        for scores in queries[start : start + _BLOCK] @ gallery.T:
+            yield scores, np.argsort(-scores, kind="stable")
 
 
 # ------------------------------------------------------------------------------------------ reranking

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mm_retriever.errors import QueryError
 from mm_retriever.evaluation.datasets import LabelledQuery
+from mm_retriever.evaluation.runs import ranked_rows
 from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.rerank.scorer import RERANK_MODEL_SCORE
 from mm_retriever.training.examples import images_of
@@ -57,10 +58,10 @@ def mined_rows(queries: Sequence[LabelledQuery], vectors: Vectors, count: int) -
     places = {image: place for place, image in enumerate(pool)}
     stored = vectors.images(pool)
     found: list[tuple[int, Path, list[Path]]] = []
-    for number, (query, scores) in enumerate(zip(queries, vectors.queries(queries) @ stored.T, strict=True)):
+    for number, (scores, best) in enumerate(ranked_rows(vectors.queries(queries), stored)):
+        query = queries[number]
         right = min(float(scores[places[target]]) for target in query.targets)
         limit = right - (1 - MOST_OF_RIGHT) * abs(right)
-        best = np.argsort(-scores, kind="stable")
         given = [*([] if query.image is None else [query.image]), *query.negatives]
         taken = {*query.targets, *given}
         others = [place for place in best if pool[place] not in taken]
@@ -93,8 +94,9 @@ def judged_rows(
     pool = images_of(queries)
     stored = vectors.images(pool)
     rows = []
-    for number, (query, scores) in enumerate(zip(queries, vectors.queries(queries) @ stored.T, strict=True)):
-        best = [place for place in np.argsort(-scores, kind="stable") if pool[place] != query.image][:JUDGED]
+    for number, (scores, order) in enumerate(ranked_rows(vectors.queries(queries), stored)):
+        query = queries[number]
+        best = [place for place in order if pool[place] != query.image][:JUDGED]
         if len(best) < 2:
             raise QueryError(f"{query.place}: {len(best)} images to judge; the queries name too few")
         shares = _shares(query, [(pool[place], float(scores[place])) for place in best], teacher)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mm_retriever.embedders.embedder import Content, Embedder, Pixels
 from mm_retriever.evaluation.datasets import LabelledQuery
 from mm_retriever.evaluation.metrics import REMOVED, Evaluation, evaluate
+from mm_retriever.evaluation.runs import ranked_rows
 from mm_retriever.images import opened_image
 from mm_retriever.training.examples import images_of
 from mm_retriever.training.recipe import TEMPERATURE
@@ -77,14 +78,13 @@ class Vectors:
         places = {image: place for place, image in enumerate(gallery)}
         run: dict[str, dict[str, float]] = {}
         right = 0.0
-        for number, vector in enumerate(self.queries(queries)):
-            scores, query = stored @ vector, queries[number]
+        for number, (scores, order) in enumerate(ranked_rows(self.queries(queries), stored)):
+            query = queries[number]
             shares = np.exp((scores - scores.max()) / TEMPERATURE)
             if query.image is not None:
                 shares[places[query.image]] = 0
             right += float(shares[[places[target] for target in query.targets]].sum() / shares.sum()) / len(queries)
-            best = np.argsort(-scores, kind="stable")[:_RANKED]
-            run[str(number)] = {names[place]: float(scores[place]) for place in best}
+            run[str(number)] = {names[place]: float(scores[place]) for place in order[:_RANKED]}
         wanted = {str(n): dict.fromkeys(map(str, query.targets), 1) for n, query in enumerate(queries)}
         references = {str(n): str(query.image or "") for n, query in enumerate(queries)}
         groups = {str(n): str(query.targets[0]) for n, query in enumerate(queries)}  # not independent of each other

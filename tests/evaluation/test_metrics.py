@@ -49,7 +49,7 @@ def test_the_reference_is_left_in_and_removed_and_both_are_said():
     """CIRR leaves it out, FashionIQ and mteb leave it in: on one query the two differ by half."""
     found = evaluate(RUN, WANTED, ["MRR", "Recall@1"], references={"q": "a"})
     assert {name: one.mean for name, one in found.figures.items()} == pytest.approx(
-        {"MRR": 0.5, "MRR, reference removed": 1.0, "Recall@1": 0.0, "Recall@1, reference removed": 1 / 3}
+        {"MRR": 0.5, "MRR, query image removed": 1.0, "Recall@1": 0.0, "Recall@1, query image removed": 1 / 3}
     )
     with pytest.raises(QueryError, match="reference of 'q' is one of its right documents"):
         evaluate(RUN, WANTED, ["MRR"], references={"q": "b"})
@@ -152,8 +152,8 @@ def test_a_difference_is_paired():
     assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
     with pytest.raises(QueryError, match="different queries or groups"):
         difference(first, evaluate(before, wanted, ["MRR"]), "MRR")
-    with pytest.raises(QueryError, match="measure 'MRR, reference removed' was not taken; there are MRR"):
-        difference(first, second, "MRR, reference removed")
+    with pytest.raises(QueryError, match="measure 'MRR, query image removed' was not taken; there are MRR"):
+        difference(first, second, "MRR, query image removed")
 
 
 # ------------------------------------------------------------------------------------------ refusals
