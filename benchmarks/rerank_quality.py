@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
-from tiny_quality import MODE_NAMES, Query, composed_queries, recall
+from tiny_quality import MODE_NAMES, Query, composed_queries
 
 from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, caption, catalogue, write_catalogue
 from mm_retriever.embedding import VisualizedBGEEmbedding
@@ -218,19 +218,20 @@ def gain(name: str, judged: Sequence[Judged], weight: float) -> Gain:
         "model": np.array([one.rank(0.0) for one in judged]),
         "fused": np.array([one.rank(weight) for one in judged]),
     }
-    figures = {key: recall(name, (rank, wanted)) for key, rank in ranks.items()}
-    change = figure(((ranks["fused"] == 1).astype(float) - (ranks["retrieval"] == 1), wanted))
+    first = {key: (rank == 1).astype(float) for key, rank in ranks.items()}
+    retrieval, model, fused = (figure((values, wanted)) for values in first.values())
+    change = figure((first["fused"] - first["retrieval"], wanted))
     return Gain(
         name=name,
         queries=len(judged),
-        products=figures["retrieval"].products,
-        retrieval=figures["retrieval"].at_1,
-        retrieval_interval=figures["retrieval"].at_1_interval,
-        retrieval_at_9=figures["retrieval"].at_9,
-        model=figures["model"].at_1,
-        model_interval=figures["model"].at_1_interval,
-        fused=figures["fused"].at_1,
-        fused_interval=figures["fused"].at_1_interval,
+        products=len(set(wanted)),
+        retrieval=retrieval.mean,
+        retrieval_interval=(retrieval.low, retrieval.high),
+        retrieval_at_9=float((ranks["retrieval"] <= TOP_K).mean()),
+        model=model.mean,
+        model_interval=(model.low, model.high),
+        fused=fused.mean,
+        fused_interval=(fused.low, fused.high),
         gain=change.mean,
         gain_interval=(change.low, change.high),
     )

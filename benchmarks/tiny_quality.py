@@ -15,21 +15,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from mm_retriever.demo.catalogue import PATTERNS, Looks, Product, catalogue, draw_product, draw_theme
 from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor
-from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
-from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
-from mm_retriever.evaluation.metrics import figure
+from mm_retriever.embedders.embedder import Content, Embedder
+from mm_retriever.embedders.registry import load_embedder
+from mm_retriever.evaluation.metrics import Figure, figure, query_values
+from mm_retriever.evaluation.runs import ranked_rows
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
 from phrases import MODES, Mode, Wording, compose_query, full_text
@@ -64,16 +62,12 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Figures of one group of queries; intervals are (low, high)."""
+class Row:
+    """Recall of one group of queries, of the first product and of the first nine."""
 
     name: str
-    queries: int
-    products: int
-    at_1: float
-    at_1_interval: tuple[float, float]
-    at_9: float
-    at_9_interval: tuple[float, float]
+    at_1: Figure
+    at_9: Figure
 
 
 def composed_queries(
@@ -111,48 +105,38 @@ def simple_queries(products: Sequence[Product], *, images: bool, held_out: bool,
 # ---------------------------------------------------------------------- embedding
 
 
-def _batches(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(rows), BATCH):
-        yield rows[start : start + BATCH]
+def product_vectors(embedder: Embedder, products: Sequence[Product], size: int) -> np.ndarray:
+    """(N, D) vectors of images drawn at ``size`` pixels."""
+
+    def content(row: int) -> Content:
+        return Content(image=embedder.prepare(products[row].draw(size)))
+
+    return _in_pattern_order(embedder, [product.pattern for product in products], content)
 
 
-class Embedder:
-    """The model after its real preprocessing, on batches of queries and products."""
+def query_vectors(embedder: Embedder, queries: Sequence[Query], *, use: str = "both") -> np.ndarray:
+    """(N, D) vectors; ``use`` is "both", "image", "text", or "sum" of the two vectors, to compare."""
+    if use == "sum":
+        return query_vectors(embedder, queries, use="image") + query_vectors(embedder, queries, use="text")
 
-    def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor) -> None:
-        self.model, self.processor = model.eval(), processor
+    def content(row: int) -> Content:
+        image = None if use == "text" else queries[row].image()
+        text = "" if use == "image" else queries[row].text
+        return Content(text, None if image is None else embedder.prepare(image))
 
-    @torch.inference_mode()
-    def products(self, products: Sequence[Product], size: int) -> np.ndarray:
-        """(N, D) vectors of images drawn at ``size`` pixels."""
-        ordered = sorted(range(len(products)), key=lambda row: PATTERNS.index(products[row].pattern))
-        vectors = np.zeros((len(products), self.model.config.dimension), np.float32)
-        for rows in _batches(ordered):
-            pixel_values = self.processor.pixel_values([products[row].draw(size) for row in rows])
-            vectors[rows] = self.model.encode_image(pixel_values).float().numpy()
-        return vectors
+    return _in_pattern_order(embedder, [_pattern_of(query) for query in queries], content, query=True)
 
-    @torch.inference_mode()
-    def queries(self, queries: Sequence[Query], *, use: str = "both") -> np.ndarray:
-        """(N, D) vectors; ``use`` is "both", "image", "text", or "sum" of the two vectors, to compare."""
-        ordered = sorted(range(len(queries)), key=lambda row: PATTERNS.index(_pattern_of(queries[row])))
-        vectors = np.zeros((len(queries), self.model.config.dimension), np.float32)
-        for rows in _batches(ordered):
-            some = [queries[row] for row in rows]
-            images = [query.image() for query in some] if use != "text" else []
-            values = self.processor.pixel_values([p for p in images if p is not None]) if any(images) else None
-            texts = [query.text for query in some]
-            vectors[rows] = self._encode(values, texts, use).float().numpy()
-        return vectors
 
-    def _encode(self, values: torch.Tensor | None, texts: list[str], use: str) -> torch.Tensor:
-        if values is None:
-            return self.model.encode_text(**self.processor.tokens(texts))
-        if use == "image" or not any(texts):
-            return self.model.encode_image(values)
-        if use == "sum":
-            return self.model.encode_image(values) + self.model.encode_text(**self.processor.tokens(texts))
-        return self.model.encode_multimodal(values, **self.processor.tokens(texts, beside_image=True))
+def _in_pattern_order(
+    embedder: Embedder, patterns: Sequence[str], content: Callable[[int], Content], *, query: bool = False
+) -> np.ndarray:
+    """The vector of each row; each pattern map is drawn once and kept, so rows of one pattern follow one another."""
+    ordered = sorted(range(len(patterns)), key=lambda row: PATTERNS.index(patterns[row]))
+    vectors = np.zeros((len(patterns), embedder.dimension), np.float32)
+    for start in range(0, len(ordered), BATCH):
+        rows = ordered[start : start + BATCH]
+        vectors[rows] = embedder.encode([content(row) for row in rows], query=query)
+    return vectors
 
 
 def _pattern_of(query: Query) -> str:
@@ -162,19 +146,20 @@ def _pattern_of(query: Query) -> str:
 # ---------------------------------------------------------------------- figures
 
 
-def ranks(vectors: np.ndarray, candidates: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
-    """1-based rank of each query's right product; ties count against it."""
-    scores = vectors @ candidates.T
-    own = scores[np.arange(len(wanted)), list(wanted)]
-    return (scores >= own[:, None]).sum(1)
+def found_at(vectors: np.ndarray, candidates: np.ndarray, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    """(N,) for 1 and for 9: whether each query's right product is among the first so many."""
+    rankings = {
+        str(row): [str(product) for product in best[:9]]
+        for row, (_, best) in enumerate(ranked_rows(vectors, candidates))
+    }
+    right = {str(row): {str(product): 1} for row, product in enumerate(wanted)}
+    return {depth: query_values(rankings, right, f"Recall@{depth}") for depth in (1, 9)}
 
 
-def recall(name: str, *parts: tuple[np.ndarray, Sequence[int]]) -> Recall:
-    """Recall of ranks and the products they are of; of several kinds of query the unweighted mean."""
-    products = {product for _, wanted in parts for product in wanted}
-    first, nine = (figure(*((rank <= top, wanted) for rank, wanted in parts)) for top in (1, 9))
-    at_1, at_9 = (each.mean for each in (first, nine))
-    return Recall(name, first.queries, len(products), at_1, (first.low, first.high), at_9, (nine.low, nine.high))
+def recall(name: str, *parts: tuple[Mapping[int, np.ndarray], Sequence[int]]) -> Row:
+    """Figures of `found_at` and the products they are of; of several kinds of query the unweighted mean."""
+    first, nine = (figure(*((found[depth], wanted) for found, wanted in parts)) for depth in (1, 9))
+    return Row(name, first, nine)
 
 
 def measure(
@@ -185,7 +170,7 @@ def measure(
     draws: int = 3,
     size: int = 320,
     report: Callable[[str], None] = print,
-) -> dict[str, list[Recall]]:
+) -> dict[str, list[Row]]:
     """All figures, by section: held-out pairs, seen pairs, held-out wordings, and what does not compose.
 
     Args:
@@ -197,8 +182,8 @@ def measure(
         report: called with each table.
     """
     products = catalogue(count)
-    candidates = embedder.products(products, size)
-    sections: dict[str, list[Recall]] = {}
+    candidates = product_vectors(embedder, products, size)
+    sections: dict[str, list[Row]] = {}
 
     def section(title: str, groups: list[tuple[str, list[Query], str]], mean: str | None = None) -> None:
         if only not in ("", title):
@@ -207,9 +192,9 @@ def measure(
         sections[title] = []
         for name, queries, use in groups:
             wanted = [query.wanted for query in queries]
-            rank = ranks(embedder.queries(queries, use=use), candidates, wanted)
-            parts.append((rank, wanted))
-            sections[title].append(recall(name, (rank, wanted)))
+            found = found_at(query_vectors(embedder, queries, use=use), candidates, wanted)
+            parts.append((found, wanted))
+            sections[title].append(recall(name, (found, wanted)))
         if mean:
             sections[title].append(recall(mean, *parts))
         report(table(title, sections[title]))
@@ -231,27 +216,26 @@ def measure(
     return sections
 
 
-def table(title: str, rows: Sequence[Recall]) -> str:
+def table(title: str, rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [f"\n**{title}**\n", "| query | n | R@1 | 95% | R@9 | 95% |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        spans = [f"{low:.3f}–{high:.3f}" for low, high in (row.at_1_interval, row.at_9_interval)]
-        lines.append(f"| {row.name} | {row.queries} | {row.at_1:.3f} | {spans[0]} | {row.at_9:.3f} | {spans[1]} |")
+        cells = [f"{one.mean:.3f} | {one.low:.3f}–{one.high:.3f}" for one in (row.at_1, row.at_9)]
+        lines.append(f"| {row.name} | {row.at_1.queries} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="a name that load_visualized_bge knows, or a folder")
+    parser.add_argument("--model", default="tiny", help="a name that load_embedder knows, or a folder")
     parser.add_argument("--draws", type=int, default=3, help="queries of each kind for every held-out product")
     parser.add_argument("--size", type=int, default=320, help="pixels at which the catalogue is drawn")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    model, processor = load_visualized_bge(arguments.model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.model}: {parameters:,} parameters, {model.config.vision_shape.image_size} px")
-    sections = measure(Embedder(model, processor), draws=arguments.draws, size=arguments.size)
+    embedder = load_embedder(arguments.model)
+    print(f"{arguments.model}: {embedder.space}, {embedder.note}")
+    sections = measure(embedder, draws=arguments.draws, size=arguments.size)
     print(f"\n{time.perf_counter() - started:.0f} s")
     if arguments.json:
         figures = {title: [asdict(row) for row in rows] for title, rows in sections.items()}
