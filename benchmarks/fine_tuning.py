@@ -1,22 +1,24 @@
 """What fine-tuning and a teacher are worth: the bundled tiny embedder on drawn products, by one command.
 
-    python benchmarks/fine_tuning.py                       # under twenty minutes on two cores
-    python benchmarks/fine_tuning.py --quick               # a small form, two minutes
+    python benchmarks/fine_tuning.py                       # both experiments
+    python benchmarks/fine_tuning.py --quick               # a small form of them
     python benchmarks/fine_tuning.py --json fine-tuning.json
 
-A customer's words are new to the model: half of the held-out templates of `phrases.py` are trained on, the other half
-is tested. So are kinds in patterns that nothing was trained on (`HELD_OUT`), in images from other seeds. Queries rank
-900 products. The control trains on the same triplets with their targets shuffled.
+Customers who also say what they do not want mislead the bundled model (`customer_words.py`). It is trained on 2,000
+such queries for kinds in patterns that it was trained on, and tested on other wordings, for kinds in patterns that
+nothing was ever trained on (`TESTED`), in images from other seeds: queries rank 900 products. The weights in the course
+of a training are chosen on a third set of wordings, kinds and images. The control is trained, and its weights are
+chosen, on the same queries with their targets shuffled.
 
 The teacher is the bundled reranker; the first stage is the bundled embedder with noise in its weights. No target is
-used: the reranker judges what the weakened model finds. Intervals are 95% bootstrap intervals over wanted products.
+trained on: the reranker judges what the weakened model finds for wordings that both know. Choice and test are on
+wordings that neither knows. Intervals are 95% bootstrap intervals over wanted products.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,24 +28,44 @@ from typing import Any
 
 import numpy as np
 import torch
+from customer_words import CHOSEN_ON, CUSTOMERS, TESTED, Asked, Drawn, Pair, Words, ask
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle
+from phrases import MODES, templates
 
 from mm_retriever import load_embedder, load_reranker
-from mm_retriever.demo.catalogue import HELD_OUT, PATTERNS, Looks, all_looks, draw_product, draw_theme
+from mm_retriever.demo.catalogue import HELD_OUT, all_looks
 from mm_retriever.demo.catalogue.drawing import SEED_BLOCK
-from mm_retriever.embedders.embedder import Trainable
+from mm_retriever.embedders.embedder import Embedder, Trainable
 from mm_retriever.evaluation.datasets import LabelledQuery
 from mm_retriever.evaluation.metrics import Figure, figure
+from mm_retriever.evaluation.runs import ranked_rows
 from mm_retriever.training import Recipe, train
+from mm_retriever.training.run import FIGURES
 from mm_retriever.training.vectors import Vectors
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
-import phrases
-from phrases import MODES, Mode, compose_query
-
-SIZE = 160  # pixels at which products are drawn
 TOP_K = 9
-SEEDS = {"train": 700 * SEED_BLOCK, "test": 710 * SEED_BLOCK, "catalogue": 720 * SEED_BLOCK}
+NOISE = 0.9  # in the weights of the first stage that is taught, as a share of their deviation
+BLOCKS = {"train": 700, "choose": 705, "test": 710, "taught": 715, "taught-choose": 720, "taught-test": 725}
+CATALOGUE = 730
+# about the rates at which the bundled model was trained: 4e-4 and 1.2e-3; tried on "choose" alone
+RECIPE = Recipe(epochs=1, batch_size=32, negatives=1, learning_rate=5e-4)
+TAUGHT = Recipe(epochs=2, batch_size=32, learning_rate=5e-4)
+Found = tuple[np.ndarray, np.ndarray]  # the score of each product, and products best first
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many queries and products."""
+
+    train: int = 2_000
+    choose: int = 120
+    test: int = 900
+    products: int = 900
+    taught: int = 400
+    taught_test: int = 240
+
+
+QUICK = Sizes(320, 60, 200, 300, 160, 80)
 
 
 @dataclass(frozen=True)
@@ -54,78 +76,68 @@ class Test:
     wanted: Sequence[int]
     products: Sequence[Path]
 
-    def ranks(self, embedder: Any) -> tuple[np.ndarray, np.ndarray]:
-        """1-based rank of each query's right product, ties counted against it; and all scores."""
+    def ranks(self, embedder: Embedder) -> tuple[np.ndarray, list[Found]]:
+        """1-based rank of each query's right product; and what the model finds."""
         vectors = Vectors(embedder)
-        scores = vectors.queries(self.queries) @ vectors.images(self.products).T
-        own = scores[np.arange(len(self.wanted)), list(self.wanted)]
-        return (scores >= own[:, None]).sum(1), scores
+        found = list(ranked_rows(vectors.queries(self.queries), vectors.images(self.products)))
+        ranks = [best.tolist().index(row) + 1 for (_, best), row in zip(found, self.wanted, strict=True)]
+        return np.array(ranks), found
 
 
-class Drawn:
-    """Products, triplets and tests in a folder."""
+class Bench:
+    """Queries and images of both experiments."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.rng = folder, np.random.default_rng(seed)
-        (folder / "images").mkdir(parents=True)
-        self.count = 0
-        self.targets: dict[Looks, Path] = {}
+    def __init__(self, folder: Path, sizes: Sizes) -> None:
+        self.folder, self.drawn, self.sizes = folder, Drawn(folder / "images"), sizes
+        known = templates("training"), templates("held-out")
+        self.words: dict[str, Words] = dict(CUSTOMERS) | {
+            "taught": known[0],
+            "taught-choose": {mode: known[1][mode][:3] for mode in MODES},
+            "taught-test": {mode: known[1][mode][3:] for mode in MODES},
+        }
 
-    def draw(self, looks: Looks, seed: int) -> Path:
-        """The image of a product, or of a theme where the kind is None."""
-        kind, pattern, colour = looks
-        image = draw_theme(pattern, colour, seed, SIZE) if kind is None else draw_product(*looks, seed, SIZE)
-        self.count += 1
-        path = self.folder / "images" / f"{self.count}.jpg"
-        image.save(path, quality=92)
-        return path
+    def asked(self, part: str, count: int, pairs: frozenset[Pair], never: frozenset[Pair]) -> list[Asked]:
+        """Queries of a part for products of these (kind, pattern) pairs."""
+        rng = np.random.default_rng([8, BLOCKS[part]])
+        wanted = [looks for looks in all_looks() if (str(looks.kind), looks.pattern) in pairs]
+        return ask(wanted, self.words[part], rng, count, never=never)
 
-    def queries(
-        self, wanted: Sequence[Looks], words: dict[Mode, tuple[str, ...]], block: int, *, most: int | None = None
-    ) -> list[Any]:
-        """A query for each product that one can be asked for, or the first of them: image, words, and product."""
-        phrases._HELD_OUT = words  # the templates that this half of the benchmark may use
-        made = []
-        for number, looks in enumerate(wanted):
-            mode = MODES[number % len(MODES)]
-            never = HELD_OUT if block == SEEDS["train"] else frozenset()
-            query = compose_query(looks, mode, self.rng, wording="held-out", never=never)
-            if query is not None:
-                made.append((query, block + number))
-        by_pattern = sorted(
-            made[:most], key=lambda one: PATTERNS.index(one[0].source.pattern)
-        )  # each map is drawn once
-        return [(self.draw(query.source, seed), query.text, query.wanted) for query, seed in by_pattern]
-
-    def triplets(self, queries: Sequence[Any], *, shuffled: bool = False) -> Path:
-        """A file of queries, each with an image of its own of the right product, or of that of another query."""
-        targets = [looks for _, _, looks in queries]
+    def file(self, part: str, count: int, *, shuffled: bool = False) -> Path:
+        """Queries of a part to train on or to choose by, each with an image of its right product, or of another's."""
+        if part.endswith("choose"):
+            asked = self.asked(part, count, CHOSEN_ON, TESTED)
+        else:
+            every = frozenset((str(looks.kind), looks.pattern) for looks in all_looks())
+            asked = self.asked(part, count, every - HELD_OUT, HELD_OUT)
+        seed = BLOCKS[part] * SEED_BLOCK
+        sources = self.drawn.images([one.source for one in asked], seed)
+        targets = list(dict.fromkeys(one.wanted for one in asked))
+        paths = dict(zip(targets, self.drawn.images(targets, seed + SEED_BLOCK), strict=True))
+        wanted = [one.wanted for one in asked]
         if shuffled:
-            targets = [targets[place] for place in self.rng.permutation(len(targets))]
-        drawn, wanted = self.targets, set(targets)
-        for place, looks in enumerate(sorted(all_looks(), key=lambda one: PATTERNS.index(one.pattern))):
-            if looks in wanted and looks not in drawn:
-                drawn[looks] = self.draw(looks, SEEDS["train"] + 500_000 + place)
+            wanted = [wanted[place] for place in np.random.default_rng(9).permutation(count)]
         lines = [
-            {"image": str(image), "text": text, "targets": [str(drawn[looks])]}
-            for (image, text, _), looks in zip(queries, targets, strict=True)
+            {"image": str(image), "text": one.text, "targets": [str(paths[looks])]}
+            for image, one, looks in zip(sources, asked, wanted, strict=True)
         ]
-        path = self.folder / f"{'shuffled' if shuffled else 'queries'}-{self.count}.jsonl"
+        path = self.folder / f"{part}{'-shuffled' if shuffled else ''}.jsonl"
         path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
         return path
 
-    def test(self, count: int, words: dict[Mode, tuple[str, ...]], products: int) -> Test:
-        """Queries for held-out pairs among so many products."""
+    def test(self, part: str, count: int) -> Test:
+        """Queries for pairs that nothing was trained on or chosen by, among all products."""
         looks = all_looks()
-        chosen = [looks[place] for place in self.rng.permutation(len(looks))[:products]]
-        chosen.sort(key=lambda one: PATTERNS.index(one.pattern))
-        paths = [self.draw(one, SEEDS["catalogue"] + place) for place, one in enumerate(chosen)]
-        rows = {one: place for place, one in enumerate(chosen)}
-        held_out = [one for one in chosen if (one.kind, one.pattern) in HELD_OUT]
-        asked = [held_out[int(self.rng.integers(len(held_out)))] for _ in range(count)]
-        queries = self.queries(asked, words, SEEDS["test"])
-        labelled = [LabelledQuery(image, text, (paths[rows[one]],)) for image, text, one in queries]
-        return Test(labelled, [rows[one] for _, _, one in queries], paths)
+        rng = np.random.default_rng([8, CATALOGUE])
+        products = [looks[place] for place in rng.permutation(len(looks))[: self.sizes.products]]
+        paths = self.drawn.images(products, CATALOGUE * SEED_BLOCK)
+        rows = {one: place for place, one in enumerate(products)}
+        asked = [one for one in self.asked(part, 4 * count, TESTED, frozenset()) if one.wanted in rows][:count]
+        images = self.drawn.images([one.source for one in asked], BLOCKS[part] * SEED_BLOCK)
+        wanted = [rows[one.wanted] for one in asked]
+        queries = [
+            LabelledQuery(image, one.text, (paths[row],)) for image, one, row in zip(images, asked, wanted, strict=True)
+        ]
+        return Test(queries, wanted, paths)
 
 
 def gain(before: np.ndarray, after: np.ndarray, wanted: Sequence[int]) -> Figure:
@@ -138,80 +150,89 @@ def first(ranks: np.ndarray, wanted: Sequence[int]) -> Figure:
     return figure(((ranks == 1).astype(float), wanted))
 
 
-def fine_tuning(drawn: Drawn, test: Test, trained: Sequence[Any], recipe: Recipe) -> dict[str, Any]:
+def tuned(queries: Path, model: str | Path, out: Path, recipe: Recipe, held_out: Path, **options: Any) -> Embedder:
+    """The model of a training, which goes on where it was if the folder holds a part of it."""
+    if not (out / FIGURES).exists():
+        train(queries, model, out, recipe=recipe, held_out=held_out, device="cpu", say=_say, **options)
+    return load_embedder(out, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------ fine-tuning
+
+
+def fine_tuning(bench: Bench) -> dict[str, Any]:
     """Before, after, and after training on shuffled targets."""
-    before, _ = test.ranks(load_embedder("tiny", device="cpu"))
-    results: dict[str, Any] = {"queries": len(test.queries), "before": asdict(first(before, test.wanted))}
-    print(f"Recall@1 before, {len(test.queries)} queries: {first(before, test.wanted)}", flush=True)
+    models = {"before": load_embedder("tiny", device="cpu")}
     for name, shuffled in (("right targets", False), ("shuffled targets", True)):
+        asked = bench.file("train", bench.sizes.train, shuffled=shuffled)
+        held_out = bench.file("choose", bench.sizes.choose, shuffled=shuffled)
         started = time.perf_counter()
-        out = drawn.folder / f"model-{shuffled}"
-        training = train(drawn.triplets(trained, shuffled=shuffled), "tiny", out, recipe=recipe, device="cpu", say=_say)
-        after, _ = test.ranks(load_embedder(out, device="cpu"))
-        difference = gain(before, after, test.wanted)
-        seconds = time.perf_counter() - started
-        print(
-            f"{name}: {first(after, test.wanted)}, gain {difference}; step {training.kept} of {training.steps}, "
-            f"{seconds:.0f} s",
-            flush=True,
-        )
-        results[name] = {"after": asdict(first(after, test.wanted)), "gain": asdict(difference), "seconds": seconds}
+        models[name] = tuned(asked, "tiny", bench.folder / name.replace(" ", "-"), RECIPE, held_out)
+        print(f"{name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
+    test = bench.test("test", bench.sizes.test)  # drawn and looked at when all is trained
+    ranks = {name: test.ranks(model)[0] for name, model in models.items()}
+    results: dict[str, Any] = {"queries": len(test.queries)}
+    for name, found in ranks.items():
+        recall, difference = first(found, test.wanted), gain(ranks["before"], found, test.wanted)
+        results[name] = {"recall_at_1": asdict(recall), "gain": asdict(difference)}
+        print(f"{name}, {len(test.queries)} queries: Recall@1 {recall}, gain {difference}", flush=True)
     return results
 
 
-def weakened(folder: Path, noise: float) -> Path:
-    """The bundled embedder with noise in every matrix, so large as a share of the matrix's own deviation."""
+# ------------------------------------------------------------------------------------------ the teacher
+
+
+def weakened(folder: Path) -> Path:
+    """The bundled embedder with noise in every matrix."""
+    if folder.exists():
+        return folder
     embedder = load_embedder("tiny", device="cpu")
     assert isinstance(embedder, Trainable)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in embedder.network.parameters():
             if parameter.dim() > 1:
-                parameter += noise * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                parameter += NOISE * parameter.std() * torch.randn(parameter.shape, generator=generator)
     folder.mkdir()
     embedder.save(folder)
     return folder
 
 
-def reranked_first(test: Test, scores: np.ndarray, places: Sequence[int]) -> np.ndarray:
+def reranked_first(test: Test, found: Sequence[Found]) -> np.ndarray:
     """Rank of the right product after the reranker has ordered the first nine; one after the last if not there."""
     reranker = load_reranker("tiny", top_n=TOP_K, device="cpu")
     ranks = []
-    for place in places:
-        query, found = test.queries[place], np.argsort(-scores[place], kind="stable")[:TOP_K]
+    for query, wanted, (scores, best) in zip(test.queries, test.wanted, found, strict=True):
         nodes = [
-            NodeWithScore(
-                node=ImageNode(id_=str(row), image_path=str(test.products[row])), score=float(scores[place, row])
-            )
-            for row in found
+            NodeWithScore(node=ImageNode(id_=str(row), image_path=str(test.products[row])), score=float(scores[row]))
+            for row in best[:TOP_K]
         ]
         result = reranker.rerank(nodes, QueryBundle(query.text, image_path=str(query.image)))
         order = [int(node.node.node_id) for node in result.nodes]
-        wanted = test.wanted[place]
         ranks.append(order.index(wanted) + 1 if wanted in order else TOP_K + 1)
     return np.array(ranks)
 
 
-def distillation(drawn: Drawn, test: Test, asked: Sequence[Any], recipe: Recipe, noise: float) -> dict[str, Any]:
+def distillation(bench: Bench) -> dict[str, Any]:
     """The weakened first stage, the reranker after it, and the first stage that has learned from the reranker."""
     started = time.perf_counter()
-    weak = weakened(drawn.folder / "weak", noise)
-    before, scores = test.ranks(load_embedder(weak, device="cpu"))
-    places = range(len(test.queries))
-    reranked = reranked_first(test, scores, places)
-    print(f"weakened: {first(before, test.wanted)}, R@9 {np.mean(before <= TOP_K):.3f}", flush=True)
-    lift = gain(before, reranked, test.wanted)
-    print(f"reranked: {first(reranked, test.wanted)}, lift {lift}; {time.perf_counter() - started:.0f} s", flush=True)
-    out = drawn.folder / "distilled"
-    train(drawn.triplets(asked), weak, out, recipe=recipe, teacher="tiny", device="cpu", say=_say)
-    after, _ = test.ranks(load_embedder(out, device="cpu"))
-    own = gain(before, after, test.wanted)
-    part = own.mean / lift.mean if lift.mean else float("nan")
-    seconds = time.perf_counter() - started
+    weak = weakened(bench.folder / "weak")
+    asked, held_out = bench.file("taught", bench.sizes.taught), bench.file("taught-choose", bench.sizes.choose)
+    distilled = tuned(asked, weak, bench.folder / "taught", TAUGHT, held_out, teacher="tiny")
+    print(f"taught in {time.perf_counter() - started:.0f} s", flush=True)
+    test = bench.test("taught-test", bench.sizes.taught_test)
+    before, found = test.ranks(load_embedder(weak, device="cpu"))
     print(
-        f"distilled: {first(after, test.wanted)}, gain {own}: {part:.0%} of the reranker's lift; {seconds:.0f} s",
+        f"weakened, {len(test.queries)} queries: {first(before, test.wanted)}, R@9 {np.mean(before <= TOP_K):.3f}",
         flush=True,
     )
+    reranked = reranked_first(test, found)
+    lift = gain(before, reranked, test.wanted)
+    print(f"reranked: {first(reranked, test.wanted)}, lift {lift}", flush=True)
+    after, _ = test.ranks(distilled)
+    own = gain(before, after, test.wanted)
+    part = own.mean / lift.mean if lift.mean else float("nan")
+    print(f"distilled: {first(after, test.wanted)}, gain {own}: {part:.0%} of the reranker's lift", flush=True)
     return {
         "queries": len(test.queries),
         "weakened": asdict(first(before, test.wanted)),
@@ -219,8 +240,10 @@ def distillation(drawn: Drawn, test: Test, asked: Sequence[Any], recipe: Recipe,
         "distilled": asdict(first(after, test.wanted)),
         "gain": asdict(own),
         "recovered": part,
-        "seconds": seconds,
     }
+
+
+# ------------------------------------------------------------------------------------------ the command
 
 
 def _say(line: str) -> None:
@@ -231,31 +254,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small form")
     parser.add_argument("--only", choices=("fine-tuning", "teacher"), help="one of the two experiments")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--noise", type=float, default=0.9, help="in the weights of the first stage that is taught")
+    parser.add_argument("--folder", type=Path, help="to keep images and models in: a run that was ended goes on there")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    known = phrases.templates("held-out")
-    trained_words = {mode: known[mode][:3] for mode in MODES}
-    tested_words = {mode: known[mode][3:] for mode in MODES}
-    triplets, queries, judged, products = (300, 360, 300, 300) if arguments.quick else (2_000, 900, 600, 900)
-    recipe = Recipe(epochs=2, negatives=2, learning_rate=arguments.learning_rate, bf16=True)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        drawn = Drawn(Path(temporary) / "drawn", seed=0)
-        test = drawn.test(queries, tested_words, products)
-        seen = [one for one in all_looks() if (one.kind, one.pattern) not in HELD_OUT]
-        wanted = [seen[int(drawn.rng.integers(len(seen)))] for _ in range(2 * triplets)]
-        trained = drawn.queries(wanted, trained_words, SEEDS["train"], most=triplets)
-        trained = [trained[place] for place in drawn.rng.permutation(len(trained))]
-        print(f"{len(trained)} triplets, {drawn.count} images; {time.perf_counter() - started:.0f} s", flush=True)
+        bench = Bench(arguments.folder or Path(temporary), QUICK if arguments.quick else Sizes())
         if arguments.only != "teacher":
-            results["fine-tuning"] = fine_tuning(drawn, test, trained, recipe)
+            results["fine-tuning"] = fine_tuning(bench)
         if arguments.only != "fine-tuning":
-            part = Test(test.queries[::3], test.wanted[::3], test.products)
-            taught = Recipe(epochs=2, batch_size=32, learning_rate=3e-4)
-            results["teacher"] = distillation(drawn, part, trained[:judged], taught, arguments.noise)
+            results["teacher"] = distillation(bench)
     results["seconds"] = time.perf_counter() - started
     print(f"{results['seconds']:.0f} s")
     if arguments.json:

@@ -7,6 +7,7 @@ Two sets of wordings: those the bundled models learn from (``"training"``), and 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,7 +198,7 @@ def reason(mode: Mode, looks: Looks) -> str:
 # ---------------------------------------------------------------------- queries
 
 
-def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
+def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -240,7 +241,7 @@ def compose_query(
     mode: Mode,
     rng: np.random.Generator,
     *,
-    wording: Wording = "training",
+    wording: Wording | Mapping[Mode, Sequence[str]] = "training",
     never: frozenset[tuple[str, str]] = frozenset(),
 ) -> ComposedQuery | None:
     """A query whose one right answer is ``wanted``, or None where no image can be its source.
@@ -249,13 +250,14 @@ def compose_query(
         wanted: looks of a product.
         mode: kind of query; ``"colour"`` needs ``can_recolour(wanted)``.
         rng: chooses the source image and the words.
-        wording: which set of templates.
+        wording: which set of templates, or templates by mode.
         never: (kind, pattern) pairs that the source image must not show.
     """
     kind, pattern, colour = wanted
     if kind is None:
         raise ValueError("a query asks for a product; give a kind")
-    template = _pick(templates(wording)[mode], rng)
+    known = templates(wording) if isinstance(wording, str) else wording
+    template = _pick(known[mode], rng)
     if mode == "theme":
         return ComposedQuery(Looks(None, pattern, colour), fill(template, rng, kind=kind), wanted, mode)
     if mode == "kind":
