@@ -1,4 +1,4 @@
-"""Work in threads: asynchronous twins of methods, images that are decoded together, a call in bounded time."""
+"""Work in threads: asynchronous twins of methods, images decoded together, calls in bounded time, fair turns."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import wraps
@@ -73,3 +74,27 @@ def within(work: Callable[[], R], seconds: float) -> R:
     if not future.done():
         raise TimeoutError(f"no answer within {seconds:.3g} s")
     return future.result()
+
+
+class FairLock:
+    """A lock that no thread can keep from the others by taking it again at once; a thread must not take it twice."""
+
+    def __init__(self) -> None:
+        self._next, self._held = threading.Lock(), threading.Lock()
+
+    def __enter__(self) -> None:
+        self.acquire(-1)
+
+    def acquire(self, seconds: float) -> bool:
+        """Take it; returns whether that was possible in so many seconds, which -1 does not limit."""
+        until = time.monotonic() + seconds
+        # a thread that has just let go waits here, after the one that is already waiting
+        if not self._next.acquire(timeout=seconds):
+            return False
+        try:
+            return self._held.acquire(timeout=seconds if seconds < 0 else max(0.0, until - time.monotonic()))
+        finally:
+            self._next.release()
+
+    def __exit__(self, *_: object) -> None:
+        self._held.release()

@@ -44,7 +44,7 @@ from mm_retriever.ingest.sources import path_id
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.channel import deadline
-from mm_retriever.store.lite_server import FairLock
+from mm_retriever.threads import FairLock
 from mm_retriever.vector_cache import VectorCache
 from tests.support.drawn_store import KINDS, draw_images, draw_leopard
 from tests.support.effort import EFFORT

@@ -95,14 +95,26 @@ class LiteFile:
         """
         with deadline(_DEFAULT_SECONDS) as until:
             while True:
-                wire = self._wire(until)
                 header["until"] = time.time() + until.left
+                if (answer := self._read_here(header, body, until)) is not None:
+                    return answer
+                wire = self._wire(until)
                 answer = self._exchange(wire, header, body, until)
                 if answer is None:
                     continue
                 if wire is not self._turn.wire:
                     self._give_back(wire)
                 return answer
+
+    def _read_here(self, header: dict[str, Any], body: bytes, until: Deadline) -> tuple[dict[str, Any], bytes] | None:
+        """The answer where this process serves the file and none of its threads has to be asked; else None."""
+        server = self._server
+        if server is None or self._turn.wanted:
+            return None
+        try:
+            return server.read(header, body, until.left)
+        except TimeoutError as error:
+            raise self._silence(until) from error
 
     @contextmanager
     def turn(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ from mm_retriever.store.lite_wire import (
     remove_record,
     remove_socket,
 )
+from mm_retriever.threads import FairLock
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +54,8 @@ _READS = (
     *("List", "Load", "Query", "Release", "Search", "Show"),
 )
 """First words of the requests that a read-only file takes; a missing index is built in the copy."""
-
-
-class FairLock:
-    """A lock that no thread can keep from the others by taking it again at once; a thread must not take it twice."""
-
-    def __init__(self) -> None:
-        self._next, self._held = threading.Lock(), threading.Lock()
-
-    def __enter__(self) -> None:
-        with self._next:  # a thread that has just let go waits here, after the one that is already waiting
-            self._held.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._held.release()
+_CHANGES_NOTHING = ("Describe", "Get", "Has", "HybridSearch", "Query", "Search")
+"""First words of those that may be broken off anywhere: no thread of the server's needs to see them through."""
 
 
 class LiteServer:
@@ -205,6 +194,24 @@ class LiteServer:
             return folder_identity(self._place) == self._identity
         except OSError:
             return False
+
+    def read(self, header: Mapping[str, Any], body: bytes, seconds: float) -> tuple[dict[str, Any], bytes] | None:
+        """Answer a request of this process in the calling thread; None if it changes something, or the file is closed.
+
+        Raises:
+            TimeoutError: others had their turn for so many seconds.
+        """
+        if not str(header["method"]).rpartition("/")[2].startswith(_CHANGES_NOTHING):
+            return None
+        if not self._lock.acquire(max(0.0, seconds)):
+            raise TimeoutError
+        HANDLING.now = True
+        try:
+            answer = self._answer(header, body)
+        finally:
+            HANDLING.now = False
+            self._lock.__exit__()
+        return None if self._closed.is_set() else answer
 
     # ------------------------------------------------------------------------------------------ connections
 

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,6 +27,9 @@ from llama_index.core.vector_stores.types import VectorStoreQuery
 
 from mm_retriever.errors import StoreError, StoreLockedError, StoreUnavailableError
 from mm_retriever.store import open_store
+from mm_retriever.store.channel import deadline
+from mm_retriever.store.lite_channel import LITE_FILES
+from mm_retriever.store.lite_server import LiteServer
 from mm_retriever.store.lite_wire import RECORD, read_record
 from tests.support.processes import ends, python
 from tests.support.warm import WarmProcess
@@ -156,6 +160,34 @@ def test_another_process_reads_no_half_emptied_memory(db, monkeypatch):
         stop.touch()
         assert int(reader.stdout.readline()) >= 2
         ends(reader)
+
+
+def test_a_search_runs_in_the_thread_that_asks_and_a_write_in_one_that_no_interrupt_reaches(db, monkeypatch):
+    """Our choice: a thread less to wait for, and Ctrl-C breaks off nothing that changes the file."""
+    ran = {}
+    answer = LiteServer._answer
+
+    def spy(self: LiteServer, header: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+        ran[str(header["method"]).rpartition("/")[2]] = threading.current_thread()
+        return answer(self, header, body)
+
+    monkeypatch.setattr(LiteServer, "_answer", spy)
+    with open_store(db, MODEL) as store:
+        store.add(nodes("a"))
+        assert store.query(QUERY).ids == ["a"]
+    here = threading.current_thread()
+    assert ran["Search"] is here
+    assert here not in (ran["CreateCollection"], ran["Insert"])
+
+
+def test_a_search_behind_another_turn_ends_by_its_deadline(db):
+    """Our choice, as between processes: busy is an error in time, and the next search is answered."""
+    with open_store(db, MODEL) as store:
+        store.add(nodes("a"))
+        server = next(iter(LITE_FILES._files.values()))._server
+        with server._lock, deadline(0.1), pytest.raises(StoreUnavailableError, match="busy"):
+            store.query(QUERY)
+        assert store.query(QUERY).ids == ["a"]
 
 
 def test_a_forked_child_attaches_to_its_parent_and_takes_over_when_that_is_killed(db):
