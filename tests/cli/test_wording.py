@@ -44,7 +44,10 @@ def test_arguments_of_python_become_options(tmp_path):
         (lambda: read_plan("no-such-folder"), "`mm-retriever embed` makes them"),
         (lambda: check_options("a-b", None, "auto", None), "--collection 'a-b': use up to 255"),
         (lambda: EvaluationQuery("1", {"text": "red"}).asked("{other}"), "--prompt '{other}': no words for"),
-        (lambda: load_with("onnx", lambda *_: None, dtype=None, device=None), "--backend 'onnx' is not one of"),
+        (
+            lambda: load_with("onnx", lambda *_: None, dtype=None, device=None, calibration=None),
+            "--backend 'onnx' is not one of",
+        ),
     ],
 )
 def test_what_a_command_refuses_is_said_with_its_option(fails, says):
