@@ -247,7 +247,7 @@ def numbers_in(config: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["visualized_bge", "phi3_vision"])
+@pytest.mark.parametrize("family", ["visualized_bge", pytest.param("phi3_vision", marks=pytest.mark.slow)])
 def test_a_config_may_say_anything(tmp_path: Path, tried: Counter[str], family: str) -> None:
     """Sizes of another kind, of none and without end, in every place of the bundled models' configs.
 

@@ -522,12 +522,11 @@ def folder(drawn, tmp_path) -> Path:
     return Path(shutil.copytree(drawn, tmp_path / "pictures"))
 
 
-@pytest.mark.parametrize("cached", [False, True], ids=["computed", "cached"])
 def test_threads_and_event_loops_get_the_known_answers_while_images_come_and_go(
-    folder, tmp_path, alone, restless, tried, caplog, cached
+    folder, tmp_path, alone, restless, tried, caplog
 ):
     """Truth: the model and NumPy with nothing else running. 16 threads, 32 tasks in one loop and 8 in another."""
-    model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=tmp_path / "cache" if cached else None)
+    model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=tmp_path / "cache")
     with open_store(tmp_path / "a.db", model) as store:
         shop = open_shop(folder, store, model, alone)
         tried["queries under load"] += under_load(shop, threads=16, tasks=(32, 8), each=3)
@@ -537,7 +536,7 @@ def test_threads_and_event_loops_get_the_known_answers_while_images_come_and_go(
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["computed", "cached"])
 def test_a_longer_load_gets_the_known_answers_too(folder, tmp_path, alone, restless, tried, cached):
-    """As above."""
+    """As above, without a cache of vectors too."""
     model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=tmp_path / "cache" if cached else None)
     with open_store(tmp_path / "a.db", model) as store:
         shop = open_shop(folder, store, model, alone)

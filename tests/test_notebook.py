@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from IPython.core.formatters import HTMLFormatter
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from PIL import Image
 
 from mm_retriever import show
 from mm_retriever.embedding import VisualizedBGEEmbedding
@@ -57,12 +59,14 @@ def test_no_word_is_markup_and_nothing_is_fetched(hit):
     assert "fetching URLs is off" in html_of(shown[0])
 
 
-def test_what_is_too_much_for_a_cell_is_counted(hit):
+def test_what_is_too_much_for_a_cell_is_counted(hit, tmp_path):
     html = html_of(show([hit] * 9, most=4))
     assert (html.count("<img "), "and 5 more" in html) == (4, True)
     assert "nothing found" in html_of(show([]))
-    many = html_of(show([hit] * 3000, most=3000))
-    assert len(many) < MAX_BYTES + 3000 * 1000
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)  # takes the most room
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    many = html_of(show([ImageNode(image_path=str(tmp_path / "noise.png"))] * 300, most=300, side=512))
+    assert MAX_BYTES / 2 < len(many) < MAX_BYTES + 300 * 1000
     assert "left out: the cell is full" in many
 
 

@@ -266,15 +266,17 @@ def test_killed_at_random_moments_one_whole_collection_answers_and_the_next_run_
     fill(tmp_path, tmp_path / "a.db", colour, images=40)
     models = {"tiny": tiny, "mean-colour": colour}
     now, target = "mean-colour", "tiny"
-    killed = 0
+    killed, seconds = 0, dict.fromkeys(models, 3.0)
     with warm(what="reindexing") as run:
         while killed < 20 * EFFORT:
             _, before = rows(tmp_path / "a.db")
             (tmp_path / "target").write_text(target)
             by = chance.choice(("time", "time", "operation"))
-            ended = run(tmp_path, by, chance.uniform(0, 3.0) if by == "time" else chance.randrange(1, 60))
+            ended = run(tmp_path, by, chance.uniform(0, seconds[target]) if by == "time" else chance.randrange(1, 60))
             assert ended["killed"] or ended["step"] == "end", ended
             killed += ended["killed"]
+            if not ended["killed"]:
+                seconds[target] = ended["seconds"]
             model_id = after_a_kill(tmp_path, before, colour, tiny)
             now = next(name for name, model in models.items() if model.model_id == model_id)
             if now == target:

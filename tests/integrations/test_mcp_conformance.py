@@ -86,31 +86,34 @@ def inspect(inspector: Path, target: list[str], *options: str) -> dict:
     return json.loads(done.stdout)
 
 
-def every_tool(inspector: Path, target: list[str]) -> None:
+CALL = ("--method", "tools/call", "--tool-name")
+
+
+def listed_and_searched(inspector: Path, target: list[str]) -> str:
+    """The id of what is found first."""
     tools = inspect(inspector, target, "--method", "tools/list")["tools"]
     assert [tool["name"] for tool in tools] == ["search_images", "find_similar", "describe_image"]
-    call = ("--method", "tools/call", "--tool-name")
-    found = inspect(inspector, target, *call, "search_images", "--tool-arg", "text=a mug", "top_k=2")
+    found = inspect(inspector, target, *CALL, "search_images", "--tool-arg", "text=a mug", "top_k=2")
     assert [block["type"] for block in found["content"]] == ["text", *["text", "image", "resource_link"] * 2]
-    id_ = json.loads(found["content"][1]["text"].split(" | id ")[1].split(" | ")[0])
-    similar = inspect(inspector, target, *call, "find_similar", "--tool-arg", f"result={id_}", "top_k=1")
-    assert '"mug"' in similar["content"][1]["text"]
-    described = inspect(inspector, target, *call, "describe_image", "--tool-arg", f"image={id_}")
-    assert id_ in described["content"][0]["text"]
+    return json.loads(found["content"][1]["text"].split(" | id ")[1].split(" | ")[0])
 
 
 def test_the_inspector_lists_and_calls_every_tool_over_http(search, inspector):
     with serving(http_app(search)) as url:
-        every_tool(inspector, [url])
+        id_ = listed_and_searched(inspector, [url])
+        similar = inspect(inspector, [url], *CALL, "find_similar", "--tool-arg", f"result={id_}", "top_k=1")
+        assert '"mug"' in similar["content"][1]["text"]
+        described = inspect(inspector, [url], *CALL, "describe_image", "--tool-arg", f"image={id_}")
+        assert id_ in described["content"][0]["text"]
         templates = inspect(inspector, [url], "--method", "resources/templates/list")["resourceTemplates"]
     assert [one["uriTemplate"] for one in templates] == ["image://indexed/{node_id}", "image://view/{node_id}"]
 
 
-def test_the_inspector_lists_and_calls_every_tool_over_stdio(db, inspector, tmp_path):
+def test_the_inspector_lists_and_searches_over_stdio(db, inspector, tmp_path):
     """It starts the command for each call, as its configuration says; of the environment it passes on only that."""
     environment = {name: ENVIRONMENT[name] for name in ("HF_HUB_OFFLINE", "PYTHONPATH")} | {"OMP_NUM_THREADS": "1"}
     arguments = ["-m", "mm_retriever.cli", "mcp", "--db", str(db)]
     server = {"command": sys.executable, "args": arguments, "env": environment}
     config = tmp_path / "mcp.json"
     config.write_text(json.dumps({"mcpServers": {"photos": server}}))
-    every_tool(inspector, ["--config", str(config), "--server", "photos"])
+    listed_and_searched(inspector, ["--config", str(config), "--server", "photos"])

@@ -214,7 +214,14 @@ def connections_to(port: int) -> int:
     return sum(one.laddr.port == port and one.status != "LISTEN" for one in psutil.Process().net_connections())
 
 
-@pytest.mark.parametrize("start", [HEADER, b"", HEADER + BODY_STARTS], ids=["header", "nothing", "body"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(HEADER, id="header", marks=pytest.mark.slow),
+        pytest.param(b"", id="nothing", marks=pytest.mark.slow),
+        pytest.param(HEADER + BODY_STARTS, id="body"),
+    ],
+)
 async def test_3000_half_open_connections_change_nothing_for_others(search, start, tried):
     """Whoever has no token can open connections and leave them; the oldest of them give way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -356,7 +363,7 @@ async def test_a_named_web_page_may_read_the_answers(search):
         assert token or hidden.status_code == 403
 
 
-@contextmanager
+@pytest.fixture(scope="module")
 def the_command(db) -> Iterator[tuple[str, int]]:
     """URL and process of `mm-retriever mcp --http`, with its token from the environment."""
     with socket.socket() as taken:
@@ -380,15 +387,15 @@ def the_command(db) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.slow
-async def test_the_command_serves_http(db):
-    with the_command(db) as (url, _):
-        async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
-            assert len((await client.list_tools()).tools) == 3
+async def test_the_command_serves_http(the_command):
+    url, _ = the_command
+    async with over_http(url, Authorization=f"Bearer {TOKEN}") as client:
+        assert len((await client.list_tools()).tools) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the height of a process's memory")
-async def test_eight_clients_with_images_of_25_megapixels_take_no_gigabytes(db, tried):
+async def test_eight_clients_with_images_of_25_megapixels_take_no_gigabytes(the_command, tried):
     """A file of a few kilobytes is 100 MB of pixels; together they took 8.5 GB, half of which was kept."""
     data = io.BytesIO()
     Image.new("RGBA", (5000, 5000), (200, 30, 30, 128)).save(data, "PNG")
@@ -401,18 +408,18 @@ async def test_eight_clients_with_images_of_25_megapixels_take_no_gigabytes(db, 
                 assert not found.is_error, found.content[0].text
                 tried["large images sent by MCP clients"] += 1
 
-    with the_command(db) as (url, pid):
+    url, pid = the_command
 
-        def held(what: str) -> int:
-            lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-            return int(lines[what].split()[0]) // 1024
+    def held(what: str) -> int:
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return int(lines[what].split()[0]) // 1024
 
-        await ask(url)
-        before = held("VmRSS")
-        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the height is what is held now
-        async with anyio.create_task_group() as clients:
-            for _ in range(8):
-                clients.start_soon(ask, url)
-        assert held("VmHWM") - before < 1_300
-        await anyio.sleep(3)  # what is given back goes back a second later
-        assert held("VmRSS") - before < 300
+    await ask(url)
+    before = held("VmRSS")
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the height is what is held now
+    async with anyio.create_task_group() as clients:
+        for _ in range(8):
+            clients.start_soon(ask, url)
+    assert held("VmHWM") - before < 1_300
+    await anyio.sleep(3)  # what is given back goes back a second later
+    assert held("VmRSS") - before < 300

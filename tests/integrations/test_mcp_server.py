@@ -45,6 +45,7 @@ async def test_a_path_inside_the_roots_can_be_named(search, leopard):
     assert not found.is_error
 
 
+@pytest.mark.slow
 async def test_a_session_over_stdio_as_a_subprocess(db, leopard):
     """`mm-retriever mcp`, as a client's configuration starts it."""
     arguments = ["-m", "mm_retriever.cli", "mcp", "--db", str(db), "--model", "tiny", "--root", str(db.parent)]

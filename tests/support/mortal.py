@@ -1,4 +1,4 @@
-"""A warm process that forks runs of ingestion or of `reindex` and lets them die: many kills, and one import.
+"""A warm process that forks runs of ingestion or of `reindex` and lets them die: many kills, one import and one model.
 
     python -m tests.support.mortal BYTES [reindexing]   # after so many bytes Milvus Lite writes a segment
 
@@ -35,12 +35,12 @@ def run(place: Path, step) -> None:
     """All that a run touches: a cache of vectors, images with columns and prune, a report, text nodes."""
     from llama_index.core.schema import TextNode
 
-    from mm_retriever.embedding import VisualizedBGEEmbedding
+    from mm_retriever.embedding import ComposedEmbedding
     from mm_retriever.ingest import ingest_images
     from mm_retriever.store import open_store
 
     step("load")
-    model = VisualizedBGEEmbedding("tiny", device="cpu", cache_dir=place / "cache")
+    model = ComposedEmbedding(TINY, cache_dir=place / "cache")
     step("open")
     with open_store(place / "a.db", model) as store:
         options = {"batch_size": 4, "show_progress": False}
@@ -62,7 +62,7 @@ def reindexing(place: Path, step) -> None:
 
     step("load")
     target, uri = (place / "target").read_text(), place / "uri"
-    model = ComposedEmbedding("tiny", device="cpu") if target == "tiny" else ComposedEmbedding(MeanColour())
+    model = ComposedEmbedding(TINY if target == "tiny" else MeanColour())
     step("reindex")
     where = uri.read_text() if uri.exists() else place / "a.db"
     reindex(where, model, collection="photos", batch_size=4, show_progress=False)
@@ -138,6 +138,8 @@ if __name__ == "__main__":
     import mm_retriever.embedders.visualized_bge.encoder
     import mm_retriever.ingest
     import mm_retriever.store  # noqa: F401
+    from mm_retriever.embedders.registry import load_embedder
 
+    TINY = load_embedder("tiny", device="cpu")  # once: a run that is killed while it reads weights shows nothing
     for request in sys.stdin:
         print(json.dumps(answer(*json.loads(request))), flush=True)
