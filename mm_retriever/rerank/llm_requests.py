@@ -20,10 +20,10 @@ from mm_retriever.servers.failures import (
     explained,
     is_schema_refusal,
     refuse_errors,
+    retrying,
     short,
     status_of,
 )
-from mm_retriever.servers.retrying import retrying
 from mm_retriever.threads import within
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
 """Servers of models that somebody runs elsewhere: bounded HTTP, repeated requests, what failed and what to do about it.
 
 - `bounded_http.py`: what one answer may cost.
-- `failures.py`: errors of any client in plain words, and which of them pass.
-- `retrying.py`: when to ask again.
+- `failures.py`: errors of any client in plain words, which of them pass, and when to ask again.
 - `json_server.py`: JSON in, JSON out.
 
 Knows nothing of embedding, reranking and prompts.

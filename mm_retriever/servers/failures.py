@@ -1,4 +1,4 @@
-"""What went wrong between here and a server of models: which errors pass, and what to do about the others.
+"""What went wrong between here and a server of models: which errors pass when it is asked again, and what else to do.
 
 Reads the errors of any client: OpenAI's, httpx', requests', botocore's.
 """
@@ -9,9 +9,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from mm_retriever.errors import one_line
 
@@ -176,3 +178,25 @@ def short(error: BaseException) -> str:
     error = _refused_answer(error) or error
     text = one_line(error, 300)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def retrying(attempts: int, retry_wait_s: float, left: Callable[[], float | None]) -> Retrying:
+    """Return what repeats a call that fails with an error that may pass, and raises the last one.
+
+    Args:
+        attempts: most calls.
+        retry_wait_s: before the second; doubles with each, up to a minute. A server's Retry-After is obeyed up to a
+            minute; one that asks for more is not asked again.
+        left: seconds that are left for all of them; None: as many as it takes.
+    """
+    backoff = wait_exponential(multiplier=retry_wait_s, max=60) + wait_random(0, retry_wait_s / 2)
+
+    def again(error: BaseException) -> bool:
+        wait, seconds = retry_after(error), left()
+        return is_transient(error) and wait <= LONGEST_WAIT and (seconds is None or wait < seconds)
+
+    def pause(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(float(backoff(state)), 0.0 if error is None else retry_after(error))
+
+    return Retrying(stop=stop_after_attempt(attempts), wait=pause, retry=retry_if_exception(again), reraise=True)

@@ -22,8 +22,8 @@ from mm_retriever.errors import StoreError, StoreMismatchError, StoreUnavailable
 from mm_retriever.store.collection import Collection
 from mm_retriever.store.filters import one_of
 from mm_retriever.store.image_store import ImageStore
-from mm_retriever.store.pages import chunks
 from mm_retriever.store.parquet import read_account, read_columns, read_ids, read_some_vectors
+from mm_retriever.store.rows import chunks
 from mm_retriever.store.schema import ID_FIELD, VECTOR_FIELD
 
 _ROUNDS = 3

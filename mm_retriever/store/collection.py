@@ -22,8 +22,7 @@ from mm_retriever.store.connection import Connection
 from mm_retriever.store.filters import all_of, one_of, quoted
 from mm_retriever.store.indexes import SINCE, build_params, index_for, search_params
 from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
-from mm_retriever.store.pages import chunks, without_checksums
-from mm_retriever.store.rows import damaged_rows, row_is_damaged, vector_is_damaged
+from mm_retriever.store.rows import chunks, damaged_rows, row_is_damaged, vector_is_damaged, without_checksums
 from mm_retriever.store.schema import (
     CHECKSUM_FIELD,
     DOC_ID_FIELD,

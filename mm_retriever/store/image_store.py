@@ -21,10 +21,9 @@ from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists, is_server
 from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
 from mm_retriever.store.inspection import Verification, store_html, verify_collection
-from mm_retriever.store.pages import chunks, without_checksums
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import answer, log_unserved, refuse_options
-from mm_retriever.store.rows import log_unfiltered, row_to_node, storable_node, stored_row
+from mm_retriever.store.rows import chunks, log_unfiltered, row_to_node, storable_node, stored_row, without_checksums
 from mm_retriever.store.schema import (
     CONTENT_FIELD,
     DOC_ID_FIELD,

@@ -14,8 +14,8 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from llama_index.core.schema import (
@@ -49,6 +49,8 @@ from mm_retriever.store.schema import (
 from mm_retriever.store.values import plain_metadata, plain_value
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CHECKSUM_BYTES = 64  # among the metadata
 _BINARY = re.compile(r"\A%PDF-|[\x00-\x08\x0e-\x1a]")  # no text has these characters
@@ -398,3 +400,16 @@ def _vector_sum(row: Mapping[str, Any]) -> str:
 
 def _sum(content: bytes) -> str:
     return f"{zlib.crc32(content):08x}"
+
+
+def without_checksums(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Sequence[dict[str, Any]]:
+    """Return the rows with the named columns alone: "*" does not ask for checksums."""
+    for row in rows if CHECKSUM_FIELD not in names else ():
+        row.pop(CHECKSUM_FIELD, None)
+    return rows
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield the items in order, so many at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
