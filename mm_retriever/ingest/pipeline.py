@@ -46,16 +46,7 @@ from mm_retriever.ingest.removal import fate, prune_images, prune_missing
 from mm_retriever.ingest.report import IngestReport, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar
-from mm_retriever.ingest.sources import (
-    Item,
-    Source,
-    count_items,
-    items,
-    missing_folder,
-    path_id,
-    source_folder,
-    url_id,
-)
+from mm_retriever.ingest.sources import Item, Source, count_items, items, missing_folder, path_id, source_folder, url_id
 from mm_retriever.ingest.stable_url import stable_url
 from mm_retriever.ingest.vectors import Vector, Vectors
 from mm_retriever.own_keys import own_value

@@ -20,14 +20,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
-from mm_retriever.images import (
-    DEFAULT_POLICY,
-    ImagePolicy,
-    encode_thumbnail,
-    image_thumbnail,
-    media_type,
-    opened_image,
-)
+from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, encode_thumbnail, image_thumbnail, media_type, opened_image
 from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole

@@ -18,13 +18,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 from mm_retriever.errors import shown
 from mm_retriever.own_keys import BOOKKEEPING_KEYS
 from mm_retriever.store.filters import filter_expression, read_number
-from mm_retriever.store.schema import (
-    CONTENT_FIELD,
-    OWN_TEXT_COLUMNS,
-    RESERVED_KEYS,
-    key_problem,
-    takes_lists,
-)
+from mm_retriever.store.schema import CONTENT_FIELD, OWN_TEXT_COLUMNS, RESERVED_KEYS, key_problem, takes_lists
 
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
 

@@ -29,14 +29,7 @@ from dataclasses import dataclass
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import FilterError, shown
-from mm_retriever.store.schema import (
-    ID_FIELD,
-    MAX_INTEGER,
-    MAX_TEXT_BYTES,
-    OWN_TEXT_COLUMNS,
-    key_problem,
-    takes_lists,
-)
+from mm_retriever.store.schema import ID_FIELD, MAX_INTEGER, MAX_TEXT_BYTES, OWN_TEXT_COLUMNS, key_problem, takes_lists
 
 MAX_DEPTH = 16
 MAX_CONDITIONS = 4096

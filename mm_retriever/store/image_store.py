@@ -114,8 +114,7 @@ def open_stored(
     Raises:
         StoreError: there is no such file or collection; lists those that exist. Others are those of `open_store`.
     """
-    options: dict[str, Any] = {"hybrid": None, "create": False}
-    return ImageStore(uri, collection=collection, token=token, timeout=timeout, **options)
+    return ImageStore(uri, collection=collection, token=token, timeout=timeout, hybrid=None, create=False)
 
 
 class ImageStore(MilvusVectorStore):
