@@ -32,7 +32,7 @@ install: $(VENV)/.runtime  ## a virtual environment with the package in it
 demo: $(VENV)/.runtime  ## draw a catalogue, index it, search it four ways; writes demo/
 	$(BIN)/mm-retriever demo --out demo
 
-test: $(VENV)/.dev  ## the tests, offline, on the CPU, in five to six minutes
+test: $(VENV)/.dev  ## the tests, offline, on the CPU, in five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO)
 
 test-slow: $(VENV)/.dev  ## the slow tests: full size, kills, power cuts, a real Milvus server
