@@ -78,7 +78,6 @@ def test_vectors_are_those_of_torch_and_the_space_stays(family, tmp_path):
         assert cache_identity(by_openvino, query=False) != cache_identity(plain, query=False)
 
 
-@pytest.mark.slow
 def test_a_model_is_exported_once_and_a_broken_file_is_made_again(small, cache, caplog):
     """Our choice: what is in the cache is used as long as it is whole and ours, and said where it is not."""
     first = load_embedder(small, backend="openvino").encode([Content("red mug")])
