@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 from web_mm_retriever.app import strings
-from web_mm_retriever.serving import _listen
+from web_mm_retriever.serving import listen_on
 
 from mm_retriever.errors import QueryError
 from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
@@ -211,7 +211,7 @@ def test_an_answer_does_not_wait_for_the_last_one_to_be_acknowledged():
             sends_at_once.set_result(opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        listener = _listen("127.0.0.1", 0)
+        listener = listen_on("127.0.0.1", 0)
         async with await asyncio.start_server(see, sock=listener):
             _, writer = await asyncio.open_connection(*listener.getsockname())
             writer.close()
