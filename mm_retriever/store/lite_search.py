@@ -15,6 +15,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,10 @@ def hasten() -> None:
         try:
             from milvus_lite.engine import collection
             from milvus_lite.search.filter.eval import hybrid_backend
+            from milvus_lite.storage.segment import Segment
 
             search, augment = collection.execute_search_with_index, hybrid_backend._augment_table
+            read_row = Segment.row_to_dict
         except (ImportError, AttributeError) as error:
             logger.info("searches are as fast as Milvus Lite's own: %s", error)
             return
@@ -57,6 +60,7 @@ def hasten() -> None:
         for owner, name, replacement in (
             (collection, "execute_search_with_index", functools.wraps(search)(_searching(search))),
             (hybrid_backend, "_augment_table", functools.wraps(augment)(_augmenting(augment))),
+            (Segment, "row_to_dict", functools.wraps(read_row)(_reading(read_row))),
         ):
             replacement.of_mm_retriever = True  # type: ignore[attr-defined]
             setattr(owner, name, replacement)
@@ -148,9 +152,10 @@ def _searching(original: Callable[..., Any]) -> Callable[..., Any]:
                 indexed_filter_plan=indexed_filter_plan, project_record_fn=project_record_fn,
                 search_params=search_params,
             )  # fmt: skip
-        ids, numbers, vectors, places, table = memtable.to_search_snapshot(
-            vector_field=vector_field, partition_names=None, include_table=compiled_filter is not None
-        )
+        in_memory = partial(memtable.to_search_snapshot, vector_field=vector_field, partition_names=None)
+        ids, numbers, vectors, places, table = in_memory(include_table=False)
+        if ids and compiled_filter is not None:
+            ids, numbers, vectors, places, table = in_memory(include_table=True)
         removed = {id_: int(entry[0]) for id_, entry in memtable.delete_index_snapshot().items()}
         newer = dict(zip(ids, map(int, numbers), strict=True))
         newer |= {id_: max(number, newer.get(id_, -1)) for id_, number in removed.items()}
@@ -263,11 +268,55 @@ def _smallest(far: NDArray[np.float32], most: int) -> NDArray[np.intp]:
     return np.concatenate([below, np.flatnonzero(far == last)[: most - len(below)]])
 
 
+# ------------------------------------------------------------------------------------------ rows
+
+
+def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same row; its vector comes from the matrix that a data file has, not number by number from its table."""
+
+    def row_to_dict(self: Any, row_idx: int) -> dict[str, Any]:
+        kept = _kept(self.table)
+        whole: dict[str, Any] = original(kept, row_idx)  # which looks at nothing but `table`
+        for name in kept.vectors:
+            vectors, is_there = self.vector_data(name)
+            whole[name] = vectors[row_idx].tolist() if is_there is None or is_there[row_idx] else None
+        return whole
+
+    return row_to_dict
+
+
+class _Kept:
+    """What is made of a table of rows.
+
+    Attributes:
+        table: the same rows without vectors.
+        vectors: the names of those.
+        columns: what each metadata key holds.
+    """
+
+    def __init__(self, table: Any) -> None:
+        types = zip(table.schema.names, table.schema.types, strict=True)
+        self.vectors = [name for name, kind in types if str(kind).startswith("fixed_size_list")]
+        self.table = table.drop_columns(self.vectors)
+        self.columns: dict[str, Any] = {}
+
+
+_KEPT: dict[int, tuple[weakref.ref[Any], _Kept]] = {}
+"""By the address of the table; it goes when the table goes."""
+
+
+def _kept(table: Any) -> _Kept:
+    known = _KEPT.get(id(table))
+    if known is not None and known[0]() is table:
+        return known[1]
+    address, kept = id(table), _Kept(table)
+    _KEPT[address] = (weakref.ref(table, lambda _: _KEPT.pop(address, None)), kept)
+    return kept
+
+
 # ------------------------------------------------------------------------------------------ filters
 
 
-_COLUMNS: dict[int, tuple[weakref.ref[Any], dict[str, Any]]] = {}
-"""Of tables of rows, by their address: what each metadata key holds."""
 _LEAST_ROWS = 256  # rows in memory are another table for every search
 
 
@@ -275,7 +324,7 @@ def _augmenting(original: Callable[..., Any]) -> Callable[..., Any]:
     def augmented(table: Any, keys: set[str]) -> Any:
         if table.num_rows < _LEAST_ROWS or "$meta" not in table.column_names:
             return original(table, keys)
-        columns = _columns(table)
+        columns = _kept(table).columns
         if missing := keys - columns.keys():
             before = table.num_columns
             parsed = original(table, missing)  # raises where a key holds values of several types
@@ -286,13 +335,3 @@ def _augmenting(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return augmented
-
-
-def _columns(table: Any) -> dict[str, Any]:
-    known = _COLUMNS.get(id(table))
-    if known is not None and known[0]() is table:
-        return known[1]
-    address = id(table)
-    columns: dict[str, Any] = {}
-    _COLUMNS[address] = (weakref.ref(table, lambda _: _COLUMNS.pop(address, None)), columns)
-    return columns

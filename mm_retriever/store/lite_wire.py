@@ -169,6 +169,7 @@ def remove_socket(address: Address) -> None:
 _SIZES = struct.Struct("!IQ")  # of the header, of the body
 _MOST_HEADER = 1 << 20
 _MOST_BODY = 1 << 30
+_AT_ONCE = 1 << 16  # bytes of a body that are sent together with the header
 _MOST_GREETING = 1024
 _NONCE_BYTES = 32
 
@@ -218,8 +219,11 @@ class Wire:
         """Write one frame."""
         head = json.dumps(header).encode()
         self._socket.settimeout(None if seconds is None else max(seconds, 0.001))
-        self._socket.sendall(_SIZES.pack(len(head), len(body)) + head)
-        if body:
+        frame = _SIZES.pack(len(head), len(body)) + head
+        if len(body) <= _AT_ONCE:  # the other side wakes up once
+            self._socket.sendall(frame + body)
+        else:
+            self._socket.sendall(frame)
             self._socket.sendall(body)
 
     def receive(self, seconds: float | None, *, most: int = _MOST_BODY) -> tuple[dict[str, Any], bytes]:

@@ -16,6 +16,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
 )
 from milvus_lite.search.filter.eval import hybrid_backend
+from milvus_lite.storage.segment import Segment
 
 from mm_retriever.errors import StoreError
 from mm_retriever.store import ImageStore, open_store, recall_store
@@ -56,6 +57,12 @@ def answers(store: ImageStore) -> list[tuple[list[str], list[float]]]:
     return found
 
 
+def whole_nodes(store: ImageStore) -> list[str]:
+    """Some by their ids, and all of a kind, with their vectors."""
+    some = store.get_nodes([f"{number:05}" for number in range(0, 400, 50)], with_vectors=True)
+    return [node.to_json() for node in [*some, *store.get_nodes(filters=RARE, with_vectors=True)]]
+
+
 def assert_as_milvus_lite_answers(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own functions are kept by ours, as functions that stand for others keep them."""
     ours = answers(store)
@@ -63,9 +70,11 @@ def assert_as_milvus_lite_answers(store: ImageStore, monkeypatch: pytest.MonkeyP
         for owner, name in (
             (milvus_lite.engine.collection, "execute_search_with_index"),
             (hybrid_backend, "_augment_table"),
+            (Segment, "row_to_dict"),
         ):
             patch.setattr(owner, name, getattr(owner, name).__wrapped__)
-        theirs = answers(store)
+        theirs, their_nodes = answers(store), whole_nodes(store)
+    assert whole_nodes(store) == their_nodes
     for (ids, scores), (their_ids, their_scores) in zip(ours, theirs, strict=True):
         assert ids == their_ids
         np.testing.assert_allclose(scores, their_scores, atol=1e-6)
