@@ -30,7 +30,7 @@ from mm_retriever.checkpoint import fingerprint as fingerprint_of
 from mm_retriever.devices import as_device, as_dtype, input_device
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import copy_tokenizer, write_folder
-from mm_retriever.embedders.passes import passes
+from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.errors import CheckpointError, reason_of, shown
 from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
@@ -317,10 +317,13 @@ class ClipEncoder(ABC):
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         features = torch.empty((len(ids), self.dimension), device=self._device)
         lengths = [len(ids[row]) for row in order]
-        for part in passes(lengths, int(self._text.intermediate_size), self._device.type):
+
+        def encode_part(part: range) -> None:
             rows = [order[place] for place in part]
             with self._turn, torch.inference_mode():
                 features[rows] = self.parts["text"](self._padded([ids[row] for row in rows])).float()
+
+        in_passes(passes(lengths, int(self._text.intermediate_size), self._device.type), encode_part)
         return features
 
     def _text_rows(self, texts: Sequence[str]) -> Tensor:
@@ -345,10 +348,13 @@ class ClipEncoder(ABC):
         """(B, D) float32 of what `prepare` made of images, not normalised."""
         features = torch.empty((len(images), self.dimension), device=self._device)
         patches = (self.side // int(self._vision.patch_size)) ** 2 + 1
-        for part in passes([patches] * len(images), int(self._vision.intermediate_size), self._device.type):
+
+        def encode_part(part: range) -> None:
             with self._turn, torch.inference_mode():
                 pixel_values = self.pixel_values([images[row] for row in part]).to(self._device)
                 features[part.start : part.stop] = self.parts["image"](pixel_values).float()
+
+        in_passes(passes([patches] * len(images), int(self._vision.intermediate_size), self._device.type), encode_part)
         return features
 
     def _image_rows(self, images: Sequence[NDArray[Any]]) -> Tensor:

@@ -95,6 +95,7 @@ def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]
             graphs = _exported(model)
             _keep(key, graphs, None)
         _take(model, core, graphs, _PRECISION[dtype])
+        _release(model)
         model.note = f"{dtype} openvino"
         return None
     rest = "bf16" if has_bfloat16 else "f32"
@@ -109,6 +110,7 @@ def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]
             f"calibration images after removing {_place(key)}"
         )
     _take(model, core, graphs, rest)
+    _release(model)
     # another calibration has other vectors, which a cache must not take for these
     model.note = f"int8 openvino {hashlib.sha256(json.dumps(asdict(gate)).encode()).hexdigest()[:6]}"
     return gate
@@ -339,6 +341,12 @@ class _Compiled:
 def _take(model: Any, core: Any, graphs: Mapping[str, Any], precision: str) -> None:
     """Puts graphs in the places of the parts."""
     model.parts.update({name: _Compiled(graph, core, precision) for name, graph in graphs.items()})
+
+
+def _release(model: Any) -> None:
+    """Frees the weights that torch holds beside those of the graphs; what needs them fails from now on."""
+    if not getattr(model, "keeps_weights", False):
+        model.torch_model.to("meta")
 
 
 # ------------------------------------------------------------------------------------------ the cache

@@ -49,6 +49,8 @@ class SentenceTransformersEncoder:
         QueryError: the dimension is longer than the model's.
     """
 
+    keeps_weights = True  # sentence-transformers sends inputs to where the weights are
+
     def __init__(self, model: Any, *, name: str, weights: str, dimension: int | None, text_weight: float) -> None:
         self.model = model
         self.name = name

@@ -56,6 +56,16 @@ def contents(embedder: Embedder) -> list[list[Content]]:
     ]
 
 
+def test_the_weights_of_torch_are_freed(small):
+    """Our promise: a model is in memory once. Saving what is left of it fails, and never writes an empty model."""
+    embedder = load_embedder(small, backend="openvino")
+    assert {parameter.device.type for parameter in embedder.torch_model.parameters()} == {"meta"}
+    with pytest.raises(NotImplementedError, match="meta"):
+        embedder.save(Path(small) / "again")
+    assert embedder.device == "cpu"
+    assert embedder.encode([Content("red mug")]).shape == (1, embedder.dimension)
+
+
 @pytest.mark.parametrize("family", EXPORTED)
 def test_vectors_are_those_of_torch_and_the_space_stays(family, tmp_path):
     """Our choice: equal within the rounding of another order of sums, for every kind and any number of rows."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import AutoProcessor
 from mm_retriever.checkpoint import fingerprint, locate, read_state_dict
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import find_tokenizer, write_folder
-from mm_retriever.embedders.passes import passes
+from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS, MULTILINGUAL
 from mm_retriever.embedders.visualized_bge.model import (
     VisualizedBGE,
@@ -217,14 +218,25 @@ class VisualizedBGEEncoder:
             rows = [row for row, content in enumerate(contents) if (content.image is not None) == beside_image]
             ids = self.processor.token_ids([contents[row].text for row in rows], beside_image=beside_image)
             order = sorted(range(len(rows)), key=lambda place: len(ids[place]))
-            for part in self._passes([len(ids[place]) for place in order], beside_image=beside_image):
-                places = [order[place] for place in part]
-                tokens = self.processor.pad([ids[place] for place in places])
-                squares = [contents[rows[place]].image for place in places] if beside_image else []
-                with self._lock, torch.inference_mode():
-                    encoded = self._encode(tokens, squares).cpu().numpy()
-                vectors[[rows[place] for place in places]] = encoded
+            given = [(rows[place], ids[place]) for place in order]  # short texts first
+            parts = self._passes([len(row_ids) for _, row_ids in given], beside_image=beside_image)
+            in_passes(parts, partial(self._encode_part, contents, given, beside_image, vectors))
         return vectors
+
+    def _encode_part(
+        self,
+        contents: Sequence[Content],
+        given: Sequence[tuple[int, Sequence[int]]],
+        beside_image: bool,
+        vectors: NDArray[np.float32],
+        part: range,
+    ) -> None:
+        """One pass: rows of contents with the ids of their texts, into the same rows of `vectors`."""
+        rows = [given[place][0] for place in part]
+        tokens = self.processor.pad([given[place][1] for place in part])
+        squares = [contents[row].image for row in rows] if beside_image else []
+        with self._lock, torch.inference_mode():
+            vectors[rows] = self._encode(tokens, squares).cpu().numpy()
 
     def _encode(self, tokens: dict[str, Tensor], squares: Sequence[Any]) -> Tensor:
         device = self.model.input_device
