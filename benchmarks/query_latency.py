@@ -32,7 +32,6 @@ from rich.table import Table
 
 DIMENSION = 768
 TOP_K = 9
-READERS = 5
 MODEL = SimpleNamespace(dimension=DIMENSION, model_id="random")
 
 
@@ -41,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--queries", type=int, default=30)
+    parser.add_argument("--readers", type=int, default=5)
     parser.add_argument("--index", default="auto", help="auto (FLAT), HNSW")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -49,17 +49,18 @@ def main() -> None:
         step, place, index, number = options.child
         print(json.dumps({"write": write, "read": read}[step](Path(place), index, int(number))))
         return
-    figures = [measured(size, options.index, options.queries) for size in options.sizes]
-    print_table(figures, options.index)
+    figures = [measured(size, options) for size in options.sizes]
+    print_table(figures, options)
     record.write(options.json, {"index": options.index, "sizes": figures}, threads=os.cpu_count() or 1)
 
 
-def measured(size: int, index: str, queries: int) -> dict[str, Any]:
+def measured(size: int, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one size."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "latency.db"
-        written = in_fresh_process("write", path, index, size)
-        readers = [in_fresh_process("read", path, index, queries) for _ in range(READERS)]
+        written = in_fresh_process("write", path, options.index, size)
+        asked = ("read", path, options.index, options.queries)
+        readers = [in_fresh_process(*asked) for _ in range(options.readers)]
     return {"rows": size, **written, **{name: record.spread([one[name] for one in readers]) for name in readers[0]}}
 
 
@@ -145,9 +146,10 @@ def read(path: Path, index: str, queries: int) -> dict[str, float]:
     return figures
 
 
-def print_table(figures: list[dict[str, Any]], index: str) -> None:
+def print_table(figures: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """One row for each size."""
-    table = Table(title=f"Milvus Lite, {DIMENSION} numbers a vector, index {index}, top {TOP_K}; medians of {READERS}")
+    medians = f"medians of {options.readers}"
+    table = Table(title=f"Milvus Lite, {DIMENSION} numbers a vector, index {options.index}, top {TOP_K}; {medians}")
     for column in (
         *("vectors", "written in s", "on disk MB", "opened in s", "query ms (p95)", "filtered ms (p95)"),
         *("just stored ms (first)", "filtered", "MB"),

@@ -36,10 +36,10 @@ def test_a_benchmark_writes_what_the_report_reads(tmp_path) -> None:
     """By the smallest real run."""
     place = tmp_path / "latency.json"
     script = report.ROOT / "benchmarks" / "query_latency.py"
-    command = [sys.executable, script, "--sizes", "300", "--queries", "3", "--json", place]
+    command = [sys.executable, script, "--sizes", "300", "--readers", "1", "--json", place]
     done = subprocess.run(command, capture_output=True, text=True, cwd=report.ROOT)
     assert done.returncode == 0, done.stderr
-    assert json.loads(place.read_text())["command"] == "python benchmarks/query_latency.py --sizes 300 --queries 3"
+    assert json.loads(place.read_text())["command"] == "python benchmarks/query_latency.py --sizes 300 --readers 1"
     table = "".join(report.whole_table(report.read_records(tmp_path)))
     assert "300 vectors, index auto: ms without / with a filter" in table
 
