@@ -165,7 +165,8 @@ def _query_vector(embedding: Sequence[float] | None, dimension: int) -> list[flo
         raise QueryError(f"a query vector of {vector.size} numbers; the collection holds {dimension}")
     if not np.isfinite(vector).all():
         raise QueryError("the query vector holds NaN or infinity")
-    return [float(number) for number in vector]
+    numbers: list[float] = vector.tolist()
+    return numbers
 
 
 def _checked_top_k(top_k: int) -> int:
