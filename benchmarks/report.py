@@ -216,12 +216,31 @@ def of_serving(figures: dict[str, Any]) -> Iterator[Row]:
         yield Row("the `search` command: s with / without a server", seconds)
 
 
+def of_gpu(figures: dict[str, Any]) -> Iterator[Row]:
+    """`gpu.py`."""
+    what = f"{figures['device']}, base size, {figures['dtype']}"
+    done = [row for row in figures["batches"] if "images_per_second" in row]
+    best = max(done, key=lambda row: row["images_per_second"])
+    share = best["images_per_second"] * figures["gflop_per_image"] / figures["product_gflop_per_second"]
+    rate = f"{best['images_per_second']:,.0f} ({figures['times_original']:.1f} times the original loop's, {share:.0%})"
+    yield Row(f"{what}, batch {best['batch']}: images/s; share of the card's own matrix products", rate, short=True)
+    for row in figures["batches"]:
+        if "out_of_memory" in row:
+            yield Row(f"{what}, batch {row['batch']}", f"out of memory: {row['out_of_memory']}")
+    training = figures["training"]
+    seconds = spread(training["seconds"], 2) if "seconds" in training else "out of memory"
+    yield Row(f"{figures['device']}, a training step of {training['pairs']} pairs: s", seconds)
+    for name, row in figures.get("reranking", {}).items():
+        yield Row(f"{figures['device']}, rerank nine, {name}: s", f"{row['seconds']:.2f}")
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
     "embedding_throughput": of_throughput,
     "query_latency": of_latency,
     "indexing": of_indexing,
     "rerank_cost": of_reranking,
     "serving": of_serving,
+    "gpu": of_gpu,
 }
 
 

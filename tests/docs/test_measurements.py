@@ -50,15 +50,18 @@ for name in ("llama_index", "pymilvus", "rich", "psutil", "cachetools", "typer")
     sys.modules[name] = None
 import runpy
 sys.path.insert(0, "benchmarks")
-sys.argv = ["benchmarks/gpu.py", "--device", "cpu", "--dtype", "float32", "--small"]
+sys.argv = ["benchmarks/gpu.py", "--device", "cpu", "--dtype", "float32", "--small", "--json", sys.argv[1]]
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_the_benchmark_for_gpus_runs_its_steps_on_a_cpu_without_most_dependencies() -> None:
+def test_the_benchmark_for_gpus_runs_its_steps_on_a_cpu_without_most_dependencies(tmp_path) -> None:
     """Its own words: torch, transformers, tokenizers, safetensors and Pillow are all that it needs."""
-    done = subprocess.run([sys.executable, "-c", ONLY], capture_output=True, text=True, cwd=report.ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY, tmp_path / "gpu.json"], capture_output=True, text=True, cwd=report.ROOT
+    )
     assert done.returncode == 0, done.stderr
+    assert "a training step of 4 pairs" in "".join(report.whole_table(report.read_records(tmp_path)))
     for name in ("times_original", "training", "reranking", "product_gflop_per_second"):
         assert f"\n{name}: " in done.stdout
