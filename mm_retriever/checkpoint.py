@@ -317,9 +317,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and could run code: refused ({_refused_global(error)})"
-        ) from error
+        if named := _refused_global(error):
+            raise CheckpointError(f"{path} holds more than tensors and could run code: refused ({named})") from error
+        raise CheckpointError(f"{path} is no file of tensors as torch.save writes them: not read") from error
     except Exception as error:  # three parsers, each with errors of its own
         raise CheckpointError(f"{path} is not a whole file of torch.save: {reason_of(error)}") from error
     if not isinstance(content, Mapping) or not all(
@@ -339,9 +339,9 @@ def _is_compressed(archive: Path) -> bool:
 
 
 def _refused_global(error: BaseException) -> str:
-    """The one telling line of torch's long message: which function the pickle asks for."""
+    """The one telling line of torch's long message: which function the pickle asks for; "" if it asks for none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return one_line(next((line for line in lines if "global" in line.lower()), (lines or ["not a pickle"])[-1]), 300)
+    return one_line(next((line for line in lines if "global" in line.lower()), ""), 300)
 
 
 def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:

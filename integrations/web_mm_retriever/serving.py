@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import sys
@@ -92,5 +93,6 @@ def listen_on(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise QueryError(f"--host {host} --port {port}: {error.strerror}; give another --port") from error
+        way = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise QueryError(f"--host {host} --port {port}: {error.strerror}; give another {way}") from error
     return listener

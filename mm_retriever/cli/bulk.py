@@ -51,6 +51,7 @@ def embed(
 
     if workers is not None and not ray:
         raise QueryError("--workers is taken only with --ray")
+    options.check_places(folders={"OUT": out})
     embedding = options.embed_model(
         model,
         device=device,

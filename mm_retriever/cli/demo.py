@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mm_retriever.cli.options import REAL_MODEL, Device, Dtype, embed_model, home, model_names, reranker, reranker_names
+from mm_retriever.cli.options import (
+    REAL_MODEL,
+    Device,
+    Dtype,
+    check_places,
+    confirm,
+    embed_model,
+    home,
+    model_names,
+    reranker,
+    reranker_names,
+)
 from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
@@ -48,6 +59,7 @@ def demo(
         raise QueryError("--photos and --amazon exclude each other: choose one")
     if archive is not None and not amazon:
         raise QueryError(f"{str(archive)!r} is taken only with --amazon; for your own folder use --photos {archive}")
+    check_places(folders={"--out": out})
     drawn = photos is None and not amazon
     model = model or ("tiny" if drawn else REAL_MODEL)
     with_reranker = (drawn if rerank is None else rerank) or rerank_model
@@ -80,7 +92,7 @@ def _download(out: Path, *, yes: bool) -> Path:
 
     target = out / "amazon_reviews_2023_subset.tar.gz"
     if not target.exists() and not yes:
-        typer.confirm(f"Download {AMAZON_URL} (21 MB)?", abort=True)
+        confirm(f"Download {AMAZON_URL} (21 MB)?")
     return download_archive(target)
 
 

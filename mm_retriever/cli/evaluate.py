@@ -95,6 +95,7 @@ def evaluate(
     names, rankers = list(dict.fromkeys(model or [options.REAL_MODEL])), list(dict.fromkeys(rerank or []))
     prompts, chosen = list(dict.fromkeys(prompt or [PLAIN])), _weights(weights)
     _check_options(rankers, chosen, make=make, health=health, out=out, submit=submit, names=names, prompts=prompts)
+    options.check_places({"--html": html, "--out": out}, {"--submit": submit})
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     embedding = _Loading(cache, device=device, dtype=dtype)
     if make is not None:

@@ -91,6 +91,7 @@ def index(
         raise QueryError(f"--analyzer {analyzer} goes with --hybrid: without it no words are indexed")
     if force and not prune:
         raise QueryError("--force goes with --prune: it says that many rows may go")
+    options.check_places({"--report": report})
     columns = options.sidecar_of(sidecar, no_sidecar=no_sidecar)
     parts = named_parts(sources, prune=prune)
     if columns and len(parts) > 1:
@@ -258,6 +259,6 @@ def clear(
     with open_stored(db, collection=collection, token=token) as store:
         rows = store.count()
         if not yes:
-            typer.confirm(f"Remove all {rows} rows of {collection!r} in {db}?", abort=True)
+            options.confirm(f"Remove all {rows} rows of {collection!r} in {db}?")
         store.clear()
     typer.echo(f"{rows} rows removed")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_retriever.cli.options import Token, home
+from mm_retriever.cli.options import Token, check_places, home
 from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def convert(
     """Write the safetensors form of official weights, of any model family: loads faster, and cannot contain code."""
     from mm_retriever.embedders.registry import convert_model
 
+    check_places(folders={"OUT": out})
     written = convert_model(weights, out, tokenizer=tokenizer, dtype=dtype)
     typer.echo(f"wrote {written}; use it with --model {written}")
 

@@ -169,6 +169,8 @@ def embed_model(
     here = {"--device": device, "--dtype": dtype, "--revision": revision, "--backend": backend}
     if url is not None and (given := [option for option, value in here.items() if value]):
         raise QueryError(f"{', '.join(given)}: the server of --model-url chooses for itself; leave that out")
+    if revision is not None and (Path(name).expanduser().exists() or name == "tiny"):
+        raise QueryError(f"--revision {revision} is of a hub repository; {name!r} is on this machine: leave it out")
     embedding = ComposedEmbedding(
         name,
         device=device,
@@ -183,6 +185,30 @@ def embed_model(
     if told := getattr(embedding.embedder, "told", ""):
         typer.echo(one_line(told, 2_000), err=True)
     return embedding
+
+
+def check_places(
+    files: Mapping[str, Path | None] | None = None, folders: Mapping[str, Path | None] | None = None
+) -> None:
+    """Refuse, before any work, a folder where a file is to be written, and a file where a folder is."""
+    for option, path in (files or {}).items():
+        if path is not None and path.is_dir():
+            raise QueryError(f"{option} {str(path)!r} is a folder: give the name of a file in it")
+    for option, path in (folders or {}).items():
+        if path is not None and path.exists() and not path.is_dir():
+            raise QueryError(f"{option} {str(path)!r} is a file: give the name of a folder")
+
+
+def confirm(question: str) -> None:
+    """Go on after a yes."""
+    try:
+        agreed = typer.confirm(question)
+    except typer.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        raise QueryError("nobody answered, so nothing was done: --yes does it without asking") from None
+    if not agreed:
+        raise typer.Abort
 
 
 def served_by(url: str | None, api: str | None, key: str | None, option: str) -> dict[str, Any]:
@@ -200,6 +226,8 @@ def served_by(url: str | None, api: str | None, key: str | None, option: str) ->
         if api is not None:
             raise QueryError(f"--{option}-api {api} is asked of a server: give --{option}-url")
         return {}
+    if not url.lower().startswith(("http://", "https://")):
+        raise QueryError(f"--{option}-url {url!r}: give the address of a server, like http://gpu:8000/v1")
     server = {"base_url": url, "api": api, "api_key": key}
     return {name: value for name, value in server.items() if value is not None}
 

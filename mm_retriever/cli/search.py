@@ -148,7 +148,9 @@ def search(
         raise QueryError("nothing to search for: give words, --image, or both")
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     reranks = bool(rerank or rerank_url or rerank_model)
-    _check_output(as_json=as_json, paths=paths or null, files=(html, png))
+    if as_json and (paths or null):
+        raise QueryError("--json and --paths exclude each other: choose one")
+    options.check_places({"--html": html, "--png": png})
     if reranks and (via is not None or len(images) > 1):
         way = "--via" if via is not None else "several --image"
         why = "ranks results on its own page" if via is not None else "sees one image of the query"
@@ -217,14 +219,6 @@ def _words(words: list[str] | None, text: str | None) -> str | None:
     if text is not None:
         raise QueryError(f"{' '.join(words)!r} and --text {text!r}: give the words once")
     return " ".join(words)
-
-
-def _check_output(*, as_json: bool, paths: bool, files: tuple[Path | None, ...]) -> None:
-    if as_json and paths:
-        raise QueryError("--json and --paths exclude each other: choose one")
-    for file in files:
-        if file is not None and file.is_dir():
-            raise QueryError(f"{str(file)!r} is a folder: give the name of a file in it")
 
 
 def _with_stdin(images: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+_KEYS = "--model-key, --rerank-key or --vision-key"
 _FEWER = "rank fewer results (--top-k)"
 
 
@@ -23,13 +24,19 @@ _WORDS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"or the base_url of", "or the URL of"),
     (r"\b(device|dtype|revision|analyzer|backend|item)=", r"--\1 "),
     (r"^(learning_rate|batch_size|pass_size|epochs|negatives|seed) is (?=.*; give )", _option),
-    (r"^(prompt|collection) '", r"--\1 '"),
+    (r"^(prompt|collection|split|device|host) '", r"--\1 '"),
+    (r" \(Expected one of .*?\)", ""),
+    (r"and needs a token;", "and needs a token (--http-token);"),
+    (r"^the token (is empty|needs|repeats)", r"--http-token: the token \1"),
+    (r"""on_error="keep_order" goes on without it""", "without --rerank they stay in the order of retrieval"),
     (r"\brows_per_shard\b", "--rows-per-file"),
     (r"embed_to_shards makes them", "`mm-retriever embed` makes them"),
     (r"say with how many workers=", "say with how many --workers"),
     (r"name it with tokenizer=", "write the model with `mm-retriever convert --tokenizer`"),
     (r"use ingest_images, or open a Milvus server", "use `mm-retriever index`, or give a Milvus server as --db"),
-    (r"give a key as api_key", "give the key with --model-key, --rerank-key or --vision-key"),
+    (r"give a key as api_key", f"give the key with {_KEYS}"),
+    (r"give the api_key that the server expects", f"give the key that the server expects with {_KEYS}"),
+    (r"that base_url ends", "that the address of the server ends"),
     (r"raise max_tokens, now \d+ with a base_url, or rank fewer candidates at a time \(window=\d+\)", _FEWER),
     (r", or lower num_crops=.*", f", or {_FEWER}"),
     (r"\banalyzer '", "--analyzer '"),

@@ -58,6 +58,8 @@ def check_rows(store: ImageStore, asked: RowsQuery) -> None:
     Raises:
         QueryError: in the words of the command line.
     """
+    if asked.exclude_query and asked.image is None:
+        raise QueryError("--exclude-query leaves out the query image, and there is none: give --image, or leave it out")
     if asked.images and asked.exclude_query:
         raise QueryError("--exclude-query goes with one --image: of several it is not clear which")
     if asked.hybrid and asked.min_score is not None:

@@ -216,6 +216,12 @@ def test_a_second_index_embeds_nothing(capfd, images, db):
         (["index", ".", "--db", "new.db"], "tiny"),
         (["demo", "archive.tar.gz"], "--amazon"),
         (["demo", "--amazon", "--photos", "."], "exclude each other"),
+        (["demo", "--out", "a.png"], "--out 'a.png' is a file"),
+        (["convert", "tiny", "a.png"], "OUT 'a.png' is a file"),
+        (["index", "a.png", "--report", "."], "--report '.' is a folder"),
+        (["index", "a.png", "--model", "tiny", "--revision", "x", "--db", "new.db"], "--revision x is of a hub"),
+        (["index", "a.png", "--model", "weights.pth", "--db", "new.db"], "no file of tensors"),
+        (["search", "-t", "x", "--rerank", "--rerank-url", "gpu:8000"], "--rerank-url 'gpu:8000': give the address"),
         (["serch"], "did you mean 'search'"),
     ],
 )
@@ -223,6 +229,7 @@ def test_a_mistake_is_one_line_that_names_it(capfd, tmp_path, monkeypatch, argum
     """Our choice: errors are one line and exit code 2; a hub out of reach names a local path or `tiny`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
     code, _, err = run(capfd, *arguments)
     assert code == 2
     lines = [line for line in err.splitlines() if line.startswith("mm-retriever: ")]

@@ -60,4 +60,7 @@ def test_a_no_removes_nothing(capfd, db, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     code, _, err = run(capfd, "clear", "--db", db)
     assert (code, err.splitlines()[-1]) == (130, "mm-retriever: stopped")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    code, _, err = run(capfd, "clear", "--db", db)
+    assert (code, "--yes does it without asking" in err) == (2, True)
     assert json.loads(run(capfd, "info", "--db", db, "--json")[1])["collections"]["mm_retriever"]["rows"] == 9

@@ -156,6 +156,7 @@ def test_what_cannot_be_answered_is_refused_before_a_model_is_loaded(capfd, db, 
         (("search", "-t", "x", "--min-score", "nan"), "--min-score"),
         (("search", "-t", "x", "--hybrid", "--min-score", "0.5"), "--min-score goes without --hybrid"),
         (("search", "x", "-t", "y"), "give the words once"),
+        (("search", "x", "--exclude-query"), "--exclude-query leaves out the query image, and there is none"),
         (("search", "x", "--html", tmp_path), "is a folder"),
         (("index", tmp_path / "no folder"), "no folder"),
     ):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pytest
-
 from mm_retriever.bulk.plan import read_plan
 from mm_retriever.cli.wording import in_cli_words
-from mm_retriever.devices import as_dtype
+from mm_retriever.devices import as_device, as_dtype
 from mm_retriever.embedders.backends import load_with
 from mm_retriever.errors import ImageLoadError, MMRetrieverError
 from mm_retriever.evaluation.datasets.evaluation_set import EvaluationQuery
 from mm_retriever.images import ImagePolicy, load_image
+from mm_retriever.rerank.llm_requests import WITHOUT_IT
 from mm_retriever.rerank.registry import check_reranker
+from mm_retriever.servers.failures import advice
 from mm_retriever.store.schema import check_options
 from mm_retriever.training import Recipe
 from tests.support.command_line import run
@@ -48,12 +49,32 @@ def test_arguments_of_python_become_options(tmp_path):
             lambda: load_with("onnx", lambda *_: None, dtype=None, device=None, calibration=None),
             "--backend 'onnx' is not one of",
         ),
+        (lambda: as_device("gpu"), "--device 'gpu' cannot be used here; this machine has"),
     ],
 )
 def test_what_a_command_refuses_is_said_with_its_option(fails, says):
     with pytest.raises(MMRetrieverError) as error:
         fails()
     assert says in in_cli_words(error.value)
+
+
+def test_a_reranker_without_an_answer_is_done_without():
+    told = in_cli_words(f"'m' gave no answer in 3 requests; {advice(ConnectionError(), WITHOUT_IT)}")
+    assert told.endswith("without --rerank they stay in the order of retrieval")
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (None, "--host '0.0.0.0' can be reached by other machines, and needs a token (--http-token)"),
+        ("short", "--http-token: the token needs at least"),
+    ],
+)
+def test_a_server_for_others_is_refused_with_its_options(token, says):
+    check_access = pytest.importorskip("mcp_server_mm_retriever", reason='needs the extra "mcp"').check_access
+    with pytest.raises(MMRetrieverError) as error:
+        check_access("0.0.0.0", token)
+    assert in_cli_words(error.value).startswith(says)
 
 
 def test_usage_errors_say_where_help_is(capfd):
