@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from mm_retriever.bulk.plan import read_plan
 from mm_retriever.cli.wording import in_cli_words
 from mm_retriever.devices import as_device, as_dtype

@@ -17,6 +17,9 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from web_mm_retriever import web_app
+from web_mm_retriever.admission import Access
+from web_mm_retriever.serving import listen_on
+from web_mm_retriever.waiting import waiting_page
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.ingest import ingest_images
@@ -79,7 +82,14 @@ def site(tmp_path_factory):
         apps = {"/many": many, "/first": first, "/fresh": fresh, "/locked": locked, "/drafts": drafts}
         with served(Starlette(routes=[Mount(path, app) for path, app in apps.items()])) as address:
             yield SimpleNamespace(
-                address=address, folder=folder, images=images, reranker=reranker, held=held, new=new, opened=opened
+                address=address,
+                folder=folder,
+                images=images,
+                reranker=reranker,
+                held=held,
+                new=new,
+                opened=opened,
+                another=lambda: web_app(store, model, **options),
             )
         held.released.set()
         fresh.close()
@@ -294,6 +304,25 @@ def test_drafts_are_reviewed_by_keyboard(visit, site, axe):
         ("draft 0", "reviewed"),
         ("in blue", "corrected by hand"),
     ]
+
+
+# ------------------------------------------------------------------------------------------ a model that is on its way
+
+
+def test_a_page_that_waits_for_the_weights_becomes_the_search(browser, site, axe):
+    listener = listen_on("127.0.0.1", 0)
+    page = browser.new_page(locale="en-GB", bypass_csp=True)
+    with waiting_page(listener, Access("127.0.0.1", None), "some/model") as tell:
+        tell(1_000_000, 4_000_000)
+        page.goto(f"http://127.0.0.1:{listener.getsockname()[1]}/")
+        expect(page.locator("#downloading")).to_contain_text("The weights of some/model are being downloaded")
+        assert violations(page, axe) == []
+        tell(3_000_000, 4_000_000)
+        expect(page.locator("#waiting .quiet")).to_have_text("3 of 4 MB")
+        assert page.locator("#waiting progress").get_attribute("value") == "3"
+    with served(site.another(), listener):
+        expect(page.locator("#about")).to_contain_text("48 images")
+        page.close()
 
 
 # ------------------------------------------------------------------------------------------ the rest of the page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,11 +20,11 @@ TOKEN = "a-token-that-nobody-guesses"
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The address of an ASGI app on a port of this machine."""
-    port = free_port()
+def served(app: Any, listener: socket.socket | None = None) -> Iterator[str]:
+    """The address of an ASGI app on a port of this machine, or on a socket that is bound to one."""
+    port = free_port() if listener is None else listener.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, ws="none"))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": None if listener is None else [listener]})
     thread.start()
     try:
         while not server.started:
