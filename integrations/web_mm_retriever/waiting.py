@@ -62,7 +62,7 @@ def _start(
 ) -> tuple[uvicorn.Server, threading.Thread, socket.socket]:
     async def page(request: Request) -> Response:
         here, of = (count // 10**6 for count in far)
-        facts = {"model": model, "here": here, "of": of}
+        facts: dict[str, str | int] = {"model": model, "here": here, "of": of}
         return _later(page_response("waiting.html.j2", request, admitted=True, status=503, **facts))
 
     async def refused(request: Request) -> Response:
