@@ -126,14 +126,14 @@ def _print_paths(rows: Sequence[Mapping[str, Any]], *, end: bytes) -> None:
         typer.echo(f"{broken} of the {len(rows)} results have a line break in their path: -0 prints them", err=True)
 
 
-def _console() -> Console:
+def screen() -> Console:
     """A console that folds lines at the width of a terminal, and nowhere else: what is piped is read by a program."""
     return Console() if sys.stdout.isatty() or os.environ.get("COLUMNS") else Console(width=_NEVER_FOLDED)
 
 
 def print_search(report: SearchReport) -> None:
     """The results as a table; when they were reranked, as a second one with what the model said."""
-    console = _console()
+    console = screen()
     for heading, hits in (("", report.hits), ("reranked", report.reranked)):
         if hits is None:
             continue
@@ -189,7 +189,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
     table = Table(show_header=False, box=None)
     for name, fact in facts.items():
         table.add_row(_words(name), _words(fact))
-    _console().print(table)
+    screen().print(table)
 
 
 def download_archive(target: Path) -> Path:

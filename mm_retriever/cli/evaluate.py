@@ -250,7 +250,7 @@ def _tell(
     from mm_retriever.evaluation.results import results_of
     from mm_retriever.evaluation.submissions import write_submissions
     from mm_retriever.evaluation.tables import print_results
-    from mm_retriever.terminal import print_json
+    from mm_retriever.terminal import print_json, screen
 
     results = results_of(runs, weights)
     written = [] if submit is None else [path for run in runs for path in write_submissions(run, submit)]
@@ -259,7 +259,7 @@ def _tell(
     if as_json:
         print_json(results.to_dict())
     else:
-        print_results(results)
+        print_results(results, screen())
     for path in written:
         typer.echo(f"wrote {path}", err=as_json)
 
@@ -337,7 +337,7 @@ def _health(
 ) -> None:
     from mm_retriever.embedders.registry import check_embedder
     from mm_retriever.evaluation.tables import print_health
-    from mm_retriever.terminal import print_json
+    from mm_retriever.terminal import print_json, screen
 
     found = _health_of(place, split=split, images=images)
     check_embedder(name)
@@ -346,7 +346,7 @@ def _health(
         print_json({title: state.to_dict() for title, state in states.items()})
         return
     for title, state in states.items():
-        print_health(title, state)
+        print_health(title, state, screen())
 
 
 def _health_of(place: Path, *, split: str | None, images: Path | None) -> Callable[[ComposedEmbedding, bool], Any]:

@@ -14,18 +14,18 @@ _WORST = 5
 _LISTED = 5
 
 
-def print_results(results: Results) -> None:
+def print_results(results: Results, console: Console) -> None:
     """Print a table for each way, the costs, what makes it better or worse, and the worst queries."""
-    console = Console()
     for way, by_run in results.figures.items():
         title = way + (", as published" if way == results.way and len(results.figures) > 1 else "")
-        table = Table("run", title=_words(title), title_justify="left", box=None)
-        for measure in results.data[0].measures:
-            table.add_column(measure, justify="right")
+        table = Table(title=_words(title), title_justify="left", box=None)
+        table.add_column("run", overflow="fold")
+        for measure in results.data[0].measures:  # in a narrow terminal an interval folds at its spaces
+            table.add_column(measure, justify="right", min_width=len(measure))
         for name, measures in by_run.items():
-            cells = [f"{one.mean:.3f}\n{one.low:.3f}-{one.high:.3f}" for one in measures.values()]
+            cells = [f"{one.mean:.3f}\n{one.low:.3f} - {one.high:.3f}" for one in measures.values()]
             table.add_row(_words(name), *cells)
-        console.print(table)
+        console.print(table, crop=False)  # what is still too wide is folded by the terminal
     costs = Table("run", "s/query", "tokens/query", "peak MiB", title="cost", title_justify="left", box=None)
     for run in results.runs:
         tokens = f"{run.cost.tokens_a_query:.0f}" if run.rerank else "-"
@@ -52,9 +52,8 @@ def print_results(results: Results) -> None:
         )
 
 
-def print_health(title: str, health: Health) -> None:
+def print_health(title: str, health: Health, console: Console) -> None:
     """Print the state of a collection."""
-    console = Console()
     console.print(_words(f"{title}: {health.images} images read, {len(health.dead)} unreadable"))
     for name, reason in health.dead[:_LISTED]:
         console.print(_words(f"  {name}: {reason}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -57,6 +58,22 @@ def test_models_rerankers_weights_and_prompts_stand_side_by_side(capfd, colours,
     assert "embedding with mean-colour" in err
     assert page.read_text(encoding="utf-8").count("<table>") == 5
     assert any((tmp_path / "cache").iterdir()), "vectors are kept"
+
+
+@pytest.mark.parametrize("columns", ["80", None])
+def test_no_figure_is_cut_where_lines_are_short(capfd, colours, photos, tmp_path, monkeypatch, columns):
+    """In a terminal of 80 columns an interval folds; in a pipe nothing does."""
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    use = ("--model", "mean-colour", "--cache", tmp_path / "cache")
+    code, out, err = run(capfd, "evaluate", photos, *use)
+    assert code == 0, err
+    assert "Recall@10" in out and "…" not in out
+    assert len(re.findall(r"\d\.\d{3} -\s", out)) == 2 * 7
+    if columns is None:
+        assert len(re.findall(r"(?:\d\.\d{3} - \d\.\d{3}\s+){7}", out)) == 2
 
 
 def test_the_table_says_figures_costs_and_what_makes_it_worse(capfd, colours, photos, tmp_path, monkeypatch):
