@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, TypeAlias
 
 Tell: TypeAlias = Callable[[int, int], None]
@@ -26,18 +27,20 @@ def watched(tell: Tell) -> Iterator[None]:
 def progress_bar() -> Any:
     """The hub's class of progress bars, which also tells whoever watches; None, the hub's own, where nobody does."""
     tell = _TELL.get()
-    if tell is None:
-        return None
-    from huggingface_hub.utils import tqdm
+    return None if tell is None else _watched_bar(tell)
 
-    class Watched(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+
+def _watched_bar(tell: Tell) -> Any:
+    bar: Any = import_module("huggingface_hub.utils").tqdm
+
+    class Watched(bar):  # type: ignore[misc, unused-ignore]
         """A bar that is not shown counts nothing: this one counts for itself."""
 
         def __init__(self, *given: Any, **options: Any) -> None:
             self.is_of_bytes, self.here = options.get("unit") == "B", 0
             super().__init__(*given, **options)
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> Any:
             if self.is_of_bytes and n:
                 self.here += int(n)
                 self._say()

@@ -170,6 +170,7 @@ def milvus_fields(given: dict[str, Any]) -> dict[str, Any]:
         if name not in declared and name not in done:
             raise StoreError(f"ImageStore() takes no {name!r}; see open_store")
         own = done[name] if name in done else declared[name].get_default(call_default_factory=True)
+        value, own = getattr(value, "value", value), getattr(own, "value", own)  # of an enumeration
         if value != own and (value or own):
             raise StoreError(f"{name}={shown(value)}: this store has {shown(own)}; leave it out, or see open_store")
     return fields

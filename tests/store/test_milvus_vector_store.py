@@ -1,8 +1,8 @@
 """An app that was written for LlamaIndex's MilvusVectorStore, on our store.
 
 Truth: the tests of llama-index-vector-stores-milvus that run on Milvus Lite (release 0.8, before they used mocks), told
-in our words. Two things differ on purpose: `clear()` leaves an empty collection, which takes nodes again, and
-`get_nodes` fetches vectors only where they are asked for.
+in our words. Four things differ on purpose: `clear()` leaves an empty collection, which takes nodes again, `get_nodes`
+fetches vectors only where they are asked for, and a store without vectors or without their index is refused.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def store(tmp_path) -> Iterator[ImageStore]:
         id_field="id",
         similarity_metric="COSINE",
         consistency_level="Strong",
+        index_management="create_if_not_exists",
         overwrite=True,
     ) as opened:
         yield opened
@@ -129,6 +130,22 @@ def test_a_hybrid_store_takes_a_sparse_function_of_llamaindex(tmp_path):
         ImageStore(tmp_path / "a.db", **options | {"hybrid_ranker_params": {"k": 7}})
     with pytest.raises(StoreError, match=r"sparse_embedding_function='bm25'.*BaseSparseEmbeddingFunction"):
         ImageStore(tmp_path / "a.db", **options | {"sparse_embedding_function": "bm25"})
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"enable_dense": False}, "enable_dense=False: this store has True"),
+        (
+            {"index_management": "no_validation"},
+            "index_management='no_validation': this store has 'create_if_not_exists'",
+        ),
+    ],
+)
+def test_a_store_without_vectors_or_without_their_index_is_refused(tmp_path, option, says):
+    with pytest.raises(StoreError, match=re.escape(says)):
+        ImageStore(tmp_path / "a.db", dim=64, collection_name=NAME, **option)
+    assert not (tmp_path / "a.db").exists()
 
 
 def test_the_asynchronous_client_asks_the_same_collection(store):
