@@ -231,7 +231,7 @@ class LiteFile:
 
     def _locked(self, record: Record | None) -> StoreLockedError:
         if record is None:
-            holder = "another user, or by a program that does not share it (an earlier version of this one)"
+            holder = f"another user, or by a program that does not share it (lsof {self._path}/LOCK lists it)"
         else:
             holder = f"process {record.pid} on {record.host}, which cannot be reached from here (another container?)"
         return StoreLockedError(
