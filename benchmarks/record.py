@@ -15,8 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.devices import processor_name
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "openvino", "nncf", "milvus-lite", "pymilvus", "llama-index-core", "pillow")
 _ARITHMETIC = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm")
@@ -46,6 +44,8 @@ def command() -> str:
 
 def machine(threads: int) -> dict[str, Any]:
     """The processor by name, what it can compute in, its cores and memory."""
+    from mm_retriever.devices import processor_name  # loads torch, whose memory is not that of what is measured
+
     facts = Path("/proc/cpuinfo")
     text = facts.read_text(encoding="utf-8", errors="replace") if facts.exists() else ""
     flags = set((re.findall(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE) or [""])[0].split())
