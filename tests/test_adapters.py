@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from mm_retriever.embedders.embedder import Content
+from mm_retriever.embedders.registry import load_embedder
 from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder, VisualizedBGEProcessor
 from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
@@ -176,6 +177,22 @@ def test_eight_bit_weights_point_the_same_way(
     quantised = encode(quantise(model))
     assert float((quantised * expected).sum(1).min()) > 0.99
     assert not torch.equal(quantised, expected)
+
+
+def test_a_loaded_model_is_one_of_transformers_as_soon_as_it_is_asked_for() -> None:
+    """Truth: the plain modules' vectors, bit for bit; what is changed afterwards, at the top too, is computed with."""
+    embedder: Any = load_embedder("tiny", device="cpu")
+    square = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    contents = [Content("red mug"), Content("", embedder.prepare(Image.fromarray(square)))]
+    plain = embedder.encode(contents)
+    assert not isinstance(embedder.torch_model, VisualizedBGE)
+    model = embedder.model
+    assert isinstance(model, VisualizedBGE) and model is embedder.model is embedder.network
+    assert model.state_dict().keys() == load_visualized_bge("tiny", device="cpu")[0].state_dict().keys()
+    assert np.array_equal(embedder.encode(contents), plain)
+    model.visual_proj = nn.Linear(model.visual_proj.in_features, model.visual_proj.out_features)
+    changed = embedder.encode(contents)
+    assert np.array_equal(changed[0], plain[0]) and not np.allclose(changed[1], plain[1])
 
 
 # ---------------------------------------------------------------------------------------------- training, saving

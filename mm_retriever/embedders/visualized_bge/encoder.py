@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,16 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoProcessor
 
 from mm_retriever.checkpoint import fingerprint, locate, read_state_dict
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import find_tokenizer, write_folder
 from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS, MULTILINGUAL
-from mm_retriever.embedders.visualized_bge.model import (
-    VisualizedBGE,
-    VisualizedBGEConfig,
+from mm_retriever.embedders.visualized_bge.network import (
+    Encodes,
+    Shape,
     config_from_tensors,
     read_config,
 )
@@ -40,6 +39,9 @@ from mm_retriever.errors import CheckpointError
 from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.images.square import CLIP_MEAN, CLIP_STD, middle_square
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
+
+if TYPE_CHECKING:
+    from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 
 _PROBES = ("Phone case with this, in RED", "déjà vu – 50 €\n\tnaïve", "手机壳 スマホケース чехол", "a" * 40)
 
@@ -52,7 +54,7 @@ class VisualizedBGEProcessor:
         tokenizer: a ``tokenizers.Tokenizer``, or the path of its ``tokenizer.json``.
     """
 
-    def __init__(self, config: VisualizedBGEConfig, tokenizer: Tokenizer | str | Path) -> None:
+    def __init__(self, config: Shape, tokenizer: Tokenizer | str | Path) -> None:
         self.config = config
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(Path(tokenizer), config)
         self.tokenizer.no_truncation()  # a file may carry both; lengths depend on what stands beside the text
@@ -130,7 +132,7 @@ class VisualizedBGEProcessor:
         return self.pad(self.token_ids(texts, beside_image=beside_image))
 
 
-def _read_tokenizer(path: Path, config: VisualizedBGEConfig) -> Tokenizer:
+def _read_tokenizer(path: Path, config: Shape) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     text = config.text_shape
     if (size := tokenizer.get_vocab_size()) > text.vocab_size:
@@ -151,55 +153,60 @@ def crop_square(image: Image.Image, side: int) -> Image.Image:
     return middle_square(image, side, lambda excess: round(excess / 2)).convert("RGB")
 
 
-def tokenizer_repo(config: VisualizedBGEConfig) -> str:
+def tokenizer_repo(config: Shape) -> str:
     """Where the published tokenizer of this kind of text side is."""
     published = MULTILINGUAL if config.text["model_type"] == "xlm-roberta" else DEFAULT_MODEL
     return MODELS[published].tokenizer_repo
-
-
-AutoProcessor.register(VisualizedBGEConfig, VisualizedBGEProcessor, exist_ok=True)
 
 
 class VisualizedBGEEncoder:
     """A Visualized BGE model and its processor as an `Embedder`.
 
     Args:
-        model: from `load_visualized_bge`.
-        processor: the same.
+        model: from `load_visualized_bge`, or in plain torch.
+        processor: of it.
         name: for people.
     """
 
-    def __init__(self, model: VisualizedBGE, processor: VisualizedBGEProcessor, *, name: str = "") -> None:
-        self.model = model
+    def __init__(self, model: Encodes, processor: VisualizedBGEProcessor, *, name: str = "") -> None:
+        self.torch_model = model  # whose weights the parts compute with
         self.processor = processor
         self.name = name
         self.note = str(model.dtype).removeprefix("torch.")
         self.space = f"visualized-bge@{model.fingerprint}.{processor.fingerprint()}"
-        self.parts: dict[str, Callable[..., Tensor]] = {
-            "text": model.encode_text, "image": model.image_tokens, "beside": model.encode_beside
-        }  # fmt: skip
+        self.parts = _parts(model)
         self._lock = ForkLock()
         self._loaded_in = os.getpid()
 
     @property
     def cache_identity(self) -> str:
         """As caches have always named it."""
-        return f"{self.model.fingerprint}/{self.note}"
+        return f"{self.torch_model.fingerprint}/{self.note}"
 
     @property
-    def torch_model(self) -> VisualizedBGE:
-        """Whose weights the parts compute with."""
-        return self.model
+    def model(self) -> VisualizedBGE:
+        """The model under transformers' class, with the same modules; from now on the parts compute with it."""
+        from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, with_parts_of
+
+        with self._lock:
+            plain = self.torch_model
+            if isinstance(plain, VisualizedBGE):
+                return plain
+            model = with_parts_of(plain)
+            before, after = _parts(plain), _parts(model)
+            self.parts.update({name: after[name] for name, part in before.items() if self.parts[name] == part})
+            self.torch_model = model
+            return model
 
     @property
     def dimension(self) -> int:
         """Length of every vector."""
-        return int(self.model.config.dimension)
+        return int(self.torch_model.config.dimension)
 
     @property
     def device(self) -> str:
         """Where the model is."""
-        return str(self.model.input_device)
+        return str(self.torch_model.input_device)
 
     def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
         """(H, W, 3): the square that the model sees."""
@@ -212,8 +219,8 @@ class VisualizedBGEEncoder:
             contents: what to embed.
             query: makes no difference to this family.
         """
-        check_forked(self._loaded_in, self.model.device.type)
-        vectors = np.empty((len(contents), self.model.config.dimension), dtype=np.float32)
+        check_forked(self._loaded_in, self.torch_model.device.type)
+        vectors = np.empty((len(contents), self.torch_model.config.dimension), dtype=np.float32)
         for beside_image in (False, True):
             rows = [row for row, content in enumerate(contents) if (content.image is not None) == beside_image]
             ids = self.processor.token_ids([contents[row].text for row in rows], beside_image=beside_image)
@@ -239,7 +246,7 @@ class VisualizedBGEEncoder:
             vectors[rows] = self._encode(tokens, squares).cpu().numpy()
 
     def _encode(self, tokens: dict[str, Tensor], squares: Sequence[Any]) -> Tensor:
-        device = self.model.input_device
+        device = self.torch_model.input_device
         tokens = {name: tensor.to(device) for name, tensor in tokens.items()}
         if not squares:
             return self.parts["text"](tokens["input_ids"], tokens["attention_mask"])
@@ -259,8 +266,8 @@ class VisualizedBGEEncoder:
     @property
     def sides(self) -> Mapping[str, Sequence[nn.Module]]:
         """The text side reads image tokens too; the projection belongs to the image side."""
-        text = [self.model.bge_embeddings, self.model.bge_encoder]
-        return {"text": text, "image": [self.model.model_visual, self.model.visual_proj]}
+        text = [self.torch_model.bge_embeddings, self.torch_model.bge_encoder]
+        return {"text": text, "image": [self.torch_model.model_visual, self.torch_model.visual_proj]}
 
     def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
         """(B, D) with gradients, in one pass."""
@@ -276,15 +283,19 @@ class VisualizedBGEEncoder:
 
     def save(self, folder: Path) -> None:
         """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
-        config = self.model.config
-        config.architectures, config.dtype = [type(self.model).__name__], self.model.dtype
-        state = self.model.state_dict()
-        write_folder(folder, state, json.loads(config.to_json_string()), original=fingerprint(state))
+        model = self.model
+        model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+        state = model.state_dict()
+        write_folder(folder, state, json.loads(model.config.to_json_string()), original=fingerprint(state))
         self.processor.save_pretrained(folder)
 
     def _passes(self, lengths: Sequence[int], *, beside_image: bool) -> Iterator[range]:
         """Ranges of rows, which come sorted by length, that go through the model together."""
-        vision, text = self.model.config.vision_shape, self.model.config.text_shape
+        vision, text = self.torch_model.config.vision_shape, self.torch_model.config.text_shape
         patches = vision.patches if beside_image else 0
         widest = max(text.intermediate_size, int(vision.width * vision.mlp_ratio) if beside_image else 0)
-        return passes([patches + length for length in lengths], widest, self.model.input_device.type)
+        return passes([patches + length for length in lengths], widest, self.torch_model.input_device.type)
+
+
+def _parts(model: Encodes) -> dict[str, Callable[..., Tensor]]:
+    return {"text": model.encode_text, "image": model.image_tokens, "beside": model.encode_beside}

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 LAYER_NORM_EPS = 1e-6
 ROPE_BASE = 10_000.0
@@ -25,9 +24,15 @@ MAX_SIZE = 10_000_000
 PLAIN_ATTENTION_SCORES = 2**25  # scores of one layer that may stand in memory at once: 64 MiB in bfloat16
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str}
+
+
 def check_sizes(config: Any) -> None:
-    """Raises ValueError for a size in a config dataclass that no model has: configs are untrusted."""
-    for name, value in vars(config).items():
+    """Raises ValueError for a value in a config dataclass that no model has: configs are untrusted."""
+    for name, kind in type(config).__annotations__.items():
+        value = getattr(config, name)
+        if not isinstance(value, _KINDS[kind]):
+            raise ValueError(f"{name} {value!r} is no {kind}")
         most = MAX_LAYERS if name.endswith("layers") else MAX_SIZE
         least = 0 if name.endswith("_id") else 1
         if isinstance(value, bool) or (isinstance(value, int) and not least <= value <= most):
@@ -181,7 +186,20 @@ class SwiGLU(nn.Module):
         return projected
 
 
-class Block(GradientCheckpointingLayer):
+class CheckpointedLayer(nn.Module):
+    """A layer that can be computed twice, for less memory: transformers sets these two where it finds the first."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """As of any module; while gradients are checkpointed, again on the way back."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(super().__call__, *inputs)
+        return super().__call__(*inputs)
+
+
+class Block(CheckpointedLayer):
     """One pre-norm layer: attention, then MLP, each added to what came in."""
 
     def __init__(self, config: EvaVisionConfig) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,12 +23,10 @@ from mm_retriever.embedders.folder import (
 )
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS
 from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, tokenizer_repo
-from mm_retriever.embedders.visualized_bge.model import (
-    VisualizedBGE,
-    VisualizedBGEConfig,
-    config_from_tensors,
-    read_config,
-)
+from mm_retriever.embedders.visualized_bge.network import Shape, VisualizedBGENetwork, config_from_tensors, read_config
+
+if TYPE_CHECKING:
+    from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 
 # in the official files, never used by the branch that runs
 DEAD_KEYS = re.compile(
@@ -44,7 +43,7 @@ def load_visualized_bge(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> tuple[VisualizedBGE, VisualizedBGEProcessor]:
-    """A model ready for inference and the processor that feeds it.
+    """A model ready for inference, under transformers' class, and the processor that feeds it.
 
     Args:
         name: "tiny", a local folder or weight file, a published name, or any hub repository in our layout.
@@ -59,7 +58,10 @@ def load_visualized_bge(
     """
     device = as_device(device)  # before anything is downloaded
     files = locate(name, MODELS, revision=revision)
-    return load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
+    from mm_retriever.embedders.visualized_bge.model import with_parts_of
+
+    network, processor = load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
+    return with_parts_of(network), processor
 
 
 def load_files(
@@ -68,14 +70,14 @@ def load_files(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-) -> tuple[VisualizedBGE, VisualizedBGEProcessor]:
-    """As :func:`load_visualized_bge`, from files that were found already."""
+) -> tuple[VisualizedBGENetwork, VisualizedBGEProcessor]:
+    """As :func:`load_visualized_bge`, from files that were found already, and in plain torch."""
     config, state = read_checkpoint(files)
     model = fill_model(config, state, files, device=as_device(device), dtype=as_dtype(dtype))
     return model, VisualizedBGEProcessor(config, find_tokenizer(files, tokenizer, tokenizer_repo(config)))
 
 
-def read_checkpoint(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, Tensor]]:
+def read_checkpoint(files: ModelFiles) -> tuple[Shape, dict[str, Tensor]]:
     """Return the config and the tensors, without those that no code reads."""
     warn_if_not_published(files.weights, MODELS)
     state = {key: tensor for key, tensor in read_state_dict(files.weights).items() if not DEAD_KEYS.fullmatch(key)}
@@ -85,15 +87,15 @@ def read_checkpoint(files: ModelFiles) -> tuple[VisualizedBGEConfig, dict[str, T
 
 
 def fill_model(
-    config: VisualizedBGEConfig,
+    config: Shape,
     state: Mapping[str, Tensor],
     files: ModelFiles,
     *,
     device: torch.device,
     dtype: torch.dtype,
-) -> VisualizedBGE:
+) -> VisualizedBGENetwork:
     """Return the model with these tensors in it, ready for inference."""
-    model = skeleton(lambda: VisualizedBGE(config), files.weights)
+    model = skeleton(lambda: VisualizedBGENetwork(config), files.weights)
     load_strict(model, state, source=files.weights, device=device, dtype=dtype)
     model.fingerprint = original_fingerprint(state, {"rounded": config.rounded})
     model.train(False)
@@ -108,12 +110,15 @@ def convert_files(
     dtype: torch.dtype | str | None = None,
 ) -> Path:
     """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
-    config, state = read_checkpoint(files)
+    from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
+
+    shape, state = read_checkpoint(files)
     stored = state["visual_proj.weight"].dtype if "visual_proj.weight" in state else torch.float32
-    model = fill_model(config, state, files, device=torch.device("cpu"), dtype=as_dtype(dtype, default=stored))
+    model = fill_model(shape, state, files, device=torch.device("cpu"), dtype=as_dtype(dtype, default=stored))
+    config = VisualizedBGEConfig.of(shape)
     config.architectures = [VisualizedBGE.__name__]
     config.dtype = model.dtype
     content = json.loads(config.to_json_string())
     folder = write_folder(out, model.state_dict(), content, original=model.fingerprint)
-    copy_tokenizer(folder, files, tokenizer, tokenizer_repo(config))
+    copy_tokenizer(folder, files, tokenizer, tokenizer_repo(shape))
     return folder
