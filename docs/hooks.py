@@ -49,11 +49,10 @@ def command_line() -> str:
 
 def commands() -> Iterator[tuple[str, Any]]:
     """Yield the commands of the command line by name, as click has them."""
-    from typer.main import get_command
+    from mm_retriever.cli import COMMANDS, command
 
-    from mm_retriever.cli import app
-
-    yield from get_command(app).commands.items()  # type: ignore[attr-defined]
+    for name in COMMANDS:
+        yield name, command(name)
 
 
 def _row(parameter: Any, kind: str) -> str:

@@ -21,9 +21,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
-from mm_retriever.demo import AMAZON_BYTES, download_amazon
 from mm_retriever.errors import one_line
 from mm_retriever.images import ImageSource, is_place, source_name
 from mm_retriever.own_keys import own_value
@@ -194,6 +192,10 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 def download_archive(target: Path) -> Path:
     """The published Amazon archive at `target`, with a progress bar."""
+    from tqdm import tqdm
+
+    from mm_retriever.demo import AMAZON_BYTES, download_amazon
+
     with tqdm(total=AMAZON_BYTES, unit="B", unit_scale=True, desc="Downloading") as bar:
         return download_amazon(target, progress=bar.update)
 

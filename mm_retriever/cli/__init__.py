@@ -6,12 +6,13 @@ once; what a command shows is `mm_retriever.terminal`'s. Errors of the package a
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,10 +23,20 @@ from mm_retriever.cli.options import EXIT_INTERRUPTED, fail
 from mm_retriever.cli.wording import in_cli_words
 from mm_retriever.errors import MMRetrieverError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "command", "main"]
+
+
+class _Commands(SearchingGroup):
+    """The commands, the options of which are read for the one that runs: for all of them that takes a while."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that the arguments begin with, and the arguments after it."""
+        name, titled, rest = super().resolve_command(ctx, args)
+        return name, titled and command(titled.name), rest
+
 
 app = typer.Typer(
-    cls=SearchingGroup,
+    cls=_Commands,
     help="Search images by text, by image, or by both at once.\n\nWhat begins with no command is a search: "
     '[bold]mm-retriever "red dress"[/bold].',
     epilog="[bold]mm-retriever index ~/Pictures[/bold]  puts a folder into photos.db\n\n"
@@ -78,20 +89,32 @@ _EXAMPLES = {
 _RARELY = (200_000, 20, 100)
 """Thresholds of the garbage collector: importing torch and LlamaIndex makes a million objects, and hardly any garbage;
 looking through them again and again takes a tenth of the time of a search."""
+_WORKING = COMMANDS.keys() - {"search", "models"}
+"""Commands that run long enough to make garbage; the others, what begins with no command among them, answer and end."""
 _CONTINUED = ("index", "reindex", "embed", "import", "train")
 for _name, _command in COMMANDS.items():
     _group = next((group for group, names in _GROUPS.items() if _name in names), None)
-    app.command(_name, rich_help_panel=_group, epilog=_EXAMPLES.get(_name))(_command)
+    app.command(_name, rich_help_panel=_group, help=_command.__doc__)(lambda: None)  # as `--help` lists it
+
+
+def command(name: str) -> Any:
+    """A command as click has it, with its options."""
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    alone.command(name, epilog=_EXAMPLES.get(name))(COMMANDS[name])
+    return typer.main.get_command(alone)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 done in part, 2 an error that the user can fix, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    arguments = list(sys.argv[1:] if argv is None else argv)
     gc.set_threshold(*_RARELY)
+    if argv is None and _WORKING.isdisjoint(arguments[:1]):  # a process of its own
+        gc.disable()
+    atexit.register(gc.freeze)  # else Python looks through all objects, several times, before it ends: two seconds
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding cannot show
             stream.reconfigure(errors="backslashreplace")
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         code = typer.main.get_command(app).main(arguments, "mm-retriever", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -73,13 +73,13 @@ def model_to_load(
 
 def _may_be_loaded(name: str) -> bool:
     """Whether it is a published model or on this machine: what a store says fetches nothing else from the hub."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     from mm_retriever.embedders.registry import published_models
 
     if name in dict(published_models()) or (name and Path(name).exists()):
         return True
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "modules.json"))
     except HFValidationError:

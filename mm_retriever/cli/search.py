@@ -183,23 +183,26 @@ def search(
     query = RowsQuery(**{**asked, "where": tuple(asked["where"]), "images": tuple(images[1:])})
     where_filters(query.where)  # what cannot be read is refused before a store is opened
     check_exists(db)
-    with open_stored(db, collection=collection, token=token) as stored:  # what cannot be answered, before a model is
-        check_rows(stored, query)
-    carried, opened = _opened(images)
-    query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
     load_ranker = None
-    wanted = held_model.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
-    if reranks:
-        load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
-    embedding = options.embed_model(
-        **wanted._asdict(),
-        device=device,
-        revision=revision,
-        url=model_url,
-        key=model_key,
-    )
-    with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-        found = find_rows(store, embedding, query, opened=opened)
+    # open until the end of the search: a Milvus Lite file is checked and read once, and not for every step
+    with open_stored(db, collection=collection, token=token) as stored:
+        check_rows(stored, query)  # what cannot be answered, before a model is loaded
+        carried, opened = _opened(images)
+        query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
+        wanted = held_model.model_to_load(
+            model, dtype, backend, url=model_url, db=db, collection=collection, token=token
+        )
+        if reranks:
+            load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
+        embedding = options.embed_model(
+            **wanted._asdict(),
+            device=device,
+            revision=revision,
+            url=model_url,
+            key=model_key,
+        )
+        with open_store(db, embedding, collection=collection, token=token, create=False) as store:
+            found = find_rows(store, embedding, query, opened=opened)
     _say(found.notes)
     reranking = None
     if load_ranker is not None:

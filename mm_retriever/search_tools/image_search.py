@@ -26,7 +26,6 @@ from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
 from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
-from mm_retriever.rerank.registry import as_postprocessors
 from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever
 from mm_retriever.search_tools.arguments import but_not, read_count, read_filters, read_text
@@ -99,6 +98,8 @@ class ImageSearch:
         self._llm = llm
         self._group_by = group_by
         self._retriever(None, 1)  # says now if these do not belong together
+        from mm_retriever.rerank.registry import as_postprocessors  # and what speaks to servers
+
         self._rerank = as_postprocessors(rerank, top_n=self.limits.max_top_k, image_policy=stored_policy)
 
     def __getstate__(self) -> dict[str, Any]:

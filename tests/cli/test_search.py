@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -191,3 +192,23 @@ def test_reranking_decodes_the_query_image_once(capfd, db, leopard, monkeypatch)
     )
     assert code == 0, err
     assert decoded.count((161, 163)) == 1
+
+
+ENDS = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_freeze_count(), *{name.split(".")[0] for name in sys.modules}, file=sys.stderr))
+from mm_retriever.cli import main
+main()
+"""
+
+
+def test_a_search_by_words_loads_and_ends_with_nothing_it_does_not_need(db):
+    """Our promise: it answers soon. Truth: Python's own list of modules, and what its collector looks at in the end."""
+    command = [sys.executable, "-c", ENDS, "search", "a red mug", "--db", str(db), "-k", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert json.loads(done.stdout)[0]["label"] == "mug", done.stderr
+    frozen, *loaded = done.stderr.splitlines()[-1].split()
+    assert {"torch", "llama_index", "pymilvus"} <= set(loaded)
+    assert {"transformers", "huggingface_hub", "httpx"}.isdisjoint(loaded)
+    assert {"sympy", "scipy"}.isdisjoint(loaded)  # torch's compiler brings them
+    assert int(frozen) > 100_000  # objects that it leaves alone

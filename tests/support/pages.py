@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.cli import app, main
+from mm_retriever.cli import COMMANDS, command, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -81,12 +81,9 @@ def execute(words: Sequence[str]) -> None:
 
 def check(words: Sequence[str]) -> bool:
     """Hold a command against what there is; whether it is of a kind that can be checked."""
-    from typer.main import get_command
-
     if words[0] == "mm-retriever":
-        known = get_command(app).commands
-        name, given = (words[1], words[2:]) if words[1] in known else ("search", words[1:])
-        with known[name].make_context(name, list(given)):
+        name, given = (words[1], words[2:]) if words[1] in COMMANDS else ("search", words[1:])
+        with command(name).make_context(name, list(given)):
             return True
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
