@@ -32,7 +32,7 @@ class _Commands(SearchingGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The command that the arguments begin with, and the arguments after it."""
         name, titled, rest = super().resolve_command(ctx, args)
-        return name, titled and command(titled.name), rest
+        return name, None if titled is None else command(str(titled.name)), rest
 
 
 app = typer.Typer(

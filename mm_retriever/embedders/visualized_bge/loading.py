@@ -22,8 +22,8 @@ from mm_retriever.embedders.folder import (
     write_folder,
 )
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL, MODELS
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor, tokenizer_repo
 from mm_retriever.embedders.visualized_bge.network import Shape, VisualizedBGENetwork, config_from_tensors, read_config
+from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, tokenizer_repo
 
 if TYPE_CHECKING:
     from mm_retriever.embedders.visualized_bge.model import VisualizedBGE

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, initialization
 from transformers.configuration_utils import PreTrainedConfig
 
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEProcessor
 from mm_retriever.embedders.visualized_bge.eva_vit import (
     EvaVisionConfig,
     EvaVisionTower,
@@ -26,10 +25,10 @@ from mm_retriever.embedders.visualized_bge.network import (
     BgeTextConfig,
     Encodes,
     Shape,
-    VisualizedBGENetwork,
     config_from_tensors,
     read_config,
 )
+from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor
 
 __all__ = [
     "BgeTextConfig",
@@ -106,7 +105,7 @@ class VisualizedBGE(Encodes, PreTrainedModel):
         self.config.vocab_size = value.num_embeddings
 
 
-def with_parts_of(network: VisualizedBGENetwork) -> VisualizedBGE:
+def with_parts_of(network: Encodes) -> VisualizedBGE:
     """The model of a plain network: the same modules, and so the same weights, under transformers' class."""
     with torch.device("meta"):
         model = VisualizedBGE(VisualizedBGEConfig.of(network.config))

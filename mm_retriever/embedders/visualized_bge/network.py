@@ -190,11 +190,10 @@ def config_from_tensors(state: Mapping[str, Tensor], source: Path) -> Shape:
 
 
 def _table(rows: int, width: int) -> nn.Embedding:
-    """A table without values, which come from a checkpoint, or from transformers for a new model.
-
-    Random ones on the meta device, as `nn.Embedding` has them, would make torch import its compiler: a second.
-    """
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    """A table of random values, or without any on the meta device: for those torch would import its compiler."""
+    if torch.empty(0).is_meta:
+        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width)
 
 
 class TextEmbeddings(nn.Module):
@@ -246,7 +245,8 @@ class Intermediate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, W)."""
-        return F.gelu(self.dense(hidden_states))
+        activated: Tensor = F.gelu(self.dense(hidden_states))
+        return activated
 
 
 class EncoderLayer(CheckpointedLayer):
