@@ -56,10 +56,10 @@ def load_visualized_bge(
         ModelNotFoundError: the name leads to no files.
         CheckpointError: the files are damaged, unsafe, or of another model.
     """
-    device = as_device(device)  # before anything is downloaded
-    files = locate(name, MODELS, revision=revision)
     from mm_retriever.embedders.visualized_bge.model import with_parts_of
 
+    device = as_device(device)  # before anything is downloaded
+    files = locate(name, MODELS, revision=revision)
     network, processor = load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
     return with_parts_of(network), processor
 
