@@ -189,22 +189,15 @@ def config_from_tensors(state: Mapping[str, Tensor], source: Path) -> Shape:
         ) from error
 
 
-def _table(rows: int, width: int) -> nn.Embedding:
-    """A table of random values, or without any on the meta device: for those torch would import its compiler."""
-    if torch.empty(0).is_meta:
-        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-    return nn.Embedding(rows, width)
-
-
 class TextEmbeddings(nn.Module):
     """The text side's embedding tables and LayerNorm, which image tokens pass through too."""
 
     def __init__(self, config: BgeTextConfig) -> None:
         super().__init__()
         self.first_position = config.first_position
-        self.word_embeddings = _table(config.vocab_size, config.hidden_size)
-        self.position_embeddings = _table(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = _table(config.type_vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
