@@ -100,8 +100,8 @@ def judged_rows(
         if len(best) < 2:
             raise QueryError(f"{query.place}: {len(best)} images to judge; the queries name too few")
         shares = _shares(query, [(pool[place], float(scores[place])) for place in best], teacher)
-        order = sorted(range(len(best)), key=lambda place: -shares[place])
-        images, given = [pool[best[place]] for place in order], [shares[place] for place in order]
+        judged = sorted(range(len(best)), key=lambda place: -shares[place])
+        images, given = [pool[best[place]] for place in judged], [shares[place] for place in judged]
         if query.image is not None:
             images.append(query.image)
             given.append(0.0)

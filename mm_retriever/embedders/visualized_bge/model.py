@@ -102,7 +102,7 @@ class VisualizedBGE(Encodes, PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Other word embeddings; the config follows their number."""
         self.bge_embeddings.word_embeddings = value  # type: ignore[assignment]
-        self.config.vocab_size = value.num_embeddings
+        self.config.vocab_size = self.bge_embeddings.word_embeddings.num_embeddings
 
 
 def with_parts_of(network: Encodes) -> VisualizedBGE:
