@@ -319,7 +319,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         if named := _refused_global(error):
             raise CheckpointError(f"{path} holds more than tensors and could run code: refused ({named})") from error
-        raise CheckpointError(f"{path} is no file of tensors as torch.save writes them: not read") from error
+        raise CheckpointError(f"{path} is no file of tensors as torch.save writes them: refused") from error
     except Exception as error:  # three parsers, each with errors of its own
         raise CheckpointError(f"{path} is not a whole file of torch.save: {reason_of(error)}") from error
     if not isinstance(content, Mapping) or not all(
