@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from typing import cast
+from urllib.parse import urlsplit
 
 import h11
 import uvicorn
@@ -99,7 +100,7 @@ def http_app(
     Raises:
         QueryError: a token is missing, empty, too short, or too easy to guess.
     """
-    check_access(host, token)
+    check_access(host, token, origins)
     server = ImageSearchServer(search, one_client=False, structured=structured)
     security = None
     if token:  # a browser cannot be made to send it: with one, the host that a request names says nothing
@@ -126,11 +127,11 @@ def http_app(
     )
 
 
-def check_access(host: str, token: str | None) -> None:
+def check_access(host: str, token: str | None, origins: Sequence[str] = ()) -> None:
     """Refuse to serve other machines without a token that cannot be guessed, and anyone with an empty one.
 
     Raises:
-        QueryError: says how to make one.
+        QueryError: says how to make one; or names an origin that no web page has.
     """
     how = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
     if token is not None and not token.strip():
@@ -141,6 +142,10 @@ def check_access(host: str, token: str | None) -> None:
         raise QueryError(f"the token repeats the same {len(set(token))} characters and can be guessed; {how}")
     if not token and host not in LOOPBACK:
         raise QueryError(f"host {host!r} can be reached by other machines, and needs a token; {how}")
+    for origin in origins:
+        parts = urlsplit(origin)
+        if parts.scheme not in ("http", "https") or not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            raise QueryError(f"the origin {origin!r} is no web page's: give scheme and host, as in https://example.com")
 
 
 class Admission:

@@ -89,7 +89,9 @@ def mcp(
     if http:
         if http_token is None:
             http_token = os.environ.get("MM_RETRIEVER_MCP_TOKEN")  # an empty one, which typer takes for none
-        check_access(host, http_token)
+        check_access(host, http_token, cors_origin or ())
+    elif host != "127.0.0.1" or port != 8765 or cors_origin:
+        raise QueryError("--host, --port and --cors-origin need --http: without it no port is opened")
     server = options.served_by(vision_url, vision_api, vision_key, "vision")
     if server and vision_model is None:
         raise QueryError("--vision-url needs --vision-model: the name under which the server serves the model")

@@ -78,6 +78,23 @@ def test_a_server_for_others_is_refused_with_its_options(token, says):
     assert in_cli_words(error.value).startswith(says)
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--host", "0.0.0.0"), "--host, --port and --cors-origin need --http"),
+        (("--cors-origin", "https://a.example"), "--host, --port and --cors-origin need --http"),
+        (("--http", "--cors-origin", "a.example"), "--cors-origin 'a.example' is no web page's"),
+        (("--http", "--cors-origin", "https://a.example/page"), "--cors-origin 'https://a.example/page' is no"),
+    ],
+)
+def test_no_option_of_a_server_is_ignored(given, says, capfd):
+    """Our choice: what would have no effect is refused before a store or a model is opened."""
+    pytest.importorskip("mcp_server_mm_retriever", reason='needs the extra "mcp"')
+    code, _, err = run(capfd, "mcp", *given)
+    assert code == 2
+    assert says in err
+
+
 def test_usage_errors_say_where_help_is(capfd):
     code, _, err = run(capfd, "index", "photos", "--bd", "a.db")
     assert code == 2

@@ -674,6 +674,7 @@ KNOWN = {
     "mm_retriever/store/lite_server.py": {"socket"},  # the same
     "mm_retriever/running.py": {"http.client", "socket"},  # the user's own server of a file, or the one of --via
     "integrations/web_mm_retriever/serving.py": {"socket"},  # listens
+    "integrations/web_mm_retriever/waiting.py": {"socket"},  # is given what listens
     "integrations/web_mm_retriever/admission.py": {"http.cookies"},  # reads a header
 }
 

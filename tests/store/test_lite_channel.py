@@ -184,7 +184,7 @@ def test_a_search_behind_another_turn_ends_by_its_deadline(db):
     """Our choice, as between processes: busy is an error in time, and the next search is answered."""
     with open_store(db, MODEL) as store:
         store.add(nodes("a"))
-        server = next(iter(LITE_FILES._files.values()))._server
+        server = LITE_FILES._files[str(db.resolve())]._server
         with server._lock, deadline(0.1), pytest.raises(StoreUnavailableError, match="busy"):
             store.query(QUERY)
         assert store.query(QUERY).ids == ["a"]
