@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # two workers, each with whole test modules
 TWO := --numprocesses 2 --dist loadscope
-# three, for many of the slow tests wait for other processes; in the order and the groups of tests/conftest.py
-THREE := --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
@@ -36,7 +34,7 @@ test: $(VENV)/.dev  ## the tests, offline, on the CPU, in five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO)
 
 test-slow: $(VENV)/.dev  ## the slow tests: full size, kills, power cuts, a real Milvus server
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(THREE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
 
 test-all: test test-slow  ## both
 

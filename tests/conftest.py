@@ -31,16 +31,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tried" in fixtures:
             item.add_marker("hostile")
         # a worker takes a whole module, and one worker all that needs the server: two servers would starve each other
-        group = item.nodeid if item.get_closest_marker("long") else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group("server" if "milvus_server" in fixtures else group))
-    items.sort(key=_place)
-
-
-def _place(item: pytest.Item) -> int:
-    """What takes longest begins first, so that no worker is left alone with it at the end."""
-    if "milvus_server" in getattr(item, "fixturenames", ()):
-        return 0
-    return 1 if item.get_closest_marker("long") else 2
+        module = item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group("server" if "milvus_server" in fixtures else module))
 
 
 @pytest.fixture(scope="session")

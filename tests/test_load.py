@@ -734,7 +734,6 @@ HOURS = {
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("kind", HOURS)
 def test_an_hour_of_work_does_not_make_the_process_grow(tmp_path, tried, kind):
     """One process is asked as often as in an hour, without the pauses; what it grows in half of that counts twice."""

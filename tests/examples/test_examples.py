@@ -61,7 +61,6 @@ def test_the_remote_example_ranks_as_the_server_says(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_a_notebook_runs_and_shows_images(path: Path, tmp_path: Path) -> None:
     """Offline, in a fresh kernel, from the first cell to the last; the outputs that are kept show images too."""

@@ -340,7 +340,6 @@ def test_an_image_is_open_for_as_long_as_the_block_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 def test_reading_bombs_in_many_threads_stays_below_a_gigabyte_and_a_half(tmp_path: Path, kind: str) -> None:
     """Truth: the system's own measure. Four threads read four files of a few kilobytes and 80 megapixels each."""

@@ -121,7 +121,6 @@ with open_store(sys.argv[2], model) as store:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_full_disk_is_a_clear_error_and_what_was_stored_stays(folder, small_disk):
     """Thousands of rows do not fit. The second run finds what the first could store, and says the same."""
     for number in range(4000):

@@ -243,7 +243,6 @@ def kills(run: Any, scene: Scene, chance: random.Random, wanted: int) -> Counter
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("flush_bytes", [128 * 2**20, 60_000])
 def test_runs_killed_at_random_leave_whole_rows_and_the_next_one_ends_the_work(tmp_path, model, flush_bytes, tried):
     """With small segments Milvus Lite writes and merges them in the middle of a run."""
@@ -259,7 +258,6 @@ def test_runs_killed_at_random_leave_whole_rows_and_the_next_one_ends_the_work(t
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_kill_before_every_file_that_a_first_run_makes_renames_or_removes(tmp_path, model, tried):
     """The folder of the cache, the collection, its schema, index, log and segments, the report: one after the other."""
     with warm() as run:

@@ -257,7 +257,6 @@ def test_killed_at_each_step_of_the_switch_one_whole_collection_answers(place, c
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_killed_at_random_moments_one_whole_collection_answers_and_the_next_run_ends_the_work(
     tmp_path, colour, tiny, tried
 ):

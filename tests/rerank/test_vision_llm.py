@@ -164,7 +164,6 @@ answers = st.one_of(
 @settings(max_examples=1800 * EFFORT, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(text=answers, kinds=st.text("ptm", min_size=1, max_size=8), window=st.integers(2, 9), reasons=st.booleans())
 @pytest.mark.slow
-@pytest.mark.long
 def test_whatever_a_server_says_the_result_is_a_permutation(
     running: ScriptedServer, folder: Path, tried: Counter[str], text: str, kinds: str, window: int, reasons: bool
 ) -> None:

@@ -119,7 +119,6 @@ def command(*arguments: object) -> tuple[object, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_no_row_is_lost_or_doubled_while_the_owner_of_the_file_is_killed_again_and_again(tmp_path, tried):
     images, db = tmp_path / "images", tmp_path / "a.db"

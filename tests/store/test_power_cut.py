@@ -213,7 +213,6 @@ def file_system(tmp_path) -> Iterator[tuple[Path, Path]]:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_what_ingestion_reported_survives_fifty_cuts(tmp_path, file_system, tried):
     from tests.support.colour_embedding import ColourEmbedding
 

@@ -141,7 +141,8 @@ class MilvusServer:
 
 def _unused_port() -> int:
     """A port that no outgoing connection is given while the server is down, its client's own included."""
-    for port in random.sample(range(20_000, 32_000), 50):
+    # not of the seeded generator, which is the same in every worker: two servers would share a port until one is killed
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 50):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise AssertionError("no free port")

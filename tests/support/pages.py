@@ -81,10 +81,12 @@ def execute(words: Sequence[str]) -> None:
 
 def check(words: Sequence[str]) -> bool:
     """Hold a command against what there is; whether it is of a kind that can be checked."""
-    if words[0] == "mm-retriever":
+    if words[0] == "mm-retriever" and words[1] != "--version":
         name, given = (words[1], words[2:]) if words[1] in COMMANDS else ("search", words[1:])
         with command(name).make_context(name, list(given)):
             return True
+    if words[0] == "mm-retriever":
+        return True
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(words[1:]) <= set(targets), words

@@ -194,7 +194,6 @@ def test_a_training_is_not_resumed_with_other_options(model: Path, queries: Path
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_right_targets_lift_and_shuffled_ones_do_not(model: Path, tmp_path: Path) -> None:
     """The gain is in what the targets say, on images that were never trained on: the control of every fine-tuning."""
     recipe = Recipe(epochs=12, batch_size=16, learning_rate=3e-3, negatives=2)
