@@ -48,6 +48,7 @@ def serve_web(
     log_plainly()
     limit_connections()
     listener = listener or listen_on(host, port)
+    listener.listen(BACKLOG)  # who reads the next line and comes before the server has started waits for it
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listener.getsockname()[1]}/"
     print(f"serving on {address}  (MCP: {address}mcp, API: {address}openapi.json)", file=sys.stderr)  # noqa: T201

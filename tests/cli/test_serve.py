@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def served(db) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
         try:
             line = process.stderr.readline()
             assert line.startswith("serving on http://"), line + process.stderr.read()
+            host, _, port = line.split()[2].removeprefix("http://").rstrip("/").rpartition(":")
+            socket.create_connection((host, int(port)), 30).close()  # refused, if it did not listen yet
             until = time.monotonic() + 30
             while read_note(db) is None and time.monotonic() < until:
                 time.sleep(0.02)
