@@ -127,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         usage = getattr(error, "format_message", None)  # click's usage errors, whichever click typer brings
         if usage is None:
             raise
-        command = getattr(getattr(error, "ctx", None), "command_path", "mm-retriever")
-        fail(f"{str(usage()).rstrip('.')}; `{command} --help` says what it takes")
+        asked = getattr(getattr(error, "ctx", None), "command_path", "mm-retriever")
+        fail(f"{str(usage()).rstrip('.')}; `{asked} --help` says what it takes")
     if code == EXIT_INTERRUPTED:  # by us above, or by typer, which says nothing
         goes_on = arguments[:1] and arguments[0] in _CONTINUED
         told = "stopped; what is done stays: run the same command again to go on" if goes_on else "stopped"

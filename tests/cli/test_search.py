@@ -54,7 +54,7 @@ def test_a_url_is_fetched_and_a_private_address_is_not(capfd, db):
 
 
 def test_a_url_gives_what_its_file_gives(capfd, db, leopard, monkeypatch):
-    """Truth: the file behind it. A public address, whose connection is led to a server of this machine."""
+    """Truth: the file that is served. The address is public; its connection is led to a server on this machine."""
     connect = httpcore.SyncBackend.connect_tcp
 
     class Handler(BaseHTTPRequestHandler):
