@@ -354,10 +354,10 @@ def skeleton(build: Callable[[], M], source: str | os.PathLike[str]) -> M:
     Raises:
         CheckpointError: the config describes no model.
     """
-    import torch
+    from mm_retriever.devices import without_memory
 
     try:
-        with torch.device("meta"):
+        with without_memory():
             return build()
     except Exception as error:  # impossible sizes raise every kind of error
         raise CheckpointError(f"the config of {os.fspath(source)} describes no model: {reason_of(error)}") from error

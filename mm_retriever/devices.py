@@ -6,11 +6,14 @@ The one place that both models, the rerankers and the command line ask.
 from __future__ import annotations
 
 import platform
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mm_retriever.errors import CheckpointError
 
@@ -71,6 +74,35 @@ def stored_dtype(stored: torch.dtype | str | None, device: torch.device) -> torc
 def input_device(parameter: Tensor) -> torch.device:
     """Where a module expects its inputs; one that is offloaded moves them itself, from anywhere real."""
     return torch.device("cpu") if parameter.device.type == "meta" else parameter.device
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors without their first random values."""
+
+    _FILLING = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if func in self._FILLING:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Make tensors on the meta device: names, shapes and dtypes alone.
+
+    There, torch fills a tensor with random values by Python code that loads its compiler, which takes longer than all
+    else of loading a small model, and changes nothing.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def processor_name() -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import atexit
 import gc
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -106,12 +108,39 @@ def command(name: str) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 done in part, 2 an error that the user can fix, 130 interrupted."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    gc.set_threshold(*_RARELY)
-    if argv is None and _WORKING.isdisjoint(arguments[:1]):  # a process of its own
+    if argv is not None:
+        _run(list(argv))
+    # a process of its own
+    code: list[int] = []
+    atexit.register(_end, code)  # first, and so called last
+    if _WORKING.isdisjoint(sys.argv[1:2]):
         gc.disable()
-    atexit.register(gc.freeze)  # else Python looks through all objects, several times, before it ends: two seconds
+    try:
+        _run(sys.argv[1:])
+    except SystemExit as end:
+        if isinstance(end.code, int | None):
+            code.append(end.code or 0)
+        raise
+
+
+def _end(code: Sequence[int]) -> None:
+    """End the process when all that others do at its end is done.
+
+    Python would then take a million objects apart, for half a second and longer. What it has to say something about it
+    does itself: an exception that nobody expected, output that nobody takes.
+    """
+    gc.freeze()  # else Python looks through all objects, several times
+    logging.shutdown()
+    with suppress(OSError, ValueError):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        if code:
+            os._exit(code[0])
+
+
+def _run(arguments: list[str]) -> NoReturn:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    gc.set_threshold(*_RARELY)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding cannot show
             stream.reconfigure(errors="backslashreplace")
