@@ -249,7 +249,7 @@ def test_runs_killed_at_random_leave_whole_rows_and_the_next_one_ends_the_work(t
     chance = random.Random(5)
     scene = Scene(tmp_path, model, chance, 60)
     with warm(flush_bytes) as run:
-        died = kills(run, scene, chance, 60 * EFFORT)
+        died = kills(run, scene, chance, 30 * EFFORT)
         tried["runs of ingestion killed"] += sum(died.values())
         before = scene.rows
         assert run(tmp_path)["step"] == "end"
