@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# two workers; where one crashes the run ends: with another in its place, pytest-xdist may wait for ever
-TWO := --numprocesses 2 --max-worker-restart 0
+# where a worker crashes the run ends: with another in its place, pytest-xdist may wait for ever
+ENDS := --max-worker-restart 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export NO_MKDOCS_2_WARNING ?= 1
@@ -31,10 +31,10 @@ demo: $(VENV)/.runtime  ## draw a catalogue, index it, search it four ways; writ
 	$(BIN)/mm-retriever demo --out demo
 
 test: $(VENV)/.dev  ## the tests, offline, on the CPU, in five minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(TWO) --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 $(ENDS) --dist loadscope
 
 test-slow: $(VENV)/.dev  ## the slow tests: full size, kills, power cuts, a real Milvus server
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(TWO) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --numprocesses 3 $(ENDS) --dist loadgroup
 
 test-all: test test-slow  ## both
 
