@@ -151,6 +151,8 @@ class Task:
 
 def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer], list[str]]:
     """Return what a run says about an item, and the keys that are left out: too long, or reserved for bookkeeping."""
+    if row is None and not item.text and not item.metadata:
+        return {}, []
     reserved = [key for key in item.metadata if key in RESERVED_KEYS]
     columns, too_long = within_bounds({key: item.metadata[key] for key in item.metadata if key not in RESERVED_KEYS})
     node = Layer(item.text if item.is_image else "", columns)
@@ -271,8 +273,10 @@ def _stored_layers(node: BaseNode) -> dict[Kind, Layer]:
 
 def _account(stored: Mapping[str, Any]) -> dict[Kind, tuple[str, bool, Sequence[str]]]:
     """Digest, whether the text is its own, and keys of each stored layer; none if another program spoiled them."""
+    if not stored.get(LAYERS_KEY):
+        return {}
     try:
-        account = json.loads(stored.get(LAYERS_KEY) or "{}")
+        account = json.loads(stored[LAYERS_KEY])
         return {
             kind: (str(account[kind][0]), bool(account[kind][1]), list(map(str, account[kind][2])))
             for kind in _KINDS

@@ -99,7 +99,7 @@ def items(
         entries = [source]
     for entry in entries:
         try:
-            yield _item(entry, root, file_system, search_open)
+            yield _walked_item(str(entry), root) if root is not None else _item(entry, file_system, search_open)
         except (NodeError, ImageLoadError) as error:
             skip(_name(entry), str(error))
         except OSError as error:  # of a remote file system
@@ -141,7 +141,12 @@ def missing_folder(source: Source) -> str | None:
 
 def path_id(path: str) -> str:
     """Return the id of the row of an image file: a name-based UUID of its absolute path."""
-    return _name_id(f"file://{Path(path).as_posix()}")
+    return _name_id(f"file://{path if _is_posix(path) else Path(path).as_posix()}")
+
+
+def _is_posix(path: str) -> bool:
+    """Whether `Path` would leave it as it is."""
+    return os.sep == "/" and path[:1] == "/" and "//" not in path and "/." not in path and path[-1] != "/"
 
 
 def url_id(url: str) -> str:
@@ -169,7 +174,7 @@ def _needs_file_system(scheme: str) -> str:
     )
 
 
-def _item(entry: object, root: str | None, file_system: Any | None, search_open: bool) -> Item:
+def _item(entry: object, file_system: Any | None, search_open: bool) -> Item:
     if isinstance(entry, BaseNode):
         return _node_item(entry, file_system, search_open)
     if not isinstance(entry, str | os.PathLike):
@@ -184,20 +189,22 @@ def _item(entry: object, root: str | None, file_system: Any | None, search_open:
         return _remote_item(RemoteFile(file_system, place))
     if isinstance(entry, str) and (scheme := _scheme(entry)):
         raise NodeError(_needs_file_system(scheme))
-    return _path_item(place, root)
+    return _path_item(place)
 
 
-def _path_item(path: str, root: str | None = None) -> Item:
-    absolute = path if root is not None else _absolute(path)  # a walk starts from the real folder
+def _path_item(path: str) -> Item:
+    absolute = _absolute(path)
     id_ = path_id(absolute)  # first: it refuses names that are not Unicode
     posix = Path(absolute)
-    if root is None:
-        names, label = (path, posix.name), posix.parent.name
-    else:
-        below = posix.relative_to(root)
-        names = (below.as_posix(), posix.name)
-        label = unicodedata.normalize("NFC", below.parent.as_posix()) if below.parent.parts else ""
-    return Item(id=id_, name=absolute, path=absolute, sidecar_names=names, label=label)
+    return Item(id=id_, name=absolute, path=absolute, sidecar_names=(path, posix.name), label=posix.parent.name)
+
+
+def _walked_item(path: str, root: str) -> Item:
+    """An image below the real folder that a walk started from."""
+    id_ = path_id(path)
+    below = path[len(root.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
+    folder, _, name = below.rpartition("/")
+    return Item(id=id_, name=path, path=path, sidecar_names=(below, name), label=unicodedata.normalize("NFC", folder))
 
 
 def _absolute(path: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ def hasten() -> None:
             from milvus_lite.storage.segment import Segment
 
             search, augment = collection.execute_search_with_index, hybrid_backend._augment_table
-            read_row = Segment.row_to_dict
+            read_row, project = Segment.row_to_dict, collection.project_record
         except (ImportError, AttributeError) as error:
             logger.info("searches are as fast as Milvus Lite's own: %s", error)
             return
@@ -60,7 +61,8 @@ def hasten() -> None:
         for owner, name, replacement in (
             (collection, "execute_search_with_index", functools.wraps(search)(_searching(search))),
             (hybrid_backend, "_augment_table", functools.wraps(augment)(_augmenting(augment))),
-            (Segment, "row_to_dict", functools.wraps(read_row)(_reading(read_row))),
+            (Segment, "row_to_dict", functools.wraps(read_row)(_row_to_dict)),
+            (collection, "project_record", functools.wraps(project)(_projecting(project))),
         ):
             replacement.of_mm_retriever = True  # type: ignore[attr-defined]
             setattr(owner, name, replacement)
@@ -271,34 +273,67 @@ def _smallest(far: NDArray[np.float32], most: int) -> NDArray[np.intp]:
 # ------------------------------------------------------------------------------------------ rows
 
 
-def _reading(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same row; its vector comes from the matrix that a data file has, not number by number from its table."""
+class _WholeRow(dict[str, Any]):
+    """A row in which each metadata key stands beside the fields, too."""
 
-    def row_to_dict(self: Any, row_idx: int) -> dict[str, Any]:
-        kept = _kept(self.table)
-        whole: dict[str, Any] = original(kept, row_idx)  # which looks at nothing but `table`
-        for name in kept.vectors:
-            vectors, is_there = self.vector_data(name)
-            whole[name] = vectors[row_idx].tolist() if is_there is None or is_there[row_idx] else None
-        return whole
 
-    return row_to_dict
+def _row_to_dict(segment: Any, row_idx: int) -> dict[str, Any]:
+    """The same row, by columns that were looked up once; vectors come from the matrix that a data file has."""
+    kept = _kept(segment.table)
+    whole = _WholeRow((name, column[row_idx].as_py()) for name, column in kept.fields)
+    metadata = whole.get("$meta")
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError:
+            metadata = None
+    if isinstance(metadata, dict):
+        whole.update(metadata)
+    for name in kept.vectors:
+        vectors, is_there = segment.vector_data(name)
+        whole[name] = vectors[row_idx].tolist() if is_there is None or is_there[row_idx] else None
+    return whole
+
+
+_INTERNAL = {"_seq", "_partition", "$meta"}
+
+
+def _projecting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The same columns of a row, whose metadata are not parsed a second time."""
+
+    def project_record(record: dict[str, Any], schema: Any, plan: Any) -> Any:
+        names = plan.explicit_dynamic_fields
+        if type(record) is not _WholeRow or plan.include_all_dynamic or not _INTERNAL.isdisjoint(names):
+            return original(record, schema, plan)
+        primary = next(field.name for field in schema.fields if field.is_primary)
+        fields = [name for name in plan.response_schema_fields if name not in ("$meta", primary)]
+        if plan.api_kind != "search":
+            fields.append(primary)
+        return {name: record[name] for name in (*names, *fields) if name in record}
+
+    return project_record
 
 
 class _Kept:
     """What is made of a table of rows.
 
     Attributes:
-        table: the same rows without vectors.
-        vectors: the names of those.
+        vectors: the names of its vectors.
+        fields: its other columns by name.
         columns: what each metadata key holds.
     """
 
     def __init__(self, table: Any) -> None:
         types = zip(table.schema.names, table.schema.types, strict=True)
         self.vectors = [name for name, kind in types if str(kind).startswith("fixed_size_list")]
-        self.table = table.drop_columns(self.vectors)
+        names = [name for name in table.schema.names if name not in ("_seq", *self.vectors)]
+        self.fields = [(name, _plain(table.column(name))) for name in names]
         self.columns: dict[str, Any] = {}
+
+
+def _plain(column: Any) -> Any:
+    """A column without the layer of chunks where it has one: its values are found several times as fast."""
+    return column.chunk(0) if column.num_chunks == 1 else column
 
 
 _KEPT: dict[int, tuple[weakref.ref[Any], _Kept]] = {}

@@ -132,7 +132,8 @@ def row_to_node(row: dict[str, Any]) -> BaseNode:
         node = metadata_dict_to_node(row, text=text)
     except (ValueError, TypeError, AttributeError, RecursionError):  # such a row must not end a search that meets it
         node = TextNode(text=text)
-    node.id_ = row[ID_FIELD]  # whatever its content says
+    if node.node_id != row[ID_FIELD]:  # whatever its content says
+        node.id_ = row[ID_FIELD]
     if VECTOR_FIELD in row:
         node.embedding = [float(number) for number in row[VECTOR_FIELD]]
     return node

@@ -71,6 +71,7 @@ def assert_as_milvus_lite_answers(store: ImageStore, monkeypatch: pytest.MonkeyP
             (milvus_lite.engine.collection, "execute_search_with_index"),
             (hybrid_backend, "_augment_table"),
             (Segment, "row_to_dict"),
+            (milvus_lite.engine.collection, "project_record"),
         ):
             patch.setattr(owner, name, getattr(owner, name).__wrapped__)
         theirs, their_nodes = answers(store), whole_nodes(store)
