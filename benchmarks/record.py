@@ -17,7 +17,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "openvino", "nncf", "milvus-lite", "pymilvus", "llama-index-core", "pillow")
-_ARITHMETIC = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "i8mm")
+_ARITHMETIC = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "i8mm",
+    "bf16",
+)
 
 
 def write(path: Path | None, figures: Any, *, threads: int, note: str = "") -> None:
@@ -46,18 +57,28 @@ def machine(threads: int) -> dict[str, Any]:
     """The processor by name, what it can compute in, its cores and memory."""
     from mm_retriever.devices import processor_name  # loads torch, whose memory is not that of what is measured
 
-    facts = Path("/proc/cpuinfo")
-    text = facts.read_text(encoding="utf-8", errors="replace") if facts.exists() else ""
-    flags = set((re.findall(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE) or [""])[0].split())
+    text = cpu_facts()
     family = re.findall(r"^(?:cpu family|model)\s*: (\d+)$", text, re.MULTILINE)[:2]
     return {
         "processor": processor_name() + (f" (family {family[0]}, model {family[1]})" if len(family) == 2 else ""),
-        "arithmetic": [name for name in _ARITHMETIC if name in flags],
+        "arithmetic": arithmetic(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def arithmetic() -> list[str]:
+    """What kinds of wide arithmetic the processor has, as the system calls them."""
+    flags = set((re.findall(r"^(?:flags|Features)\s*: (.*)$", cpu_facts(), re.MULTILINE) or [""])[0].split())
+    return [name for name in _ARITHMETIC if name in flags]
+
+
+def cpu_facts() -> str:
+    """What the system says of the processor; "" where it has no such file."""
+    facts = Path("/proc/cpuinfo")
+    return facts.read_text(encoding="utf-8", errors="replace") if facts.exists() else ""
 
 
 def versions() -> dict[str, str]:

@@ -175,6 +175,8 @@ def of_indexing(figures: dict[str, Any]) -> Iterator[Row]:
             yield Row(f"{what}: s", spread(run["seconds"]), short=True)
             peak = f"{run['peak_mb']['median']:,.0f} / {run['opened_mb']:,.0f}"
             yield Row(f"{what}: MB, with / without the run", peak)
+    elif figures["kind"] == "reduced":
+        yield reduced(figures["cosine"])
     else:
         what = f"photographs of 12 megapixels, base size, {figures['dtype']}"
         what += ", `exact_pixels=False`" * figures["reduced"]
@@ -185,15 +187,21 @@ def of_indexing(figures: dict[str, Any]) -> Iterator[Row]:
         share = f"{beside:.2f} ({beside / whole:.0%} of undisturbed)"
         yield Row(f"{what}, beside a process that keeps one core busy: images/s", share)
         if "cosine" in figures:
-            cosine = f"{figures['cosine']['least']:.4f} / {figures['cosine']['mean']:.4f}"
-            yield Row("`exact_pixels=False`: cosine to exact pixels, `tiny`, drawn products, least / mean", cosine)
+            yield reduced(figures["cosine"])
+
+
+def reduced(cosine: dict[str, float]) -> Row:
+    """How near the vectors of reduced decoding are to those of exact pixels."""
+    what = "`exact_pixels=False`: cosine to exact pixels, `tiny`, drawn products of 2.6 megapixels, least / mean"
+    return Row(what, f"{cosine['least']:.4f} / {cosine['mean']:.4f}")
 
 
 def of_reranking(figures: dict[str, Any]) -> Iterator[Row]:
     """`rerank_cost.py`."""
     for flow in figures["flows"]:
         totals = [sum(stage[name] for stage in flow["stages"]) for name in ("prefilled", "generated", "seconds")]
-        what = f"rerank nine, {figures['size']} size, {flow['name']}: s, tokens read / written, GB"
+        name = f"{flow['name']}, {figures['crops']} crop" if figures.get("crops") else flow["name"]
+        what = f"rerank nine, {figures['size']} size, {name}: s, tokens read / written, GB"
         seconds = spread(flow["seconds"]) if "seconds" in flow else f"{totals[2]:.1f}"
         figure = f"{seconds}, {totals[0]:,.0f} / {totals[1]:,.0f}, {flow['peak_gigabytes']:.1f}"
         yield Row(what, figure, short=figures["size"] == "full")

@@ -1,9 +1,10 @@
-"""What reranking nine candidates costs: tokens, seconds per stage, peak memory, for four ways to do it.
+"""What reranking nine candidates costs: tokens, seconds per stage, peak memory, for five ways to do it.
 
     python benchmarks/rerank_cost.py                     # Phi-3 Vision's full size, random weights, bfloat16: 8.3 GB
     python benchmarks/rerank_cost.py --size small        # the same paths in a minute
     python benchmarks/rerank_cost.py --flows "single pass" --json cost.json
     python benchmarks/rerank_cost.py --layers 2 4 --rounds 5     # full width; the time of all 32 layers follows
+    python benchmarks/rerank_cost.py --flows likelihood --crops 1     # as before the default became 0
 
 `--layers` runs the model twice, with so many of the 32 layers of its language model and of the 24 of its vision tower,
 and computes the seconds of each stage and the memory for all of them: both are linear in the number of layers.
@@ -12,9 +13,13 @@ Speed does not depend on the weights, so they are random. Texts are runs of arbi
 what the model would write is of fixed length. Only `--steps` words are written by the clock; the others count the same.
 
 published     two calls, nothing shared: caption of the query image, then the list for the sheet; 16 crops an image
-generated     the query image computed once at 4 crops, caption, sheet at 4 crops, list under constraint, reason
-single pass   the sheet (which shows the query image) once at 4 crops; the order from the first slot; nothing written
-likelihood    the query image once, wanted description; nine candidates at 1 crop scored on one cached beginning
+likelihood    the default: the query image once, caption, wanted description; nine candidates scored on one cached
+              beginning; a reason for the first
+no sentences  the same with caption=False, reasons="none"
+generated     mode "sheet", ranking "generated": the same beginning, one sheet at 4 crops, list under constraint, reason
+single pass   mode "sheet" with caption=False, reasons="none": wanted description, the order from the sheet's first slot
+
+In all but the published one, the query image and candidates are seen whole (`--crops` 0, the default of the reranker).
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 CANDIDATES = 9
 LAYERS, TOWER_LAYERS = 32, 24  # of the full size
 LENGTHS = {"instruction": 60, "caption": 30, "list request": 60, "list": 28, "wanted": 12, "reason": 40}
+LENGTHS |= {"description request": 14, "reason request": 20}
 SHORT_FACTORS = [1.05 + 0.04 * i for i in range(48)]
 LONG_FACTORS = [1.03 + 1.35 * i for i in range(48)]
 
@@ -117,10 +123,10 @@ def image(width: int, height: int, seed: int) -> Image.Image:
 
 
 class Bench:
-    """The four flows over one query image, one sheet of nine candidates, and the nine images themselves."""
+    """The five flows over one query image, one sheet of nine candidates, and the nine images themselves."""
 
-    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int) -> None:
-        self.model, self.config, self.steps = model, config, steps
+    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int, crops: int = 0) -> None:
+        self.model, self.config, self.steps, self.crops = model, config, steps, crops
         self.query, self.sheet = image(300, 300, 0), image(1200, 900, 1)
         self.candidates = [image(300, 300, 2 + i) for i in range(CANDIDATES)]
         self.labels = [(29871, 29896 + i, 29892) for i in range(CANDIDATES)]
@@ -159,43 +165,57 @@ class Bench:
         feature = self.features(flow, "sheet", [self.sheet], 16)[0]
         self.write(flow, "reason", self.write(flow, "list", self.read(flow, "list call", "list request", feature)))
 
+    def understood(self, flow: Flow, *, caption: bool = True) -> Prefix:
+        """The query image and what is wanted, in words."""
+        feature = self.features(flow, "query image", [self.query], self.crops)[0]
+        asked = self.read(flow, "query image and instruction", "instruction", feature)
+        return self.write(flow, "wanted", self.write(flow, "caption", asked) if caption else asked)
+
+    def first_reason(self, flow: Flow, told: Prefix, feature: Tensor) -> None:
+        """Why the first candidate fits."""
+        self.write(flow, "reason", self.read(flow, "the first one", "reason request", feature, told))
+
     def generated(self, flow: Flow) -> None:
         """Caption, list and reason in one conversation."""
-        feature = self.features(flow, "query image", [self.query], 4)[0]
-        prefix = self.read(flow, "query image and instruction", "instruction", feature)
-        prefix = self.write(flow, "caption", prefix)
+        told = self.understood(flow)
         feature = self.features(flow, "sheet", [self.sheet], 4)[0]
-        prefix = self.read(flow, "sheet", "list request", feature, prefix)
+        prefix = self.read(flow, "sheet", "list request", feature, told)
         with flow.stage("list under constraint") as stage:
-            ranked = rank_by_generation(self.model, prefix, self.labels)
+            rank_by_generation(self.model, prefix, self.labels)
             stage.generated = sum(map(len, self.labels))
-        self.write(flow, "reason", self.model.extend(ranked.prefix, ranked.pending))
+        self.first_reason(flow, told, self.features(flow, "the first one", self.candidates[:1], self.crops)[0])
 
     def single_pass(self, flow: Flow) -> None:
         """One look at the sheet."""
+        told = self.understood(flow, caption=False)
         feature = self.features(flow, "sheet", [self.sheet], 4)[0]
-        prefix = self.read(flow, "sheet and instruction", "list request", feature)
+        prefix = self.read(flow, "sheet", "list request", feature, told)
         with flow.stage("order from the first slot"):
             rank_at_once(self.model, prefix, self.labels)
 
-    def likelihood(self, flow: Flow) -> None:
+    def likelihood(self, flow: Flow, *, sentences: bool = True) -> None:
         """How well each candidate explains the wanted description."""
-        feature = self.features(flow, "query image", [self.query], 4)[0]
-        prefix = self.read(flow, "query image and instruction", "instruction", feature)
-        self.write(flow, "wanted", self.write(flow, "caption", prefix))
-        features = self.features(flow, "candidates", self.candidates, 1)
-        start = self.read(flow, "candidates' shared beginning", "instruction", None)
+        told = self.understood(flow, caption=sentences)
+        features = self.features(flow, "candidates", self.candidates, self.crops)
+        start = self.read(flow, "candidates' shared beginning", "description request", None)
         prompts = [self.model.embed([*[-1] * len(row), 1], [row])[0] for row in features]
         with flow.stage("nine likelihoods") as stage:
             likelihoods(self.model, start, prompts, [words("wanted")] * CANDIDATES)
             stage.prefilled = sum(len(prompt) + LENGTHS["wanted"] - 1 for prompt in prompts)
+        if sentences:
+            self.first_reason(flow, told, features[0])
+
+    def without_sentences(self, flow: Flow) -> None:
+        """The same with caption=False, reasons="none"."""
+        self.likelihood(flow, sentences=False)
 
 
 FLOWS = {
     "published": Bench.published,
+    "likelihood": Bench.likelihood,
+    "no sentences": Bench.without_sentences,
     "generated": Bench.generated,
     "single pass": Bench.single_pass,
-    "likelihood": Bench.likelihood,
 }
 
 
@@ -258,7 +278,7 @@ def measured(arguments: argparse.Namespace, layers: int | None) -> dict[str, Mea
         f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters, {arguments.dtype}, "
         f"{arguments.threads} threads, ready in {time.perf_counter() - start:.0f} s"
     )
-    bench = Bench(model, config, arguments.steps)
+    bench = Bench(model, config, arguments.steps, arguments.crops)
     bench.single_pass(Flow("warm up"))
     found = {}
     for name in arguments.flows:
@@ -275,6 +295,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs=2, help="two numbers of layers, from which all are computed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--flows", nargs="+", choices=list(FLOWS), default=list(FLOWS))
+    parser.add_argument("--crops", type=int, default=0, help="of the query image and of separate candidates")
     parser.add_argument("--steps", type=int, default=8, help="words of each text written by the clock")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
@@ -293,7 +314,7 @@ def main() -> None:
         show(whole.rounds[0], seconds, whole.peak)
         report.append(asdict(whole.rounds[0]) | {"seconds": seconds, "peak_gigabytes": whole.peak})
     note = f"computed from runs with {layers[0]} and {layers[1]} of {LAYERS} layers" if layers else ""
-    figures = {"size": arguments.size, "dtype": arguments.dtype, "flows": report}
+    figures = {"size": arguments.size, "dtype": arguments.dtype, "crops": arguments.crops, "flows": report}
     record.write(arguments.json, figures, threads=arguments.threads, note=note)
 
 

@@ -39,7 +39,7 @@ _WORDS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"give the api_key that the server expects", f"give the key that the server expects with {_KEYS}"),
     (r"that base_url ends", "that the address of the server ends"),
     (r"raise max_tokens, now \d+ with a base_url, or rank fewer candidates at a time \(window=\d+\)", _FEWER),
-    (r", or lower num_crops=.*", f", or {_FEWER}"),
+    (r", or lower (?:num_crops|sheet_crops)=.*", f", or {_FEWER}"),
     (r"\banalyzer '", "--analyzer '"),
     (r"the same hybrid=", "the same --hybrid"),
     (r"open_store\(\.\.\., hybrid=(True)?\)", "index FOLDER --db NEW.db --hybrid"),

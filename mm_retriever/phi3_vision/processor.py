@@ -107,7 +107,7 @@ class Phi3VisionProcessor:
     Args:
         tokenizer: A ``tokenizer.json``, or one already read.
         num_crops: Most crops of one image beside its global view: 16 in Phi-3, 4 in Phi-3.5. An image takes up to
-            ``(num_crops + 1) * 144 + 1 + ...`` tokens.
+            ``(num_crops + 1) * 144 + 1 + ...`` tokens. 0: the global view alone, which the original does not have.
         image_size: Side of a crop in pixels.
         tokens_per_side: Tokens along one side of a crop after the 2 x 2 merge.
         use_hd_transform: False: one view per image and no crops (the bundled tiny model).
@@ -122,8 +122,8 @@ class Phi3VisionProcessor:
         tokens_per_side: int = 12,
         use_hd_transform: bool = True,
     ) -> None:
-        if num_crops < 1:
-            raise PromptError(f"num_crops={num_crops!r} leaves no image; give 1 or more (4 and 16 are usual)")
+        if num_crops < 0:
+            raise PromptError(f"num_crops={num_crops!r}: give 0 (the whole image once), or more (4 and 16 are usual)")
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else read_tokenizer(tokenizer)
         self.num_crops = num_crops
         self.image_size = image_size
@@ -184,7 +184,9 @@ class Phi3VisionProcessor:
         return self._grid_tokens(*self._grid(width, height))
 
     def _grid(self, width: int, height: int) -> tuple[int, int]:
-        return crop_grid(width, height, self.num_crops if self.use_hd_transform else 1, self.image_size)
+        if not self.use_hd_transform:
+            return 1, 1
+        return crop_grid(width, height, self.num_crops, self.image_size) if self.num_crops else (0, 0)
 
     def _grid_tokens(self, rows: int, cols: int) -> int:
         side = self.tokens_per_side
@@ -196,8 +198,9 @@ class Phi3VisionProcessor:
         """Global view and crops (1 + rows * cols, 3, S, S), and the grid."""
         grid = rows, cols = self._grid(*image.size)
         side = self.image_size
-        padded = self._normalised(_resize_and_pad(image.convert("RGB"), grid, side))  # (3, rows * S, cols * S)
-        if not self.use_hd_transform:
+        whole = (max(1, rows), max(1, cols))
+        padded = self._normalised(_resize_and_pad(image.convert("RGB"), whole, side))  # (3, rows * S, cols * S)
+        if not self.use_hd_transform or not rows:
             return padded[None], grid
         overview = F.interpolate(padded[None], size=(side, side), mode="bicubic")
         crops = padded.unflatten(2, (cols, side)).unflatten(1, (rows, side))  # (3, rows, S, cols, S)
@@ -333,7 +336,8 @@ def read_processor(files: ModelFiles, config: Phi3VisionConfig, num_crops: int |
     """
     if files.tokenizer is None:
         raise CheckpointError(f"{files.name!r} has no tokenizer.json; Phi-3 Vision needs it beside the weights")
-    return processor_for(config, files.tokenizer, num_crops=num_crops or _stored_num_crops(files))
+    crops = _stored_num_crops(files) if num_crops is None else num_crops
+    return processor_for(config, files.tokenizer, num_crops=crops)
 
 
 def processor_for(
@@ -353,8 +357,8 @@ def processor_for(
 def _stored_num_crops(files: ModelFiles) -> int:
     stored = files.weights.parent / "preprocessor_config.json"
     crops = read_json(stored).get("num_crops", 16) if stored.is_file() else 16
-    if not isinstance(crops, int) or not 1 <= crops <= MAX_CROPS:
-        raise CheckpointError(f"{str(stored)!r}: num_crops {shown(crops)} is not a whole number from 1 to {MAX_CROPS}")
+    if not isinstance(crops, int) or not 0 <= crops <= MAX_CROPS:
+        raise CheckpointError(f"{str(stored)!r}: num_crops {shown(crops)} is not a whole number from 0 to {MAX_CROPS}")
     return crops
 
 

@@ -166,6 +166,8 @@ class Phi3VisionEmbeddings(nn.Module):
         overview = self._end_rows(views[0])
         if not self.use_hd_transform:
             return overview
+        if not rows:
+            return torch.cat([self.glb_GN[0], overview])
         half = self.grid // 2
         crops = views[1:].unflatten(0, (rows, cols)).transpose(1, 2)  # (rows, g/2, cols, g/2, 4C)
         image = self._end_rows(crops.reshape(rows * half, cols * half, -1))

@@ -58,13 +58,14 @@ def hasten() -> None:
         if tuple(inspect.signature(search).parameters) != _KNOWN:
             logger.info("searches are as fast as Milvus Lite's own: it is not version 3.2")
             return
-        for owner, name, replacement in (
+        replacements: tuple[tuple[Any, str, Any], ...] = (
             (collection, "execute_search_with_index", functools.wraps(search)(_searching(search))),
             (hybrid_backend, "_augment_table", functools.wraps(augment)(_augmenting(augment))),
             (Segment, "row_to_dict", functools.wraps(read_row)(_row_to_dict)),
             (collection, "project_record", functools.wraps(project)(_projecting(project))),
-        ):
-            replacement.of_mm_retriever = True  # type: ignore[attr-defined]
+        )
+        for owner, name, replacement in replacements:
+            replacement.of_mm_retriever = True
             setattr(owner, name, replacement)
 
 

@@ -165,6 +165,19 @@ def test_an_image_of_one_crop_goes_through_the_tower_once() -> None:
         torch.testing.assert_close(ours, twice, atol=1e-5, rtol=1e-4)
 
 
+def test_an_image_without_crops_is_the_separator_and_the_global_view() -> None:
+    """Our choice: of one crop the original shows the same pixels twice, before and after the separator."""
+    images = [made_image(50, 40), made_image(30, 90)]
+    features: list[list[torch.Tensor]] = []
+    for crops in (0, 1):
+        inputs = small_processor(crops).image_inputs(images)
+        with torch.inference_mode():
+            features.append(small_model().image_features(inputs.pixel_values, inputs.image_sizes))
+    assert [len(image) for image in features[0]] == [1 + 4 * 5, 1 + 4 * 5]
+    for once, twice in zip(*features, strict=True):
+        torch.testing.assert_close(once, twice[4 * 5 :], atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("feature_layer", [-1, -2])
 def test_a_small_model_may_have_one_view_and_ordinary_rope(feature_layer: int) -> None:
     """Truth: our choice, for the bundled model: (side / 2) * (side / 2 + 1) tokens an image."""

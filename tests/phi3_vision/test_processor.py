@@ -62,7 +62,7 @@ def test_grid_and_token_count_are_the_originals(
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 2), (335, 337)])
-@pytest.mark.parametrize("num_crops", [1, 2, 7, 16])
+@pytest.mark.parametrize("num_crops", [0, 1, 2, 7, 16])
 def test_any_image_gives_as_many_crops_and_tokens_as_announced(size: tuple[int, int], num_crops: int) -> None:
     """Truth: our choice; the original fails on an image thinner than one pixel after resizing."""
     processor = small_processor(num_crops)
@@ -83,8 +83,8 @@ def test_other_modes_are_converted_and_no_images_are_no_crops() -> None:
         processor.image_inputs([transparent]).pixel_values, processor.image_inputs([colour]).pixel_values
     )
     assert len(processor.image_inputs([])) == 0
-    with pytest.raises(PromptError, match="num_crops=0"):
-        small_processor(0)
+    with pytest.raises(PromptError, match="num_crops=-1"):
+        small_processor(-1)
 
 
 # ---------------------------------------------------------------- prompts to ids

@@ -40,8 +40,8 @@ class Options(Reranker):
     """Candidates on one sheet. Longer lists are ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
     """By how much windows differ; at most window - 1."""
-    num_crops: int = Field(default=1, ge=1)
-    """Most crops of the query image and of separate candidates; more see more and cost more."""
+    num_crops: int = Field(default=0, ge=0)
+    """Most crops of the query image and of separate candidates, beside the whole image; more see more and cost more."""
     sheet_crops: int = Field(default=4, ge=1)
     """Most crops of a sheet."""
     max_new_tokens: int = Field(default=60, ge=1)
@@ -316,9 +316,10 @@ class RerankSession:
             looks = max(looks, crops * side * (side + 1) + 1 + self._words("rank_sheet") + numbers)
         longest = len(self._ask) + 2 * options.max_new_tokens + len(self._after_caption) + looks
         if longest > most:
+            also = f"num_crops={options.num_crops}, " if options.num_crops else ""
             raise PromptError(
                 f"the query and its candidates take up to {longest} tokens, more than the {most} that fit: "
-                f"shorten the query ({len(self._ask)} tokens), or lower num_crops={options.num_crops}, "
+                f"shorten the query ({len(self._ask)} tokens), or lower {also}"
                 f"sheet_crops={options.sheet_crops} or max_new_tokens={options.max_new_tokens}"
             )
         return longest
