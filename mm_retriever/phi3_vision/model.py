@@ -15,6 +15,7 @@ report arXiv:2404.14219), rewritten; checked against their outputs. Rotary facto
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,9 @@ from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedMode
 from mm_retriever.devices import input_device
 from mm_retriever.errors import PromptError
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig, Phi3VisionEmbeddings
+
+CACHE = "cache" if "cache" in inspect.signature(Phi3Model.forward).parameters else "past_key_values"
+"""What transformers calls the keys and values of earlier calls: another name from 5.24 on."""
 
 _LONG_ROPE: ContextVar[bool | None] = ContextVar("long_rope", default=None)
 
@@ -205,6 +209,7 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         long_rope: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of every position, as from any causal model.
@@ -222,6 +227,7 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
             logits_to_keep: Only the last so many, or these positions; 0 for all.
             long_rope: Which rotary factors the sequence gets, chosen once, when its cache is empty: True if it will
                 grow past ``config.short_context``. By default, True if it is already longer.
+            cache: ``past_key_values`` as transformers 5.24 calls it.
             **kwargs: ``output_hidden_states`` and what else the decoder understands.
         """
         if inputs_embeds is None:
@@ -234,16 +240,17 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
                 features = self.image_features(pixel_values, image_sizes)
             inputs_embeds = self.embed(input_ids, features)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        long = self._choose_rope(past_key_values, inputs_embeds.shape[1], long_rope)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        long = self._choose_rope(cache, inputs_embeds.shape[1], long_rope)
         with _rope(long):
             outputs = self.model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -254,9 +261,9 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _choose_rope(self, cache: Cache | None, new: int, wanted: bool | None) -> bool:
@@ -359,7 +366,7 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
 
     def _hidden(self, embedded: Tensor, cache: DynamicCache, long: bool) -> Tensor:
         with _rope(self._choose_rope(cache, embedded.shape[1], long)):
-            outputs = self.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+            outputs = self.model(inputs_embeds=embedded, use_cache=True, **{CACHE: cache})
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 

@@ -389,7 +389,7 @@ def test_a_prefix_keeps_its_rotary_factors() -> None:
     torch.testing.assert_close(grown.logits[0], whole, atol=2e-5, rtol=1e-5)
     with pytest.raises(PromptError, match="beyond the 300"):
         model.extend(model.prefill(ids[:250]), ids[250:])
-    cache = model(ids[None, :250], use_cache=True).past_key_values
+    _, cache = model(ids[None, :250], use_cache=True).to_tuple()
     with pytest.raises(PromptError, match="long_rope=True"):
         model(ids[None, 250:], past_key_values=cache)
 
