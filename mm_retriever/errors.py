@@ -28,6 +28,8 @@ A message says what was given, what is accepted, and what to do; `shown` writes 
 `one_line` makes untrusted text safe to show.
 """
 
+from __future__ import annotations
+
 import reprlib
 import unicodedata
 
@@ -176,3 +178,10 @@ class StoreUnavailableError(StoreError, ConnectionError):
 
 class MissingExtraError(MMRetrieverError, ImportError):
     """An optional dependency is not installed; the message has the exact ``pip install``."""
+
+    @classmethod
+    def of(cls, error: ImportError, package: str, extra: str) -> MissingExtraError:
+        """Say whether a package is not there, or is there and does not load, as beside a newer one it does not know."""
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name in (package, package.replace("-", "_"))
+        state = "is not installed" if is_missing else f"does not load ({error})"
+        return cls(f'{package} {state}: pip install "mm-retriever[{extra}]"')

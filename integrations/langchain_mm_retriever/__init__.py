@@ -9,9 +9,7 @@ from mm_retriever.errors import MissingExtraError
 try:
     import langchain_core  # noqa: F401 - says now, and by name, what is missing
 except ImportError as error:
-    raise MissingExtraError(
-        'LangChain is not installed: pip install "mm-retriever[langchain]" brings what langchain_mm_retriever needs'
-    ) from error
+    raise MissingExtraError.of(error, "langchain-core", "langchain") from error
 
 from langchain_mm_retriever.compressor import RerankCompressor
 from langchain_mm_retriever.embeddings import VisualizedBGEEmbeddings

@@ -8,7 +8,7 @@ from mm_retriever.errors import MissingExtraError
 try:
     import mcp.server
 except ImportError as error:
-    raise MissingExtraError('the MCP server needs the extra "mcp": pip install "mm-retriever[mcp]"') from error
+    raise MissingExtraError.of(error, "mcp", "mcp") from error
 if not hasattr(mcp.server, "MCPServer"):
     raise MissingExtraError('an mcp below 2 is installed, MCPServer is missing: pip install "mm-retriever[mcp]"')
 

@@ -10,7 +10,7 @@ try:
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:
-    raise MissingExtraError('the web page needs the extra "web": pip install "mm-retriever[web]"') from error
+    raise MissingExtraError.of(error, error.name or "starlette", "web") from error
 
 from web_mm_retriever.app import web_app
 from web_mm_retriever.serving import serve_web

@@ -49,7 +49,7 @@ class BGEM3SparseEmbedding:
         try:
             from FlagEmbedding import BGEM3FlagModel
         except ImportError as error:
-            raise MissingExtraError('FlagEmbedding is not installed: pip install "mm-retriever[hybrid]"') from error
+            raise MissingExtraError.of(error, "FlagEmbedding", "hybrid") from error
 
         folder = flag_model_folder(model_name, revision, _FILES)
         if not (folder / _HEAD).is_file():  # FlagEmbedding would go on with random numbers

@@ -137,9 +137,7 @@ def _openvino() -> Any:
             warnings.simplefilter("ignore")
             import openvino
     except ImportError as error:
-        raise MissingExtraError(
-            'OpenVINO is not installed: pip install "mm-retriever[openvino]", or take backend torch'
-        ) from error
+        raise MissingExtraError.of(error, "openvino", "openvino") from error
     return openvino
 
 
@@ -150,7 +148,7 @@ def _nncf() -> Any:
             warnings.simplefilter("ignore")
             import nncf
     except ImportError as error:
-        raise MissingExtraError('NNCF is not installed: pip install "mm-retriever[openvino]"') from error
+        raise MissingExtraError.of(error, "nncf", "openvino") from error
     return nncf
 
 

@@ -25,7 +25,6 @@ MODULES = "modules.json"
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 MAX_PIXELS = 1800 * 32 * 32
 """Of an image that a model of many patches sees: the bound of Qwen3-VL-Embedding's and -Reranker's own scripts."""
-_MISSING = 'sentence-transformers is not installed: pip install "mm-retriever[sentence-transformers]"'
 
 
 def model_folder(files: ModelFiles) -> Path:
@@ -78,7 +77,7 @@ def load_model(
     try:
         import sentence_transformers
     except ImportError as error:
-        raise MissingExtraError(_MISSING) from error
+        raise MissingExtraError.of(error, "sentence-transformers", "sentence-transformers") from error
     folder = model_folder(files)
     _check_folder(folder, files.name)
     weights = {"use_safetensors": True} if ".safetensors" in files.weights.name else {}

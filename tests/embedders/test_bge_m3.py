@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from transformers import (
 
 from mm_retriever import ComposedRetriever, ingest_images, open_store
 from mm_retriever.embedders.bge_m3 import BGEM3SparseEmbedding
-from mm_retriever.errors import CheckpointError, ModelNotFoundError, StoreMismatchError
+from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError, StoreMismatchError
 from tests.support.colour_embedding import ColourEmbedding, paint
 from tests.support.flag_small import SIZES, word_tokenizer
 
@@ -121,6 +122,23 @@ class RunsCode:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize(
+    ("content", "state"),
+    [(None, "is not installed"), ("import no_more", r"does not load \(No module named 'no_more'\)")],
+)
+def test_a_library_that_is_missing_and_one_that_does_not_load_are_told_apart(
+    folder, tmp_path, monkeypatch, content, state
+):
+    if content is None:
+        monkeypatch.setitem(sys.modules, "FlagEmbedding", None)
+    else:
+        monkeypatch.delitem(sys.modules, "FlagEmbedding", raising=False)
+        (tmp_path / "FlagEmbedding.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError, match=rf'^FlagEmbedding {state}: pip install "mm-retriever\[hybrid\]"$'):
+        BGEM3SparseEmbedding(folder)
 
 
 @pytest.mark.parametrize("name", ["sparse_linear.pt", "colbert_linear.pt", "pytorch_model.bin", "code.py"])

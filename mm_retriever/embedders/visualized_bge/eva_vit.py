@@ -95,7 +95,8 @@ class RotaryPositions(nn.Module):
     def __init__(self, config: EvaVisionConfig) -> None:
         super().__init__()
         self.heads = config.width // config.head_width
-        cos = sin = torch.empty(config.patches, config.head_width)
+        cos = torch.empty(config.patches, config.head_width)
+        sin = torch.empty_like(cos)  # a tensor in two places would be a shared weight
         if not cos.is_meta:  # there it has no numbers, and torch would load its compiler for the shapes alone
             cos, sin = rope_frequencies(config)
         self.register_buffer("freqs_cos", cos)
