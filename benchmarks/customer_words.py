@@ -1,8 +1,8 @@
-"""Queries of customers who also say what they do not want, and drawn images for them.
+"""Queries of customers who also say what their own image shows, and drawn images for them.
 
-"make the crimson one navy", "no mug, a tote bag with this print please": the bundled embedder was trained on queries
-that name what is wanted and nothing else, so that the second colour or kind misleads it. Every template stands in one
-part alone: "train", "choose" (hyper-parameters and weights are chosen on it) or "test".
+"navy instead of crimson", "exchange a mug for a tote bag": the bundled embedder was trained on queries that name what
+is wanted and nothing else, so that the second colour, pattern or kind misleads it. Every template stands in one part
+alone: "train", "choose" (recipes and weights are chosen on it) or "test".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from mm_retriever.demo.catalogue import HELD_OUT, KINDS, PATTERNS, Looks, draw_product, draw_theme
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples" / "training"))
-from phrases import COLOUR_NAMES, MODES, Mode, compose_query, fill
+from phrases import COLOUR_NAMES, Mode, compose_query, fill
 
 Part = Literal["train", "choose", "test"]
 Words = Mapping[Mode, Sequence[str]]
@@ -31,76 +31,47 @@ CHOSEN_ON: frozenset[Pair] = frozenset(sorted(HELD_OUT)[::3])
 """A third of the (kind, pattern) pairs that the bundled models never saw; the others are tested."""
 TESTED = HELD_OUT - CHOSEN_ON
 
-# {K} {P} {C}: the kind, pattern and colour wanted; {k} {p} {c}: those of the query image, or another kind
-CUSTOMERS: dict[Part, dict[Mode, tuple[str, ...]]] = {
-    "train": {
-        "theme": (
-            "a {K} with this instead of a {k}", "not a {k} with this, a {K}",
-            "i have a {k} with this, now i want a {K}",
-            "a {k} is nice, but i need a {K} like this", "this on a {K}, please no {k}",
-            "put this on a {K}, not on a {k}", "it is for a {K}, not a {k}",
-            "a {K} like this, we have enough of the {k} at home", "my wife got a {k} with this, is there a {K} too",
-            "no {k}, i want this on a {K}",
-        ),
-        "kind": (
-            "a {K} instead of a {k}", "not a {k}, a {K}", "i have the {k}, now i want the {K}",
-            "the {k} is nice, but i need a {K}", "this as a {K}, please no {k}", "swap the {k} for a {K}",
-            "turn the {k} into a {K}", "a {K}, we have enough of the {k} at home",
-            "my wife has the {k}, is there a {K} too", "it is on a {k}, i want it on a {K}",
-        ),
-        "colour": (
-            "{C} instead of {c}", "not {c}, {C}", "i have the {c} one, now i want {C}",
-            "the {c} one is nice, but i need {C}", "this in {C}, please no {c}", "swap {c} for {C}",
-            "change the {c} to {C}", "{C}, we have enough {c} at home", "my wife hates {c}, is there a {C} one",
-            "it is {c}, i want it {C}",
-        ),
-        "pattern": (
-            "{P} instead of {p}", "not {p}, {P}", "i have one with {p}, now i want {P}",
-            "the {p} one is nice, but i need {P}", "the same with {P}, please no {p}", "swap the {p} for {P}",
-            "change {p} to {P}", "{P}, we have enough {p} at home", "my husband hates {p}, is there one with {P}",
-            "it has {p}, i want {P}",
-        ),
-    },
-    "choose": {
-        "theme": (
-            "from {k} to {K}, with this print", "anything but a {k}, best a {K} in this style",
-            "do you sell a {K} like this too, not just a {k}", "a {k} is too small, show me a {K} with this",
-        ),
-        "kind": (
-            "from {k} to {K}", "anything but a {k}, best a {K}", "do you sell a {K} too, not just the {k}",
-            "a {k} is too small, show me a {K}",
-        ),
-        "colour": (
-            "from {c} to {C}", "anything but {c}, best {C}", "do you have it in {C} too, not just {c}",
-            "the {c} is too loud, show me {C}",
-        ),
-        "pattern": (
-            "from {p} to {P}", "anything but {p}, best {P}", "do you sell it with {P} too, not just {p}",
-            "{p} is too loud, show me {P}",
-        ),
-    },
-    "test": {
-        "theme": (
-            "a {k} is not for me, make it a {K} with this", "where you have a {k} with this i want a {K}",
-            "a {K} with this would suit me more than a {k}", "no {k}, a {K} with this print please",
-            "my old {k} had this, the new {K} should have it too", "a {K} in this look, the {k} was not good",
-        ),
-        "kind": (
-            "a {k} is not for me, make it a {K}", "make the {k} a {K}", "where you have a {k} i want a {K}",
-            "a {K} would suit me more than a {k}", "no {k}, a {K} please",
-            "my old one is a {k}, the new one should be a {K}",
-        ),
-        "colour": (
-            "{c} is not for me, make it {C}", "make the {c} {C}", "where this is {c} i want {C}",
-            "{C} would suit me more than {c}", "no {c}, {C} please", "my old one is {c}, the new one should be {C}",
-        ),
-        "pattern": (
-            "{p} is not for me, make it {P}", "make the {p} {P}", "where this has {p} i want {P}",
-            "{P} would suit me more than {p}", "no {p}, {P} please",
-            "my old one has {p}, the new one should have {P}",
-        ),
-    },
+_SAID: dict[Mode, tuple[str, str, str]] = {  # {K} {P} {C}: what is wanted; {k} {p} {c}: what the query image shows
+    "kind": ("a {K}", "as a {K}", "a {k}"),
+    "colour": ("{C}", "in {C}", "{c}"),
+    "pattern": ("{P}", "with {P}", "{p}"),
+}
+_TEMPLATES: dict[Part, tuple[str, ...]] = {
+    "train": (
+        "not OLD, NEW", "from OLD to NEW", "swap OLD for NEW", "change OLD to NEW", "replace OLD with NEW",
+        "turn OLD into NEW", "instead of OLD, NEW", "i have OLD, now i want NEW", "OLD is nice, but i need NEW",
+        "i like OLD but i would like NEW more", "OLD was not what i wanted, i want NEW", "it is OLD, i want it AS",
+        "mine is OLD, is there one AS", "my wife has OLD, i need it AS", "this one is OLD, show me the same AS",
+        "anything but OLD, best NEW", "we have enough of OLD at home, find NEW", "OLD is too loud for me, show me NEW",
+        "where you have OLD i want NEW", "the picture has OLD, i am looking for NEW",
+        "my old one is OLD, the new one should be NEW", "OLD is not for me, make it NEW", "do not show OLD, show NEW",
+        "without OLD, NEW please", "OLD? no, NEW", "tired of OLD, give me NEW",
+        "i got OLD last year and want it AS this time", "NEW instead of OLD", "NEW, not OLD", "NEW, please no OLD",
+        "this AS, without OLD", "i want NEW, not OLD", "NEW would suit me more than OLD", "make it NEW, it is OLD here",
+        "show me NEW, i have OLD", "the same AS, this is OLD", "i need NEW because OLD is sold out",
+        "do you have it AS too, not just OLD", "find me NEW, my husband hates OLD", "NEW in place of OLD",
+        "is there one AS, i do not like OLD", "looks good, but NEW and no OLD", "NEW to replace OLD",
+        "we want NEW, our old one is OLD", "the one AS, never OLD",
+    ),
+    "choose": (
+        "OLD out, NEW in", "take OLD away and give me NEW", "you show OLD, could i have NEW",
+        "a friend has OLD, for me NEW", "best NEW, OLD is boring", "i would buy it AS, i never use OLD",
+        "please NEW this time, last time it was OLD", "do it AS, forget OLD",
+    ),
+    "test": (
+        "this shows OLD, do you sell it AS?", "can i get NEW rather than OLD", "OLD was a gift, now we are after NEW",
+        "exchange OLD for NEW", "no more OLD, show me NEW", "i do not want OLD but NEW",
+        "looking for NEW, this is only OLD", "keep the rest, just NEW where OLD is",
+        "NEW, as OLD does not go with my room", "she asked for NEW, you sent OLD",
+    ),
 }  # fmt: skip
+CUSTOMERS: dict[Part, Words] = {
+    part: {
+        mode: [text.replace("NEW", new).replace("AS", as_new).replace("OLD", old) for text in templates]
+        for mode, (new, as_new, old) in _SAID.items()
+    }
+    for part, templates in _TEMPLATES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +86,7 @@ class Asked:
 def ask(
     wanted: Sequence[Looks], words: Words, rng: np.random.Generator, count: int, *, never: frozenset[Pair] = frozenset()
 ) -> list[Asked]:
-    """Queries for products drawn by chance, the four modes in turn.
+    """Queries for products drawn by chance, the modes in turn.
 
     Args:
         wanted: products that may be asked for.
@@ -125,17 +96,15 @@ def ask(
         never: (kind, pattern) pairs that no query image may show, and no words may speak of.
     """
     asked: list[Asked] = []
+    modes = tuple(words)
     while len(asked) < count:
         looks = wanted[int(rng.integers(len(wanted)))]
-        query = compose_query(looks, MODES[len(asked) % len(MODES)], rng, wording=words, never=never)
+        query = compose_query(looks, modes[len(asked) % len(modes)], rng, wording=words, never=never)
         if query is None:
             continue
         kind, pattern, colour = query.source
         if colour not in COLOUR_NAMES and "{c}" in query.text:
             continue  # a natural fur has no colour to name
-        if kind is None:
-            others = [other for other in KINDS if other != looks.kind and (other, pattern) not in never]
-            kind = others[int(rng.integers(len(others)))]
         text = query.text
         for mark in ("{k}", "{p}", "{c}"):
             text = text.replace(mark, mark.upper())
