@@ -25,6 +25,7 @@ class Training:
         counts: of the data.
         steps: that were taken; the best weights of the evaluations are kept.
         kept: the step of the weights that are kept; 0 where no step made them better.
+        share: how far the weights go from those before to those of that step, 0 to 1.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Training:
     counts: Mapping[str, int]
     steps: int
     kept: int
+    share: float
 
     @property
     def gain(self) -> Mapping[str, Figure]:
@@ -51,6 +53,7 @@ class Training:
             "counts": dict(self.counts),
             "steps": self.steps,
             "kept_step": self.kept,
+            "kept_share": self.share,
             "before": figures(self.before.figures),
             "after": figures(self.after.figures),
             "gain": figures(self.gain),
@@ -78,7 +81,8 @@ def write_card(folder: Path, training: Training, *, base: str, recipe: Recipe, t
         "and the images of the other queries of a batch"
     )
     kept = (
-        f"Of {training.steps} steps, the weights after step {training.kept} are kept."
+        f"Of {training.steps} steps, the weights after step {training.kept} are kept, {training.share:.0%} of the way "
+        "from those before."
         if training.kept
         else f"None of {training.steps} steps made it better on the held-out queries: **the weights are those of the "
         "model that was trained.**"

@@ -11,6 +11,7 @@ TEMPERATURE = 0.02
 LORA_RANK = 32
 EVALUATIONS = 10  # in the course of a training
 PATIENCE = 3  # evaluations without a better one, after which it ends
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of the way from the weights before to the best ones, of which the best is kept
 
 
 @dataclass(frozen=True)

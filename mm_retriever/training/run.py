@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_retriever.embedders.embedder import Embedder, Trainable
 from mm_retriever.errors import MissingExtraError, QueryError
@@ -19,8 +19,11 @@ from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.training.card import Training, write_card
 from mm_retriever.training.examples import Examples, read_examples
 from mm_retriever.training.negatives import JUDGED, Row, judged_rows, mined_rows
-from mm_retriever.training.recipe import Recipe
+from mm_retriever.training.recipe import SHARES, Recipe
 from mm_retriever.training.vectors import Vectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHECKPOINTS = "checkpoints"
 FIGURES = "training.json"
@@ -109,20 +112,23 @@ def _train(
     checkpoint = broadcast_object_list([newest_checkpoint(checkpoints) if is_main else None])[0]
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-    start = {name: parameter.detach().clone() for name, parameter in trained(embedder.network).items()}
+    start = [parameter.detach().clone() for parameter in trained(embedder.network).values()]
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     kept = int(trainer.state.best_global_step or 0)
-    if (trainer.state.best_metric or 0) <= worth:
-        say("no step made it better on the held-out queries: the model stays as it was")
+    embedder.network.train(False)
+    weights = [parameter.data for parameter in trained(embedder.network).values()]
+    share = best_share(weights, start, worth, lambda: vectors.evaluate(examples.held_out)[1])
+    if share:
+        say(f"kept: the weights after step {kept}, {share:.0%} of the way from those before")
+    else:
         kept = 0
-        for name, parameter in trained(embedder.network).items():
-            parameter.data.copy_(start[name])
+        say("no step made it better on the held-out queries: the model stays as it was")
     if adapters is not None:
         adapters.merge_and_unload()
-    embedder.network.train(False)
     after, _ = vectors.evaluate(examples.held_out)
     say(f"after: {_figures(after)}")
-    result = Training(folder, before, after, history(trainer), examples.counts, trainer.state.global_step, kept)
+    steps = trainer.state.global_step
+    result = Training(folder, before, after, history(trainer), examples.counts, steps, kept, share)
     if is_main:
         embedder.save(folder)
         write_card(folder, result, base=embedder.name, recipe=recipe, teacher=title)
@@ -130,6 +136,33 @@ def _train(
         shutil.rmtree(checkpoints)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def best_share(weights: Sequence[Tensor], start: Sequence[Tensor], before: float, worth: Callable[[], float]) -> float:
+    """Set weights to where they are worth most between their start and their end, and return how far that is.
+
+    Source: WiSE-FT (arXiv:2109.01903): on the way, more is left of what the model knew.
+
+    Args:
+        weights: at their end.
+        start: the same before training.
+        before: what they were worth there.
+        worth: what they are worth as they are.
+    """
+    end = [tensor.clone() for tensor in weights]
+
+    def move(share: float) -> None:
+        for tensor, first, last in zip(weights, start, end, strict=True):
+            tensor.copy_(first.lerp(last, share))
+
+    worths = {}
+    for share in SHARES:
+        move(share)
+        worths[share] = worth()
+    best = max(worths, key=lambda share: worths[share])
+    best = best if worths[best] > before else 0.0
+    move(best)
+    return best
 
 
 def _silent(_: str) -> None:

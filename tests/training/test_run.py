@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from mm_retriever.embedders.embedder import Trainable
 from mm_retriever.errors import QueryError
 from mm_retriever.training import Recipe, Training, train
 from mm_retriever.training.examples import read_examples
-from mm_retriever.training.run import CHECKPOINTS
+from mm_retriever.training.run import CHECKPOINTS, best_share
 from tests.support.colour_scorer import load as load_colour_scorer
 from tests.support.training_data import coloured, write_model, write_queries
 from tests.support.warm import warm_run
@@ -65,12 +66,21 @@ def test_a_trained_model_is_a_folder_with_a_space_of_its_own(model: Path, traini
 
 def test_the_card_and_the_file_of_figures_say_what_was_done(training: Training) -> None:
     card = (training.folder / "README.md").read_text(encoding="utf-8")
-    assert f"the weights after step {training.kept} are kept" in card
+    kept = f"the weights after step {training.kept} are kept, {training.share:.0%} of the way from those before"
+    assert kept in card
     assert "- queries trained on: 16\n- queries held out: 4" in card
     figures = json.loads((training.folder / "training.json").read_text(encoding="utf-8"))
     assert figures["before"]["MRR"]["queries"] == 4
     assert [entry["step"] for entry in figures["history"]] == [1, 2, 3, 4]
     assert all("MRR" in entry and "loss" in entry for entry in figures["history"])
+
+
+@pytest.mark.parametrize(("summit", "before", "share"), [(9.0, -64.0, 1.0), (4.5, -12.0, 0.5), (4.5, -0.1, 0.0)])
+def test_weights_end_where_they_are_worth_most_on_the_way(summit: float, before: float, share: float) -> None:
+    """From 1 to 9; 0 and the start where nothing on the way is worth more than that."""
+    weights = [torch.tensor([9.0])]
+    found = best_share(weights, [torch.tensor([1.0])], before, lambda: -abs(float(weights[0]) - summit))
+    assert (found, float(weights[0])) == (share, 1 + 8 * share)
 
 
 def test_a_folder_that_holds_something_is_not_written_into(queries: Path, training: Training) -> None:
