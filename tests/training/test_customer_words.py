@@ -12,7 +12,7 @@ from mm_retriever.demo.catalogue import HELD_OUT, all_looks
 
 
 def test_no_wording_and_no_pair_stands_in_two_parts():
-    parts = [{template for mode in MODES for template in words[mode]} for words in CUSTOMERS.values()]
+    parts = [{one for templates_of in words.values() for one in templates_of} for words in CUSTOMERS.values()]
     parts += [{one for mode in MODES for one in templates(wording)[mode]} for wording in ("training", "held-out")]
     assert all(first.isdisjoint(second) for first, second in combinations(parts, 2))
     assert CHOSEN_ON | TESTED == HELD_OUT
