@@ -172,7 +172,8 @@ def of_indexing(figures: dict[str, Any]) -> Iterator[Row]:
     elif figures["kind"] == "unchanged":
         for run in figures["runs"]:
             what = f"a second run over {run['rows']:,} unchanged images"
-            yield Row(f"{what}: s", spread(run["seconds"]), short=True)
+            opened = f", of which {run['opened']:.1f} to open the store" if "opened" in run else ""
+            yield Row(f"{what}: s", spread(run["seconds"]) + opened, short=True)
             peak = f"{run['peak_mb']['median']:,.0f} / {run['opened_mb']:,.0f}"
             yield Row(f"{what}: MB, with / without the run", peak)
     elif figures["kind"] == "reduced":
