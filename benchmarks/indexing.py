@@ -15,7 +15,8 @@ the same memory for 1,000 images as for 20,000, and the vectors are of full size
 
 `--unchanged` indexes JPEG files of 32 pixels, each with bytes of its own, by that projection, and then indexes the
 folder again, five times, each in a fresh process: nothing has changed, so that nothing is read or embedded. Memory is
-that of the second run and of a process that only opens the same store and counts its rows.
+that of the second run and of a process that only opens the same store and counts its rows. With `--keep` files and
+store stay, and where they are there already nothing is indexed first.
 
 `--photographs` draws JPEG files of 4000 x 3000 pixels, each with bytes of its own, and indexes them by the base size
 with random weights (speed does not depend on them): alone, and with a process that keeps one core busy. The model alone
