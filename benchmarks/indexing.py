@@ -350,7 +350,7 @@ def reduced_cosine() -> dict[str, float]:
                 contents.append(Content(image=embedder.prepare(image)))
     vectors = embedder.encode(contents)
     cosines = (vectors[::2] * vectors[1::2]).sum(axis=1)
-    print(f"cosine to the vectors of exact pixels: least {cosines.min():.4f}, mean {cosines.mean():.4f}")
+    print(f"cosine to the vectors of exact pixels: least {cosines.min():.6f}, mean {cosines.mean():.6f}")
     return {"least": float(cosines.min()), "mean": float(cosines.mean())}
 
 

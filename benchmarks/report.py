@@ -194,7 +194,7 @@ def of_indexing(figures: dict[str, Any]) -> Iterator[Row]:
 def reduced(cosine: dict[str, float]) -> Row:
     """How near the vectors of reduced decoding are to those of exact pixels."""
     what = "`exact_pixels=False`: cosine to exact pixels, `tiny`, drawn products of 2.6 megapixels, least / mean"
-    return Row(what, f"{cosine['least']:.4f} / {cosine['mean']:.4f}")
+    return Row(what, f"{cosine['least']:.6f} / {cosine['mean']:.6f}")
 
 
 def of_reranking(figures: dict[str, Any]) -> Iterator[Row]:
