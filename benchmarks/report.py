@@ -116,6 +116,8 @@ def rows(record: dict[str, Any]) -> Iterator[Row]:
 
 def spread(value: dict[str, float], digits: int = 1) -> str:
     """Median, least and most."""
+    if value.get("of") == 1:
+        return f"{value['median']:.{digits}f} (one round)"
     return f"{value['median']:.{digits}f} ({value['least']:.{digits}f}–{value['most']:.{digits}f})"
 
 
@@ -202,7 +204,7 @@ def of_reranking(figures: dict[str, Any]) -> Iterator[Row]:
     for flow in figures["flows"]:
         totals = [sum(stage[name] for stage in flow["stages"]) for name in ("prefilled", "generated", "seconds")]
         name = f"{flow['name']}, {figures['crops']} crop" if figures.get("crops") else flow["name"]
-        what = f"rerank nine, {figures['size']} size, {name}: s, tokens read / written, GB"
+        what = f"rerank nine, {figures['size']} size, {figures['dtype']}, {name}: s, tokens read / written, GB"
         seconds = spread(flow["seconds"]) if "seconds" in flow else f"{totals[2]:.1f}"
         figure = f"{seconds}, {totals[0]:,.0f} / {totals[1]:,.0f}, {flow['peak_gigabytes']:.1f}"
         yield Row(what, figure, short=figures["size"] == "full")
