@@ -74,15 +74,17 @@ def info(
     from importlib.metadata import version
 
     from mm_retriever.embedders.registry import published_models
-    from mm_retriever.store import Verification, check_exists, describe_store, recall_store, verify_store
+    from mm_retriever.store import Verification, check_exists, describe_store, recall_store, store_columns, verify_store
     from mm_retriever.terminal import print_facts, print_json
 
     collections: dict[str, dict[str, Any]] = {}
     verified: dict[str, Verification | str] = {}
     measured_recall: dict[str, str] = {}
+    columns: dict[str, list[str] | str] = {}
     if db is not None:
         check_exists(db)
         collections = describe_store(db, token=token)
+        columns = store_columns(db, token=token)
         verified = verify_store(db, token=token) if verify else {}
         if recall:
             measured_recall = {name: str(measured) for name, measured in recall_store(db, token=token).items()}
@@ -100,6 +102,7 @@ def info(
     }
     if db is not None:
         told["collections"] = collections
+        told["columns"] = columns
     if verify:
         told["verified"] = {name: one if isinstance(one, str) else asdict(one) for name, one in verified.items()}
     if recall:
@@ -112,6 +115,7 @@ def info(
         facts["bundled models"] = ", ".join(f"{name} (drawn products only)" for name in told["bundled_models"])
         facts["published models"] = ", ".join(told["published_models"])
         facts |= {f"collection {name}": _described(described, models) for name, described in collections.items()}
+        facts |= {f"columns {name}": one if isinstance(one, str) else ", ".join(one) for name, one in columns.items()}
         facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
         facts |= {f"recall {name}": measured for name, measured in measured_recall.items()}
         print_facts(facts)

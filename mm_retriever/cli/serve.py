@@ -74,7 +74,7 @@ def serve(
     from mm_retriever.downloads import watched
     from mm_retriever.embedders.registry import check_embedder
     from mm_retriever.rerank.registry import check_reranker
-    from mm_retriever.store import check_exists, open_store
+    from mm_retriever.store import open_store, open_stored
 
     if http_token is None:
         http_token = os.environ.get("MM_RETRIEVER_HTTP_TOKEN")  # an empty one, which typer takes for none
@@ -83,7 +83,7 @@ def serve(
         raise QueryError("--rerank-url needs --rerank: the name under which the server serves the model")
     if review is not None and not review.is_file():
         raise QueryError(f"--review {str(review)!r}: there is no such file; `evaluate FOLDER --make N` writes one")
-    check_exists(db)  # before a model is loaded
+    open_stored(db, collection=collection, token=token).close()  # before a model is looked for
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
     wanted = held_model.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from mm_retriever.errors import QueryError, one_line
 
+_BEGINNING = 512  # bytes of a file, which tell its format
 Part: TypeAlias = Path | list[str]
 """A folder, or the single images."""
 
@@ -22,7 +23,7 @@ def named_parts(sources: Sequence[Path], *, prune: bool) -> list[Part]:
         prune: whether a folder may be gone, so that its rows go too.
 
     Raises:
-        QueryError: one that does not exist, that holds no image, or that lies in another.
+        QueryError: one that does not exist, that holds or is no image, or that lies in another.
     """
     from mm_retriever.ingest.sources import missing_folder
 
@@ -42,6 +43,7 @@ def named_parts(sources: Sequence[Path], *, prune: bool) -> list[Part]:
     _refuse_twice(folders, files)
     for folder in () if prune else folders:
         _refuse_imageless(folder)
+    _refuse_no_images(files)
     return [*folders, *([[str(file) for file in files]] if files else [])]
 
 
@@ -70,3 +72,16 @@ def _refuse_imageless(folder: Path) -> None:
     kinds = [f"{kind.count} {one_line(kind.kind, 40)} ({one_line(kind.reason, 100)})" for kind in ignored.report()[:3]]
     held = "; ".join([*unread[:1], *kinds]) or "it is empty"
     raise QueryError(f"there is no image in {str(folder)!r}: {held}")
+
+
+def _refuse_no_images(files: Sequence[Path]) -> None:
+    """Refuse files of which not one begins as an image does; beside images, the report names what is left out."""
+    from mm_retriever.images.header import FORMATS, sniff_format
+
+    for file in files:
+        with file.open("rb") as opened:
+            if sniff_format(opened.read(_BEGINNING)) is not None:
+                return
+    if files:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise QueryError(f"{str(files[0])!r}{more}: no image; there are {', '.join(FORMATS)}")

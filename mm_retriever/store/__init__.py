@@ -24,7 +24,7 @@ from mm_retriever.store.bulk_import import ImportReport
 from mm_retriever.store.connection import check_exists
 from mm_retriever.store.filters import filter_expression
 from mm_retriever.store.image_store import ImageStore, open_store, open_stored
-from mm_retriever.store.inspection import Verification, describe_store, recall_store, verify_store
+from mm_retriever.store.inspection import Verification, describe_store, recall_store, store_columns, verify_store
 from mm_retriever.store.queries import MAX_TOP_K
 from mm_retriever.store.rows import bytes_as_text, has_control_characters, metadata_columns, storable_node
 from mm_retriever.store.schema import same_model
@@ -47,5 +47,6 @@ __all__ = [
     "recall_store",
     "same_model",
     "storable_node",
+    "store_columns",
     "verify_store",
 ]

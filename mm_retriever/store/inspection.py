@@ -8,14 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pymilvus.client.types import LoadState
+
 from mm_retriever.errors import MMRetrieverError, StoreDamagedError, StoreMismatchError, one_line, shown
 from mm_retriever.notebook import show
 from mm_retriever.store.collection import Collection
+from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists
 from mm_retriever.store.lite_durability import damaged_files
 from mm_retriever.store.recall import Recall, measure_recall
 from mm_retriever.store.rows import damaged_rows, has_checksum, row_is_damaged
-from mm_retriever.store.schema import ID_FIELD, stored_model
+from mm_retriever.store.schema import CONTENT_FIELD, ID_FIELD, stored_model
 from mm_retriever.store.switching import left_by_reindex
 
 _PAGE_ROWS = 1_000
@@ -107,6 +110,33 @@ def _measured(collection: Collection) -> Recall | str:
     except StoreMismatchError:
         return "made by another program"
     return measure_recall(collection)
+
+
+def store_columns(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, list[str] | str]:
+    """Return the columns that filters may name in each collection, by a sample of its rows, or why they are not known.
+
+    A server is not made to load a collection for it.
+
+    Raises:
+        StoreError: there is no such file, it is locked, or the server does not answer.
+    """
+    with _collections(uri, token, timeout) as (connection, names):
+        return {name: _columns(connection, name) for name in names}
+
+
+def _columns(connection: Connection, name: str) -> list[str] | str:
+    if connection.lite_path is None:
+        with connection.request("asking what is loaded"):
+            if connection.ask(connection.client.get_load_state, name)["state"] != LoadState.Loaded:
+                return "not looked at: the server has not loaded the collection"
+    collection = Collection(connection, name)
+    try:
+        collection.open(None)
+    except StoreMismatchError:
+        return "made by another program"
+    except StoreDamagedError as error:
+        return f"cannot be read: {one_line(error)}"
+    return Columns(lambda expression, limit: collection.some([CONTENT_FIELD], expression, limit)).names
 
 
 def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:

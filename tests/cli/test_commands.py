@@ -292,10 +292,13 @@ def test_info_names_versions_and_what_a_store_holds(capfd, db):
     assert code == 0
     assert "torch" in out
     assert "mm_retriever" in out
+    (columns,) = [line for line in out.splitlines() if "columns mm_retriever" in line]  # what a filter may name
     code, out, _ = run(capfd, "info", "--db", db, "--json", "--verify")
     told = json.loads(out)
     assert (code, told["collections"]["mm_retriever"]["rows"]) == (0, 9)
     assert told["verified"]["mm_retriever"]["rows"] == 9
+    assert {"file_name", "label", "width"} <= set(told["columns"]["mm_retriever"])
+    assert ", ".join(told["columns"]["mm_retriever"]) in columns
     assert "tiny" in told["bundled_models"]
     assert told["versions"]["torch"]
 

@@ -145,6 +145,12 @@ def test_a_note_that_others_could_have_written_is_not_believed(served, tmp_path)
         folder.chmod(0o700)
 
 
+def test_a_missing_collection_is_said_before_a_model_is_looked_for(db, capfd):
+    code, _, err = run(capfd, "serve", "--db", db, "--collection", "other", "--model", "no-such-model")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "there is no collection 'other'" in err and "'mm_retriever' (9 rows)" in err
+
+
 def test_a_search_with_a_server_waits_for_no_model(served):
     """Truth: Python's own list of what the command imports; torch alone takes seconds."""
     db, _, _ = served

@@ -8,6 +8,7 @@ import pytest
 
 from mm_retriever.cli.sources import named_parts
 from mm_retriever.errors import QueryError
+from mm_retriever.images.header import FORMATS
 from tests.support.command_line import run
 
 
@@ -41,6 +42,19 @@ def test_a_folder_without_images_says_what_it_holds(capfd, tmp_path):
     code, _, err = run(capfd, *asked)
     assert (code, "1 .cr2 (a camera's raw file: export it" in err) == (2, True), err
     assert not (tmp_path / "a.db").exists()
+
+
+def test_a_file_that_is_no_image_is_refused_alone_and_reported_beside_one(capfd, images, tmp_path):
+    """By its bytes, not its name. The model of the first does not exist, so none is loaded; and no store is made."""
+    notes, image, db = tmp_path / "notes.txt", tmp_path / "photo", tmp_path / "a.db"
+    notes.write_text("to do")
+    image.write_bytes((images / "mug" / "blue stars.jpg").read_bytes())
+    code, _, err = run(capfd, "index", notes, "--db", db, "--model", "no-such-model")
+    assert (code, err.splitlines()) == (2, [f"mm-retriever: {str(notes)!r}: no image; there are {', '.join(FORMATS)}"])
+    assert not db.exists()
+    code, out, err = run(capfd, "index", notes, image, "--db", db, "--model", "tiny", "--json")
+    told = json.loads(out)
+    assert (code, told["indexed"], [one["path"] for one in told["skipped"]]) == (0, 1, [str(notes)]), err
 
 
 def test_what_goes_only_with_folders_is_said(capfd, images, tmp_path):
