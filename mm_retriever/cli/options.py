@@ -17,6 +17,7 @@ from mm_retriever.errors import FilterError, QueryError, one_line
 if TYPE_CHECKING:
     from llama_index.core.vector_stores import MetadataFilters
 
+    from mm_retriever.embedders.aside import EmbedderAside
     from mm_retriever.embedding import ComposedEmbedding
     from mm_retriever.rerank.reranker import Reranker
     from mm_retriever.store import ImageStore
@@ -154,8 +155,9 @@ def embed_model(
     batch_size: int = 32,
     backend: str | None = None,
     calibration: Path | None = None,
+    aside: EmbedderAside | None = None,
 ) -> ComposedEmbedding:
-    """The model that `--model` names, on this machine or on the server of `--model-url`.
+    """The model that `--model` names, on this machine (`aside`, in a process of its own) or on that of `--model-url`.
 
     No model is calibrated on a single image: the drawn catalogue takes its place, as without `calibration`. How a
     backend was chosen, or how good its quantisation is, is said.
@@ -171,17 +173,19 @@ def embed_model(
         raise QueryError(f"{', '.join(given)}: the server of --model-url chooses for itself; leave that out")
     if revision is not None and (Path(name).expanduser().exists() or name == "tiny"):
         raise QueryError(f"--revision {revision} is of a hub repository; {name!r} is on this machine: leave it out")
-    embedding = ComposedEmbedding(
-        name,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        base_url=url,
-        api_key=key if url is not None else None,  # from the environment, for another run
-        embed_batch_size=batch_size,
-        backend=backend or "torch",
-        calibration=None if calibration is None or calibration.is_file() or backend in (None, "torch") else calibration,
-    )
+    chosen: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "backend": backend or "torch"}
+    if aside is not None:
+        embedding = ComposedEmbedding(aside.load(name, **chosen))
+    else:
+        drawn = calibration is None or calibration.is_file() or backend in (None, "torch")
+        embedding = ComposedEmbedding(
+            name,
+            **chosen,
+            base_url=url,
+            api_key=key if url is not None else None,  # from the environment, for another run
+            embed_batch_size=batch_size,
+            calibration=None if drawn else calibration,
+        )
     if told := getattr(embedding.embedder, "told", ""):
         typer.echo(one_line(told, 2_000), err=True)
     return embedding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,33 +177,38 @@ def search(
         show_rows(rows, partial(rows_report, text, asked["image"], rows), **shown)
         return
 
-    from mm_retriever.search_tools.rows import RowsQuery, check_rows, find_rows, result_rows, where_filters
-    from mm_retriever.store import check_exists, open_store, open_stored
-    from mm_retriever.terminal import search_report, show_rows
+    from mm_retriever.embedders.aside import model_aside
 
-    query = RowsQuery(**{**asked, "where": tuple(asked["where"]), "images": tuple(images[1:])})
-    where_filters(query.where)  # what cannot be read is refused before a store is opened
-    check_exists(db)
-    load_ranker = None
-    # open until the end of the search: a Milvus Lite file is checked and read once, and not for every step
-    with open_stored(db, collection=collection, token=token) as stored:
-        check_rows(stored, query)  # what cannot be answered, before a model is loaded
-        carried, opened = _opened(images)
-        query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
-        wanted = held_model.model_to_load(
-            model, dtype, backend, url=model_url, db=db, collection=collection, token=token
-        )
-        if reranks:
-            load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
-        embedding = options.embed_model(
-            **wanted._asdict(),
-            device=device,
-            revision=revision,
-            url=model_url,
-            key=model_key,
-        )
-        with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-            found = find_rows(store, embedding, query, opened=opened)
+    # a reranker computes in this process, and a server elsewhere
+    with nullcontext() if reranks or model_url else model_aside() as aside:
+        from mm_retriever.search_tools.rows import RowsQuery, check_rows, find_rows, result_rows, where_filters
+        from mm_retriever.store import check_exists, open_store, open_stored
+        from mm_retriever.terminal import search_report, show_rows
+
+        query = RowsQuery(**{**asked, "where": tuple(asked["where"]), "images": tuple(images[1:])})
+        where_filters(query.where)  # what cannot be read is refused before a store is opened
+        check_exists(db)
+        load_ranker = None
+        # open until the end of the search: a Milvus Lite file is checked and read once, and not for every step
+        with open_stored(db, collection=collection, token=token) as stored:
+            check_rows(stored, query)  # what cannot be answered, before a model is loaded
+            carried, opened = _opened(images)
+            query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
+            wanted = held_model.model_to_load(
+                model, dtype, backend, url=model_url, db=db, collection=collection, token=token
+            )
+            if reranks:
+                load_ranker = options.reranker(wanted.name, rerank_model, server, top_n=top_k, device=device)
+            embedding = options.embed_model(
+                **wanted._asdict(),
+                device=device,
+                revision=revision,
+                url=model_url,
+                key=model_key,
+                aside=aside,
+            )
+            with open_store(db, embedding, collection=collection, token=token, create=False) as store:
+                found = find_rows(store, embedding, query, opened=opened)
     _say(found.notes)
     reranking = None
     if load_ranker is not None:

@@ -215,6 +215,8 @@ def test_a_search_by_words_loads_and_ends_with_nothing_it_does_not_need(db):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert json.loads(done.stdout)[0]["label"] == "mug", done.stderr
     *_, modules, end = done.stderr.splitlines()
-    assert {"torch", "llama_index", "pymilvus"} <= set(loaded := modules.split())
+    assert {"llama_index", "pymilvus"} <= set(loaded := modules.split())
     assert {"transformers", "huggingface_hub", "httpx", "sympy"}.isdisjoint(loaded)
+    alone = os.cpu_count() == 1 or not hasattr(os, "fork")
+    assert ("torch" in loaded) == alone  # else in a process of its own, at the same time
     assert end == "the end"
