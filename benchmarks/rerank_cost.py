@@ -4,7 +4,7 @@
     python benchmarks/rerank_cost.py --size small        # the same paths in a minute
     python benchmarks/rerank_cost.py --flows "single pass" --json cost.json
     python benchmarks/rerank_cost.py --layers 2 4 --rounds 5     # full width; the time of all 32 layers follows
-    python benchmarks/rerank_cost.py --flows likelihood --crops 1     # as before the default became 0
+    python benchmarks/rerank_cost.py --flows likelihood --crops 0     # images whole, without their crop
 
 `--layers` runs the model twice, with so many of the 32 layers of its language model and of the 24 of its vision tower,
 and computes the seconds of each stage and the memory for all of them: both are linear in the number of layers.
@@ -19,7 +19,7 @@ no sentences  the same with caption=False, reasons="none"
 generated     mode "sheet", ranking "generated": the same beginning, one sheet at 4 crops, list under constraint, reason
 single pass   mode "sheet" with caption=False, reasons="none": wanted description, the order from the sheet's first slot
 
-In all but the published one, the query image and candidates are seen whole (`--crops` 0, the default of the reranker).
+In all but the published one, the query image and candidates have `--crops` crops; 1 is the default of the reranker.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def image(width: int, height: int, seed: int) -> Image.Image:
 class Bench:
     """The five flows over one query image, one sheet of nine candidates, and the nine images themselves."""
 
-    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int, crops: int = 0) -> None:
+    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int, crops: int = 1) -> None:
         self.model, self.config, self.steps, self.crops = model, config, steps, crops
         self.query, self.sheet = image(300, 300, 0), image(1200, 900, 1)
         self.candidates = [image(300, 300, 2 + i) for i in range(CANDIDATES)]
@@ -295,7 +295,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs=2, help="two numbers of layers, from which all are computed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--flows", nargs="+", choices=list(FLOWS), default=list(FLOWS))
-    parser.add_argument("--crops", type=int, default=0, help="of the query image and of separate candidates")
+    parser.add_argument("--crops", type=int, default=1, help="of the query image and of separate candidates")
     parser.add_argument("--steps", type=int, default=8, help="words of each text written by the clock")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")

@@ -41,7 +41,7 @@ class FromScratch:
 
     def __init__(self, nodes: Sequence[NodeWithScore], bundle: QueryBundle) -> None:
         self.model, self.processor = plain_model(), copy.copy(small_processor())
-        self.processor.num_crops = 0
+        self.processor.num_crops = 1
         self.images = [load_image(node.node.image_path) for node in nodes]  # type: ignore[attr-defined]
         self.query = load_image(bundle.image_path or "")
         ask = ASK_COMPOSED.format(query=bundle.query_str)
@@ -59,7 +59,7 @@ class FromScratch:
     def slot(self, image: Image.Image) -> Slot:
         return Slot(self.processor.image_tokens(*image.size))
 
-    def features(self, images: Sequence[Image.Image], num_crops: int = 0) -> list[Tensor]:
+    def features(self, images: Sequence[Image.Image], num_crops: int = 1) -> list[Tensor]:
         processor = copy.copy(self.processor)
         processor.num_crops = num_crops
         found = processor.image_inputs(images)
