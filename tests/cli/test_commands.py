@@ -228,7 +228,7 @@ def test_a_second_index_embeds_nothing(capfd, images, db):
 def test_a_mistake_is_one_line_that_names_it(capfd, tmp_path, monkeypatch, arguments, says):
     """Our choice: errors are one line and exit code 2; a hub out of reach names a local path or `tiny`."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     code, _, err = run(capfd, *arguments)
     assert code == 2
