@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from mm_retriever.demo.catalogue import HELD_OUT, PATTERNS, Looks, draw_product, draw_theme
 
@@ -117,10 +118,11 @@ class Drawn:
 
     Args:
         folder: made if it is not there.
+        on_its_side: turned by a quarter, as by a camera that lies on its side.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, on_its_side: bool = False) -> None:
+        self.folder, self.on_its_side = folder, on_its_side
         folder.mkdir(parents=True, exist_ok=True)
 
     def images(self, looks: Sequence[Looks], seed: int) -> list[Path]:
@@ -136,6 +138,8 @@ class Drawn:
                 if kind is None
                 else draw_product(kind, pattern, colour, seeds[place], SIZE)
             )
+            if self.on_its_side:
+                drawn = drawn.transpose(Image.Transpose.ROTATE_90)
             drawn.save(paths[place], quality=92)
 
         missing = [place for place, path in enumerate(paths) if not path.exists()]

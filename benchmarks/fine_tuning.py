@@ -8,13 +8,12 @@ Every part has wordings and images of its own. "test" and "choose" ask for kinds
 trained on, half of these each; their queries rank 500 products and the query images of each other, their own removed.
 Weights and recipes are chosen on "choose" alone. Intervals are 95% bootstrap intervals over wanted products.
 
-Fine-tuning: customers who also say what their image shows mislead the bundled model (`customer_words.py`). It is
-trained on 2,000 such queries. The control is trained, and its weights are chosen, on the same queries with their
-targets shuffled. No gain has been shown, and the test has not been looked at. On "choose", with 300 queries that rank
-1,147 images, Hit@1 went from .530 to .563 by about this recipe without early stopping, and to .593 at three quarters of
-the way to these weights. But figures fall before they rise, and early stopping ends trainings there: at a rate of .001,
-with more wordings, the MRR of 240 queries went from .743 to .618 and back to .687 when it was ended after 48 of 124
-steps, and the weights that were kept gained .021 (-.001 to .043).
+Fine-tuning: the camera of a shop lies on its side, so that its images are turned by a quarter, and its customers also
+say what their image shows (`customer_words.py`); the bundled model knows neither. It is trained on 2,000 such queries.
+The control is trained, and its weights are chosen, on the same queries with their targets shuffled. On "choose", Hit@1
+goes from .117 to .190, after it fell at first. On 600 test queries it is .155 (.121 to .190) before and .242 (.203 to
+.288) after: a difference of .087 (.042 to .136). Shuffled targets: .098 (.071 to
+.128), and 108 steps of 186 took 405 s on one thread of a busy machine.
 
 The teacher is the bundled reranker; the first stage is the bundled embedder with noise in its weights. No target is
 trained on: the reranker judges what the weakened model finds for wordings that both know. On 240 test queries, Hit@1 is
@@ -55,7 +54,7 @@ TOP_K = 9
 NOISE = 0.9  # in the weights of the first stage that is taught, as a share of their deviation
 BLOCKS = {"train": 800, "choose": 805, "test": 810, "taught": 815, "taught-choose": 820, "taught-test": 825}
 # about the rates at which the bundled model was trained: 4e-4 and 1.2e-3; tried on "choose" alone
-RECIPE = Recipe(epochs=3, batch_size=32, negatives=1, learning_rate=5e-4, freeze="image")
+RECIPE = Recipe(epochs=3, batch_size=32, negatives=1, learning_rate=5e-4)
 TAUGHT = Recipe(epochs=2, batch_size=32, learning_rate=5e-4)
 
 
@@ -89,7 +88,7 @@ class Bench:
     def training(self, part: str, count: int, *, shuffled: bool = False) -> Path:
         """Queries for pairs that the bundled model saw, each with an image of its own."""
         asked = self._asked(part, count, _SEEN, HELD_OUT)
-        drawn = Drawn(self.folder / part)
+        drawn = Drawn(self.folder / part, on_its_side=part in CUSTOMERS)
         images = drawn.images([one.source for one in asked], BLOCKS[part] * SEED_BLOCK)
         wanted = list(dict.fromkeys(one.wanted for one in asked))
         right = dict(zip(wanted, drawn.images(wanted, (BLOCKS[part] + 1) * SEED_BLOCK), strict=True))
@@ -104,7 +103,7 @@ class Bench:
         rng = np.random.default_rng([9, BLOCKS[part]])
         products = [*_looks(pairs), *(seen[place] for place in rng.permutation(len(seen)))][: self.sizes.products]
         sources = list(dict.fromkeys(one.source for one in asked))
-        drawn = Drawn(self.folder / part)
+        drawn = Drawn(self.folder / part, on_its_side=part in CUSTOMERS)
         shown = dict(zip(products, drawn.images(products, (BLOCKS[part] + 1) * SEED_BLOCK), strict=True))
         photos = dict(zip(sources, drawn.images(sources, BLOCKS[part] * SEED_BLOCK), strict=True))
         targets = [[known[one.wanted] for known in (shown, photos) if one.wanted in known] for one in asked]
