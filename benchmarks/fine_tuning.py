@@ -12,8 +12,8 @@ Fine-tuning: the camera of a shop lies on its side, so that its images are turne
 say what their image shows (`customer_words.py`); the bundled model knows neither. It is trained on 2,000 such queries.
 The control is trained, and its weights are chosen, on the same queries with their targets shuffled. On "choose", Hit@1
 goes from .117 to .190, after it fell at first. On 600 test queries it is .155 (.121 to .190) before and .242 (.203 to
-.288) after: a difference of .087 (.042 to .136). Shuffled targets: .098 (.071 to
-.128), and 108 steps of 186 took 405 s on one thread of a busy machine.
+.288) after: a difference of .087 (.042 to .136). With shuffled targets it is .098 (.071 to .128); 108 of the 186 steps
+took 405 s there, on one thread of a busy machine.
 
 The teacher is the bundled reranker; the first stage is the bundled embedder with noise in its weights. No target is
 trained on: the reranker judges what the weakened model finds for wordings that both know. On 240 test queries, Hit@1 is

@@ -182,6 +182,7 @@ class MissingExtraError(MMRetrieverError, ImportError):
     @classmethod
     def of(cls, error: ImportError, package: str, extra: str) -> MissingExtraError:
         """Say whether a package is not there, or is there and does not load, as beside a newer one it does not know."""
-        is_missing = isinstance(error, ModuleNotFoundError) and error.name in (package, package.replace("-", "_"))
+        named = (error.name or "").replace("_", "-").replace(".", "-")
+        is_missing = isinstance(error, ModuleNotFoundError) and named == package
         state = "is not installed" if is_missing else f"does not load ({error})"
         return cls(f'{package} {state}: pip install "mm-retriever[{extra}]"')

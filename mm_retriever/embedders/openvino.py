@@ -137,7 +137,8 @@ def _openvino() -> Any:
             warnings.simplefilter("ignore")
             import openvino
     except ImportError as error:
-        raise MissingExtraError.of(error, "openvino", "openvino") from error
+        missing = MissingExtraError.of(error, "openvino", "openvino")
+        raise MissingExtraError(f"{missing}, or take backend torch") from error
     return openvino
 
 

@@ -158,9 +158,7 @@ def openai_like(
 
         from mm_retriever.servers.bounded_http import bounded_client
     except ImportError as error:
-        raise MissingExtraError(
-            'a base_url needs llama-index-llms-openai-like; install it with: pip install "mm-retriever[remote]"'
-        ) from error
+        raise MissingExtraError.of(error, "llama-index-llms-openai-like", "remote") from error
     connections = bounded_client(timeout_s)
     connections.event_hooks["response"].append(refuse_errors)
     llm: LLM = OpenAILike(
