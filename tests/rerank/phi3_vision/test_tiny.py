@@ -198,3 +198,5 @@ def test_reranking_finds_more_of_what_was_never_seen(tmp_path):
     total = rerank_quality.gain("all", bench.judged(queries), weight=0.3)  # that of the model card
     assert total.queries >= 150
     assert total.fused >= min(0.94, total.retrieval + 0.05)
+    captions = rerank_quality.caption_figures(bench, rerank_quality.CAPTIONED_SEEDS[:1])
+    assert captions["held-out products"][1] >= 0.85
