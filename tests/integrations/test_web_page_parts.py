@@ -166,12 +166,13 @@ def test_the_best_are_ranked_when_somebody_asks_for_it(visit, site):
 
 
 def test_a_ranking_is_stopped_and_the_order_stays(visit, site):
-    site.reranker.released.clear()
-    site.reranker.ended.clear()
+    for event in (site.reranker.released, site.reranker.began, site.reranker.ended):
+        event.clear()
     page = found(visit, "q=umbrella")
     before = ids(page)
     page.locator("#rerank").click()
     expect(page.locator("#rank-stop")).to_be_focused()
+    assert site.reranker.began.wait(60), "a request stopped before it is sent never reaches the model"
     page.locator("#rank-stop").click()
     expect(page.locator("#status")).to_have_text("Stopped. The order stays as it was.")
     assert site.reranker.ended.wait(60), "the model stops too, though nobody released it"

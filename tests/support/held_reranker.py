@@ -15,6 +15,7 @@ class HeldRerank(Reranker):
     fails: bool = False
 
     _released: threading.Event = PrivateAttr(default_factory=threading.Event)
+    _began: threading.Event = PrivateAttr(default_factory=threading.Event)
     _ended: threading.Event = PrivateAttr(default_factory=threading.Event)
 
     @property
@@ -23,12 +24,18 @@ class HeldRerank(Reranker):
         return self._released
 
     @property
+    def began(self) -> threading.Event:
+        """Set when a ranking is at work."""
+        return self._began
+
+    @property
     def ended(self) -> threading.Event:
         """Set after each ranking."""
         return self._ended
 
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         meter.passes += 1
+        self._began.set()
         try:
             while not self._released.wait(0.01) and not meter.out_of_time():
                 pass
