@@ -318,14 +318,15 @@ def _decoded(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str, least
     if header.format == "PNG":
         data, profile = clean_png(data)
     with ExitStack() as memory:
-        memory.enter_context(DECODING.hold(_memory(header.format, header.size or (0, 0))))
+        if header.format != "JPEG":  # whose reader decodes nothing before it knows at what size
+            memory.enter_context(DECODING.hold(_memory(header.format, header.size or (0, 0))))
         for ending in (b"", JPEG_END):
             # the reader itself: Image.open would try every format, and warn of large images before we can look
             with closing(reader(io.BytesIO(data + ending), "")) as image:  # its pixels go before those of the result
-                memory.enter_context(DECODING.hold(_memory(header.format, image.size)))
                 if reduced or (least_side and header.reducible):
                     width, height = (side // 2 if reduced else side for side in image.size)
                     image.draft(None, (min(width, least_side or width), min(height, least_side or height)))
+                memory.enter_context(DECODING.hold(_memory(header.format, image.size)))
                 _check_size(image.size, policy)
                 frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
                 if frames > policy.max_frames:
@@ -342,7 +343,7 @@ def _decoded(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str, least
                     continue
                 if ending:
                     _accept_missing(image, name)
-                pixels = normalised(image, rawmode=rawmode, keep_mode=keep_mode)
+                pixels = normalised(image, rawmode=rawmode, keep_mode=keep_mode, is_ours=True)
             break
         yield pixels
 
