@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import reprlib
 import unicodedata
+from importlib.util import find_spec
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -178,6 +179,12 @@ class StoreUnavailableError(StoreError, ConnectionError):
 
 class MissingExtraError(MMRetrieverError, ImportError):
     """An optional dependency is not installed; the message has the exact ``pip install``."""
+
+    @classmethod
+    def check(cls, module: str, extra: str) -> None:
+        """Refuse to begin work that a top-level module is missing for; loads nothing."""
+        if find_spec(module) is None:
+            raise cls.of(ModuleNotFoundError(name=module), module.replace("_", "-"), extra)
 
     @classmethod
     def of(cls, error: ImportError, package: str, extra: str) -> MissingExtraError:

@@ -183,11 +183,15 @@ def print_skipped(images: Sequence[SkippedImage], *, rest: str) -> None:
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Names and what they are, in two columns."""
+    """Names and what they are, in two columns; a line ends with its last word."""
     table = Table(show_header=False, box=None)
     for name, fact in facts.items():
         table.add_row(_words(name), _words(fact))
-    screen().print(table)
+    console = screen()
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        typer.echo(line.rstrip())
 
 
 def download_archive(target: Path) -> Path:

@@ -75,7 +75,7 @@ def embed_to_shards_on_ray(
     try:
         import ray.data  # noqa: F401 - a missing package is named before anything is done
     except ImportError as error:
-        raise MissingExtraError(f'Ray Data is not installed: pip install "mm-retriever[ray]" ({error})') from error
+        raise MissingExtraError.of(error, "ray", "ray") from error
     if device is not None:
         embed_model = _on_device(embed_model, device)
     if gpus_per_worker is None:

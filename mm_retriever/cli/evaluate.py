@@ -182,18 +182,11 @@ def _check(
             f"{parts[0].name}: its answers are not published; --submit FOLDER writes what their server takes"
         )
     if parts[0].labelled:
-        _check_measures()
+        MissingExtraError.check("ir_measures", "evaluate")
     if weights:
         check_halves(parts)
     for name in names:
         check_embedder(name)
-
-
-def _check_measures() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("ir_measures") is None:
-        raise MissingExtraError('measures need ir-measures: pip install "mm-retriever[evaluate]"')
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -356,7 +349,7 @@ def _health_of(place: Path, *, split: str | None, images: Path | None) -> Callab
 
     if is_evaluation(place) or split is not None or images is not None:
         parts = read_evaluation(place, split=split, images=images)
-        _check_measures()
+        MissingExtraError.check("ir_measures", "evaluate")
         return lambda model, progress: {part.name: set_health(model, part, show_progress=progress) for part in parts}
     paths = _images(place)
     return lambda model, progress: {str(place): folder_health(model, paths, show_progress=progress)}

@@ -44,7 +44,7 @@ class ParquetRows:
             from pymilvus.bulk_writer.buffer import Buffer
             from pymilvus.bulk_writer.constants import BulkFileType
         except ImportError as error:
-            raise _missing(error) from error
+            raise MissingExtraError.of(error, "pymilvus[bulk-writer]", "bulk") from error
         _parquet()  # a missing package is reported before anything is embedded
         self._dimension = dimension
         self._words = new_word_index(hybrid)
@@ -162,9 +162,5 @@ def _parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise _missing(error) from error
+        raise MissingExtraError.of(error, "pymilvus[bulk-writer]", "bulk") from error
     return pyarrow.parquet
-
-
-def _missing(error: ImportError) -> MissingExtraError:
-    return MissingExtraError(f'Parquet files for Milvus need more packages: pip install "mm-retriever[bulk]" ({error})')

@@ -117,7 +117,15 @@ def _train(
     kept = int(trainer.state.best_global_step or 0)
     embedder.network.train(False)
     weights = [parameter.data for parameter in trained(embedder.network).values()]
-    share = best_share(weights, start, worth, lambda: vectors.evaluate(examples.held_out)[1])
+    tried: list[Evaluation] = []
+
+    def worth_now() -> float:
+        evaluation, worth = vectors.evaluate(examples.held_out)
+        tried.append(evaluation)
+        return worth
+
+    share = best_share(weights, start, worth, worth_now)
+    after = tried[SHARES.index(share)] if share else before
     if share:
         say(f"kept: the weights after step {kept}, {share:.0%} of the way from those before")
     else:
@@ -125,7 +133,6 @@ def _train(
         say("no step made it better on the held-out queries: the model stays as it was")
     if adapters is not None:
         adapters.merge_and_unload()
-    after, _ = vectors.evaluate(examples.held_out)
     say(f"after: {_figures(after)}")
     steps = trainer.state.global_step
     result = Training(folder, before, after, history(trainer), examples.counts, steps, kept, share)
@@ -213,11 +220,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_extra() -> None:
-    from importlib.util import find_spec
-
     for name in ("accelerate", "datasets", "ir_measures", "peft", "sentence_transformers"):
-        if find_spec(name) is None:
-            raise MissingExtraError(f'{name} is not installed: pip install "mm-retriever[train]"')
+        MissingExtraError.check(name, "train")
 
 
 def _check_settings(folder: Path, settings: list[Any]) -> None:

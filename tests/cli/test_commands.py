@@ -292,6 +292,7 @@ def test_info_names_versions_and_what_a_store_holds(capfd, db):
     assert code == 0
     assert "torch" in out
     assert "mm_retriever" in out
+    assert not [line for line in out.splitlines() if line.endswith(" ")]  # piped, a blank is read by a program
     (columns,) = [line for line in out.splitlines() if "columns mm_retriever" in line]  # what a filter may name
     code, out, _ = run(capfd, "info", "--db", db, "--json", "--verify")
     told = json.loads(out)

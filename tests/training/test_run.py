@@ -22,6 +22,7 @@ from mm_retriever.errors import QueryError
 from mm_retriever.training import Recipe, Training, train
 from mm_retriever.training.examples import read_examples
 from mm_retriever.training.run import CHECKPOINTS, best_share
+from mm_retriever.training.vectors import Vectors
 from tests.support.colour_scorer import load as load_colour_scorer
 from tests.support.training_data import coloured, write_model, write_queries
 from tests.support.warm import warm_run
@@ -62,6 +63,13 @@ def test_a_trained_model_is_a_folder_with_a_space_of_its_own(model: Path, traini
     assert load_embedder(training.folder, device="cpu").space != load_embedder(model, device="cpu").space
     assert not [path for path in training.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
     assert not (training.folder / CHECKPOINTS).exists()
+
+
+def test_the_figures_after_training_are_those_of_the_model_that_is_written(queries: Path, training: Training) -> None:
+    """They were measured before it was written, while the best weights were chosen."""
+    examples = read_examples(queries, share=RECIPE.held_out, seed=RECIPE.seed)
+    written = Vectors(load_embedder(training.folder, device="cpu")).evaluate(examples.held_out)[0]
+    assert written.figures == training.after.figures
 
 
 def test_the_card_and_the_file_of_figures_say_what_was_done(training: Training) -> None:
