@@ -137,7 +137,7 @@ def environment() -> str:
 
 def models() -> str:
     """Return what `mm-retriever models --json` knows, as tables."""
-    from mm_retriever.cli.model_table import model_rows
+    from mm_retriever.cli.models import model_rows
 
     parts = [
         "# Models",

@@ -21,7 +21,6 @@ from llama_index.core.tools.utils import create_schema_from_function
 from pydantic import PrivateAttr
 
 from mm_retriever.errors import MMRetrieverError, QueryError, one_line
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource
 from mm_retriever.search_tools import (
     ChangeArgument,
@@ -36,6 +35,7 @@ from mm_retriever.search_tools import (
     TextArgument,
     TopKArgument,
 )
+from mm_retriever.threads import ForkLock
 
 logger = logging.getLogger(__name__)
 

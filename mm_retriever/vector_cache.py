@@ -25,7 +25,7 @@ from cachetools import LRUCache
 from numpy.typing import ArrayLike, NDArray
 
 from mm_retriever.errors import VectorCacheError
-from mm_retriever.forks import ForkLock
+from mm_retriever.threads import ForkLock
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from mm_retriever.errors import CheckpointError
-from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.threads import ForkLock, check_forked
 from mm_retriever.vector_cache import VectorCache
 from tests.support.processes import ROOT, free_port
 

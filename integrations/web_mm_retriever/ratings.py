@@ -20,10 +20,10 @@ from starlette.responses import Response
 
 from mm_retriever.errors import QueryError, one_line
 from mm_retriever.files import write_atomically
-from mm_retriever.forks import ForkLock
 from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import own_value
 from mm_retriever.search_tools import ImageSearch
+from mm_retriever.threads import ForkLock
 from web_mm_retriever import models
 from web_mm_retriever.admission import OWNER
 from web_mm_retriever.endpoints import Endpoint, as_json, in_thread, problem, read_body

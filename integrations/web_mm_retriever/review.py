@@ -20,8 +20,8 @@ from starlette.responses import Response
 
 from mm_retriever.errors import QueryError, one_line
 from mm_retriever.files import write_atomically
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import image_thumbnail
+from mm_retriever.threads import ForkLock
 from web_mm_retriever import models
 from web_mm_retriever.endpoints import Endpoint, as_json, in_thread, read_body
 

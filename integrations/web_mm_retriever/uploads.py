@@ -10,8 +10,8 @@ import secrets
 from cachetools import LRUCache
 
 from mm_retriever.errors import QueryError
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import ImagePolicy, media_type, opened_image, sniff_format
+from mm_retriever.threads import ForkLock
 
 MAX_BYTES = 256 * 2**20
 PREFIX = "upload:"

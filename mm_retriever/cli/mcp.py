@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_retriever.cli import held_model, options
+from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
 if TYPE_CHECKING:
@@ -101,9 +101,7 @@ def mcp(
     if vision_model is not None:
         check_reranker(vision_model, base_url=server.get("base_url"))
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol
-        wanted = held_model.model_to_load(
-            model, dtype, backend, url=model_url, db=db, collection=collection, token=token
-        )
+        wanted = options.model_to_load(model, dtype, backend, url=model_url, db=db, collection=collection, token=token)
         embedding = options.embed_model(
             **wanted._asdict(),
             device=device,

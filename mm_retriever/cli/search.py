@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_retriever.cli import held_model, options
+from mm_retriever.cli import options
 from mm_retriever.errors import QueryError, one_line
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def search(
             check_rows(stored, query)  # what cannot be answered, before a model is loaded
             carried, opened = _opened(images)
             query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
-            wanted = held_model.model_to_load(
+            wanted = options.model_to_load(
                 model, dtype, backend, url=model_url, db=db, collection=collection, token=token
             )
             if reranks:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mm_retriever.cli import held_model, options
+from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
 
@@ -86,7 +86,7 @@ def serve(
     open_stored(db, collection=collection, token=token).close()  # before a model is looked for
     if rerank is not None:
         check_reranker(rerank, base_url=server.get("base_url"))
-    wanted = held_model.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)
+    wanted = options.model_to_load(model, dtype, backend, url=None, db=db, collection=collection, token=token)
     listener = listen_on(host, port)
     with waiting_page(listener, Access(host, http_token), wanted.name) as tell, watched(tell):
         check_embedder(wanted.name, revision=revision)  # downloads what is not here

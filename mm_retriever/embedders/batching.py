@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.embedders.embedder import Content, Embedder
-from mm_retriever.forks import ForkLock
+from mm_retriever.threads import ForkLock
 
 MOST_CONTENTS = 64
 """In one pass; the model itself splits what does not fit into memory."""

@@ -14,7 +14,7 @@ from typing import Any
 from mm_retriever.checkpoint import fingerprint, hub_files
 from mm_retriever.devices import default_device
 from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError, one_line
-from mm_retriever.forks import ForkLock
+from mm_retriever.threads import ForkLock
 
 DEFAULT_MODEL = "BAAI/bge-m3"
 _HEAD = "sparse_linear.pt"

@@ -32,7 +32,7 @@ from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import copy_tokenizer, write_folder
 from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.errors import CheckpointError, reason_of, shown
-from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.threads import ForkLock, check_forked
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
 logger = logging.getLogger(__name__)

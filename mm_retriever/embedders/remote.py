@@ -24,8 +24,8 @@ from PIL import Image
 
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.errors import ModelServerError, QueryError, one_line, shown
-from mm_retriever.forks import ForkLock
 from mm_retriever.servers.json_server import JSONServer
+from mm_retriever.threads import ForkLock
 
 MAX_PIXELS = 1280 * 1440
 """As many as Qwen3-VL-Embedding looks at; larger images are shrunk before they are sent."""

@@ -18,8 +18,8 @@ from PIL import Image
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.sentence_files import MAX_PIXELS, plain_text
 from mm_retriever.errors import QueryError
-from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.images.square import LONGEST
+from mm_retriever.threads import ForkLock, check_forked
 from mm_retriever.tokenizer import valid_unicode
 
 if TYPE_CHECKING:

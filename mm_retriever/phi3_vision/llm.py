@@ -39,7 +39,6 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 from transformers import SuppressTokensLogitsProcessor
 
 from mm_retriever.errors import PromptError
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import ImagePolicy, ImageSource, load_image
 from mm_retriever.phi3_vision.config import DEFAULT_MODEL
 from mm_retriever.phi3_vision.decoding import Sampler, TextStream
@@ -47,7 +46,7 @@ from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Message, Phi3VisionProcessor, Slot
 from mm_retriever.rebuild import Name, Rebuilt, field_arguments, loaded_model_error, portable_name, wrong_options
-from mm_retriever.threads import in_thread
+from mm_retriever.threads import ForkLock, in_thread
 
 _ROLES = {
     MessageRole.SYSTEM: "system",

@@ -17,11 +17,11 @@ from llama_index.core.schema import MetadataMode
 from PIL import Image
 
 from mm_retriever.errors import CheckpointError, QueryError
-from mm_retriever.forks import ForkLock, check_forked
 from mm_retriever.rebuild import Name, field_arguments, portable_name
 from mm_retriever.rerank.published import CROSS_ENCODER
 from mm_retriever.rerank.reranker import NO_TIME, Reranker, ScorerRerank
 from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking
+from mm_retriever.threads import ForkLock, check_forked
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean, pstdev
@@ -28,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mm_retriever.errors import ImageLoadError, one_line
 from mm_retriever.images import ImagePolicy, ImageSource, first_readable, opened_image
 from mm_retriever.request import node_images
+from mm_retriever.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,6 @@ METADATA_KEYS = (
 LONGEST_SIDE = 1344  # pixels that Phi-3 Vision sees at most (four crops): fifty large photographs must fit in memory
 LONGEST_TEXT = 600  # characters of a text node that are shown
 _CARD = 300  # pixels
-_READERS = min(4, os.cpu_count() or 1)  # threads that decode images; the decoders release the GIL
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,7 @@ def read_candidates(
             raise TimeoutError
         return _read(node, replace(policy, url_timeout=min(policy.url_timeout, seconds)))
 
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="read-image") as readers:
-        return list(readers.map(read, nodes))
+    return in_threads(read, nodes)
 
 
 def ranked_nodes(candidates: Sequence[Candidate], ranking: Ranking, top_n: int) -> list[NodeWithScore]:

@@ -20,9 +20,18 @@ from mm_retriever.errors import CopyError, QueryError, RerankError
 from mm_retriever.images import encode_thumbnail
 from mm_retriever.images.sheet import contact_sheet
 from mm_retriever.rebuild import Secret, check_whole, field_arguments
-from mm_retriever.rerank import single_pass
 from mm_retriever.rerank.answers import Answer, named_labels, read_answer, reasons_by_label
-from mm_retriever.rerank.llm_requests import Requests, UnrankedError, check_ending, openai_like
+from mm_retriever.rerank.llm_requests import (
+    MOST_NUMBERED,
+    Requests,
+    UnrankedError,
+    check_ending,
+    logprobs_problem,
+    number_ids,
+    number_logprobs,
+    openai_like,
+    token_options,
+)
 from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking, rank_scores, windows
 
@@ -124,8 +133,8 @@ class VisionLLMRerank(Reranker):
         if llm is None and not (base_url and model):
             raise QueryError(f"base_url={base_url!r}, model={model!r}: give both")
         super().__init__(**options | {"model_name": model if llm is None else str(llm.metadata.model_name)})
-        if self.single_pass and self.window > single_pass.MOST:
-            raise QueryError(f"window={self.window}: single_pass ranks {single_pass.MOST} at a time at most")
+        if self.single_pass and self.window > MOST_NUMBERED:
+            raise QueryError(f"window={self.window}: single_pass ranks {MOST_NUMBERED} at a time at most")
         if llm is None and base_url and model:
             llm, connections = openai_like(
                 base_url, model, api_key, timeout_s=self.timeout_s, max_tokens=self.max_tokens
@@ -260,7 +269,7 @@ class VisionLLMRerank(Reranker):
             server = self._server or {}
             base_url, model, key = (server.get(name) for name in ("base_url", "model", "api_key"))
             timing: dict[str, Any] = {"timeout_s": self.timeout_s, "left": meter.left}
-            known = single_pass.number_ids(base_url, model, key, **timing) if base_url and model else ()
+            known = number_ids(base_url, model, key, **timing) if base_url and model else ()
             self._number_ids = known
         return self._number_ids
 
@@ -353,9 +362,9 @@ class _Windows:
                 ids = reranker._number_ids or (reranker._first_token_ids(self._meter) if ask_ids else ())
                 if ask_ids and not ids:
                     break  # this server has no more to say
-                response = self._requests.first_token(messages, single_pass.options(ids[: len(items)]))
-                found = {} if response is None else single_pass.number_logprobs(response.raw, len(items))
-                problem = single_pass.problem(found, len(items))
+                response = self._requests.first_token(messages, token_options(ids[: len(items)]))
+                found = {} if response is None else number_logprobs(response.raw, len(items))
+                problem = logprobs_problem(found, len(items))
                 if not problem:
                     return {items[number - 1]: logprob for number, logprob in found.items()}
                 if response is None or ids:

@@ -14,9 +14,9 @@ from typing import Any
 from cachetools import FIFOCache
 
 from mm_retriever.errors import QueryError
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, lossless_bytes, opened_image
 from mm_retriever.search_tools.arguments import read_result_number
+from mm_retriever.threads import ForkLock
 
 MAX_ATTACHMENTS = 64
 MAX_ATTACHED_BYTES = 256 * 2**20

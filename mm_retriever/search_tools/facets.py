@@ -15,11 +15,11 @@ from cachetools import LRUCache
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from mm_retriever.errors import one_line
-from mm_retriever.forks import ForkLock
 from mm_retriever.own_keys import OWN_KEYS
 from mm_retriever.search_tools.results import shown_keys
 from mm_retriever.store import ImageStore, filter_expression
 from mm_retriever.store.schema import CONTENT_FIELD
+from mm_retriever.threads import ForkLock
 
 MOST_ROWS = 20_000
 MOST_VALUES = 20

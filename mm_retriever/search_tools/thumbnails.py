@@ -14,11 +14,11 @@ from pathlib import Path
 from llama_index.core.schema import BaseNode
 
 from mm_retriever.files import write_atomically
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import ImagePolicy, image_thumbnail
 from mm_retriever.own_keys import own_value
 from mm_retriever.request import node_images
 from mm_retriever.search_tools.named_image import NamedImage
+from mm_retriever.threads import ForkLock
 
 logger = logging.getLogger(__name__)
 

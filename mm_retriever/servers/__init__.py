@@ -1,7 +1,6 @@
 """Servers of models that somebody runs elsewhere: bounded HTTP, repeated requests, what failed and what to do about it.
 
-- `bounded_http.py`: what one answer may cost.
-- `failures.py`: errors of any client in plain words, which of them pass, and when to ask again.
+- `failures.py`: what one answer may cost; errors of any client in plain words; which of them pass, when to ask again.
 - `json_server.py`: JSON in, JSON out.
 
 Knows nothing of embedding, reranking and prompts.

@@ -14,18 +14,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mm_retriever.errors import CopyError, ModelServerError, QueryError, one_line, shown
-from mm_retriever.forks import ForkLock
-from mm_retriever.servers.bounded_http import ANSWER_BYTES, MAX_ANSWER_BYTES, bounded_client
 from mm_retriever.servers.failures import (
+    ANSWER_BYTES,
+    MAX_ANSWER_BYTES,
     ServerError,
     advice,
+    bounded_client,
     explained,
     is_passing,
     is_transient,
     refuse_error_body,
     retrying,
 )
-from mm_retriever.threads import within
+from mm_retriever.threads import ForkLock, within
 
 _LONGEST_REQUEST_S = 3600.0
 

@@ -7,7 +7,7 @@ of image files. Its files, from LlamaIndex down to Milvus:
   with vectors of their text. `queries.py`: the queries it takes.
 - `conditions.py`: conditions as people and language models write them. `columns.py`: conditions that no row can meet.
 - `bulk_import.py`, `parquet.py`: rows in files that a server imports by itself, each exactly once.
-- `inspection.py`: what a store holds, and whether that is what was stored. `recall.py`: how much its index finds.
+- `inspection.py`: what a store holds, whether that is what was stored, and how much its index finds.
 - `indexes.py`: which index a collection gets.
 - `collection.py`, `schema.py`: one collection, its columns, and the model whose vectors it holds. `words.py`: its
   full-text index.

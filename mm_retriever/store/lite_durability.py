@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote
 
 from mm_retriever.errors import StoreError
 from mm_retriever.files import flush, sync, write_atomically
-from mm_retriever.forks import ForkLock
+from mm_retriever.threads import ForkLock
 
 RECORDS = "mm_retriever"
 """Our folder in the folder of a collection."""

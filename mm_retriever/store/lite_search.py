@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_retriever.forks import ForkLock
+from mm_retriever.threads import ForkLock
 
 logger = logging.getLogger(__name__)
 

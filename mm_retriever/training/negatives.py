@@ -21,8 +21,7 @@ from mm_retriever.evaluation.datasets import LabelledQuery
 from mm_retriever.evaluation.runs import ranked_rows
 from mm_retriever.rerank.reranker import Reranker
 from mm_retriever.rerank.scorer import RERANK_MODEL_SCORE
-from mm_retriever.training.examples import images_of
-from mm_retriever.training.vectors import Vectors
+from mm_retriever.training.examples import Vectors, images_of
 
 MOST_OF_RIGHT = 0.95
 JUDGED = 8  # candidates of each query that the teacher judges

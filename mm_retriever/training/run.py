@@ -16,11 +16,9 @@ from mm_retriever.errors import MissingExtraError, QueryError
 from mm_retriever.evaluation.metrics import Evaluation
 from mm_retriever.files import write_atomically
 from mm_retriever.rerank.reranker import Reranker
-from mm_retriever.training.card import Training, write_card
-from mm_retriever.training.examples import Examples, read_examples
+from mm_retriever.training.card import SHARES, Recipe, Training, write_card
+from mm_retriever.training.examples import Examples, Vectors, read_examples
 from mm_retriever.training.negatives import JUDGED, Row, judged_rows, mined_rows
-from mm_retriever.training.recipe import SHARES, Recipe
-from mm_retriever.training.vectors import Vectors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,7 @@ import sys
 import pytest
 from typer.main import get_command
 
-from mm_retriever.cli import COMMANDS, app, command
-from mm_retriever.cli.group import refuse_slips
+from mm_retriever.cli import COMMANDS, app, command, refuse_slips
 from mm_retriever.errors import QueryError
 from tests.support.command_line import run
 

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from mm_retriever.checkpoint import ModelEntry
-from mm_retriever.cli import model_table
-from mm_retriever.cli.model_table import model_rows, print_models
+from mm_retriever.cli import models as model_table
+from mm_retriever.cli.models import model_rows, print_models
 from mm_retriever.embedders import registry
 from mm_retriever.rerank import published
 from mm_retriever.rerank.registry import published_rerankers

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mm_retriever.cli.sources import named_parts
+from mm_retriever.cli.indexing import named_parts
 from mm_retriever.errors import QueryError
 from mm_retriever.images.header import FORMATS
 from tests.support.command_line import run

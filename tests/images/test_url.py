@@ -669,7 +669,7 @@ KNOWN = {
     "mm_retriever/images/url.py": {"httpcore", "socket", "ssl"},
     "mm_retriever/demo/__init__.py": {"urllib.request"},  # one published archive, when someone asks for it
     "mm_retriever/bulk/ray_data.py": {"socket"},  # is there a Ray where RAY_ADDRESS says?
-    "mm_retriever/servers/bounded_http.py": {"httpx"},  # the server that the caller names
+    "mm_retriever/servers/failures.py": {"httpx"},  # the server that the caller names
     "mm_retriever/store/lite_wire.py": {"socket"},  # a Unix socket, for processes of the same user
     "mm_retriever/store/lite_server.py": {"socket"},  # the same
     "mm_retriever/running.py": {"http.client", "socket"},  # the user's own server of a file, or the one of --via

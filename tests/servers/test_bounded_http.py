@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mm_retriever.servers.bounded_http import MAX_ANSWER_BYTES, AnswerTooLargeError, bounded_client
+from mm_retriever.servers.failures import MAX_ANSWER_BYTES, AnswerTooLargeError, bounded_client
 
 
 @contextmanager

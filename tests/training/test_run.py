@@ -20,9 +20,8 @@ from mm_retriever import load_embedder
 from mm_retriever.embedders.embedder import Trainable
 from mm_retriever.errors import QueryError
 from mm_retriever.training import Recipe, Training, train
-from mm_retriever.training.examples import read_examples
+from mm_retriever.training.examples import Vectors, read_examples
 from mm_retriever.training.run import CHECKPOINTS, best_share
-from mm_retriever.training.vectors import Vectors
 from tests.support.colour_scorer import load as load_colour_scorer
 from tests.support.training_data import coloured, write_model, write_queries
 from tests.support.warm import warm_run

@@ -25,7 +25,7 @@ from mm_retriever.embedders.folder import write_folder
 from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.embedders.visualized_bge.network import Encodes
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, crop_square
-from mm_retriever.forks import ForkLock, check_forked
+from mm_retriever.threads import ForkLock, check_forked
 
 if TYPE_CHECKING:
     from mm_retriever.embedders.visualized_bge.model import VisualizedBGE

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor, SuppressTokensLogitsProcessor
 
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import pixel_digest
 from mm_retriever.phi3_vision.decoding import TOKENS_AT_ONCE, TextStream, ids_after, likelihoods
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
 from mm_retriever.rerank.scorer import Meter
+from mm_retriever.threads import ForkLock
 
 IMAGES_AT_ONCE = 8  # through the processor: bounds the memory of their pixels
 NO_REPEAT = 6  # tokens: longer runs do not come twice in one sentence

@@ -14,7 +14,6 @@ from cachetools import LRUCache
 from llama_index.core.prompts.mixin import PromptDictType
 from pydantic import PrivateAttr
 
-from mm_retriever.forks import ForkLock
 from mm_retriever.images import pixel_digest
 from mm_retriever.phi3_vision import prompts
 from mm_retriever.phi3_vision.config import DEFAULT_MODEL
@@ -25,6 +24,7 @@ from mm_retriever.rebuild import field_arguments, loaded_model_error, portable_n
 from mm_retriever.rerank.phi3_vision.dialogue import SharedModel
 from mm_retriever.rerank.phi3_vision.session import Options, RerankSession
 from mm_retriever.rerank.scorer import Candidate, Meter, Query, Ranking
+from mm_retriever.threads import ForkLock
 
 CAPTIONS_KEPT = 256
 
