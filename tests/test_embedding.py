@@ -32,7 +32,7 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
-from mm_retriever.embedders.passes import PASS_VALUES
+from mm_retriever.devices import PASS_VALUES
 from mm_retriever.embedders.registry import convert_model
 from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError

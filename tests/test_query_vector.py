@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mm_retriever.query_vector import avoiding, balanced, mean, rocchio
+from mm_retriever.refinement import avoiding, balanced, mean, rocchio
 
 X, Y, Z = np.eye(3, dtype=np.float32)
 

@@ -7,8 +7,7 @@ import pytest
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
-from mm_retriever.query_vector import rocchio
-from mm_retriever.refinement import Refinement, stored_vectors
+from mm_retriever.refinement import Refinement, rocchio, stored_vectors
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import ImageSearch
 from tests.support.drawn_store import draw_leopard, drawn_store

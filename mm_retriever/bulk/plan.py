@@ -24,8 +24,7 @@ from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import IngestError
 from mm_retriever.files import sync
-from mm_retriever.ingest.folder import Skip
-from mm_retriever.ingest.ignored import IgnoredCounts, IgnoredFiles
+from mm_retriever.ingest.folder import IgnoredCounts, IgnoredFiles, Skip
 from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar

@@ -21,7 +21,7 @@ from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan, make_plan, read_plan
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, IngestError, StoreMismatchError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
-from mm_retriever.ingest.ignored import IgnoredFiles
+from mm_retriever.ingest.folder import IgnoredFiles
 from mm_retriever.ingest.nodes import Layer, Task, current_stamp, image_node, write_each
 from mm_retriever.ingest.reading import ReadImage, read_ahead, read_image
 from mm_retriever.ingest.report import SkippedImage

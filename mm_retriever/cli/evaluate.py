@@ -169,7 +169,7 @@ def _check(
 ) -> None:
     from mm_retriever.embedders.registry import check_embedder
     from mm_retriever.evaluation.comparison import check_halves
-    from mm_retriever.evaluation.submissions import check_submission
+    from mm_retriever.evaluation.results import check_submission
 
     for prompt in prompts:
         parts[0].queries[0].asked(prompt)
@@ -239,10 +239,8 @@ def _runs(
 def _tell(
     runs: Sequence[Run], weights: Sequence[float], *, html: Path | None, submit: Path | None, as_json: bool
 ) -> None:
-    from mm_retriever.evaluation.page import write_evaluation
-    from mm_retriever.evaluation.results import results_of
-    from mm_retriever.evaluation.submissions import write_submissions
-    from mm_retriever.evaluation.tables import print_results
+    from mm_retriever.evaluation.results import results_of, write_submissions
+    from mm_retriever.evaluation.tables import print_results, write_evaluation
     from mm_retriever.terminal import print_json, screen
 
     results = results_of(runs, weights)
@@ -261,7 +259,7 @@ def _tell(
 
 
 def _images(folder: Path) -> list[Path]:
-    from mm_retriever.evaluation.datasets.own import images_below
+    from mm_retriever.evaluation.datasets.queries import images_below
 
     if not folder.is_dir():
         raise QueryError(f"{str(folder)!r} is no folder of images")

@@ -319,8 +319,7 @@ def _refuse_twice(folders: Sequence[Path], files: Sequence[Path]) -> None:
 
 def _refuse_imageless(folder: Path) -> None:
     """Say what a folder holds in which there is no image; the walk ends at the first one."""
-    from mm_retriever.ingest.folder import walk
-    from mm_retriever.ingest.ignored import IgnoredCounts
+    from mm_retriever.ingest.folder import IgnoredCounts, walk
 
     ignored = IgnoredCounts()
     unread: list[str] = []

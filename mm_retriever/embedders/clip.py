@@ -27,10 +27,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from mm_retriever.checkpoint import ModelFiles, load_strict, skeleton
 from mm_retriever.checkpoint import fingerprint as fingerprint_of
-from mm_retriever.devices import as_device, as_dtype, input_device
+from mm_retriever.devices import as_device, as_dtype, in_passes, input_device, passes
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import copy_tokenizer, write_folder
-from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.errors import CheckpointError, reason_of, shown
 from mm_retriever.threads import ForkLock, check_forked
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode

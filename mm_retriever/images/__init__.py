@@ -1,7 +1,7 @@
 """Images in: from any source that a caller may have to a safe, upright RGB image.
 
 - `source.py`, `url.py`: what may be read, and fetching.
-- `header.py`, `boxes.py`, `heif.py`, `avif.py`: the bytes before a decoder sees them.
+- `header.py`, `heif.py`: the bytes before a decoder sees them.
 - `memory.py`: how much all threads decode at once.
 - `pixels.py`: every kind of pixel as 8-bit RGB.
 - `loading.py`: `load_image`, which takes these steps; images as bytes, digests and thumbnails.

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mm_retriever.errors import ImageLoadError
-from mm_retriever.images.avif import avif_size
-from mm_retriever.images.heif import heif_size
+from mm_retriever.images.heif import avif_size, heif_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIC")
 

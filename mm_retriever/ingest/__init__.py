@@ -2,21 +2,19 @@
 
 One image goes through the files in this order:
 
-- `sources.py`, `folder.py`, `remote.py`, `stable_url.py`: what there is, and the id that it keeps.
-- `ignored.py`: what else a folder holds, counted by type.
-- `sidecar.py`, `sidecar_columns.py`, `sidecar_table.py`, `sidecar_match.py`: metadata from a file beside the images.
+- `sources.py`, `folder.py`, `remote.py`: what there is, and the id that it keeps; what else a folder holds, by type.
+- `sidecar.py`, `sidecar_columns.py`, `sidecar_match.py`: metadata from a file beside the images.
 - `reading.py`, `exif.py`: read and decoded ahead of the model, in flat memory.
 - `vectors.py`: embedded; what happens when the model fails.
 - `nodes.py`: the node that is stored, and what tells that it changed.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
-- `progress.py`: how far it is, and whether it goes on.
 - `known.py`: vectors that the store has already of the same file contents.
 - `removal.py`: which files are provably gone, and rows out of the store.
 - `reindexing.py`: the rows of a collection under another model.
-- `report.py`: what was done.
+- `report.py`: how far it is, whether it goes on, and what was done.
 """
 
-from mm_retriever.ingest.ignored import IgnoredFiles
+from mm_retriever.ingest.folder import IgnoredFiles
 from mm_retriever.ingest.pipeline import ingest_images
 from mm_retriever.ingest.reindexing import reindex
 from mm_retriever.ingest.removal import PruneReport, prune_images, remove_images

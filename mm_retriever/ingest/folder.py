@@ -1,4 +1,4 @@
-"""The images below a folder, in a fixed order; everything else in it is reported.
+"""The images below a folder, in a fixed order; everything else in it is counted by type, each with what can be done.
 
 Opens only files whose suffix says nothing, to see whether they begin like an image.
 """
@@ -6,14 +6,121 @@ Opens only files whose suffix says nothing, to see whether they begin like an im
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from mm_retriever.errors import IngestError
 from mm_retriever.images import is_image_path
-from mm_retriever.ingest.ignored import HIDDEN, LINKED, Ignore, not_counted, why_ignored
+from mm_retriever.images.header import sniff_format
+
+PATHS_LISTED = 1_000
+"""Of each type; all are counted."""
+
+HIDDEN = "hidden"
+LINKED = "linked folder"
+SPECIAL = "device, pipe or socket"
+_NO_SUFFIX = "no suffix"
+_LONGEST_SUFFIX = 12
+
+_TYPES = {
+    "a camera's raw file: export it as JPEG, TIFF or HEIC": (
+        "3fr arw cr2 cr3 crw dcr dng erf fff gpr iiq k25 kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw "
+        "x3f"
+    ),
+    "an image format that is not read: convert it to PNG or JPEG": (
+        "ai cdr cgm clip cur dcm dds djv djvu dpx emf eps exr hdr icns ico indd j2k jls jp2 jpf jpx jxl jxr kra pcx "
+        "pdn pfm psb psd qoi sgi svg svgz tga wmf xcf xbm xpm"
+    ),
+    "a document: extract its images, or read it with a LlamaIndex reader": (
+        "azw3 doc docx epub key mobi numbers odp ods odt pages pdf ppt pptx ps rtf xls xlsx"
+    ),
+    "a video: extract frames from it": (
+        "3g2 3gp asf avi flv insv lrv m2ts m4v mkv mov mp4 mpe mpeg mpg mts ogv thm ts vob webm wmv"
+    ),
+    "sound": "aac aif aiff amr flac m4a mid mp3 oga ogg opus wav wma",
+    "text or data; columns for images are given as a sidecar": (
+        "aae cfg csv htm html ini json jsonl lnk log lrcat md parquet plist pp3 sqlite toml tsv txt url xml xmp "
+        "yaml yml"
+    ),
+    "an archive: unpack it": "7z bz2 cab cbr cbz dmg gz iso rar tar tgz xz zip zst",
+    "a program": "apk bat class com css dll exe ipynb jar js msi pkg py pyc sh so",
+    "a download or copy that is not finished": "crdownload download part partial tmp",
+    "a list of thumbnails, or another file of the system": "db ds_store",
+}
+_REASONS = {f".{suffix}": reason for reason, suffixes in _TYPES.items() for suffix in suffixes.split()}
+_OTHER = "not an image"
+
+Ignore: TypeAlias = Callable[[str, str, str], None]
+"""Called with type, reason and path of what is left out."""
+
+
+@dataclass(frozen=True)
+class IgnoredFiles:
+    """The files of one type that a folder holds and that were left out."""
+
+    kind: str  # the suffix in small letters, or what they are instead
+    count: int
+    reason: str  # and what to do
+    paths: tuple[str, ...] = ()  # the first thousand
+
+
+class IgnoredCounts:
+    """Collects what a walk leaves out.
+
+    Args:
+        used: paths of files that are used for something else, such as sidecars: they are not left out.
+    """
+
+    def __init__(self, used: Collection[str] = ()) -> None:
+        self._used = used
+        self._paths: dict[tuple[str, str], list[str]] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def __call__(self, kind: str, reason: str, path: str) -> None:
+        """Count one file."""
+        if path in self._used:
+            return
+        self._counts[kind, reason] += 1
+        paths = self._paths.setdefault((kind, reason), [])
+        if len(paths) < PATHS_LISTED:
+            paths.append(path)
+
+    def report(self) -> tuple[IgnoredFiles, ...]:
+        """Return the counts, the most frequent type first."""
+        ordered = sorted(self._counts, key=lambda key: (-self._counts[key], key))
+        return tuple(IgnoredFiles(key[0], self._counts[key], key[1], tuple(self._paths[key])) for key in ordered)
+
+
+def not_counted(kind: str, reason: str, path: str) -> None:
+    """Ignore a file without counting it."""
+
+
+def why_ignored(path: str) -> tuple[str, str] | None:
+    """Return type and reason of a file without an image suffix; None if its contents are an image all the same.
+
+    Files of well-known types are not opened.
+    """
+    suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122 - ten times Path's speed
+    kind = suffix if suffix and len(suffix) <= _LONGEST_SUFFIX else _NO_SUFFIX
+    if suffix in _REASONS:
+        return kind, _REASONS[suffix]
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - opening a device can already do something
+            return SPECIAL, "not a file"
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            start = os.read(descriptor, 64)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        return kind, f"cannot be read: {error.strerror or error}".lower()
+    return None if sniff_format(start) else (kind, _OTHER)
+
 
 Skip: TypeAlias = Callable[[str, str], None]
 """Called with the name of what cannot be ingested, and the reason."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
-from mm_retriever.ingest.ignored import IgnoredCounts
+from mm_retriever.ingest.folder import IgnoredCounts
 from mm_retriever.ingest.known import KnownVectors
 from mm_retriever.ingest.nodes import (
     BOOKKEEPING,
@@ -40,14 +40,22 @@ from mm_retriever.ingest.nodes import (
     with_items,
     write_each,
 )
-from mm_retriever.ingest.progress import Meter, Progress
 from mm_retriever.ingest.reading import ImageReader, ReadImage, read_ahead
 from mm_retriever.ingest.removal import fate, prune_images, prune_missing
-from mm_retriever.ingest.report import IngestReport, SkippedImage
+from mm_retriever.ingest.report import IngestReport, Meter, Progress, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar
-from mm_retriever.ingest.sources import Item, Source, count_items, items, missing_folder, path_id, source_folder, url_id
-from mm_retriever.ingest.stable_url import stable_url
+from mm_retriever.ingest.sources import (
+    Item,
+    Source,
+    count_items,
+    items,
+    missing_folder,
+    path_id,
+    source_folder,
+    stable_url,
+    url_id,
+)
 from mm_retriever.ingest.vectors import Vector, Vectors
 from mm_retriever.own_keys import own_value
 from mm_retriever.store import ImageStore, same_model

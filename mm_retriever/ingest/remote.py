@@ -17,7 +17,7 @@ from llama_index.core.schema import BaseNode
 
 from mm_retriever.errors import NodeError
 from mm_retriever.images import is_image_path
-from mm_retriever.ingest.ignored import Ignore
+from mm_retriever.ingest.folder import Ignore
 
 
 class RemoteFile:

@@ -27,8 +27,8 @@ from mm_retriever.ingest.sidecar_columns import (
     make_row,
     name_column,
     repeats_name,
+    table_rows,
 )
-from mm_retriever.ingest.sidecar_table import table_rows
 
 SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]] | Literal[False]
 """A file, or the same as a mapping; False: none, not even one that lies in the folder."""

@@ -14,16 +14,15 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote, unquote_plus, urlsplit, urlunsplit
 
 from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelationship, RelatedNodeInfo, RelatedNodeType
 
 from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line
 from mm_retriever.images import ImageSource, read_image_bytes
 from mm_retriever.images.source import is_url
-from mm_retriever.ingest.folder import Skip, existing_path, walk
-from mm_retriever.ingest.ignored import Ignore, not_counted
+from mm_retriever.ingest.folder import Ignore, Skip, existing_path, not_counted, walk
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
-from mm_retriever.ingest.stable_url import stable_url, url_file_name
 from mm_retriever.request import node_images
 from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
 
@@ -282,3 +281,52 @@ def _is_random(node_id: str) -> bool:
         return uuid.UUID(node_id).version == 4
     except ValueError:
         return False
+
+
+# Parameters that never name the object.
+_SECRET = re.compile(
+    r"x-(amz|goog|oss|cos|obs|bce|tos|qs|ms)-.*|q-(sign-.*|ak|signature|header-list|url-param-list)"
+    r"|(aws|oss|google|obs)?access_?key_?id|googleaccessid|access-?key|security-?token|sign(ature)?|sig|hmac|jwt"
+    r"|(access|auth|id|session|bearer)?[_-]?token|auth([_-]?key)?|authorization|api[_-]?key|secret|password|passwd"
+    r"|key-pair-id|hdn(ts|tl|ea)|__token__|sas|wssecret|verify",
+    re.IGNORECASE,
+)
+# Parameters that belong to a signature if there is one, and may mean anything if there is none.
+_WITH_SIGNATURE = re.compile(
+    r"e|expir(es?|y)|exp|policy|x-id|wstime|nonce|timestamp|ts|credential|algorithm|signedheaders"
+    r"|s[terpvs]|srt|spr|sip?|sdd|skoid|sktid|sk[test]|skv|scid",
+    re.IGNORECASE,
+)
+_HTTP = re.compile(r"https?://", re.IGNORECASE)
+_DISCORD = frozenset(("ex", "is", "hm"))
+
+
+def stable_url(url: str) -> str:
+    """Return a URL of the web without signature, credentials and fragment; any other unchanged."""
+    if not _HTTP.match(url):
+        return url
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    fields = parts.query.split("&") if parts.query else []
+    names = [unquote_plus(field.partition("=")[0]).strip().lower() for field in fields]
+    signed = any(map(_SECRET.fullmatch, names))
+    drop = {name for name in names if _SECRET.fullmatch(name) or (signed and _WITH_SIGNATURE.fullmatch(name))}
+    if names and set(names) >= _DISCORD:
+        drop |= _DISCORD
+    if not drop and "@" not in parts.netloc and not parts.fragment:
+        return url
+    kept = "&".join(field for field, name in zip(fields, names, strict=True) if name not in drop and field)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, kept, ""))
+
+
+def url_file_name(url: str) -> str:
+    """Return the last part of a URL's path, decoded, or its host where the path is empty; of a bucket's as it is."""
+    if not _HTTP.match(url):
+        return url.rstrip("/").rpartition("/")[2]
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.netloc.rpartition("@")[2]

@@ -19,12 +19,11 @@ from mm_retriever.evaluation.comparison import (
     fused_rankings,
     part_values,
 )
-from mm_retriever.evaluation.costs import Cost
 from mm_retriever.evaluation.datasets import EvaluationSet
 from mm_retriever.evaluation.metrics import KEPT, REMOVED
-from mm_retriever.evaluation.page import write_evaluation
 from mm_retriever.evaluation.results import results_of
-from mm_retriever.evaluation.runs import Run, model_runs, reranked, retrieved, ways_of
+from mm_retriever.evaluation.runs import Cost, Run, model_runs, reranked, retrieved, ways_of
+from mm_retriever.evaluation.tables import write_evaluation
 from mm_retriever.rerank.reranker import ScorerRerank
 from mm_retriever.rerank.scorer import Candidate, Meter, Query
 from tests.support.data_sets import colour_set, scores_of

@@ -12,7 +12,7 @@ from mm_retriever.bulk import embed_to_shards
 from mm_retriever.bulk.plan import read_plan
 from mm_retriever.images import ImagePolicy
 from mm_retriever.ingest import remove_images
-from mm_retriever.ingest.stable_url import stable_url, url_file_name
+from mm_retriever.ingest.sources import stable_url, url_file_name
 from tests.support.colour_embedding import paint
 from tests.support.ingesting import ingest, nodes
 

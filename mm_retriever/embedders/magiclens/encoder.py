@@ -32,9 +32,8 @@ from mm_retriever.embedders.clip import (
 )
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import find_tokenizer, original_fingerprint
-from mm_retriever.embedders.magiclens.flax_file import read_flax_file
+from mm_retriever.embedders.magiclens.flax_file import from_flax, read_flax_file
 from mm_retriever.embedders.magiclens.model import MagicLens, MagicLensConfig, config_of_shapes
-from mm_retriever.embedders.magiclens.weights import from_flax
 from mm_retriever.errors import CheckpointError, QueryError, reason_of
 from mm_retriever.images.square import CLIP_MEAN, CLIP_STD
 

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm_retriever.checkpoint import fingerprint
+from mm_retriever.devices import in_passes, passes
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import write_folder
-from mm_retriever.embedders.passes import in_passes, passes
 from mm_retriever.embedders.visualized_bge.network import Encodes
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, crop_square
 from mm_retriever.threads import ForkLock, check_forked

@@ -1,8 +1,8 @@
 """Data sets for evaluation and training, from local folders; nothing is downloaded.
 
-- `queries.py`: a user's own `queries.jsonl`, the web page's ratings, MegaPairs' triplets.
+- `queries.py`: a user's own `queries.jsonl` and the set of it, the web page's ratings, MegaPairs' triplets.
 - `evaluation_set.py`: what every layout becomes: queries, a gallery, and the right answers.
-- `own.py`: the set of a `queries.jsonl`.  `published.py`: CIRR, FashionIQ, CIRCO and GeneCIS.
+- `published.py`: CIRR, FashionIQ, CIRCO and GeneCIS.
 - `jsonfiles.py`: annotation files, checked key by key.
 """
 
@@ -14,9 +14,8 @@ from pathlib import Path
 
 from mm_retriever.errors import QueryError
 from mm_retriever.evaluation.datasets.evaluation_set import EvaluationQuery, EvaluationSet
-from mm_retriever.evaluation.datasets.own import read_own
 from mm_retriever.evaluation.datasets.published import read_circo, read_cirr, read_fashion_iq, read_genecis
-from mm_retriever.evaluation.datasets.queries import FILE_NAME, LabelledQuery, read_queries
+from mm_retriever.evaluation.datasets.queries import FILE_NAME, LabelledQuery, read_own, read_queries
 
 __all__ = ["EvaluationQuery", "EvaluationSet", "LabelledQuery", "is_evaluation", "read_evaluation", "read_queries"]
 

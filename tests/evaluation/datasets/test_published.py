@@ -13,11 +13,10 @@ from PIL import Image
 
 from mm_retriever.errors import QueryError
 from mm_retriever.evaluation.comparison import mean_figure, part_values
-from mm_retriever.evaluation.costs import Cost
 from mm_retriever.evaluation.datasets import EvaluationSet, read_evaluation
 from mm_retriever.evaluation.metrics import KEPT, REMOVED
-from mm_retriever.evaluation.runs import PartRun, Run, main_way, retrieved, ways_of
-from mm_retriever.evaluation.submissions import check_submission, write_submissions
+from mm_retriever.evaluation.results import check_submission, write_submissions
+from mm_retriever.evaluation.runs import Cost, PartRun, Run, main_way, retrieved, ways_of
 from mm_retriever.images import load_image
 from tests.support.data_sets import scores_of, write_circo, write_cirr, write_fashion_iq, write_genecis, write_json
 
