@@ -238,12 +238,16 @@ def remove(
     """Remove rows by path, id or metadata. Loads no model, touches no file."""
     from mm_retriever.ingest import remove_images
     from mm_retriever.store import open_stored
+    from mm_retriever.store.conditions import where_filters, where_notes
 
     if not paths and not ids and not where:
         raise QueryError("nothing is named to be removed: give paths, --id or --where; `clear` removes everything")
-    filters = options.filters_of(where)
+    filters = where_filters(where or ())
+    for note in where_notes(where or ()):
+        typer.echo(note, err=True)
     with open_stored(db, collection=collection, token=token) as store:
-        options.check_filters(store, filters)
+        if problems := store.filter_problems(filters):
+            raise QueryError(f"--where: {'; '.join(problems)}")
         removed = remove_images(store, paths or [], ids=ids or [], filters=filters)
         typer.echo(f"{removed} rows removed, {store.count()} left")
 

@@ -83,6 +83,7 @@ def mcp(
     from mm_retriever.own_keys import ITEM_KEY
     from mm_retriever.rerank.registry import check_reranker
     from mm_retriever.search_tools import SearchLimits
+    from mm_retriever.search_tools.rows import check_items
     from mm_retriever.store import check_exists, open_store, open_stored
 
     group_by = ITEM_KEY if per_item else None
@@ -97,7 +98,7 @@ def mcp(
         raise QueryError("--vision-url needs --vision-model: the name under which the server serves the model")
     check_exists(db)
     with open_stored(db, collection=collection, token=token) as stored:  # before a model is loaded
-        options.check_items(stored, group_by)
+        check_items(stored, group_by)
     if vision_model is not None:
         check_reranker(vision_model, base_url=server.get("base_url"))
     with redirect_stdout(sys.stderr):  # stdout belongs to the protocol

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 import typer
 
 from mm_retriever.cli import options
-from mm_retriever.errors import FilterError, QueryError, one_line
+from mm_retriever.errors import QueryError, one_line
 
 if TYPE_CHECKING:
-    from llama_index.core.vector_stores import MetadataFilters
-
     from mm_retriever.embedders.aside import EmbedderAside
     from mm_retriever.embedding import ComposedEmbedding
     from mm_retriever.rerank.reranker import Reranker
-    from mm_retriever.store import ImageStore
 
 
 REAL_MODEL = "BAAI/bge-visualized-base-en-v1.5"
@@ -261,38 +258,6 @@ def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] 
     if path is not None and no_sidecar:
         raise QueryError("--sidecar and --no-sidecar exclude each other: choose one")
     return False if no_sidecar else path
-
-
-def filters_of(conditions: Sequence[str] | None) -> MetadataFilters | None:
-    """The conditions of every `--where`, all of which must hold."""
-    from llama_index.core.vector_stores import MetadataFilters
-
-    from mm_retriever.store.conditions import read_condition, second_condition
-
-    if not conditions:
-        return None
-    try:
-        filters = MetadataFilters(filters=[read_condition(condition) for condition in conditions])
-    except FilterError as error:
-        raise QueryError(f"--where {error}") from None
-    for condition in filter(second_condition, conditions):
-        typer.echo(f"--where {condition!r} is taken as one condition; repeat --where for each", err=True)
-    return filters
-
-
-def check_filters(store: ImageStore, filters: MetadataFilters | None) -> None:
-    """Refuse filters that no row of the store can meet."""
-    if filters is not None and (problems := store.filter_problems(filters)):
-        raise QueryError(f"--where: {'; '.join(problems)}")
-
-
-def check_items(store: ImageStore, group_by: str | None) -> None:
-    """Refuse to search per item where no row has the column that names items."""
-    from mm_retriever.retriever import item_problems
-
-    if group_by is not None and (problems := item_problems(store, group_by)):
-        way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
-        raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
 
 
 def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -181,8 +182,9 @@ def search(
 
     # a reranker computes in this process, and a server elsewhere
     with nullcontext() if reranks or model_url else model_aside() as aside:
-        from mm_retriever.search_tools.rows import RowsQuery, check_rows, find_rows, result_rows, where_filters
+        from mm_retriever.search_tools.rows import RowsQuery, check_rows, find_rows, result_rows
         from mm_retriever.store import check_exists, open_store, open_stored
+        from mm_retriever.store.conditions import where_filters
         from mm_retriever.terminal import search_report, show_rows
 
         query = RowsQuery(**{**asked, "where": tuple(asked["where"]), "images": tuple(images[1:])})
@@ -273,13 +275,20 @@ def _of_running_server(
     if note is None or not _serves(note, collection, model):
         return None
     try:
-        places: dict[str, Any] = {"image": _absolute(asked["image"])}
-        if "images" in asked:
-            places["images"] = [_absolute(image) for image in asked["images"]]
-        answer = ask_note(note, "/v1/rows", {**asked, **places})
+        return _rows(ask_note(note, "/v1/rows", _placed(asked, _absolute)))
     except NoServerError as error:
         typer.echo(f"searching without a server: {one_line(error)}", err=True)
         return None
+
+
+def _placed(asked: dict[str, Any], place: Callable[[str | None], str | None]) -> dict[str, Any]:
+    """What is asked, with each image as a server finds it."""
+    more = {"images": [place(image) for image in asked["images"]]} if "images" in asked else {}
+    return {**asked, "image": place(asked["image"]), **more}
+
+
+def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a server's answer; its notes are said."""
     _say(answer.get("notes", ()))
     rows: list[dict[str, Any]] = answer["rows"]
     return rows
@@ -298,16 +307,11 @@ def _via(url: str, asked: dict[str, Any], token: str | None) -> list[dict[str, A
     """The rows that a server at a URL finds, which tells nothing about where its files lie."""
     from mm_retriever.running import NoServerError, ask_url
 
-    places: dict[str, Any] = {"image": _data_uri(asked["image"])}
-    if "images" in asked:
-        places["images"] = [_data_uri(image) for image in asked["images"]]
+    body = _placed(asked, _data_uri)
     try:
-        answer = ask_url(url, "/v1/rows", {**asked, **places}, token)
+        return _rows(ask_url(url, "/v1/rows", body, token))
     except NoServerError as error:
         raise QueryError(f"--via {url!r}: {one_line(error)}") from error
-    _say(answer.get("notes", ()))
-    rows: list[dict[str, Any]] = answer["rows"]
-    return rows
 
 
 def _data_uri(image: str | None) -> str | None:

@@ -29,7 +29,6 @@ MOST_LISTED = 100_000  # files of a folder that are chosen from
 LEAST_COSINE = 0.995
 LEAST_SAME = 0.98
 TOP = 10
-_DRAWN_SEED = 700_000
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -50,29 +50,12 @@ Graphs: TypeAlias = dict[str, Any]
 """OpenVINO's models by the name of the part."""
 
 
-class Exportable(Embedder, Protocol):
-    """An embedder whose vectors are made of functions of tensors alone.
-
-    Attributes:
-        parts: the functions by name; rows in, rows out. What stands there is what `encode` calls.
-        torch_model: whose weights they compute with, on the CPU in float32.
-        note: see `Embedder`.
-    """
-
-    parts: dict[str, Part]
-    note: str
-
-    @property
-    def torch_model(self) -> nn.Module:
-        """See above."""
-        ...
-
-
 def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]) -> Gate | None:
     """Has an embedder computed by OpenVINO from now on, and returns how near its vectors are to those in float32.
 
     Args:
-        embedder: on the CPU in float32.
+        embedder: on the CPU in float32. Its ``parts`` are functions of tensors alone by name, rows in and rows out,
+            that `encode` calls; ``torch_model`` is whose weights they compute with.
         dtype: one of `DTYPES`.
         samples: makes what an 8-bit form is calibrated and measured on; called only where the cache has none.
 

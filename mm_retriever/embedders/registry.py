@@ -17,7 +17,12 @@ FAMILIES: tuple[str, ...] = ("visualized_bge", "bge_vl", "magiclens", "sentence_
 
 
 class Family(Protocol):
-    """What the module of a model family holds; `convert(files, out, tokenizer=, dtype=)` too, where files can be."""
+    """What the module of a model family holds.
+
+    Where files can be converted, also ``convert(files, out, tokenizer=, dtype=)``: it writes ``config.json``,
+    ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it; without ``dtype`` the floats
+    keep the format that they have in the file.
+    """
 
     MODELS: Models
 
@@ -26,7 +31,18 @@ class Family(Protocol):
         ...
 
     def load(self, files: ModelFiles, *, device: Any = None, dtype: Any = None, **options: Any) -> Embedder:
-        """The model of these files."""
+        """The model of these files as an `Embedder`.
+
+        Args:
+            files: from `locate`.
+            device: default: CUDA, else MPS, else the CPU.
+            dtype: of the computation; default float32.
+            options: of the family; those with a tokenizer take ``tokenizer``: ``tokenizer.json``, its folder or a hub
+                name; default: beside the weights, else as published.
+
+        Raises:
+            CheckpointError: the files are damaged, unsafe, or of another model.
+        """
         ...
 
 

@@ -167,6 +167,13 @@ _SPS_START = 256  # bytes of an SPS that the size lies within
 _SPS_IN_DATA = re.compile(rb"\x00\x00[\x00-\x0f][\x00-\xff]\x42\x01", re.DOTALL)
 
 
+def _described(data: bytes, meta: Span, budget: list[int]) -> tuple[dict[bytes, Span], Iterator[tuple[bytes, Span]]]:
+    """What a meta box holds, and the properties of its items."""
+    children = contents(data, (meta[0] + 4, meta[1]), budget, *META_BOXES)
+    place = contents(data, children.get(b"iprp", (0, 0)), budget, b"ipco").get(b"ipco", (0, 0))
+    return children, boxes(data, place, budget)
+
+
 def heif_size(data: bytes) -> Size:
     """Return the largest width and the largest height that anything in the file makes a decoder allocate.
 
@@ -178,10 +185,9 @@ def heif_size(data: bytes) -> Size:
     meta = contents(data, (0, len(data)), budget, b"meta").get(b"meta")
     if meta is None:
         raise ImageLoadError("truncated or broken header (no meta box)")
-    children = contents(data, (meta[0] + 4, meta[1]), budget, *META_BOXES)
-    properties = contents(data, children.get(b"iprp", (0, 0)), budget, b"ipco").get(b"ipco", (0, 0))
+    children, properties = _described(data, meta, budget)
     sizes: list[Size] = []
-    for kind, (start, end) in boxes(data, properties, budget):
+    for kind, (start, end) in properties:
         if kind == b"ispe":
             sizes.append(struct.unpack_from(">LL", data, start + 4))
         elif kind == b"hvcC":
@@ -262,9 +268,8 @@ def avif_size(data: bytes) -> Size:
     sizes: list[Size] = []
     coded: list[bytes] = []
     if (meta := top.get(b"meta")) is not None:
-        children = contents(data, (meta[0] + 4, meta[1]), budget, *META_BOXES)
-        properties = contents(data, children.get(b"iprp", (0, 0)), budget, b"ipco").get(b"ipco", (0, 0))
-        for kind, (start, _) in boxes(data, properties, budget):
+        children, properties = _described(data, meta, budget)
+        for kind, (start, _) in properties:
             if kind == b"ispe":
                 sizes.append(struct.unpack_from(">LL", data, start + 4))
         sizes += grid_sizes(data, children, budget)

@@ -30,23 +30,16 @@ if TYPE_CHECKING:
     from mm_retriever.rerank.scorer import METADATA_KEYS, Candidate, Meter, Query, Scorer, Usage
     from mm_retriever.rerank.vision_llm import VisionLLMRerank
 
-_HOME = {  # a remote reranker must not load torch
-    "CHAT_TEMPLATE": "remote",
-    "METADATA_KEYS": "scorer",
-    "Candidate": "scorer",
-    "CrossEncoderRerank": "cross_encoder",
-    "Meter": "scorer",
-    "Phi3VisionRerank": "phi3_vision.reranker",
-    "Query": "scorer",
-    "RemoteRerank": "remote",
-    "Reranking": "reranker",
-    "Scorer": "scorer",
-    "ScorerRerank": "reranker",
-    "TextRerank": "cross_encoder",
-    "Usage": "scorer",
-    "VisionLLMRerank": "vision_llm",
-    "load_reranker": "registry",
+_NAMES = {  # by module: a remote reranker must not load torch
+    "cross_encoder": "CrossEncoderRerank TextRerank",
+    "phi3_vision.reranker": "Phi3VisionRerank",
+    "registry": "load_reranker",
+    "remote": "CHAT_TEMPLATE RemoteRerank",
+    "reranker": "Reranking ScorerRerank",
+    "scorer": "Candidate METADATA_KEYS Meter Query Scorer Usage",
+    "vision_llm": "VisionLLMRerank",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "CHAT_TEMPLATE",

@@ -5,9 +5,9 @@ Counts are of rows that match the filters, not of results: the nearest of a sear
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from mm_retriever.errors import one_line
 from mm_retriever.own_keys import OWN_KEYS
 from mm_retriever.search_tools.results import shown_keys
 from mm_retriever.store import ImageStore, filter_expression
+from mm_retriever.store.columns import row_metadata
 from mm_retriever.store.schema import CONTENT_FIELD
 from mm_retriever.threads import ForkLock
 
@@ -81,7 +82,7 @@ def count_facets(store: ImageStore, filters: MetadataFilters | None = None, *, m
                 complete = False
                 break
             rows += 1
-            _count(_metadata(row), texts, numbers)
+            _count(row_metadata(row), texts, numbers)
         if not complete:
             break
     facets = [
@@ -120,7 +121,7 @@ class KeptFacets:
         return kept[1]
 
 
-def _count(metadata: dict[str, Any], texts: dict[str, Counter[Any]], numbers: dict[str, list[float]]) -> None:
+def _count(metadata: Mapping[str, Any], texts: dict[str, Counter[Any]], numbers: dict[str, list[float]]) -> None:
     for key in shown_keys(metadata, without=_NOT_OFFERED):
         value = metadata[key]
         if isinstance(value, bool) or (isinstance(value, str) and 0 < len(value) <= _LONGEST):
@@ -129,11 +130,3 @@ def _count(metadata: dict[str, Any], texts: dict[str, Counter[Any]], numbers: di
                 kinds[value if isinstance(value, bool) else one_line(value, _LONGEST)] += 1
         elif isinstance(value, int | float) and value == value:
             numbers.setdefault(key, []).append(value)
-
-
-def _metadata(row: dict[str, Any]) -> dict[str, Any]:
-    try:
-        metadata = json.loads(row.get(CONTENT_FIELD) or "{}").get("metadata")
-    except (ValueError, AttributeError, RecursionError):  # a row that another program wrote
-        return {}
-    return metadata if isinstance(metadata, dict) else {}

@@ -12,13 +12,13 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from PIL import Image
 
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import FilterError, QueryError
+from mm_retriever.errors import QueryError
 from mm_retriever.images import ImagePolicy, ImageSource, load_image
 from mm_retriever.own_keys import LAYERS_KEY, PREFIX
 from mm_retriever.refinement import Refinement
 from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever, item_problems
 from mm_retriever.store import ImageStore
-from mm_retriever.store.conditions import read_condition, second_condition
+from mm_retriever.store.conditions import where_filters, where_notes
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,16 @@ def check_rows(store: ImageStore, asked: RowsQuery) -> None:
         raise QueryError(
             f"{str(store.uri)!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid"
         )
-    if asked.group_by is not None and (problems := item_problems(store, asked.group_by)):
-        way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
-        raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
+    check_items(store, asked.group_by)
     if problems := store.filter_problems(where_filters(asked.where)):
         raise QueryError(f"--where: {'; '.join(problems)}")
+
+
+def check_items(store: ImageStore, group_by: str | None) -> None:
+    """Refuse to search per item where no row has the column that names items."""
+    if group_by is not None and (problems := item_problems(store, group_by)):
+        way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
+        raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
 
 
 def find_rows(
@@ -120,10 +125,7 @@ def find_rows(
     )
     query = _query(embed_model, asked, opened, policy)
     nodes = retriever.retrieve(query)
-    notes = [
-        f"--where {condition!r} is taken as one condition; repeat --where for each"
-        for condition in filter(second_condition, asked.where)
-    ]
+    notes = where_notes(asked.where)
     if len(nodes) < asked.top_k:
         reason = _why_fewer(store.count(), filters, asked)
         notes.append(f"{len(nodes)} of the {asked.top_k} results that were asked for: {reason}")
@@ -143,20 +145,6 @@ def _query(
         else embed_model.get_image_embedding(opened[0], query=True)
     )
     return QueryBundle(query_str=words, image_path=asked.image, embedding=vector)
-
-
-def where_filters(conditions: Sequence[str]) -> MetadataFilters | None:
-    """The conditions of every `--where`, all of which must hold; None without any.
-
-    Raises:
-        QueryError: one that cannot be read.
-    """
-    if not conditions:
-        return None
-    try:
-        return MetadataFilters(filters=[read_condition(condition) for condition in conditions])
-    except FilterError as error:
-        raise QueryError(f"--where {error}") from None
 
 
 def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:

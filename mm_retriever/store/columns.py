@@ -158,7 +158,7 @@ class Columns:
         with self._lock:
             self._sampled = True
             for row in rows:
-                self._note(_metadata(row))
+                self._note(row_metadata(row))
 
     def _note(self, metadata: Mapping[str, Any]) -> None:
         for key, value in metadata.items():
@@ -175,10 +175,11 @@ def _kind(value: object) -> Kind | None:
     return "lists" if isinstance(value, list | tuple) and value else None
 
 
-def _metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def row_metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the metadata of a row with `CONTENT_FIELD`; empty where another program wrote it."""
     try:
         metadata = json.loads(row.get(CONTENT_FIELD) or "{}").get("metadata")
-    except (ValueError, AttributeError, RecursionError):  # a row that another program wrote
+    except (ValueError, AttributeError, RecursionError):
         return {}
     return metadata if isinstance(metadata, Mapping) else {}
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-from mm_retriever.errors import FilterError, shown
+from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.store.columns import LAST
 from mm_retriever.store.filters import read_number
 from mm_retriever.store.schema import OWN_TEXT_COLUMNS, takes_lists
@@ -97,6 +98,26 @@ def read_condition(text: str) -> MetadataFilter | MetadataFilters:
     if quoted and operator in (_Op.EQ, _Op.NE, *_ORDER):
         return _negated(_leaf(key, operator, plain), negated)
     return condition(key, sign, plain)
+
+
+def where_filters(conditions: Sequence[str]) -> MetadataFilters | None:
+    """Return the conditions of every `--where` of a command, all of which must hold; None without any.
+
+    Raises:
+        QueryError: one that cannot be read.
+    """
+    try:
+        return MetadataFilters(filters=[read_condition(text) for text in conditions]) if conditions else None
+    except FilterError as error:
+        raise QueryError(f"--where {error}") from None
+
+
+def where_notes(conditions: Sequence[str]) -> list[str]:
+    """Return what should be known of them: a person has to decide where one looks like two."""
+    return [
+        f"--where {text!r} is taken as one condition; repeat --where for each"
+        for text in filter(second_condition, conditions)
+    ]
 
 
 def second_condition(text: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from mm_retriever.store.lite_durability import damaged_files
 from mm_retriever.store.rows import damaged_rows, has_checksum, row_is_damaged
 from mm_retriever.store.schema import CONTENT_FIELD, ID_FIELD, VECTOR_FIELD, stored_model
 from mm_retriever.store.switching import left_by_reindex
+
+T = TypeVar("T")
 
 QUERIES = 100
 TOP = 10
@@ -168,15 +170,17 @@ def verify_store(uri: str | Path, *, token: str | None = None, timeout: float = 
         StoreError: there is no such file, it is locked, or the server does not answer.
     """
     with _collections(uri, token, timeout) as (connection, names):
-        return {name: _verified(Collection(connection, name)) for name in names}
+        return {name: _of_ours(connection, name, verify_collection) for name in names}
 
 
-def _verified(collection: Collection) -> Verification | str:
+def _of_ours(connection: Connection, name: str, look: Callable[[Collection], T]) -> T | str:
+    """What is seen of a collection, or that another program made it."""
+    collection = Collection(connection, name)
     try:
         collection.open(None)
     except StoreMismatchError:
         return "made by another program"
-    return verify_collection(collection)
+    return look(collection)
 
 
 def recall_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, Recall | str]:
@@ -186,15 +190,7 @@ def recall_store(uri: str | Path, *, token: str | None = None, timeout: float = 
         StoreError: there is no such file, it is locked, or the server does not answer.
     """
     with _collections(uri, token, timeout) as (connection, names):
-        return {name: _measured(Collection(connection, name)) for name in names}
-
-
-def _measured(collection: Collection) -> Recall | str:
-    try:
-        collection.open(None)
-    except StoreMismatchError:
-        return "made by another program"
-    return measure_recall(collection)
+        return {name: _of_ours(connection, name, measure_recall) for name in names}
 
 
 def store_columns(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, list[str] | str]:
@@ -214,13 +210,12 @@ def _columns(connection: Connection, name: str) -> list[str] | str:
         with connection.request("asking what is loaded"):
             if connection.ask(connection.client.get_load_state, name)["state"] != LoadState.Loaded:
                 return "not looked at: the server has not loaded the collection"
-    collection = Collection(connection, name)
     try:
-        collection.open(None)
-    except StoreMismatchError:
-        return "made by another program"
+        collection = _of_ours(connection, name, lambda opened: opened)
     except StoreDamagedError as error:
         return f"cannot be read: {one_line(error)}"
+    if isinstance(collection, str):
+        return collection
     return Columns(lambda expression, limit: collection.some([CONTENT_FIELD], expression, limit)).names
 
 

@@ -106,10 +106,10 @@ def judged_rows(
             given.append(0.0)
         rows.append(Row(number, tuple(images), tuple(given)))
         progress()
-    return _as_long(rows, pool)
+    return _as_long(rows)
 
 
-def _as_long(rows: list[Row], pool: Sequence[Path]) -> list[Row]:
+def _as_long(rows: list[Row]) -> list[Row]:
     """All rows with as many images as the shortest."""
     least = min(len(row.images) for row in rows)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json
 
 if TYPE_CHECKING:
-    import torch
-
     from mm_retriever.embedders.bge_vl.encoder import BGEVLEncoder
 
 __all__ = ["MODELS", "convert", "load", "recognises"]
@@ -60,37 +58,15 @@ def recognises(files: ModelFiles) -> bool:
     return config.get(FAMILY_KEY) == "bge-vl" or any(mark in str(names).lower() for mark in _MARKS)
 
 
-def load(
-    files: ModelFiles,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> BGEVLEncoder:
-    """The model of these files as an `Embedder`.
-
-    Args:
-        files: from `locate`.
-        device: default: CUDA, else MPS, else the CPU.
-        dtype: of the computation; default float32.
-        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
-
-    Raises:
-        CheckpointError: the files are damaged, unsafe, or of another model.
-    """
+def load(files: ModelFiles, **options: Any) -> BGEVLEncoder:
+    """The model of these files; see `Family`."""
     from mm_retriever.embedders.bge_vl.encoder import load_files
 
-    return load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
+    return load_files(files, **options)
 
 
-def convert(
-    files: ModelFiles,
-    out: str | os.PathLike[str],
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> Path:
-    """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it."""
+def convert(files: ModelFiles, out: str | os.PathLike[str], **options: Any) -> Path:
+    """See `Family`."""
     from mm_retriever.embedders.bge_vl.encoder import convert_files
 
-    return convert_files(files, out, tokenizer=tokenizer, dtype=dtype)
+    return convert_files(files, out, **options)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json
 from mm_retriever.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    import torch
-
     from mm_retriever.embedders.magiclens.encoder import MagicLensEncoder
 
 __all__ = ["MODELS", "convert", "load", "recognises"]
@@ -51,41 +49,22 @@ def recognises(files: ModelFiles) -> bool:
     return files.config is not None and read_json(files.config).get("model_type") == "magiclens"
 
 
-def load(
-    files: ModelFiles,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> MagicLensEncoder:
-    """The model of these files as an `Embedder`.
-
-    Args:
-        files: from `locate`.
-        device: default: CUDA, else MPS, else the CPU.
-        dtype: of the computation; default float32.
-        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
+def load(files: ModelFiles, **options: Any) -> MagicLensEncoder:
+    """The model of these files; see `Family`.
 
     Raises:
         ModelNotFoundError: the file of a published name is to be fetched first; says how.
-        CheckpointError: the files are damaged, unsafe, or of another model.
     """
     from mm_retriever.embedders.magiclens.encoder import load_files
 
-    return load_files(_with_weights(files), device=device, dtype=dtype, tokenizer=tokenizer)
+    return load_files(_with_weights(files), **options)
 
 
-def convert(
-    files: ModelFiles,
-    out: str | os.PathLike[str],
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> Path:
-    """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it."""
+def convert(files: ModelFiles, out: str | os.PathLike[str], **options: Any) -> Path:
+    """See `Family`."""
     from mm_retriever.embedders.magiclens.encoder import convert_files
 
-    return convert_files(_with_weights(files), out, tokenizer=tokenizer, dtype=dtype)
+    return convert_files(_with_weights(files), out, **options)
 
 
 def _with_weights(files: ModelFiles) -> ModelFiles:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_retriever.checkpoint import TORCH_SUFFIXES, ModelEntry, ModelFiles, Models, read_json
 
 if TYPE_CHECKING:
-    import torch
-
     from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
 
 DEFAULT_MODEL = "BAAI/bge-visualized-base-en-v1.5"
@@ -61,42 +59,17 @@ def recognises(files: ModelFiles) -> bool:
     return read_json(files.config).get("model_type") == "visualized_bge"
 
 
-def load(
-    files: ModelFiles,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-) -> VisualizedBGEEncoder:
-    """The model of these files as an `Embedder`.
-
-    Args:
-        files: from `locate`.
-        device: default: CUDA, else MPS, else the CPU.
-        dtype: of the computation; default float32.
-        tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
-
-    Raises:
-        CheckpointError: the files are damaged, unsafe, or of another model.
-    """
+def load(files: ModelFiles, **options: Any) -> VisualizedBGEEncoder:
+    """The model of these files; see `Family`."""
     from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
     from mm_retriever.embedders.visualized_bge.loading import load_files
 
-    model, processor = load_files(files, device=device, dtype=dtype, tokenizer=tokenizer)
+    model, processor = load_files(files, **options)
     return VisualizedBGEEncoder(model, processor, name=files.name)
 
 
-def convert(
-    files: ModelFiles,
-    out: str | os.PathLike[str],
-    *,
-    tokenizer: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> Path:
-    """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it.
-
-    The floats keep the format that they have in the file unless ``dtype`` is given.
-    """
+def convert(files: ModelFiles, out: str | os.PathLike[str], **options: Any) -> Path:
+    """See `Family`."""
     from mm_retriever.embedders.visualized_bge.loading import convert_files
 
-    return convert_files(files, out, tokenizer=tokenizer, dtype=dtype)
+    return convert_files(files, out, **options)
