@@ -11,6 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def cache_folder(name: str) -> Path:
+    """Return the place of a folder of ours in the user's cache; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / name
+
+
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666, synced: bool = False) -> Path:
     """Return the path of a file whose readers see the old content or all of the new, never a part.
 

@@ -19,8 +19,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.registry import load_embedder
-from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder, VisualizedBGEProcessor
-from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.encoder import (
+    VisualizedBGEEncoder,
+    VisualizedBGEProcessor,
+    load_visualized_bge,
+)
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision

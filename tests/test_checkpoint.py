@@ -25,7 +25,7 @@ from mm_retriever.checkpoint import ModelEntry, load_strict, locate, read_state_
 from mm_retriever.embedders import visualized_bge
 from mm_retriever.embedders.folder import warn_if_not_published
 from mm_retriever.embedders.registry import convert_model
-from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.encoder import load_visualized_bge
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
 from mm_retriever.phi3_vision import config as phi3_vision

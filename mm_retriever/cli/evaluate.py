@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from mm_retriever.cli import options
 from mm_retriever.errors import MissingExtraError, QueryError, one_line
+from mm_retriever.files import cache_folder
 
 if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
@@ -196,8 +196,7 @@ class _Loading:
     """Loads models by name, with vectors kept on disk."""
 
     def __init__(self, cache: Path | None, *, device: str | None, dtype: str | None) -> None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._cache = cache or home / "mm_retriever" / "vectors"
+        self._cache = cache or cache_folder("vectors")
         self._options: dict[str, Any] = {"device": device, "dtype": dtype}
 
     def __call__(self, name: str) -> ComposedEmbedding:

@@ -89,7 +89,7 @@ def _serve(connection: Any, other: Any) -> None:
     other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which says so
     with suppress(ImportError):  # which loading says again
-        import mm_retriever.embedders.visualized_bge.loading  # noqa: F401 - and torch, while nobody asks yet
+        import mm_retriever.embedders.visualized_bge.encoder  # noqa: F401 - and torch, while nobody asks yet
     embedder: Any = None
     while True:
         try:

@@ -21,9 +21,9 @@ from PIL import Image
 from mm_retriever.devices import processor_name
 from mm_retriever.embedders.embedder import Content, Embedder
 from mm_retriever.embedders.gate import Samples, measure, samples
-from mm_retriever.embedders.openvino import DTYPES, cache_folder, with_openvino
+from mm_retriever.embedders.openvino import DTYPES, with_openvino
 from mm_retriever.errors import CheckpointError, MissingExtraError, QueryError, one_line
-from mm_retriever.files import read_own, write_atomically
+from mm_retriever.files import cache_folder, read_own, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _note(embedder: Embedder, choices: Sequence[tuple[str, str]]) -> Path:
     """The file that remembers the fastest choice for this model on this machine."""
     machine = [processor_name(), torch.get_num_threads(), torch.__version__, *map(list, choices)]
     digest = hashlib.sha256(json.dumps([embedder.space, machine]).encode()).hexdigest()[:24]
-    return cache_folder() / f"auto-{digest}.json"
+    return cache_folder("openvino") / f"auto-{digest}.json"
 
 
 def _remembered(place: Path, choices: Sequence[tuple[str, str]]) -> tuple[str, str] | None:

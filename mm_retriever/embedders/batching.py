@@ -54,13 +54,31 @@ class BatchedEmbedder:
 
     def __init__(self, embedder: Embedder, *, most: int = MOST_CONTENTS) -> None:
         self._embedder = embedder
-        self.name, self.space, self.note = embedder.name, embedder.space, embedder.note
-        self.dimension = embedder.dimension
         self._most = most
         self._arrival = ForkLock()
         self._waiting: list[_Call] = []
         self._is_led = False
         self._process = os.getpid()
+
+    @property
+    def name(self) -> str:
+        """That of the model, as are all of these."""
+        return self._embedder.name
+
+    @property
+    def space(self) -> str:
+        """See `Embedder`."""
+        return self._embedder.space
+
+    @property
+    def note(self) -> str:
+        """See `Embedder`."""
+        return self._embedder.note
+
+    @property
+    def dimension(self) -> int:
+        """See `Embedder`."""
+        return self._embedder.dimension
 
     @property
     def device(self) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mm_retriever.checkpoint import SAFETENSORS, ModelFiles, Models, fingerprint, locate_tokenizer
 from mm_retriever.errors import ModelNotFoundError
-from mm_retriever.files import drafted
+from mm_retriever.files import cache_folder, drafted
 
 
 def original_fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
@@ -97,7 +97,7 @@ def _sha256(path: Path) -> str:
     """Of a file's content; remembered in the user's cache by place, size and time of change."""
     status = path.stat()
     identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / "sha256"
+    cache = cache_folder("sha256")
     remembered = cache / hashlib.sha256(identity.encode()).hexdigest()
     with suppress(OSError):
         if len(known := remembered.read_text(encoding="ascii")) == 64:

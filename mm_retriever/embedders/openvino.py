@@ -37,7 +37,7 @@ from mm_retriever.devices import processor_name
 from mm_retriever.embedders.embedder import Content, Embedder
 from mm_retriever.embedders.gate import Gate, Samples, measure
 from mm_retriever.errors import CheckpointError, MissingExtraError, QueryError, one_line
-from mm_retriever.files import read_own, write_atomically
+from mm_retriever.files import cache_folder, read_own, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -334,11 +334,6 @@ def _release(model: Any) -> None:
 # ------------------------------------------------------------------------------------------ the cache
 
 
-def cache_folder() -> Path:
-    """Where exported models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_retriever" / "openvino"
-
-
 def _identity(model: Any, kind: str) -> str:
     """The name of a model's file: equal for equal weights, inputs and libraries only."""
     libraries = [version("openvino"), *([version("nncf")] if kind.startswith("int8") else ())]
@@ -348,7 +343,7 @@ def _identity(model: Any, kind: str) -> str:
 
 
 def _place(key: str) -> Path:
-    return cache_folder() / f"{key}.safetensors"
+    return cache_folder("openvino") / f"{key}.safetensors"
 
 
 def _cached(core: Any, key: str, name: str) -> tuple[Graphs, Gate | None] | None:

@@ -5,10 +5,9 @@ One image goes through the files in this order:
 - `sources.py`, `folder.py`, `remote.py`: what there is, and the id that it keeps; what else a folder holds, by type.
 - `sidecar.py`, `sidecar_columns.py`, `sidecar_match.py`: metadata from a file beside the images.
 - `reading.py`, `exif.py`: read and decoded ahead of the model, in flat memory.
-- `vectors.py`: embedded; what happens when the model fails.
+- `vectors.py`: embedded; what happens when the model fails; vectors that the store has of the same file contents.
 - `nodes.py`: the node that is stored, and what tells that it changed.
 - `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
-- `known.py`: vectors that the store has already of the same file contents.
 - `removal.py`: which files are provably gone, and rows out of the store.
 - `reindexing.py`: the rows of a collection under another model.
 - `report.py`: how far it is, whether it goes on, and what was done.

@@ -26,7 +26,6 @@ from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError, StoreUnavailableError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.folder import IgnoredCounts
-from mm_retriever.ingest.known import KnownVectors
 from mm_retriever.ingest.nodes import (
     BOOKKEEPING,
     Kind,
@@ -56,7 +55,7 @@ from mm_retriever.ingest.sources import (
     stable_url,
     url_id,
 )
-from mm_retriever.ingest.vectors import Vector, Vectors
+from mm_retriever.ingest.vectors import KnownVectors, Vector, Vectors
 from mm_retriever.own_keys import own_value
 from mm_retriever.store import ImageStore, same_model
 from mm_retriever.tracing import spanned

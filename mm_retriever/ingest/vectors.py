@@ -1,18 +1,24 @@
 """Vectors of images and texts, and what happens when the model fails.
 
-One image that the model cannot take does not cost its batch; a model that is broken ends the run.
+One image that the model cannot take does not cost its batch; a model that is broken ends the run. Of file contents that
+the store knows, by their digest, the vector is there already; the digests of a whole store are not kept in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import ModelServerError, reason_of
+from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
+from mm_retriever.store import ImageStore
 
 _NEVER_WORKED = 3
 """Failures without one success, after which the model is broken and not the images."""
@@ -59,3 +65,79 @@ class Vectors:
         self._embedded += len(inputs)
         self._failures = 0
         return [row if np.isfinite(row).all() else "the model gave NaN or infinity for it" for row in vectors]
+
+
+REQUESTS = 8
+"""Batches that are looked up one by one, each with a pass over the collection, before all digests are fetched."""
+
+_COLUMNS = own_columns("digest", "file_path", "width", "height", FILE_STAMP)
+_DIGESTS = own_columns("digest")
+_PLACES = 64  # rows of one digest that are read; further copies are all the same
+
+
+class KnownVectors:
+    """Rows of a store by the contents of their files; `retried` calls the store. Close it at the end."""
+
+    def __init__(self, store: ImageStore, retried: Callable[..., Any]) -> None:
+        self._store = store
+        self._retried = retried
+        self._requests = 0
+        self._empty = retried(store.count) == 0
+        self._ids: sqlite3.Connection | None = None
+
+    def close(self) -> None:
+        """Remove the digests from the disk."""
+        if self._ids is not None:
+            self._ids.close()
+
+    def rows(self, digests: Collection[str]) -> dict[str, list[Mapping[str, Any]]]:
+        """Return the rows of each known digest, with vector, place and size."""
+        wanted = sorted(set(digests))
+        if not wanted:
+            return {}
+        if self._empty or self._requests >= REQUESTS:
+            ids = self._kept_ids(wanted)
+        else:
+            self._requests += 1
+            ids = self._found_ids(wanted)
+        names = (*_COLUMNS, self._store.embedding_field)
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        for row in self._retried(self._store.columns, ids, names).values():
+            digest, size = own_value(row, "digest"), (own_value(row, "width"), own_value(row, "height"))
+            if digest in digests and all(isinstance(side, int) for side in size):
+                rows.setdefault(str(digest), []).append(row)
+        return rows
+
+    def add(self, digest: str, row_id: str) -> None:
+        """Remember a row that was just written."""
+        if self._empty or self._ids is not None:
+            self._database().execute("INSERT OR REPLACE INTO known VALUES (?, ?)", (row_id, digest))
+
+    def _found_ids(self, digests: list[str]) -> list[str]:
+        conditions = [MetadataFilter(key=key, operator=FilterOperator.IN, value=digests) for key in _DIGESTS]
+        either = MetadataFilters(filters=[*conditions], condition=FilterCondition.OR)
+        counts: Counter[object] = Counter()
+        ids = []
+        for page in self._store.scan(_DIGESTS, either):
+            for row in page:
+                digest = own_value(row, "digest")
+                counts[digest] += 1
+                if counts[digest] <= _PLACES:
+                    ids.append(row["id"])
+        return ids
+
+    def _kept_ids(self, digests: list[str]) -> list[str]:
+        query, database = "SELECT id FROM known WHERE digest = ? LIMIT ?", self._database()
+        return [row[0] for digest in digests for row in database.execute(query, (digest, _PLACES))]
+
+    def _database(self) -> sqlite3.Connection:
+        """A temporary file, because the digests of millions of rows do not fit into memory."""
+        if self._ids is None:
+            self._ids = sqlite3.connect("", isolation_level=None)
+            self._ids.execute("CREATE TABLE known (id TEXT PRIMARY KEY, digest TEXT) WITHOUT ROWID")
+            self._ids.execute("CREATE INDEX by_digest ON known (digest)")
+            if not self._empty:
+                for page in self._store.scan(_DIGESTS):
+                    known = [(row["id"], digest) for row in page if isinstance(digest := own_value(row, "digest"), str)]
+                    self._ids.executemany("INSERT OR REPLACE INTO known VALUES (?, ?)", known)
+        return self._ids

@@ -7,8 +7,8 @@ Knows nothing of agents. In this order:
 
 - `arguments.py`: what a model says to what is meant; the descriptions that it reads.
 - `results.py`: answers, as text on single lines, thumbnails and JSON.
-- `conversation.py`: what one conversation can refer to: its attachments and its earlier results.
-- `named_image.py`: what an image argument names, and its bytes.
+- `conversation.py`: what one conversation can refer to: its attachments and its earlier results; what an image argument
+  names, and its bytes.
 - `image_search.py`: `ImageSearch`, on those above.
 - `reranking.py`: results that were shown already, in the order of a reranker.
 """
@@ -23,9 +23,8 @@ from mm_retriever.search_tools.arguments import (
     TopKArgument,
     read_filters,
 )
-from mm_retriever.search_tools.conversation import Conversation
+from mm_retriever.search_tools.conversation import ONLY_NAMED, Conversation
 from mm_retriever.search_tools.image_search import ImageSearch, Progress
-from mm_retriever.search_tools.named_image import ONLY_NAMED
 from mm_retriever.search_tools.results import (
     ImageDescription,
     ImageResult,

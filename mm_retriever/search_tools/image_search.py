@@ -29,8 +29,7 @@ from mm_retriever.request import node_images
 from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever
 from mm_retriever.search_tools.arguments import but_not, read_count, read_filters, read_text
-from mm_retriever.search_tools.conversation import Conversation
-from mm_retriever.search_tools.named_image import ONLY_NAMED, NamedImage, named_image
+from mm_retriever.search_tools.conversation import ONLY_NAMED, Conversation, NamedImage, named_image
 from mm_retriever.search_tools.results import (
     ImageDescription,
     ImageResult,

@@ -17,7 +17,7 @@ from mm_retriever.files import write_atomically
 from mm_retriever.images import ImagePolicy, image_thumbnail
 from mm_retriever.own_keys import own_value
 from mm_retriever.request import node_images
-from mm_retriever.search_tools.named_image import NamedImage
+from mm_retriever.search_tools.conversation import NamedImage
 from mm_retriever.threads import ForkLock
 
 logger = logging.getLogger(__name__)

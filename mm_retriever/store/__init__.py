@@ -8,9 +8,8 @@ of image files. Its files, from LlamaIndex down to Milvus:
 - `conditions.py`: conditions as people and language models write them. `columns.py`: conditions that no row can meet.
 - `bulk_import.py`, `parquet.py`: rows in files that a server imports by itself, each exactly once.
 - `inspection.py`: what a store holds, whether that is what was stored, and how much its index finds.
-- `indexes.py`: which index a collection gets.
-- `collection.py`, `schema.py`: one collection, its columns, and the model whose vectors it holds. `words.py`: its
-  full-text index.
+- `collection.py`, `schema.py`: one collection, its columns and index, and the model whose vectors it holds.
+  `words.py`: its full-text index.
 - `succession.py`: a collection's rows beside it under another model. `switching.py`: how they take its name.
 - `connection.py`: where Milvus is, and what its failures mean. `channel.py`: requests that end by their deadline.
 - `lite_channel.py`, `lite_server.py`, `lite_wire.py`: how the processes of one user share a Milvus Lite file.

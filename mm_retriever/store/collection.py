@@ -20,7 +20,6 @@ from pymilvus.exceptions import MilvusException
 from mm_retriever.errors import StoreError, StoreMismatchError
 from mm_retriever.store.connection import Connection
 from mm_retriever.store.filters import all_of, one_of, quoted
-from mm_retriever.store.indexes import SINCE, build_params, index_for, search_params
 from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
 from mm_retriever.store.rows import chunks, damaged_rows, row_is_damaged, vector_is_damaged, without_checksums
 from mm_retriever.store.schema import (
@@ -29,11 +28,15 @@ from mm_retriever.store.schema import (
     ID_FIELD,
     METRICS,
     RRF_K,
+    SINCE,
     TEXT_FIELD,
     VECTOR_FIELD,
+    build_params,
     collection_schema,
+    index_for,
     model_properties,
     same_model,
+    search_params,
     stored_model,
 )
 from mm_retriever.store.switching import LOOK_SECONDS, ModelWatch, come_back, is_away

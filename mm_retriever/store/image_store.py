@@ -67,7 +67,7 @@ def open_store(
             It also embeds images that a `VectorStoreIndex` adds under vectors of their text.
         collection: name of the collection.
         token: `user:password` or an API key, for servers that ask for one.
-        index: one of `store.indexes.INDEXES`; "auto" chooses by place and `rows`: "FLAT" is exact, the default on Lite.
+        index: one of `store.schema.INDEXES`; "auto" chooses by place and `rows`: "FLAT" is exact, the default on Lite.
         metric: "IP" or "COSINE", the same for unit vectors; "auto" is that of an existing collection, else IP.
         timeout: seconds for connecting, and for each request.
         overwrite: first drop an existing collection of that name, with all its rows.
@@ -197,7 +197,7 @@ class ImageStore(MilvusVectorStore):
 
     @property
     def index_type(self) -> str:
-        """What the vectors are indexed by: one of `store.indexes.INDEXES`."""
+        """What the vectors are indexed by: one of `store.schema.INDEXES`."""
         return self._collection.index_type
 
     @property

@@ -19,13 +19,13 @@ from mm_retriever.errors import StoreError, StoreLockedError, StoreMismatchError
 from mm_retriever.store import switching
 from mm_retriever.store.collection import Collection, Row
 from mm_retriever.store.connection import Connection, check_exists
-from mm_retriever.store.indexes import INDEXES
 from mm_retriever.store.rows import damaged_rows, has_checksum, row_checksum, row_is_damaged, row_to_node, stored_row
 from mm_retriever.store.schema import (
     CHECKSUM_FIELD,
     CONTENT_FIELD,
     DOC_ID_FIELD,
     ID_FIELD,
+    INDEXES,
     MADE_FROM_PROPERTY,
     NODE_FIELDS,
     TEXT_FIELD,

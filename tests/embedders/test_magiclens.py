@@ -17,9 +17,8 @@ from torch import nn
 from mm_retriever.checkpoint import load_strict, read_state_dict, skeleton
 from mm_retriever.embedders.clip import clip_config, fill_positions
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.embedders.magiclens.encoder import MagicLensEncoder
+from mm_retriever.embedders.magiclens.encoder import MagicLens, MagicLensConfig, MagicLensEncoder, config_of_shapes
 from mm_retriever.embedders.magiclens.flax_file import from_flax, read_flax_file
-from mm_retriever.embedders.magiclens.model import MagicLens, MagicLensConfig, config_of_shapes
 from mm_retriever.embedders.registry import convert_model, load_embedder
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, QueryError
 from tests.support.clip_golden import IMAGES, distance, flax_arrays, golden

@@ -18,10 +18,10 @@ from PIL import Image
 from mm_retriever.demo.catalogue import catalogue, draw_product
 from mm_retriever.embedders.embedder import Content, Embedder, cache_identity
 from mm_retriever.embedders.gate import LEAST_COSINE, Gate, measure, samples
-from mm_retriever.embedders.openvino import cache_folder
 from mm_retriever.embedders.registry import load_embedder
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import CheckpointError, QueryError
+from mm_retriever.files import cache_folder
 from tests.support.small_models import MAKERS
 
 EXPORTED = (
@@ -316,7 +316,7 @@ def test_a_quantisation_that_is_too_coarse_is_refused_now_and_later(tmp_path, ca
         for _ in range(2):
             with pytest.raises(CheckpointError, match=r"least cosine \d\.\d+ \(at least 0.995\)"):
                 load_embedder(model.name, backend="openvino", dtype="int8", calibration=drawn)
-        assert len(list(cache_folder().iterdir())) == 1
+        assert len(list(cache_folder("openvino").iterdir())) == 1
 
 
 @pytest.mark.slow

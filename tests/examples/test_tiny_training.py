@@ -13,7 +13,7 @@ from tiny_training import LayerCache, build_tokenizer, labels_of, reworded
 from train_tiny_embedder import draw_queries
 
 from mm_retriever.demo.catalogue import COLOURS, HELD_OUT, KINDS, NATURAL, PATTERNS, Looks, draw_product
-from mm_retriever.embedders.visualized_bge.loading import load_visualized_bge
+from mm_retriever.embedders.visualized_bge.encoder import load_visualized_bge
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from llama_index.core.schema import ImageNode
 
-from mm_retriever.ingest import known
 from mm_retriever.ingest import nodes as nodes_module
+from mm_retriever.ingest import vectors as known
 from mm_retriever.retriever import ComposedRetriever
 from tests.support.colour_embedding import COLOURS, paint
 from tests.support.ingesting import counts, ingest, nearest, nodes

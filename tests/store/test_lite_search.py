@@ -20,7 +20,7 @@ from milvus_lite.storage.segment import Segment
 
 from mm_retriever.errors import StoreError
 from mm_retriever.store import ImageStore, open_store, recall_store
-from mm_retriever.store.indexes import build_params, index_for, search_params
+from mm_retriever.store.schema import build_params, index_for, search_params
 
 DIMENSION = 8
 MODEL = SimpleNamespace(dimension=DIMENSION, model_id="eight numbers")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from mm_retriever.embedders.clip import clip_config
-from mm_retriever.embedders.magiclens.model import MagicLens, MagicLensConfig
+from mm_retriever.embedders.magiclens.encoder import MagicLens, MagicLensConfig
 from mm_retriever.embedders.registry import load_embedder
 from tests.support.golden import small_config, small_model, word_tokenizer
 from tests.support.model_server import serving

@@ -61,8 +61,7 @@ def recognises(files: ModelFiles) -> bool:
 
 def load(files: ModelFiles, **options: Any) -> VisualizedBGEEncoder:
     """The model of these files; see `Family`."""
-    from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder
-    from mm_retriever.embedders.visualized_bge.loading import load_files
+    from mm_retriever.embedders.visualized_bge.encoder import VisualizedBGEEncoder, load_files
 
     model, processor = load_files(files, **options)
     return VisualizedBGEEncoder(model, processor, name=files.name)
@@ -70,6 +69,6 @@ def load(files: ModelFiles, **options: Any) -> VisualizedBGEEncoder:
 
 def convert(files: ModelFiles, out: str | os.PathLike[str], **options: Any) -> Path:
     """See `Family`."""
-    from mm_retriever.embedders.visualized_bge.loading import convert_files
+    from mm_retriever.embedders.visualized_bge.encoder import convert_files
 
     return convert_files(files, out, **options)
