@@ -105,25 +105,19 @@ Backend = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-RERANKING = "Reranking"
+reranking = partial(typer.Option, rich_help_panel="Reranking")
 RerankUrl = Annotated[
     str | None,
-    typer.Option(help="An OpenAI-compatible server that runs the model that reranks.", rich_help_panel=RERANKING),
+    reranking(help="An OpenAI-compatible server that runs the model that reranks."),
 ]
 RerankApi = Annotated[
     str | None,
-    typer.Option(
-        help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model).",
-        rich_help_panel=RERANKING,
-    ),
+    reranking(help="What the server is asked: chat (a vision LLM), rerank or score (a reranking model)."),
 ]
 RerankKey = Annotated[
     str | None,
-    typer.Option(
-        envvar="MM_RETRIEVER_RERANK_KEY",
-        help="The key that the server of --rerank-url wants.",
-        show_envvar=True,
-        rich_help_panel=RERANKING,
+    reranking(
+        envvar="MM_RETRIEVER_RERANK_KEY", help="The key that the server of --rerank-url wants.", show_envvar=True
     ),
 ]
 Root = Annotated[

@@ -28,24 +28,22 @@ EXAMPLES = (
     "[bold]curl -s https://example.org/a.jpg | mm-retriever search -i -[/bold]\n\n"
     '[bold]mm-retriever search "beach" -0 | xargs -0 cp -t album/[/bold]'
 )
-_QUERY, _RESULTS, _OUTPUT = "What to look for", "Which results", "Output"
+_query, _result, _output = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("What to look for", "Which results", "Output")
+)
 
 
 def search(
     words: Annotated[list[str] | None, typer.Argument(help="The same as --text, without the option.")] = None,
-    text: Annotated[
-        str | None,
-        typer.Option("--text", "-t", help="What to look for, or what to change.", rich_help_panel=_QUERY),
-    ] = None,
+    text: Annotated[str | None, _query("--text", "-t", help="What to look for, or what to change.")] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(
+        _query(
             "--image",
             "-i",
             help="An image to look for, or to start from: a file, a URL, a data URI, or - for stdin; repeat for more "
             "(the query is the mean of what it is with each).",
             callback=options.home,
-            rich_help_panel=_QUERY,
         ),
     ] = None,
     db: options.Db = "photos.db",
@@ -53,82 +51,42 @@ def search(
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
     collection: options.Collection = "mm_retriever",
-    top_k: Annotated[
-        int, typer.Option("--top-k", "-k", min=1, max=16_384, help="How many results.", rich_help_panel=_RESULTS)
-    ] = 9,
+    top_k: Annotated[int, _result("--top-k", "-k", min=1, max=16_384, help="How many results.")] = 9,
     where: Annotated[
         list[str] | None,
-        typer.Option(
+        _result(
             help="What a result must be: label=shoes, year>2020, taken>=2024-01-31, 'label in mug, cup', "
-            "'caption contains red', 'price is empty'; repeat for more.",
-            rich_help_panel=_RESULTS,
+            "'caption contains red', 'price is empty'; repeat for more."
         ),
     ] = None,
-    min_score: Annotated[
-        float | None, typer.Option(help="Leave out results below this similarity (-1 to 1).", rich_help_panel=_RESULTS)
-    ] = None,
+    min_score: Annotated[float | None, _result(help="Leave out results below this similarity (-1 to 1).")] = None,
     hybrid: Annotated[
-        bool,
-        typer.Option(
-            "--hybrid",
-            help="Search by words too, in a store of `index --hybrid`; scores tell ranks.",
-            rich_help_panel=_RESULTS,
-        ),
+        bool, _result("--hybrid", help="Search by words too, in a store of `index --hybrid`; scores tell ranks.")
     ] = False,
     each_once: Annotated[
-        bool,
-        typer.Option(
-            "--each-once",
-            help="Show copies of one file once; the next results take their places.",
-            rich_help_panel=_RESULTS,
-        ),
+        bool, _result("--each-once", help="Show copies of one file once; the next results take their places.")
     ] = False,
     per_item: Annotated[
-        bool,
-        typer.Option(
-            "--per-item",
-            help="Only the best image of each item (column `item`); --top-k counts items.",
-            rich_help_panel=_RESULTS,
-        ),
+        bool, _result("--per-item", help="Only the best image of each item (column `item`); --top-k counts items.")
     ] = False,
-    exclude_query: Annotated[
-        bool, typer.Option("--exclude-query", help="Leave out the query image itself.", rich_help_panel=_RESULTS)
-    ] = False,
+    exclude_query: Annotated[bool, _result("--exclude-query", help="Leave out the query image itself.")] = False,
     rerank: Annotated[
-        bool,
-        typer.Option(
-            "--rerank", help="Let a vision model rank the results and say why.", rich_help_panel=options.RERANKING
-        ),
+        bool, options.reranking("--rerank", help="Let a vision model rank the results and say why.")
     ] = False,
     rerank_model: Annotated[
         str | None,
-        typer.Option(
-            help="Default: Phi-3.5 Vision; `tiny` if that is the --model.",
-            autocompletion=options.reranker_names,
-            rich_help_panel=options.RERANKING,
+        options.reranking(
+            help="Default: Phi-3.5 Vision; `tiny` if that is the --model.", autocompletion=options.reranker_names
         ),
     ] = None,
     rerank_url: options.RerankUrl = None,
     rerank_api: options.RerankApi = None,
     rerank_key: options.RerankKey = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=_OUTPUT)
-    ] = False,
-    paths: Annotated[
-        bool,
-        typer.Option("--paths", help="Print the paths of the results, one a line.", rich_help_panel=_OUTPUT),
-    ] = False,
-    null: Annotated[
-        bool,
-        typer.Option("--null", "-0", help="The same, each ended by a NUL byte: for xargs -0.", rich_help_panel=_OUTPUT),
-    ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page of the results.", callback=options.home, rich_help_panel=_OUTPUT)
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(help="Write a numbered sheet of the results.", callback=options.home, rich_help_panel=_OUTPUT),
-    ] = None,
+    as_json: Annotated[bool, _output("--json", help="Print the results as JSON.")] = False,
+    paths: Annotated[bool, _output("--paths", help="Print the paths of the results, one a line.")] = False,
+    null: Annotated[bool, _output("--null", "-0", help="The same, each ended by a NUL byte: for xargs -0.")] = False,
+    html: Annotated[Path | None, _output(help="Write a page of the results.", callback=options.home)] = None,
+    png: Annotated[Path | None, _output(help="Write a numbered sheet of the results.", callback=options.home)] = None,
     via: Annotated[
         str | None,
         typer.Option(help="Ask the `mm-retriever serve` at this URL. Default: the one that serves --db, if any does."),

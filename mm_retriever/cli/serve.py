@@ -44,10 +44,9 @@ def serve(
     no_ratings: Annotated[bool, typer.Option("--no-ratings", help="Do not keep ratings.")] = False,
     rerank: Annotated[
         str | None,
-        typer.Option(
+        options.reranking(
             help="A model that ranks results when somebody asks for it on the page. Default: none.",
             autocompletion=options.reranker_names,
-            rich_help_panel=options.RERANKING,
         ),
     ] = None,
     rerank_url: options.RerankUrl = None,

@@ -22,8 +22,7 @@ def train(
     model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder to write; run it again to go on.", callback=options.home)],
     held_out: Annotated[
-        Path | None,
-        typer.Option(help="Queries to evaluate on. Default: a tenth of the others.", callback=options.home),
+        Path | None, typer.Option(help="Queries to evaluate on. Default: a tenth of the others.", callback=options.home)
     ] = None,
     teacher: Annotated[
         str | None,
