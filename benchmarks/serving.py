@@ -8,8 +8,9 @@ A server of its own is started on loopback over a collection that is drawn for i
 another over a connection that stays open: words, an image, or both. The answer of each is known: it is what the library
 finds in this process before the server starts; results whose scores differ by less than 1e-5 may stand in any order.
 "Besides the model" is the time that a user waits, less what the answer's Server-Timing header says of the model: its
-passes and the wait for them. In the same run one user alone gives the rate of calls one by one. The `search` command is
-timed as a whole process, with the server running and without any.
+passes and the wait for them. In the same run one user alone, before the many and after them, gives the rate of calls
+one by one. Memory is the median of the first and of the last sixth of the run. The `search` command is timed as a whole
+process, with the server running and without any.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ class Tally:
     errors: list[str] = field(default_factory=list)
     wrong: int = 0
 
+    def add(self, other: Tally) -> None:
+        """Count what another saw too."""
+        self.waits += other.waits
+        self.besides += other.besides
+        self.errors += other.errors
+        self.wrong += other.wrong
+
 
 def main() -> None:
     """Parse, measure, print one table."""
@@ -88,13 +96,17 @@ def measure(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     without = [command_seconds(db) for _ in range(options.commands)]
     with served(db, work) as (url, process):
         under_load(url, asked, 2, 2.0)  # what is loaded with the first requests
-        one, alone_seconds = under_load(url, asked, 1, min(ALONE_SECONDS, options.seconds))
+        alone = min(ALONE_SECONDS, options.seconds)
+        one, before = under_load(url, asked, 1, alone)
         under_load(url, asked, options.users, min(5.0, options.seconds))
-        start = memory_mb(process.pid)
-        many, seconds = under_load(url, asked, options.users, options.seconds)
-        figures |= {"memory_start_mb": start, "memory_end_mb": memory_mb(process.pid)}
+        with memory_mb(process.pid) as held:
+            many, seconds = under_load(url, asked, options.users, options.seconds)
+        one_again, after = under_load(url, asked, 1, alone)
+        one.add(one_again)
         with_server = [command_seconds(db) for _ in range(options.commands)]
-    alone, together = len(one.waits) / alone_seconds, len(many.waits) / seconds
+    sixth = max(1, len(held) // 6)
+    figures |= {"memory_start_mb": float(np.median(held[:sixth])), "memory_end_mb": float(np.median(held[-sixth:]))}
+    alone, together = len(one.waits) / (before + after), len(many.waits) / seconds
     figures |= {"seconds": seconds, "requests": len(many.waits), "per_second": together, "per_second_alone": alone}
     figures |= {"errors": len(many.errors) + len(one.errors), "wrong": many.wrong + one.wrong}
     figures |= {"first_errors": (one.errors + many.errors)[:3]}
@@ -209,10 +221,7 @@ def under_load(url: str, asked: Sequence[Asked], users: int, seconds: float) -> 
     took = time.perf_counter() - started
     every = Tally()
     for tally in tallies:
-        every.waits += tally.waits
-        every.besides += tally.besides
-        every.errors += tally.errors
-        every.wrong += tally.wrong
+        every.add(tally)
     return every, took
 
 
@@ -244,9 +253,24 @@ def one_user(url: str, asked: Sequence[Asked], number: int, until: float, tally:
     connection.close()
 
 
-def memory_mb(pid: int) -> float:
-    """What a process holds."""
-    return float(psutil.Process(pid).memory_info().rss) / 2**20
+@contextmanager
+def memory_mb(pid: int) -> Iterator[list[float]]:
+    """What a process holds, once a second."""
+    held: list[float] = []
+    process, is_over = psutil.Process(pid), threading.Event()
+
+    def watch() -> None:
+        held.append(process.memory_info().rss / 2**20)
+        while not is_over.wait(1.0):
+            held.append(process.memory_info().rss / 2**20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield held
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 def command_seconds(db: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,9 @@ import typer
 
 from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
+
+_OFTEN = (10_000, 20, 20)
+"""Thresholds of the garbage collector beside what was loaded: what requests leave behind would otherwise pile up."""
 
 
 def serve(
@@ -106,6 +110,9 @@ def serve(
             device=device,
         )
         file = Path(options.home(db))
+        gc.collect()
+        gc.freeze()  # all that was loaded stays for as long as the server runs: not to be looked through again
+        gc.set_threshold(*_OFTEN)
         serve_web(
             app,
             host=host,
