@@ -190,6 +190,6 @@ class MissingExtraError(MMRetrieverError, ImportError):
     def of(cls, error: ImportError, package: str, extra: str) -> MissingExtraError:
         """Say whether a package is not there, or is there and does not load, as beside a newer one it does not know."""
         named = (error.name or "").replace("_", "-").replace(".", "-")
-        is_missing = isinstance(error, ModuleNotFoundError) and named == package
-        state = "is not installed" if is_missing else f"does not load ({error})"
-        return cls(f'{package} {state}: pip install "mm-retriever[{extra}]"')
+        if isinstance(error, ModuleNotFoundError) and named == package:
+            return cls(f'{package} is not installed: pip install "mm-retriever[{extra}]"')
+        return cls(f'{package} does not load ({error}): pip install "mm-retriever[{extra}]"')
