@@ -30,7 +30,7 @@ from llama_index.core.vector_stores.types import (
 )
 
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMismatchError
+from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMismatchError, shown
 from mm_retriever.images import (
     DEFAULT_POLICY,
     ImageDataURI,
@@ -48,6 +48,7 @@ from mm_retriever.own_keys import PREFIX, own_value
 from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
+from mm_retriever.store.queries import checked_top_k
 from mm_retriever.store.schema import key_problem
 from mm_retriever.threads import in_thread
 
@@ -119,9 +120,7 @@ class ComposedRetriever(BaseRetriever):
         callback_manager: CallbackManager | None = None,
         similarity_top_k: int | None = None,
     ) -> None:
-        top_k = top_k if similarity_top_k is None else similarity_top_k
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
-            raise QueryError(f"top_k {top_k!r}: give a whole number from 1 to {MAX_TOP_K}")
+        top_k = checked_top_k(top_k if similarity_top_k is None else similarity_top_k)
         if min_score is not None and min_score != min_score:
             raise QueryError("min_score is NaN: give a number, usually from -1 to 1")
         if mode not in ("default", "hybrid"):
@@ -168,8 +167,10 @@ class ComposedRetriever(BaseRetriever):
         """Return what `retrieve` returns for each query, in the order given; the model embeds all of them together.
 
         Raises:
-            QueryError: one of them has nothing to search for.
+            QueryError: one of them has nothing to search for, or there is one query and no list of them.
         """
+        if isinstance(queries, str | QueryBundle):  # its characters would be queries
+            raise QueryError(f"retrieve_many takes a list of queries, got {shown(queries)}: give [query], or retrieve")
         bundles = [query if isinstance(query, QueryBundle) else QueryBundle(query) for query in queries]
         rows = [
             row

@@ -7,6 +7,7 @@ import math
 import shutil
 from typing import Any
 
+import numpy as np
 import pytest
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -153,6 +154,20 @@ def test_top_k_is_the_number_of_results(world):
     for bad in (0, -3, 16_385, True, 2.0, "9"):
         with pytest.raises(QueryError, match="from 1 to 16384"):
             retriever(world, top_k=bad)
+
+
+def test_numbers_of_numpy_are_numbers_of_results(world):
+    assert len(retriever(world, top_k=np.int64(2)).retrieve("red")) == 2
+    with pytest.raises(QueryError, match="from 1 to 16384"):
+        retriever(world, top_k=np.bool_(True))
+
+
+def test_one_query_is_no_list_of_queries(world):
+    """A text would be searched for letter by letter."""
+    for query in ("red", QueryBundle("red")):
+        with pytest.raises(QueryError, match="takes a list of queries"):
+            retriever(world).retrieve_many(query)
+    assert len(retriever(world).retrieve_many(text for text in ("red", "blue"))) == 2
 
 
 # ------------------------------------------------------------------------------------------ without the query image

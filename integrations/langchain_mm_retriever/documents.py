@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence, Set
+from datetime import date, time
+from decimal import Decimal
+from enum import Enum
 from typing import Any, TypeAlias
+from uuid import UUID
 
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage
@@ -14,6 +19,8 @@ from pydantic import ValidationError
 
 from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.images import ImageSource
+from mm_retriever.store.conditions import condition
+from mm_retriever.store.values import plain_value
 
 SCORE = "relevance_score"
 IMAGE_PATH = "image_path"
@@ -65,8 +72,9 @@ def to_node(document: Document) -> NodeWithScore:
     named: dict[str, Any] = {"id_": document.id} if document.id else {}
     node: BaseNode
     if path or url:
+        path = os.path.expanduser(path) if path else None  # noqa: PTH111 - a path of any kind, as text
         own = "" if document.page_content == _what_it_is(metadata) else document.page_content
-        node = ImageNode(text=own, image_path=path, image_url=url, metadata=metadata, **named)
+        node = ImageNode(text=own, image_path=path and os.fspath(path), image_url=url, metadata=metadata, **named)
     else:
         node = TextNode(text=document.page_content, metadata=metadata, **named)
     return NodeWithScore(node=node, score=score)
@@ -83,6 +91,8 @@ def read_query(query: ComposedQuery, image: ImageSource | None = None) -> tuple[
     if isinstance(query, str):
         return query, image
     images = [] if image is None else [image]
+    if not isinstance(query, Mapping | Sequence) or isinstance(query, bytes):
+        raise QueryError(f"a query of {shown(query)}: give a text, {{'text': ..., 'image': ...}}, or a message")
     if isinstance(query, Mapping):
         if query.keys() - {"text", "image"}:
             raise QueryError(f"a query of {', '.join(map(repr, query))}: give 'text', 'image', or both")
@@ -122,6 +132,7 @@ def read_filters(filters: Filters | None) -> MetadataFilters | None:
 
     A mapping names columns: `{"label": "mug"}`; a list means any of them. `$eq`, `$ne`, `$gt`, `$gte`, `$lt`, `$lte`,
     `$in` and `$nin` compare otherwise, `{"price": {"$gte": 5, "$lt": 20}}`; `$and` and `$or` join lists of mappings.
+    Bools and dates are compared as they are stored.
 
     Raises:
         FilterError: anything else.
@@ -146,11 +157,32 @@ def _conditions(key: object, value: Any) -> list[MetadataFilter | MetadataFilter
         return [MetadataFilters(filters=[_all_of(part) for part in value], condition=_JOINED[key])]
     if key.startswith("$"):
         raise FilterError(f"{key} is not one of {', '.join([*_JOINED, *_OPERATORS])}, or needs a column before it")
-    compared = value if isinstance(value, Mapping) else {"$in" if isinstance(value, list | tuple) else "$eq": value}
+    if isinstance(value, Mapping) and not value:
+        raise FilterError(f"{key!r}: an empty mapping asks for nothing; give a value, or {{'$gt': ...}}")
+    several = isinstance(value, list | tuple | Set)
+    compared = value if isinstance(value, Mapping) else {"$in" if several else "$eq": value}
     for operator in compared:
         if operator not in _OPERATORS:
             raise FilterError(f"operator {shown(operator)} of {key!r}: give one of {', '.join(_OPERATORS)}")
     try:
-        return [MetadataFilter(key=key, value=wanted, operator=_OPERATORS[name]) for name, wanted in compared.items()]
+        return [_comparison(key, _OPERATORS[name], _plain(wanted)) for name, wanted in compared.items()]
     except ValidationError:
         raise FilterError(f"{key!r}: {shown(value)} is no value of a filter: give text, a number or a list") from None
+
+
+def _comparison(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | MetadataFilters:
+    if operator in (_Op.IN, _Op.NIN) and isinstance(value, list):
+        return condition(key, operator.value, value)  # of texts and numbers together, which no filter holds
+    return MetadataFilter(key=key, value=value, operator=operator)
+
+
+def _plain(value: Any) -> Any:
+    """A value as metadata have it: dates as ISO text, and a bool as the text that equals it however it is stored."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple | Set):
+        return [_plain(item) for item in value]
+    if isinstance(value, date | time | Decimal | UUID | Enum | os.PathLike) or hasattr(value, "tolist"):
+        plain = plain_value(value)
+        return _plain(plain) if isinstance(plain, bool | list) else plain
+    return value

@@ -119,6 +119,7 @@ class ImageVectorStore(VectorStore):
             ImageLoadError: names the first image that cannot or must not be read.
         """
         _refuse("add_documents", kwargs)
+        documents, ids = list(documents), None if ids is None else list(ids)
         if ids is not None and len(ids) != len(documents):
             raise QueryError(f"{len(ids)} ids and {len(documents)} documents: give one id for each")
         nodes: list[BaseNode] = []

@@ -26,7 +26,7 @@ from typer.core import TyperGroup
 
 from mm_retriever import __version__
 from mm_retriever.cli import bulk, demo, evaluate, indexing, mcp, models, search, serve, train
-from mm_retriever.cli.options import EXIT_INTERRUPTED, fail
+from mm_retriever.cli.options import EXIT_INTERRUPTED, EXIT_USAGE, fail
 from mm_retriever.cli.wording import in_cli_words
 from mm_retriever.errors import MMRetrieverError, QueryError, one_line
 
@@ -203,7 +203,10 @@ def _run(arguments: list[str]) -> NoReturn:
         if usage is None:
             raise
         asked = getattr(getattr(error, "ctx", None), "command_path", "mm-retriever")
-        fail(f"{str(usage()).rstrip('.')}; `{asked} --help` says what it takes")
+        told = str(usage()).rstrip(".")
+        if not told:  # of a call without arguments, which has shown the help
+            sys.exit(EXIT_USAGE)
+        fail(f"{told}; `{asked} --help` says what it takes")
     if code == EXIT_INTERRUPTED:  # by us above, or by typer, which says nothing
         goes_on = arguments[:1] and arguments[0] in _CONTINUED
         told = "stopped; what is done stays: run the same command again to go on" if goes_on else "stopped"

@@ -33,7 +33,11 @@ Force = Annotated[
 def index(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Folders of images (read recursively), or single images.", callback=options.home),
+        typer.Argument(
+            help="Folders of images (read recursively), or single images.",
+            parser=options.named_path,
+            callback=options.home,
+        ),
     ],
     db: options.Db = "photos.db",
     model: options.HeldModel = None,
@@ -230,7 +234,10 @@ def remove(
         typer.Argument(help="Files, folders (with all below them) or URLs that were indexed.", callback=options.home),
     ] = None,
     ids: Annotated[list[str] | None, typer.Option("--id", help="The id of a row; repeat for more.")] = None,
-    where: Annotated[list[str] | None, typer.Option(help="What all rows to remove match, as in `search`.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Also remove rows by metadata: those that match every condition, as in `search`."),
+    ] = None,
     db: options.Db = "photos.db",
     collection: options.Collection = "mm_retriever",
     token: options.Token = None,

@@ -45,6 +45,13 @@ def home(path: Any) -> Any:
         raise QueryError(f"{str(path)!r}: {error}") from error
 
 
+def named_path(text: str) -> Path:
+    """A path that is there to be read: an unset variable of the shell is not the working directory."""
+    if not text.strip():
+        raise QueryError(f"{text!r} names no folder and no image; the folder that you are in is '.'")
+    return Path(text)
+
+
 Db = Annotated[str, typer.Option(help="A Milvus Lite file (photos.db) or the URI of a Milvus server.")]
 Collection = Annotated[str, typer.Option(help="The collection in the store.")]
 Token = Annotated[

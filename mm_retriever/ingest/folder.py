@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import unquote
 
 from mm_retriever.errors import IngestError
 from mm_retriever.images import is_image_path
@@ -126,10 +127,26 @@ Skip: TypeAlias = Callable[[str, str], None]
 """Called with the name of what cannot be ingested, and the reason."""
 
 
+def local_path(place: str) -> str:
+    """Return the path that a `file:` URL of this machine names; any other text stays as it is."""
+    if place[:7].lower() != "file://":
+        return place
+    host, _, path = place[7:].partition("/")
+    if host.lower() not in ("", "localhost") or not path:
+        return place
+    path = unquote(path, errors="surrogateescape")
+    return path if os.name == "nt" and path[1:2] == ":" else f"/{path}"
+
+
+def spellings(path: str) -> list[str]:
+    """Return a path as it was given, then with composed and with decomposed letters, as a disk may have it."""
+    return list(dict.fromkeys([path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]))
+
+
 def existing_path(given: str | os.PathLike[str]) -> Path | None:
     """Return a path as the disk has it, in composed or decomposed letters; None if nothing is there."""
-    text = os.path.expanduser(os.fspath(given))  # noqa: PTH111 - Path's fails for an unknown user
-    for path in map(Path, dict.fromkeys([text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))])):
+    text = os.path.expanduser(local_path(os.fspath(given)))  # noqa: PTH111 - Path's fails for an unknown user
+    for path in map(Path, spellings(text)):
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):

@@ -316,6 +316,8 @@ def file_stamp(path: str) -> dict[str, int | str]:
     changed a moment ago may change again within the same tick of its clocks, so it gets no such stamp yet.
     """
     status = os.stat(path)  # noqa: PTH116 - ten times Path's speed
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError("a folder, not a file: give it as the source by itself")
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a file")
     stamp: dict[str, int | str] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

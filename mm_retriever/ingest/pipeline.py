@@ -47,6 +47,7 @@ from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar
 from mm_retriever.ingest.sources import (
     Item,
     Source,
+    by_ids,
     count_items,
     items,
     missing_folder,
@@ -207,7 +208,7 @@ class _Run:
     skipped: list[SkippedImage] = field(default_factory=list)
     ignored: IgnoredCounts = field(init=False)
     remarks: Counter[str] = field(default_factory=Counter)  # what happened to so many images
-    under_way: set[str] = field(default_factory=set)  # ids that are being read or embedded
+    under_way: dict[str, Item] = field(default_factory=dict)  # by id: what is being read or embedded
     spoiled: set[str] = field(default_factory=set)  # ids of files that exist and are images no longer
     unread: set[str] = field(default_factory=set)  # ids of files that exist and could not be read
     replaced_rows: set[str] = field(default_factory=set)  # ids of rows whose place another row takes
@@ -252,7 +253,7 @@ class _Run:
         """Yield what is new or may have changed; what is stored as it is needs no task."""
         everything = items(source, self._skip, self.ignored, self.fs, search_open=self.reader.policy.roots is None)
         while self.bar.goes_on() and (window := list(islice(everything, _WINDOW))):
-            by_id = {item.id: item for item in window if item.id not in self.under_way}
+            by_id = by_ids(window, self.under_way, self.remarks)
             self.bar.update(len(window) - len(by_id))  # named twice
             stored = _retried(self.store.columns, list(by_id), BOOKKEEPING)
             tasks = [task for item in by_id.values() if (task := self._task(item, stored.get(item.id))) is not None]
@@ -264,7 +265,7 @@ class _Run:
                     self.remarks[
                         f"images no longer have the column {key!r}: what this run says about them has none"
                     ] += 1
-                self.under_way.add(task.item.id)
+                self.under_way[task.item.id] = task.item
                 yield task
 
     def _task(self, item: Item, stored: Mapping[str, Any] | None) -> Task | None:
@@ -313,7 +314,7 @@ class _Run:
                 elif image.prepared is not None:
                     changed.append((task, image))
                 elif task.same_stamp and task.same_metadata:
-                    self.under_way.discard(task.item.id)
+                    self.under_way.pop(task.item.id, None)
                     self._done("unchanged")
                 else:
                     rewritten.append((task, image))
@@ -408,7 +409,7 @@ class _Run:
             if moved := [task.moved_from for task, _ in nodes if task.moved_from]:
                 _retried(self.store.delete_nodes, moved)
             for task, node in nodes:
-                self.under_way.discard(task.item.id)
+                self.under_way.pop(task.item.id, None)
                 if isinstance(node, ImageNode):
                     self.known.add(str(own_value(node.metadata, "digest")), node.node_id)
                 if task.moved_from:
@@ -446,4 +447,4 @@ class _Run:
 
     def _refuse(self, task: Task, reason: str) -> None:
         self._skip(task.item.name, reason)
-        self.under_way.discard(task.item.id)
+        self.under_way.pop(task.item.id, None)

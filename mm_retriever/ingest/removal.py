@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,12 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import IngestError
 from mm_retriever.images.source import is_url
+from mm_retriever.ingest.folder import local_path, spellings
 from mm_retriever.ingest.report import IngestReport
 from mm_retriever.ingest.sources import path_id, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
+from mm_retriever.store.filters import id_list
 
 LARGEST_SHARE = 5
 """More than one row in so many at once has to be asked for: a missing drive looks the same."""
@@ -113,9 +115,9 @@ def prune_missing(folder: str, store: ImageStore, *, force: bool) -> IngestRepor
 
 def remove_images(
     store: ImageStore,
-    paths: Sequence[str | os.PathLike[str]] = (),
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     *,
-    ids: Sequence[str] = (),
+    ids: Iterable[str] = (),
     filters: MetadataFilters | None = None,
 ) -> int:
     """Remove rows by files, folders and URLs, by ids, and by metadata, and return how many there were.
@@ -124,17 +126,21 @@ def remove_images(
 
     Args:
         store: from `open_store` or `open_stored`.
-        paths: files, folders (with everything below them) or URLs, whether they exist or not.
+        paths: files, folders (with everything below them) or URLs, whether they exist or not; or one of them.
         ids: of rows.
         filters: matched by all rows to remove.
 
     Raises:
         IngestError: nothing is named, or something of which the store holds nothing; nothing was removed.
     """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    ids = id_list(ids)
     if not paths and not ids and filters is None:
         raise IngestError("nothing is named to be removed: give paths, ids or filters; clear() removes everything")
     wanted: set[str] = set()
-    for path in [os.fspath(place) for place in paths]:
+    for path in map(os.fspath, paths):
+        if not path.strip():
+            raise IngestError(f"the path {path!r} names nothing, so nothing was removed")
         below = {row["id"] for row in _rows_of(path, store)}
         if not below:
             raise IngestError(f"the store holds nothing of {path!r}, so nothing was removed")
@@ -153,12 +159,18 @@ def _rows_of(path: str, store: ImageStore) -> Iterator[Mapping[str, Any]]:
     if is_url(path):
         yield from store.columns([url_id(path)], ()).values()
         return
-    path = os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - a link is stored under its own name
-    folder, name = os.path.split(path)
-    for place in {os.path.join(os.path.realpath(folder), name), os.path.realpath(path)}:  # noqa: PTH118
-        yield from _rows(
-            store, _below(place, *(MetadataFilter(key=key, value=place) for key in own_columns("file_path")))
-        )
+    path = os.path.abspath(os.path.expanduser(local_path(path)))  # noqa: PTH100, PTH111
+    for spelled in spellings(path):  # a Mac writes names in decomposed letters, people type composed ones
+        folder, name = os.path.split(spelled)
+        rows: list[Mapping[str, Any]] = []
+        # a link is stored under its own name
+        for place in {os.path.join(os.path.realpath(folder), name), os.path.realpath(spelled)}:  # noqa: PTH118
+            rows += _rows(
+                store, _below(place, *(MetadataFilter(key=key, value=place) for key in own_columns("file_path")))
+            )
+        if rows:
+            yield from rows
+            return
 
 
 def _rows(store: ImageStore, filters: MetadataFilters, *columns: str) -> Iterator[Mapping[str, Any]]:

@@ -10,7 +10,8 @@ import os
 import re
 import unicodedata
 import uuid
-from collections.abc import Iterable, Iterator, Sized
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,10 +19,10 @@ from urllib.parse import unquote, unquote_plus, urlsplit, urlunsplit
 
 from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelationship, RelatedNodeInfo, RelatedNodeType
 
-from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line
+from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line, shown
 from mm_retriever.images import ImageSource, read_image_bytes
 from mm_retriever.images.source import is_url
-from mm_retriever.ingest.folder import Ignore, Skip, existing_path, not_counted, walk
+from mm_retriever.ingest.folder import Ignore, Skip, existing_path, local_path, not_counted, walk
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
 from mm_retriever.request import node_images
 from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
@@ -29,6 +30,7 @@ from mm_retriever.store import bytes_as_text, has_control_characters, storable_n
 Entry: TypeAlias = str | os.PathLike[str] | BaseNode
 Source: TypeAlias = str | os.PathLike[str] | Iterable[Entry]
 
+_SOURCES = "give a folder, a file, a URL, or a list of files, URLs and LlamaIndex nodes"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
@@ -64,6 +66,11 @@ class Item:
     def is_image(self) -> bool:
         """Whether there are pixels to embed."""
         return bool(self.place) or self.data is not None
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What it is and what is said about it: equal for the same thing named twice."""
+        return self.place, self.text, self.metadata, self.stamp
 
     @property
     def source(self) -> ImageSource:
@@ -107,10 +114,29 @@ def items(
             skip(_name(entry), "its name is not Unicode text; rename the file")
 
 
+def by_ids(window: Iterable[Item], under_way: Mapping[str, Item], remarks: Counter[str]) -> dict[str, Item]:
+    """Return the items that are not under way yet, the later of two with one id; remarks count what says other things.
+
+    A thing that is named twice is the same thing.
+    """
+    kept: dict[str, Item] = {}
+    for item in window:
+        other = under_way.get(item.id) or kept.get(item.id)
+        if other is not None and other.content != item.content:
+            remarks["nodes have the id of another one, or its text, and say other things: one is kept"] += 1
+        if item.id not in under_way:
+            kept[item.id] = item
+    return kept
+
+
 def source_folder(source: Source) -> str | None:
     """Return the folder that a source is, absolute and without symbolic links; None for any other source."""
+    if not isinstance(source, Iterable | os.PathLike):
+        raise IngestError(f"the source is {shown(source)}: {_SOURCES}")
     if not isinstance(source, str | os.PathLike) or is_url(os.fspath(source)):
         return None
+    if not os.fspath(source).strip():  # the working directory, to Python
+        raise IngestError(f"the source is {source!r}: {_SOURCES}; the folder that you are in is '.'")
     if scheme := _scheme(os.fspath(source)):
         raise IngestError(f"{os.fspath(source)[:200]!r}: {_needs_file_system(scheme)}")
     path = existing_path(source)
@@ -133,9 +159,13 @@ def missing_folder(source: Source) -> str | None:
     if not isinstance(source, str | os.PathLike) or _scheme(os.fspath(source)):
         return None
     try:
-        return os.path.realpath(os.path.expanduser(source)) if existing_path(source) is None else None  # noqa: PTH111
+        return _real(source) if existing_path(source) is None else None
     except IngestError:  # nobody knows
         return None
+
+
+def _real(path: str | os.PathLike[str]) -> str:
+    return os.path.realpath(os.path.expanduser(local_path(os.fspath(path))))  # noqa: PTH111
 
 
 def path_id(path: str) -> str:
@@ -162,7 +192,8 @@ def _name(entry: object) -> str:
 
 
 def _scheme(place: str) -> str:
-    scheme = _SCHEME.match(place)
+    """The scheme of what is in no file system of this machine, "" for a path."""
+    scheme = _SCHEME.match(local_path(place))
     return scheme[1].lower() if scheme else ""
 
 
@@ -188,6 +219,8 @@ def _item(entry: object, file_system: Any | None, search_open: bool) -> Item:
         return _remote_item(RemoteFile(file_system, place))
     if isinstance(entry, str) and (scheme := _scheme(entry)):
         raise NodeError(_needs_file_system(scheme))
+    if not place.strip():
+        raise NodeError("the path is empty")
     return _path_item(place)
 
 
@@ -195,7 +228,8 @@ def _path_item(path: str) -> Item:
     absolute = _absolute(path)
     id_ = path_id(absolute)  # first: it refuses names that are not Unicode
     posix = Path(absolute)
-    return Item(id=id_, name=absolute, path=absolute, sidecar_names=(path, posix.name), label=posix.parent.name)
+    names = (local_path(path), posix.name)
+    return Item(id=id_, name=absolute, path=absolute, sidecar_names=names, label=posix.parent.name)
 
 
 def _walked_item(path: str, root: str) -> Item:
@@ -207,7 +241,7 @@ def _walked_item(path: str, root: str) -> Item:
 
 
 def _absolute(path: str) -> str:
-    folder, name = os.path.split(os.path.expanduser(path))  # noqa: PTH111
+    folder, name = os.path.split(os.path.expanduser(local_path(path)))  # noqa: PTH111
     return f"{os.path.realpath(folder or os.curdir).rstrip(os.sep)}{os.sep}{name}"
 
 
@@ -267,7 +301,7 @@ def _node_place(node: BaseNode, plain: BaseNode, file_system: Any | None, search
     if carried is not None:  # before the URL: what is here need not be fetched
         return replace(_bytes_item(read_image_bytes(carried), given_path), url=url)
     if url:
-        return _url_item(url)
+        return _path_item(url) if local_path(url) != url else _url_item(url)
     if has_control_characters(text):
         raise NodeError(bytes_as_text(given_path))
     if not text.strip():

@@ -171,6 +171,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             ImageLoadError: the query image cannot or must not be read.
             RerankError: no ranking could be obtained; with ``on_error="keep_order"`` the order stays as it is.
         """
+        nodes = list(nodes)  # read several times below
         bundle = QueryBundle(query) if isinstance(query, str) else query or QueryBundle("")
         source: ImageSource | None = bundle.image_path if query_image is None else query_image
         if isinstance(source, str) and not source:
@@ -189,7 +190,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             EventPayload.TOP_K: self.top_n,
         }
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-            result = self._reranking(list(nodes), text, source, meter or Meter(self.time_budget_s))
+            result = self._reranking(nodes, text, source, meter or Meter(self.time_budget_s))
             event.on_end(payload={EventPayload.NODES: result.nodes})
         dispatcher.event(ReRankEndEvent(nodes=result.nodes))
         self._last_usage = result.usage

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Annotated, Any, TypeAlias
 
 from llama_index.core.schema import BaseNode
@@ -105,9 +106,9 @@ def read_count(value: object, *, default: int, most: int) -> int:
         value = int(value.strip()[:9])
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise QueryError(f"top_k {shown(value)}: give a whole number from 1 to {most}")
-    return min(value, most)
+    return min(int(value), most)
 
 
 def read_text(value: object, name: str, *, most: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreMismatchError
 from mm_retriever.store.connection import Connection
-from mm_retriever.store.filters import all_of, one_of, quoted
+from mm_retriever.store.filters import all_of, id_list, one_of, quoted
 from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
 from mm_retriever.store.rows import chunks, damaged_rows, row_is_damaged, vector_is_damaged, without_checksums
 from mm_retriever.store.schema import (
@@ -280,9 +280,9 @@ class Collection:
         for page in self.scan((), expression):  # ids first: older servers delete by primary key alone
             self.delete_ids([row[ID_FIELD] for row in page])
 
-    def delete_ids(self, ids: Sequence[str]) -> None:
+    def delete_ids(self, ids: Iterable[str]) -> None:
         """Remove the rows with these ids."""
-        for part in chunks(ids, _IDS_PER_REQUEST):
+        for part in chunks(id_list(ids), _IDS_PER_REQUEST):
             with self.connection.request(f"removing {len(part)} rows"):
                 self._ask(self._client.delete, filter=one_of(ID_FIELD, part))
         self._last_delete = time.monotonic()
@@ -307,12 +307,12 @@ class Collection:
 
     # ------------------------------------------------------------------------------------------ reading
 
-    def columns(self, ids: Sequence[str], names: Sequence[str], expression: str = "") -> dict[str, Row]:
+    def columns(self, ids: Iterable[str], names: Sequence[str], expression: str = "") -> dict[str, Row]:
         """Return the named columns of the rows with these ids that match, by id."""
         rows: dict[str, Row] = {}
         with_vectors = VECTOR_FIELD in names or "*" in names  # storing it again would give it a new checksum
         asked = [*names, CHECKSUM_FIELD] if with_vectors else names
-        for part in chunks(ids, _IDS_PER_REQUEST):
+        for part in chunks(id_list(ids), _IDS_PER_REQUEST):
             page = self._fetch(all_of(one_of(ID_FIELD, part), expression), asked)
             if with_vectors and (damaged := [str(row[ID_FIELD]) for row in page if vector_is_damaged(row)]):
                 raise damaged_rows(damaged)

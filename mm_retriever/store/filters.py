@@ -81,11 +81,16 @@ def quoted(text: str) -> str:
     return f'"{str.translate(text, _ESCAPES)}"'
 
 
+def id_list(ids: Iterable[str]) -> list[str]:
+    """Return ids as a list, wherever they come from: a generator can be read once only."""
+    if isinstance(ids, str):  # its characters would be taken for ids
+        raise FilterError(f"a list of ids is needed, got the text {shown(ids)}")
+    return list(ids)
+
+
 def one_of(column: str, values: Iterable[str]) -> str:
     """Return `column in [...]` for one of the store's own text columns."""
-    if isinstance(values, str):  # its characters would be taken for ids
-        raise FilterError(f"a list of ids is needed, got the text {shown(values)}")
-    return f"{column} in [{', '.join(map(quoted, values))}]"
+    return f"{column} in [{', '.join(map(quoted, id_list(values)))}]"
 
 
 def joined(expressions: Sequence[str], operator: str) -> str:

@@ -19,7 +19,7 @@ from mm_retriever.errors import CopyError, FilterError, QueryError, StoreError
 from mm_retriever.store.collection import Collection, Row
 from mm_retriever.store.columns import Columns
 from mm_retriever.store.connection import Connection, check_exists, is_server
-from mm_retriever.store.filters import all_of, filter_expression, joined, one_of
+from mm_retriever.store.filters import all_of, filter_expression, id_list, joined, one_of
 from mm_retriever.store.inspection import Verification, store_html, verify_collection
 from mm_retriever.store.pixels import embedded_by_pixels
 from mm_retriever.store.queries import answer, log_unserved, refuse_options
@@ -396,8 +396,8 @@ class ImageStore(MilvusVectorStore):
             if filters is None:
                 raise FilterError("get_nodes needs node_ids or filters; MetadataFilters(filters=[]) gives all nodes")
             return [row_to_node(row) for page in self._collection.scan(names, expression) for row in page]
-        rows = self._collection.columns(node_ids, names, expression)
-        return [row_to_node(rows[id_]) for id_ in dict.fromkeys(node_ids) if id_ in rows]
+        rows = self._collection.columns(ids := id_list(node_ids), names, expression)
+        return [row_to_node(rows[id_]) for id_ in dict.fromkeys(ids) if id_ in rows]
 
     def columns(self, node_ids: Sequence[str], names: Sequence[str]) -> dict[str, Row]:
         """Return the named columns of the rows with these ids, by id; an id that is not stored is left out."""

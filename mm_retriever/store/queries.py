@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def answer(
     refuse_options("query", {key: value for key, value in options.items() if not (mmr and key in _MMR_OPTIONS)})
     if query.embedding_field not in (None, VECTOR_FIELD):
         raise QueryError(f"embedding_field {query.embedding_field!r}: vectors are in {VECTOR_FIELD!r}")
-    top_k = _checked_top_k(query.similarity_top_k)
+    top_k = checked_top_k(query.similarity_top_k)
     words = _word_index(collection, query.mode) if query.mode in WORD_MODES else None
     by_words_alone = words is not None and query.mode != VectorStoreQueryMode.HYBRID
     vector = [] if by_words_alone else _query_vector(query.query_embedding, collection.dimension)
@@ -140,10 +141,10 @@ def _fused(
     """By vector and by words, within the same restriction."""
     if query.alpha is not None:
         raise QueryError(f"alpha {query.alpha!r}: the two rankings are joined by rank and have no weights; leave it")
-    limit = _checked_top_k(query.hybrid_top_k or top_k)
+    limit = checked_top_k(query.hybrid_top_k or top_k)
     depth = min(MAX_TOP_K, max(_FUSED_ROWS, 4 * limit))
     asked = words.asked(query.query_str)
-    by_words = None if asked is None else (words, asked, _checked_top_k(query.sparse_top_k or depth))
+    by_words = None if asked is None else (words, asked, checked_top_k(query.sparse_top_k or depth))
     return collection.fused_search((vector, depth), by_words, expression, limit, NODE_FIELDS)
 
 
@@ -169,10 +170,15 @@ def _query_vector(embedding: Sequence[float] | None, dimension: int) -> list[flo
     return numbers
 
 
-def _checked_top_k(top_k: int) -> int:
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MAX_TOP_K:
+def checked_top_k(top_k: object) -> int:
+    """Return a number of results; numpy's whole numbers are numbers too.
+
+    Raises:
+        QueryError: no whole number, or one out of range.
+    """
+    if isinstance(top_k, bool) or not isinstance(top_k, Integral) or not 1 <= int(top_k) <= MAX_TOP_K:
         raise QueryError(f"top_k {top_k!r}: give a whole number from 1 to {MAX_TOP_K}")
-    return top_k
+    return int(top_k)
 
 
 def _mode_name(mode: VectorStoreQueryMode | str) -> str:

@@ -82,3 +82,11 @@ def test_a_used_sidecar_is_not_listed_as_not_taken_and_an_item_without_column_is
     assert report["unchanged"] == 1
     assert any("no column 'sku'" in note for note in report["notes"])
     assert sum(files["count"] for files in report["ignored"]) == 2
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_an_empty_name_is_not_the_working_directory(capfd, images, monkeypatch, given):
+    """As of an unset variable: `index "$PHOTOS"`."""
+    monkeypatch.chdir(images)
+    code, _, err = run(capfd, "index", given, "--db", "a.db", "--model", "no-such-model")
+    assert (code, "names no folder and no image" in err) == (2, True), err

@@ -104,3 +104,8 @@ def test_usage_errors_say_where_help_is(capfd):
 
 def test_other_words_stay():
     assert in_cli_words("the column 'hybrid' of 'prune' is empty") == "the column 'hybrid' of 'prune' is empty"
+
+
+def test_no_arguments_show_the_help_and_no_empty_error(capfd):
+    code, out, err = run(capfd)
+    assert (code, "Usage: mm-retriever" in out + err, "says what it takes" in err) == (2, True, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -273,6 +274,44 @@ def test_a_list_a_generator_and_a_single_file(folder, store, model):
     assert counts(ingest(str(green), store, model)) == {"unchanged": 1}
     assert counts(ingest(folder, store, model)) == {"unchanged": 1, "updated": 1, "indexed": 1}
     assert nodes(store)["red.png"].metadata["label"] == "cars/fast", "seen from the folder it lies deeper"
+
+
+def test_a_file_url_is_the_path_that_it_names(folder, store, model):
+    green = folder / "green.JPEG"
+    shutil.copy(green, folder / "a #1.jpg")
+    assert counts(ingest(folder.as_uri(), store, model)) == {"indexed": 4}
+    again = [(folder / "a #1.jpg").as_uri(), ImageNode(image_path=green.as_uri()), ImageNode(image_url=green.as_uri())]
+    assert ingest(again, store, model).indexed == 0
+    assert store.count() == 4
+    assert "file: is read through a file system" in ingest(["file://host/a.png"], store, model).skipped[0].reason
+
+
+def test_what_is_no_source_is_refused(folder, store, model, monkeypatch):
+    """To Python an empty path is the working directory, which an unset variable must not index, let alone prune."""
+    monkeypatch.chdir(folder)
+    for nothing in ("", "  ", None, 5):
+        with pytest.raises(IngestError, match=r"the source is .*: give a folder"):
+            ingest(nothing, store, model)
+    skipped = ingest(["", folder / "cars", "green.JPEG"], store, model).skipped
+    assert [image.reason for image in skipped] == [
+        "the path is empty",
+        "a folder, not a file: give it as the source by itself",
+    ]
+
+
+def test_nodes_that_share_an_id_and_say_other_things_are_counted(folder, store, model):
+    """One row each: an id that someone chose, or the same file or text under new ids."""
+    green, red = str(folder / "green.JPEG"), str(folder / "cars" / "fast" / "red.png")
+    remark = "1 nodes have the id of another one, or its text, and say other things: one is kept"
+    for given in (
+        [ImageNode(id_="sku", image_path=green), ImageNode(id_="sku", image_path=red)],
+        [ImageNode(image_path=green, text="front"), ImageNode(image_path=green, text="back")],
+        [TextNode(text="Confidential", metadata={"page": 1}), TextNode(text="Confidential", metadata={"page": 2})],
+    ):
+        store.clear()
+        report = ingest(given, store, model)
+        assert (store.count(), report.notes) == (1, (remark,)), given
+    assert ingest([ImageNode(image_path=green), Path(green), ImageNode(image_path=green)], store, model).notes == ()
 
 
 def test_a_generator_is_read_as_it_is_needed(tmp_path, store, model):

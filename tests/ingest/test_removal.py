@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,29 @@ def test_rows_are_removed_by_file_folder_id_and_metadata(folder, store, model):
     ingest(folder, store, model)
     assert remove_images(store, filters=where("file_name", "red.png"), ids=[nodes(store)["blue.jpg"].node_id]) == 2
     assert store.count() == 0
+
+
+def test_one_path_is_no_list_of_paths(folder, store, model):
+    """The first letter of an absolute path is the root of all; an empty path would be the working directory."""
+    ingest(folder, store, model)
+    green = folder / "green.JPEG"
+    assert remove_images(store, str(green)) == 1
+    ingest(folder, store, model)
+    assert remove_images(store, green) == 1
+    ingest(folder, store, model)
+    assert remove_images(store, (place for place in [green.as_uri()])) == 1
+    with pytest.raises(IngestError, match="names nothing"):
+        remove_images(store, "")
+    assert remove_images(store, ids=(node.node_id for node in nodes(store).values())) == 2
+
+
+def test_a_name_in_decomposed_letters_is_removed_by_its_composed_form(tmp_path, store, model):
+    """As a Mac writes it, and as people type it; one that is stored in the form given goes alone."""
+    composed, decomposed = (unicodedata.normalize(form, "M\u00fcller.png") for form in ("NFC", "NFD"))
+    paint(tmp_path / decomposed, "red")
+    ingest(tmp_path, store, model)
+    assert remove_images(store, [tmp_path / composed]) == 1
+    paint(tmp_path / composed, "blue")
+    ingest(tmp_path, store, model)
+    assert remove_images(store, [tmp_path / composed]) == 1
+    assert store.count() == 1

@@ -8,6 +8,8 @@ import io
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -407,6 +409,52 @@ def test_filters_are_mappings_too(retriever, filters, expected):
 def test_mappings_that_are_no_filters_say_why(retriever, filters, reason):
     with pytest.raises(FilterError, match=reason):
         retriever.invoke("a sock", filters=filters)
+
+
+def test_filters_hold_what_metadata_hold(shop, tmp_path):
+    """Bools, dates, paths and sets, as people have them in documents; an empty comparison would be no filter at all."""
+    embeddings = VisualizedBGEEmbeddings(shop.model)
+    metadata = [
+        {"sold": True, "day": date(2024, 1, 2), "n": 1, "size": "2"},
+        {"sold": False, "day": datetime(2024, 1, 3, 9, 30), "n": 2, "size": "L"},
+    ]
+    vectors = ImageVectorStore.from_texts(["a", "b"], embeddings, metadata, ids=["a", "b"], uri=tmp_path / "a.db")
+    with vectors.store:
+        for filters, expected in (
+            ({"sold": True}, {"a"}),
+            ({"sold": {"$ne": True}}, {"b"}),
+            ({"sold": [False]}, {"b"}),
+            ({"day": date(2024, 1, 2)}, {"a"}),
+            ({"day": {"$gt": date(2024, 1, 2)}}, {"b"}),
+            ({"day": {"$lt": datetime(2024, 1, 3, 10)}}, {"a", "b"}),
+            ({"n": {1, 2}}, {"a", "b"}),
+            ({"n": {"$in": frozenset([2])}}, {"b"}),
+            ({"n": np.int64(1)}, {"a"}),
+            ({"n": Decimal(2)}, {"b"}),
+            ({"size": [2, "L"]}, {"a", "b"}),
+            ({"size": {"$nin": [2, "M"]}}, {"b"}),
+        ):
+            found = vectors.similarity_search("a", k=9, filter=filters)
+            assert {document.id for document in found} == expected, filters
+        with pytest.raises(FilterError, match="an empty mapping asks for nothing"):
+            vectors.similarity_search("a", filter={"n": {}})
+
+
+def test_documents_and_ids_may_come_from_generators_and_paths_in_any_form(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(shop.leopard.parent))
+    vectors = ImageVectorStore(open_store(tmp_path / "a.db", shop.model), VisualizedBGEEmbeddings(shop.model))
+    with vectors.store:
+        documents = [
+            Document("", metadata={"image_path": shop.leopard}),
+            Document("", metadata={"image_path": f"~/{shop.leopard.name}"}),
+        ]
+        vectors.add_documents((one for one in documents), ids=(name for name in "ab"))
+        paths = [one.metadata["image_path"] for one in vectors.get_by_ids(name for name in "ab")]
+        assert paths == [str(shop.leopard)] * 2
+        vectors.delete(name for name in "ab")
+        assert vectors.store.count() == 0
+        with pytest.raises(QueryError, match="a query of None"):
+            vectors.similarity_search(None)
 
 
 def test_messages_and_content_blocks_are_queries(shop, retriever):

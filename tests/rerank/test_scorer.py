@@ -143,3 +143,12 @@ def test_orders_and_scores_by_hand() -> None:
     assert fuse([1, 3], [0.1, 0.5], 2) == pytest.approx([-3, 3])
     assert fuse([1, 3, 5], [0.1, float("nan"), 0.7], 0) == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
     assert fuse([], [], 2) == []
+
+
+def test_nodes_may_come_from_a_generator(folder: Path) -> None:
+    """It can be read once: events must not use it up before the model sees it."""
+    nodes = [NodeWithScore(node=ImageNode(id_=str(n), image_path=str(folder / f"{n}.png")), score=0.5) for n in (1, 2)]
+    reranker = make()
+    expected = reranker.postprocess_nodes(nodes, query_str=QUERY)
+    found = reranker.postprocess_nodes((node for node in nodes), query_str=QUERY)
+    assert [hit.node.node_id for hit in found] == [hit.node.node_id for hit in expected] != []

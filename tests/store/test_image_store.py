@@ -440,6 +440,18 @@ def test_get_nodes_keeps_the_order_asked_for(store):
     assert [one.node_id for one in store.get_nodes(["c", "a"], where("id", "a"))] == ["a"]
 
 
+def test_ids_may_come_from_a_generator_or_an_array(store):
+    store.add([node("a"), node("b"), node("c")])
+    assert [one.node_id for one in store.get_nodes(id_ for id_ in "cab")] == ["c", "a", "b"]
+    assert [one.node_id for one in store.get_nodes(np.array(["b", "a"]))] == ["b", "a"]
+    assert len(store.query(query(top_k=np.int64(2))).ids) == 2
+    store.delete_nodes((id_ for id_ in "ab"), where("id", "a"))
+    store.delete_nodes(id_ for id_ in "bx")
+    assert [one.node_id for one in store.get_nodes(["a", "b", "c"])] == ["c"]
+    with pytest.raises(FilterError, match="a list of ids is needed"):
+        store.get_nodes("c")
+
+
 # ------------------------------------------------------------------------------------------ threads and event loops
 
 
