@@ -91,7 +91,7 @@ def read_query(query: ComposedQuery, image: ImageSource | None = None) -> tuple[
     if isinstance(query, str):
         return query, image
     images = [] if image is None else [image]
-    if not isinstance(query, Mapping | Sequence) or isinstance(query, bytes):
+    if not isinstance(query, Mapping | Sequence):
         raise QueryError(f"a query of {shown(query)}: give a text, {{'text': ..., 'image': ...}}, or a message")
     if isinstance(query, Mapping):
         if query.keys() - {"text", "image"}:

@@ -259,7 +259,7 @@ def _synced(path: Path) -> Iterator[TextIO]:
 def _digest_of(sidecar: SidecarSource | None) -> str | None:
     if sidecar is None or sidecar is False:
         return None
-    if isinstance(sidecar, Mapping):
+    if not isinstance(sidecar, str | os.PathLike):
         return hashlib.sha256(json.dumps(sidecar, default=str, sort_keys=True).encode()).hexdigest()
     try:
         return hashlib.sha256(Path(os.path.expanduser(sidecar)).read_bytes()).hexdigest()  # noqa: PTH111

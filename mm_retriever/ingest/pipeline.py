@@ -262,9 +262,8 @@ class _Run:
             for changed in tasks:
                 task = changed.keeping(nodes.get(changed.item.id))
                 for key in lost_columns(task):
-                    self.remarks[
-                        f"images no longer have the column {key!r}: what this run says about them has none"
-                    ] += 1
+                    lost = f"images no longer have the column {key!r}: what this run says about them has none"
+                    self.remarks[lost] += 1
                 self.under_way[task.item.id] = task.item
                 yield task
 

@@ -138,7 +138,7 @@ def remove_images(
     if not paths and not ids and filters is None:
         raise IngestError("nothing is named to be removed: give paths, ids or filters; clear() removes everything")
     wanted: set[str] = set()
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(place) for place in paths]:
         if not path.strip():
             raise IngestError(f"the path {path!r} names nothing, so nothing was removed")
         below = {row["id"] for row in _rows_of(path, store)}

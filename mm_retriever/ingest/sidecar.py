@@ -30,8 +30,8 @@ from mm_retriever.ingest.sidecar_columns import (
     table_rows,
 )
 
-SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]] | Literal[False]
-"""A file, or the same as a mapping; False: none, not even one that lies in the folder."""
+SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | Literal[False]
+"""A file, or the same as a mapping or as a list of rows; False: none, not even one that lies in the folder."""
 
 FOUND_NAMES = ("metadata.jsonl", "metadata.csv")
 """What Hugging Face image folders call their sidecar; found without being named."""
@@ -74,13 +74,13 @@ class Sidecar:
         return next((self.rows[key].columns for key in map(image_key, names) if key in self.rows), {})
 
 
-def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]]) -> Sidecar:
+def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]) -> Sidecar:
     """Return the rows of a sidecar file.
 
     Args:
         source: a `.json` file (an object of objects by file name, or a list of objects that name their file, such as
             exiftool writes), a `.jsonl` file with such an object on each line, a `.csv` or `.tsv` file with a header,
-            or a mapping like the first kind of JSON. In CSV a column is numeric where every cell is a number or
+            or a mapping or a list like those of JSON. In CSV a column is numeric where every cell is a number or
             missing (empty, N/A, null, None, NaN, "-").
 
     Raises:
@@ -88,6 +88,8 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]]) -> Sideca
     """
     if isinstance(source, Mapping):
         return Sidecar(_by_name(source, "sidecar"))
+    if not isinstance(source, str | os.PathLike):
+        return _of_rows(source)
     path = Path(os.path.expanduser(source))  # noqa: PTH111
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None:
@@ -98,7 +100,19 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]]) -> Sideca
         raise IngestError(f"cannot read the sidecar file {str(path)!r}: {error.strerror or error}") from error
     notes: list[str] = []
     columns = parse(_decoded(data, path, notes), path.name, notes)
+    if not columns:
+        notes.append(f"{path.name}: holds no rows")
     return Sidecar(columns, source=path.name, notes=notes, files=[os.path.realpath(path)])
+
+
+def _of_rows(source: object) -> Sidecar:
+    if not isinstance(source, list | tuple) or not all(isinstance(row, Mapping) for row in source):
+        raise IngestError(
+            f"the sidecar is a {type(source).__name__}: give a file, a mapping by file name, or a list of mappings "
+            "that name their file, as table.to_dict('records') of pandas"
+        )
+    notes: list[str] = []
+    return Sidecar(_by_image(list(enumerate(source, start=1)), "sidecar", notes, "row"), notes=notes)
 
 
 def find_sidecars(folder: str) -> Sidecar:
@@ -161,8 +175,11 @@ def _decoded(data: bytes, path: Path, notes: list[str]) -> str:
     encoding = "utf-8-sig"
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         encoding = "utf-16"
-    elif b"\0" in data[:200]:
-        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    elif data[:200].count(0) > 1 and (odd := {place % 2 for place, byte in enumerate(data[:200]) if byte == 0}) != {
+        0,
+        1,
+    }:
+        encoding = "utf-16-le" if odd == {1} else "utf-16-be"  # the same half of every letter that is also ASCII
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -254,7 +271,7 @@ def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: l
         if key is None or row.get(key) is None:
             nameless.append(number)
             continue
-        image = str(row[key])
+        image = image_key(str(row[key]))
         values = {k: value for k, value in row.items() if k != key and not repeats_name(k, value, image)}
         if (before := columns.get(image)) is not None:
             values, differs = _merged(before, values)

@@ -207,7 +207,10 @@ def table_rows(text: str, name: str, delimiters: str, notes: list[str]) -> list[
     try:
         with _long_fields():
             delimiter = _delimiter(text, delimiters)
-            reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            spaced = _has_spaces(text, delimiter)
+            reader = csv.reader(
+                io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=spaced
+            )
             lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     except csv.Error as error:
         raise IngestError(f"{name}: not CSV ({error})") from error
@@ -229,7 +232,7 @@ def table_rows(text: str, name: str, delimiters: str, notes: list[str]) -> list[
         (number, {key: values[place] for key, values in columns.items() if values[place] is not None})
         for place, (number, _) in enumerate(lines)
     ]
-    if rows and not any(name_column(row) for _, row in rows) and IMAGE_NAME.fullmatch(top[0].strip()):
+    if not any(name_column(row) for _, row in rows) and IMAGE_NAME.fullmatch(top[0].strip()):
         raise IngestError(f"{name}: the first line is no header but names an image; add one such as file_name,caption")
     return rows
 
@@ -243,6 +246,13 @@ def _long_fields() -> Iterator[None]:
             yield
         finally:
             csv.field_size_limit(before)
+
+
+def _has_spaces(text: str, delimiter: str) -> bool:
+    """Whether each name in the header but the first comes after a space: then those before cells say nothing either."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    _, *others = first.split(delimiter)
+    return bool(others) and all(cell[:1] == " " for cell in others)
 
 
 def _delimiter(text: str, candidates: str) -> str:
@@ -307,7 +317,7 @@ def _numbers(cells: Sequence[str], *, comma: bool) -> list[int | float | None] |
     numbers = [int(cell) if integers else float(cell) for cell in plain]
     largest = LONGEST_INTEGER if integers else _EXACT_FLOAT
     for cell, number in zip(plain, numbers, strict=True):
-        if not math.isfinite(number) or (_INTEGER.fullmatch(cell) and abs(number) > largest):
+        if not math.isfinite(number) or (_INTEGER.fullmatch(cell) and abs(int(cell)) > largest):
             return None
     values = iter(numbers)
     return [None if cell.casefold() in _MISSING_NUMBERS else next(values) for cell in stripped]

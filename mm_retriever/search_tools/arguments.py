@@ -75,6 +75,7 @@ TopKArgument: TypeAlias = Annotated[
 ]
 """Those of type Any are shown to a model with their true type, and read with patience; see `read_filters`."""
 
+_JOINED = {"$and": FilterCondition.AND, "$or": FilterCondition.OR}
 _FORM = '[{"key": "label", "operator": "==", "value": "mug"}]'
 _MAX_CONDITIONS = 64
 _MAX_DEPTH = 4
@@ -130,11 +131,16 @@ def read_filters(value: object) -> MetadataFilters | None:
     """Return the filters that a model gave as JSON; None for none.
 
     Taken are a list of conditions, all of which must hold; one condition; ``{"label": "mug", "year": 2020}``;
-    ``{"condition": "or", "filters": [...]}``, also inside a list; and any of them as a JSON text.
+    ``{"condition": "or", "filters": [...]}``, also inside a list; ``{"year": {"$gte": 2020}}`` and ``{"$or": [...]}``;
+    any of them as a JSON text; and LlamaIndex's own filters.
 
     Raises:
         FilterError: anything else; the message shows the form.
     """
+    if isinstance(value, MetadataFilters):
+        return value
+    if isinstance(value, MetadataFilter):
+        return MetadataFilters(filters=[value])
     if isinstance(value, str):
         if not value.strip():
             return None
@@ -167,7 +173,18 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
         return _condition(value)
     if "operator" in value:
         raise FilterError(f"filters {shown(value)}: a condition has key, operator and value, {_FORM}")
-    return MetadataFilters(filters=[_condition({"key": key, "value": item}) for key, item in value.items()])
+    return MetadataFilters(filters=[_named(key, item, budget, depth) for key, item in value.items()])
+
+
+def _named(key: str, item: object, budget: list[int], depth: int) -> MetadataFilter | MetadataFilters:
+    """A column and its value, or the form of document databases: {"year": {"$gte": 2020}}, {"$or": [...]}."""
+    if key in _JOINED and isinstance(item, list | tuple):
+        return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in item], condition=_JOINED[key])
+    if isinstance(item, Mapping) and item and all(isinstance(name, str) and name[:1] == "$" for name in item):
+        budget[0] -= len(item)
+        compared = [_condition({"key": key, "operator": name[1:], "value": item[name]}) for name in item]
+        return MetadataFilters(filters=[*compared])
+    return _condition({"key": key, "value": item})
 
 
 def _group(value: Mapping[str, Any], budget: list[int], depth: int) -> MetadataFilters:

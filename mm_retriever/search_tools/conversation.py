@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -87,8 +88,8 @@ class Conversation:
             pass  # refused now, by its host, rather than later, by a tool
         attached = Attachment(name, data, policy)
         with self._lock:
-            self._attachments.pop(name.casefold(), None)
-            self._attachments[name.casefold()] = attached
+            self._attachments.pop(_folded(name), None)
+            self._attachments[_folded(name)] = attached
         return name
 
     @property
@@ -100,7 +101,7 @@ class Conversation:
     def attachment(self, name: str) -> Attachment | None:
         """The attachment of that name, in capitals or not; None if there is none."""
         with self._lock:
-            return self._attachments.get(name.strip().casefold())
+            return self._attachments.get(_folded(name.strip()))
 
     def latest(self, text: str) -> Attachment | None:
         """The attachment that came last, if the text says no more than "attachment"; else None."""
@@ -143,6 +144,11 @@ class Conversation:
         if not 1 <= rank <= len(ids):
             raise QueryError(f"there is no result {rank}: search {search} found {len(ids)}, numbered from 1")
         return ids[rank - 1]
+
+
+def _folded(name: str) -> str:
+    """The name without differences of case and Unicode form: a Mac uploads names in decomposed letters."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _weight(attached: Attachment) -> int:

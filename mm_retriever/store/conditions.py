@@ -203,6 +203,11 @@ def _among(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | M
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise FilterError(f"value {shown(value)} of {key[:60]!r}: not a JSON list") from None
+    if isinstance(value, str) and "," in value and operator in (_Op.IN, _Op.NIN):
+        raise FilterError(
+            f"value {shown(value)} of {key[:60]!r}: {operator.value} takes a list; give each value by itself, or this "
+            f"text as [{json.dumps(value[:60])}]"
+        )
     values = list(value) if isinstance(value, list | tuple) else [value]
     texts: list[str] = []
     numbers: list[int | float] = []

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import FilterError, shown
+from mm_retriever.own_keys import own_columns
 from mm_retriever.store.schema import ID_FIELD, MAX_INTEGER, MAX_TEXT_BYTES, OWN_TEXT_COLUMNS, key_problem, takes_lists
 
 MAX_DEPTH = 16
@@ -46,6 +48,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?
 _LONGEST_NUMBER = 400  # characters: more than any float needs
 _TRUE, _FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 _TRUTH = dict.fromkeys(_TRUE, _TRUE) | dict.fromkeys(_FALSE, _FALSE)
+_COMPOSED = own_columns("file_name", "label")  # ingestion stores them composed; a Mac gives names decomposed
 _NOWHERE = f'({ID_FIELD} < "")'  # true of no row: no text comes before the empty one
 
 _COMPARISONS = {FilterOperator.GT: ">", FilterOperator.GTE: ">=", FilterOperator.LT: "<", FilterOperator.LTE: "<="}
@@ -302,8 +305,10 @@ class _Equal:
     def of(cls, column: _Column, operator: FilterOperator, value: object) -> _Equal:
         if isinstance(value, str):
             text = str.__str__(value)
-            spellings = _TRUTH.get(text, (text,))
+            spellings: tuple[str, ...] = _TRUTH.get(text, (text,))
             number = int(spellings[0] == "true") if len(spellings) > 1 else read_number(text)
+            if column.name in _COMPOSED and not unicodedata.is_normalized("NFC", text):
+                spellings = (text, unicodedata.normalize("NFC", text))
             return cls(None if column.own else number, spellings)
         number = _number(column, operator, value)
         return cls(None if column.own else number, _spellings(value, number))

@@ -218,6 +218,17 @@ def test_one_path_is_no_list_of_paths(folder, store, model):
     assert remove_images(store, ids=(node.node_id for node in nodes(store).values())) == 2
 
 
+def test_a_name_in_decomposed_letters_finds_the_composed_one_that_is_stored(tmp_path, store, model):
+    """A Mac completes names in the shell in decomposed letters; `file_name` and `label` are stored composed."""
+    composed, decomposed = (unicodedata.normalize(form, "M\u00fcller") for form in ("NFC", "NFD"))
+    paint(tmp_path / composed / f"{composed}.png", "red")
+    ingest(tmp_path, store, model)
+    for name in (composed, decomposed):
+        assert store.count(where("label", name)) == store.count(where("file_name", f"{name}.png")) == 1
+        assert store.count(where("label", [name], "in")) == 1
+        assert store.count(where("label", name, "!=")) == store.count(where("label", [name], "nin")) == 0
+
+
 def test_a_name_in_decomposed_letters_is_removed_by_its_composed_form(tmp_path, store, model):
     """As a Mac writes it, and as people type it; one that is stored in the form given goes alone."""
     composed, decomposed = (unicodedata.normalize(form, "M\u00fcller.png") for form in ("NFC", "NFD"))

@@ -6,6 +6,7 @@ import datetime
 import json
 import unicodedata
 from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,6 +234,50 @@ def test_a_sidecar_that_is_not_there_or_no_text(tmp_path):
 
 def test_an_empty_csv_has_no_columns(tmp_path):
     assert len(read_sidecar(write(tmp_path, "a.csv", "file_name,year\n"))) == 0
+
+
+def test_a_sidecar_without_rows_says_so(tmp_path):
+    """Nothing of it is used, and there is nobody else to notice."""
+    for content in ("", "\n", "file_name,year\n"):
+        assert read_sidecar(write(tmp_path, "a.csv", content)).notes == ("a.csv: holds no rows",)
+    assert read_sidecar(write(tmp_path, "a.jsonl", "\n")).notes == ("a.jsonl: holds no rows",)
+    with pytest.raises(IngestError, match="the first line is no header but names an image"):
+        read_sidecar(write(tmp_path, "a.csv", "a.png,a mug\n"))
+
+
+def test_one_zero_byte_does_not_make_a_file_utf_16(tmp_path):
+    """Its letters would be others, and its header none."""
+    with pytest.raises(IngestError, match="it is not text"):
+        read_sidecar(write(tmp_path, "a.csv", "file_name,kind\na.png,a\0b\n"))
+
+
+def test_spaces_after_the_commas_of_the_header_are_those_of_its_style(tmp_path):
+    sidecar = read_sidecar(
+        write(tmp_path, "a.csv", 'file_name, kind, note\na.png, mug, "red, with dots"\nb.png, cup,\n')
+    )
+    assert sidecar.columns("a.png") == {"kind": "mug", "note": "red, with dots"}
+    assert read_sidecar(write(tmp_path, "b.csv", "file_name,kind\na.png, mug\n")).columns("a.png") == {"kind": " mug"}
+
+
+def test_rows_are_a_sidecar_as_they_are_in_json(tmp_path):
+    rows = [{"file_name": "a.png", "n": 1}, {"file_name": "./b.png", "n": 2}]
+    assert read_sidecar(rows).columns("b.png") == {"n": 2}
+    assert read_sidecar(write(tmp_path, "a.json", json.dumps(rows))).rows == read_sidecar(rows).rows
+    for wrong in (SimpleNamespace(), [1], True):
+        with pytest.raises(IngestError, match=r"the sidecar is a .*: give a file, a mapping"):
+            read_sidecar(wrong)
+
+
+def test_rows_that_name_one_image_in_two_forms_are_joined(tmp_path):
+    """As rows that name it in the same form: all captions stay, and values that differ are said."""
+    sidecar = read_sidecar(write(tmp_path, "a.csv", "path,caption,n\nx/a.png,one,1\n.\\x\\a.png,two,2\n"))
+    assert (sidecar.rows["x/a.png"].text, sidecar.columns("x/a.png")) == ("one\ntwo", {"n": 2})
+    assert sidecar.notes == ("a.csv: 1 images have rows that differ, the later counts: 'x/a.png'",)
+
+
+def test_a_large_integer_beside_decimals_keeps_its_digits(tmp_path):
+    content = "file,n\na.png,9007199254740993\nb.png,1.5\n"
+    assert read_sidecar(write(tmp_path, "a.csv", content)).columns("a.png") == {"n": "9007199254740993"}
 
 
 # ------------------------------------------------------------------------------------------ which row is whose

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import FilterError, QueryError
-from mm_retriever.search_tools import read_filters
-from mm_retriever.store import filter_expression
+from mm_retriever.search_tools import ImageSearch, read_filters
+from mm_retriever.store import filter_expression, open_store
+from tests.support.colour_embedding import ColourEmbedding
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,48 @@ def test_filters_are_taken_in_every_form_that_can_mean_one_thing_only(search, fi
 def test_other_filters_are_refused_with_what_to_write(search, filters, message):
     with pytest.raises(FilterError, match=message):
         search.search("leopard", filters=filters)
+
+
+@pytest.mark.parametrize(
+    ("filters", "years"),
+    [
+        ({"year": {"$gte": 2021}}, {2021, 2022}),
+        ({"year": {"$gt": 2020, "$lt": 2022}}, {2021}),
+        ({"$or": [{"year": 2020}, {"year": {"$in": [2022]}}]}, {2020, 2022}),
+        ({"$and": [{"year": {"$ne": 2020}}, {"label": "mug"}]}, {2021, 2022}),
+        ({"year": {"$exists": True}}, {2020, 2021, 2022}),
+        (MetadataFilter(key="year", value=2021), {2021}),
+        (MetadataFilters(filters=[MetadataFilter(key="year", value=2021)]), {2021}),
+    ],
+)
+def test_filters_in_the_forms_of_document_databases_and_of_llamaindex_are_taken(tmp_path, filters, years):
+    """Language models write the first; programs that call `ImageSearch` have the others."""
+    model = ColourEmbedding()
+    with open_store(tmp_path / "a.db", model) as store:
+        store.add(
+            TextNode(
+                id_=str(year),
+                text="red",
+                embedding=model.get_text_embedding("red"),
+                metadata={"year": year, "label": "mug"},
+            )
+            for year in (2020, 2021, 2022)
+        )
+        found = ImageSearch(store, model).search("red", filters=filters)
+    assert {image.metadata["year"] for image in found.results} == years
+
+
+@pytest.mark.parametrize("operator", ["in", "nin"])
+def test_a_text_with_commas_is_no_list(search, operator):
+    """It may be one label or several: the first would find nothing, without a word."""
+    with pytest.raises(FilterError, match="takes a list"):
+        search.search("leopard", filters=[{"key": "label", "operator": operator, "value": "mug, kettle"}])
+    search.search("leopard", filters=[{"key": "label", "operator": operator, "value": ["mug, kettle"]}])
+
+
+@pytest.mark.parametrize("top_k", [np.int64(2), "2", 2.0])
+def test_a_number_of_results_of_any_kind(search, top_k):
+    assert len(search.search("leopard", top_k=top_k).results) == 2
 
 
 JSON_VALUES = st.recursive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import shutil
 import threading
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,3 +208,13 @@ def test_a_model_of_another_store_is_refused(store):
     """When the search is made, not at its first query."""
     with pytest.raises(MMRetrieverError, match="opened for"):
         ImageSearch(store, SimpleNamespace(model_id="other"))  # type: ignore[arg-type]
+
+
+def test_an_attachment_is_known_in_every_unicode_form_of_its_name(leopard):
+    """A Mac uploads names in decomposed letters; models write composed ones."""
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFC", "NFD"))
+    conversation = Conversation()
+    conversation.attach(decomposed, leopard)
+    assert conversation.attachment(composed) is conversation.attachment(decomposed.upper()) is not None
+    conversation.attach(composed, leopard)
+    assert conversation.attachments == (composed,)
