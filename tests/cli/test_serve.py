@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -36,6 +37,7 @@ def queries(leopard) -> list[tuple[str, ...]]:
         ("--text", "a mug", "-k", "3"),
         ("--text", "phone case with this", "--image", str(leopard), "--exclude-query", "--each-once"),
         ("--text", "stars", "--where", "label=mug", "--min-score", "0.1"),
+        ("--image", "data:image/png;base64," + base64.b64encode(leopard.read_bytes()).decode(), "-k", "3"),
     ]
 
 
