@@ -381,7 +381,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Gives every node its vector: an image node's from its pixels, a text node's from its text."""
-        embeddings = self.embed_nodes(nodes, show_progress=bool(kwargs.get("show_progress", False)))
+        embeddings = self.embed_nodes(nodes := list(nodes), show_progress=bool(kwargs.get("show_progress", False)))
         for node, embedding in zip(nodes, embeddings, strict=True):
             node.embedding = embedding
         return nodes

@@ -7,8 +7,10 @@ numpy on vectors of length 1. Knows nothing of how results are searched.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from llama_index.core.schema import QueryBundle
@@ -96,6 +98,11 @@ def avoiding(query: Vector, avoided: NDArray[np.floating], *, weight: float = AV
 MOST_PARTS = 64
 
 
+def _is_share(value: object) -> bool:
+    """Whether it is a number from 0 to 1, of numpy or not."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+
+
 @dataclass(frozen=True)
 class Refinement:
     """Changes to a query.
@@ -109,7 +116,7 @@ class Refinement:
         disliked: ids of stored images that the results should be less like.
 
     Raises:
-        QueryError: a balance outside 0 to 1, or more than 64 of a kind.
+        QueryError: a balance outside 0 to 1, one thing where a list is asked for, or more than 64 of a kind.
     """
 
     images: tuple[ImageSource, ...] = ()
@@ -119,9 +126,13 @@ class Refinement:
     disliked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.balance, bool) or not isinstance(self.balance, int | float) or not 0 <= self.balance <= 1:
+        if not _is_share(self.balance):
             raise QueryError(f"balance {shown(self.balance)}: give a number from 0 (like the image) to 1 (the words)")
         for name in ("images", "avoid", "liked", "disliked"):
+            given = getattr(self, name)
+            if isinstance(given, str | bytes | os.PathLike):  # its letters would be words, ids or paths
+                raise QueryError(f"{name} is {shown(given)}: give a list, {name}=[...]")
+            object.__setattr__(self, name, tuple(given))
             if len(getattr(self, name)) > MOST_PARTS:
                 raise QueryError(f"{name}: {len(getattr(self, name))} given, at most {MOST_PARTS} are taken")
 

@@ -12,7 +12,7 @@ from llama_index.core.schema import BaseNode, MetadataMode
 from PIL import Image
 
 from mm_retriever.embedders.embedder import Content, Pixels
-from mm_retriever.errors import QueryError
+from mm_retriever.errors import QueryError, shown
 from mm_retriever.images import (
     ImageDataURI,
     ImagePolicy,
@@ -86,7 +86,11 @@ def paired(texts: Sequence[str | None] | None, images: Sequence[ImageSource | No
     Raises:
         QueryError: there are not as many texts as images, or a place has neither.
     """
-    texts = [None] * len(images or ()) if texts is None else texts
+    for one in (texts, images):
+        if isinstance(one, str | bytes | os.PathLike):  # its letters would be texts or paths
+            raise QueryError(f"{shown(one)} is one text or image: give a list, [...]")
+    images = None if images is None else list(images)
+    texts = [None] * len(images or ()) if texts is None else list(texts)
     images = [None] * len(texts) if images is None else images
     if len(texts) != len(images):
         raise QueryError(f"{len(texts)} texts and {len(images)} images: give one text for each image")

@@ -480,6 +480,20 @@ def test_one_call_embeds_texts_images_and_pairs_as_an_array(
         model.embed(["red", None])
 
 
+def test_generators_are_lists_of_texts_images_and_nodes_and_one_text_is_none(
+    model: VisualizedBGEEmbedding, image_paths: list[Path]
+) -> None:
+    """One text would be embedded letter by letter."""
+    given = ["red", None], [None, image_paths[0]]
+    assert np.allclose(model.embed(*map(iter, given)), model.embed(*given), atol=1e-6)
+    assert len(model.embed(images=(path for path in image_paths))) == len(image_paths)
+    embedded = model(TextNode(text=text) for text in TEXTS)
+    assert [node.embedding is not None for node in embedded] == [True] * len(TEXTS)
+    for one in ("red", image_paths[0]):
+        with pytest.raises(QueryError, match="is one text or image: give a list"):
+            model.embed(one) if isinstance(one, str) else model.embed(images=one)
+
+
 def test_progress_is_shown_on_request(
     model: VisualizedBGEEmbedding, image_paths: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,15 @@ def test_two_equal_images_are_one(store, embed_model, leopard):
 def test_what_cannot_be_meant_is_refused(store, embed_model):
     with pytest.raises(QueryError, match="balance 2"):
         Refinement(balance=2)
+    for name, one in (
+        ("avoid", "red"),
+        ("liked", "an id"),
+        ("disliked", "an id"),
+        ("images", "a.png"),
+        ("images", b""),
+    ):
+        with pytest.raises(QueryError, match=f"{name} is .*: give a list"):  # letter by letter it would mean others
+            Refinement(**{name: one})
     with pytest.raises(QueryError, match="at most 64"):
         Refinement(avoid=("a",) * 65)
     with pytest.raises(QueryError, match="no image of the id 'nobody'"):
@@ -89,6 +98,11 @@ def test_what_cannot_be_meant_is_refused(store, embed_model):
     words = ImageSearch(store, embed_model)
     with pytest.raises(QueryError, match="nothing to search for"):
         words.search(refinement=Refinement(avoid=("mug",)))
+
+
+def test_lists_generators_and_numbers_of_numpy_are_taken():
+    assert Refinement(avoid=[], liked=iter(())).is_empty
+    assert Refinement(avoid=(word for word in ["red"]), balance=np.float32(0.5)) == Refinement(avoid=("red",))
 
 
 def test_a_later_page_goes_on_where_the_earlier_ended(store, embed_model):

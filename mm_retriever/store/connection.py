@@ -162,7 +162,7 @@ def check_exists(uri: str | Path) -> None:
         StoreError: there is none; lists the files beside it.
     """
     place = str(uri)
-    if _SERVER_URI.fullmatch(place) or not place.endswith(".db"):
+    if _SERVER_URI.fullmatch(place) or not place.endswith(".db") or "://" in place:
         return
     try:
         path = Path(place).expanduser()
@@ -185,6 +185,11 @@ def _lite_path(place: str) -> str:
         raise StoreError(
             f"{place!r} is neither a server (http://, https://, tcp://, unix:) nor a Milvus Lite file: Milvus knows "
             f"its files by a name that ends in '.db', in small letters; try {place.rstrip('/') + '.db'!r}"
+        )
+    if "://" in place:  # a path to Python, below the working directory
+        raise StoreError(
+            f"{place!r} is neither a server (http://, https://, tcp://, unix:) nor the path of a Milvus Lite file: "
+            "give that without a scheme"
         )
     try:
         path = Path(place).expanduser().resolve()

@@ -33,6 +33,8 @@ def node(id_: str, **metadata) -> ImageNode:
         ("photos.db/", "in small letters"),
         ("milvus.example.com:19530", "neither a server"),
         ("ftp://milvus.example.com", "neither a server"),
+        ("file:///data/photos.db", "without a scheme"),
+        ("sqlite:///photos.db", "without a scheme"),
         ("", "neither a server"),
         ("a\0b.db", "NUL byte"),
     ],
