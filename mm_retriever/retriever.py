@@ -370,7 +370,8 @@ class _QueryImage:
         if isinstance(image, ImageDataURI):
             self._places = {image.url} - {""}
         elif is_place(image):
-            self._places = {image, os.path.abspath(image), os.path.realpath(image)}  # noqa: PTH100 - may be a URL
+            path = os.path.expanduser(image)  # noqa: PTH111 - may be a URL
+            self._places = {image, os.path.abspath(path), os.path.realpath(path)}  # noqa: PTH100
         self._digest: str | None = None
         self._lossless = False
         self._pixels: tuple[tuple[int, int], str] | None = None

@@ -207,7 +207,12 @@ def reindex(
 
 
 def prune(
-    folder: Annotated[Path, typer.Argument(help="A folder that was indexed; it may be gone.", callback=options.home)],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder that was indexed; it may be gone.", parser=options.named_path, callback=options.home
+        ),
+    ],
     db: options.Db = "photos.db",
     collection: options.Collection = "mm_retriever",
     force: Force = False,

@@ -86,7 +86,7 @@ class ImagePolicy:
             raise ValueError(f"ImagePolicy(max_redirects={self.max_redirects!r}): must be 0 or more")
         if self.roots is not None:
             roots = (self.roots,) if isinstance(self.roots, str | os.PathLike) else self.roots
-            object.__setattr__(self, "roots", tuple(Path(root) for root in roots))
+            object.__setattr__(self, "roots", tuple(Path(os.path.expanduser(root)) for root in roots))  # noqa: PTH111
 
 
 DEFAULT_POLICY = ImagePolicy()
@@ -328,6 +328,7 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _open_anywhere(path: str) -> int:
+    path = os.path.expanduser(path)  # noqa: PTH111 - Path's fails for an unknown user
     _check_regular(os.stat(path))  # noqa: PTH116 - opening a device can already do something: look first
     return os.open(path, _OPEN_FLAGS)
 

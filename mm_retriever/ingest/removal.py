@@ -73,7 +73,9 @@ def prune_images(
     Raises:
         IngestError: more than a fifth of the rows would go without `force`; nothing was removed.
     """
-    place = os.path.realpath(os.path.expanduser(folder))  # noqa: PTH111
+    if not os.fspath(folder).strip():  # the working directory, to Python
+        raise IngestError(f"the folder is {folder!r}: name it; the one that you are in is '.'")
+    place = os.path.realpath(os.path.expanduser(local_path(os.fspath(folder))))  # noqa: PTH111
     gone: list[str] = []
     kept: list[str] = []
     rows = 0

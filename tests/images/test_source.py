@@ -251,6 +251,16 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
     assert "permission denied" in refusal(path)
 
 
+def test_a_tilde_is_the_home_folder_for_images_and_for_roots(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for stores, sidecars and folders: programs take paths from settings, where no shell expands it."""
+    monkeypatch.setenv("HOME", str(folders))
+    for source in ("~/root/a.png", Path("~/root/a.png")):
+        assert load_image(source).size == (6, 4)
+    within = ImagePolicy(roots=("~/root",))  # type: ignore[arg-type]
+    assert load_image(folders / "root/a.png", policy=within).size == (6, 4)
+    refusal("~/root/a.png", within)  # whoever is limited to folders names no others
+
+
 # ---------------------------------------------------------------------------------------------- roots
 
 

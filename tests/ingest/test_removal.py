@@ -215,6 +215,8 @@ def test_one_path_is_no_list_of_paths(folder, store, model):
     assert remove_images(store, (place for place in [green.as_uri()])) == 1
     with pytest.raises(IngestError, match="names nothing"):
         remove_images(store, "")
+    with pytest.raises(IngestError, match="the folder is ''"):
+        prune_images("", store)
     assert remove_images(store, ids=(node.node_id for node in nodes(store).values())) == 2
 
 
