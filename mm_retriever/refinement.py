@@ -100,7 +100,7 @@ MOST_PARTS = 64
 
 def _is_share(value: object) -> bool:
     """Whether it is a number from 0 to 1, of numpy or not."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 @dataclass(frozen=True)
