@@ -8,6 +8,7 @@ without a right result is no line of an evaluation set: it waits in memory.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -110,6 +111,8 @@ class Ratings:
         target = self._path_of(asked.id)
         with self._lock:
             image = self._image_of(asked.image) if asked.image else ""
+            if image and asked.rating == "up" and _is_one_file(image, target):
+                raise QueryError("this rating is not kept: the result is the query image itself, which finds itself")
             queries = self._read()
             kept = [query for query in queries if self._key(query) == (words, image)]
             query = kept[0] if kept else self._waiting.pop((words, image), None)
@@ -172,7 +175,7 @@ class Ratings:
         try:
             if self._file.stat().st_size > _MOST_BYTES:
                 raise QueryError(f"{str(self._file)!r} has more than {_MOST_BYTES // 2**20} MiB: name another file")
-            lines = self._file.read_text(encoding="utf-8").split("\n")
+            lines = self._file.read_text(encoding="utf-8-sig").split("\n")
         except FileNotFoundError:
             return []
         except (OSError, UnicodeDecodeError) as error:
@@ -202,6 +205,11 @@ class Ratings:
     def _not_kept(self, error: Exception) -> QueryError:
         reason = getattr(error, "strerror", None) or one_line(error, 200)
         return QueryError(f"ratings are not kept: {str(self._file)!r}: {reason}")
+
+
+def _is_one_file(image: str, target: str) -> bool:
+    """Whether an image is its own target, which no evaluation takes: the same file, or a copy of it."""
+    return image == target or filecmp.cmp(image, target, shallow=False)
 
 
 def _line(query: dict[str, Any]) -> bytes:

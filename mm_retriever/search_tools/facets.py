@@ -14,7 +14,7 @@ from typing import Any
 from cachetools import LRUCache
 from llama_index.core.vector_stores.types import MetadataFilters
 
-from mm_retriever.errors import one_line
+from mm_retriever.errors import FilterError, one_line
 from mm_retriever.own_keys import OWN_KEYS
 from mm_retriever.search_tools.results import shown_keys
 from mm_retriever.store import ImageStore, filter_expression
@@ -112,7 +112,13 @@ class KeptFacets:
         self._turn = ForkLock()  # who asks while another counts waits for that count
 
     def count(self, filters: MetadataFilters | None = None) -> Facets:
-        """Return what `count_facets` returned not long ago, or returns now."""
+        """Return what `count_facets` returned not long ago, or returns now.
+
+        Raises:
+            FilterError: filters that no row can meet as they are written, for example on a column that does not exist.
+        """
+        if problems := self._store.filter_problems(filters):  # as a search refuses them
+            raise FilterError(f"filters: {'; '.join(problems)}")
         asked = filter_expression(filters)
         with self._turn:
             kept = self._kept.get(asked)

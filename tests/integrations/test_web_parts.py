@@ -108,6 +108,32 @@ def test_lines_of_others_stay_and_a_damaged_file_is_refused(make_app, tmp_path):
         make_app(ratings=file)
 
 
+def test_a_query_image_is_not_its_own_right_result(make_app, tmp_path):
+    """`read_queries` refuses the whole file for such a line."""
+    file = tmp_path / "queries.jsonl"
+    with TestClient(make_app(ratings=file), base_url=HOME) as client:
+        (mug,) = client.post("/v1/search", json={"text": "mug", "top_k": 1}).json()["results"]
+        original = client.get(mug["original"]).content
+        upload = client.post("/v1/uploads", content=original, headers={"content-type": "image/jpeg"}).json()
+        for image in (mug["id"], upload["image"]):
+            (itself, other) = client.post("/v1/search", json={"image": image, "top_k": 2}).json()["results"]
+            assert itself["id"] == mug["id"]
+            refused = client.post("/v1/rate", json={"image": image, "id": itself["id"], "rating": "up"})
+            assert (refused.status_code, "the query image itself" in refused.json()["error"]) == (400, True)
+            assert client.post("/v1/rate", json={"image": image, "id": other["id"], "rating": "up"}).status_code == 200
+    assert len(read_queries(file)) == 2
+
+
+def test_ratings_are_added_to_a_file_that_begins_with_a_byte_order_mark(make_app, tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"text": "a hat", "targets": ["hat.jpg"]}\r\n')
+    with TestClient(make_app(ratings=file), base_url=HOME) as client:
+        assert client.get("/v1/info").json()["ratings"]["queries"] == 1
+        (mug,) = client.post("/v1/search", json={"text": "mug", "top_k": 1}).json()["results"]
+        client.post("/v1/rate", json={"text": "mug", "id": mug["id"], "rating": "up"})
+    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == ["a hat", "mug"]
+
+
 def test_with_a_token_nobody_is_told_where_rated_images_lie(make_app, tmp_path):
     app = make_app(host="0.0.0.0", token=TOKEN, ratings=tmp_path / "queries.jsonl", index_roots=[tmp_path])
     headers = {"authorization": f"Bearer {TOKEN}"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from llama_index.core.schema import TextNode
 
+from mm_retriever.errors import FilterError
 from mm_retriever.search_tools.arguments import read_filters
 from mm_retriever.search_tools.facets import KeptFacets
 from mm_retriever.store import ImageStore
@@ -25,3 +27,10 @@ def test_counts_are_kept_until_they_are_too_old_each_by_its_filters(tmp_path):
         assert [facets.count(mugs).rows for facets in (kept, fresh)] == [4, 4]
         (label,) = fresh.count().facets
         assert dict(label.values) == {"mug": 4, "cap": 1}
+
+
+def test_filters_that_a_search_refuses_are_not_counted_as_nothing(tmp_path):
+    with ImageStore(tmp_path / "a.db", dimension=2) as store:
+        add(store, 0, "mug")
+        with pytest.raises(FilterError, match="no column 'lable'; there are: label"):
+            KeptFacets(store).count(read_filters({"lable": "mug"}))
