@@ -326,7 +326,9 @@ def _decoded(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str, least
                 if reduced or (least_side and header.reducible):
                     width, height = (side // 2 if reduced else side for side in image.size)
                     image.draft(None, (min(width, least_side or width), min(height, least_side or height)))
-                memory.enter_context(DECODING.hold(_memory(header.format, image.size)))
+                is_kept = header.format == "JPEG" and not header.reducible  # what the scans before the last one bring
+                coefficients = 2 * len(image.getbands()) if is_kept else 0
+                memory.enter_context(DECODING.hold(_memory(header.format, image.size, coefficients)))
                 _check_size(image.size, policy)
                 frames = header.frames if header.frames is not None else int(getattr(image, "n_frames", 1))
                 if frames > policy.max_frames:
@@ -356,9 +358,15 @@ def _accept_missing(image: Image.Image, name: str) -> None:
     logger.warning("%s ends early; %.1f%% of the image are missing, shown in grey", name, 100 * missing)
 
 
-def _memory(format_name: str, size: tuple[int, int]) -> int:
-    """Bytes that decoding takes at its height, the result included."""
-    return size[0] * size[1] * _BYTES_A_PIXEL.get(format_name, 12)
+def _memory(format_name: str, size: tuple[int, int], coefficients: int = 0) -> int:
+    """Bytes that decoding takes at its height, the result included.
+
+    Args:
+        format_name: as `sniff_format` names it.
+        size: in pixels.
+        coefficients: bytes a pixel that a JPEG decoder keeps beside the result until the last scan.
+    """
+    return size[0] * size[1] * max(_BYTES_A_PIXEL.get(format_name, 12), 4 + coefficients)
 
 
 def _is_large(header: ImageHeader, policy: ImagePolicy) -> bool:

@@ -8,6 +8,7 @@ import io
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ from mm_retriever.images import (
     pixel_digest,
     thumbnail_data_uri,
 )
+from mm_retriever.images.memory import BUDGET
 from tests.support.image_files import chunk, encoded
+from tests.support.memory import peak_growth
 
 RNG = np.random.default_rng(7)
 PHOTO = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)  # rows, columns, RGB: odd and distinct
@@ -555,3 +558,16 @@ def test_messages_stay_short_whatever_is_given() -> None:
     assert len(refusal(text)) < 400
     assert len(refusal("data:image/png;base64," + text)) < 400
     assert len(refusal("x" * 3_000_000)) < 400
+
+
+def test_progressive_jpegs_in_many_threads_stay_within_the_budget():
+    """Truth: a decoder keeps two bytes of each sample until the last scan (ITU-T T.81, G.1), beside the result."""
+    data = encoded(Image.new("CMYK", (6000, 6000), (10, 60, 90, 20)), "JPEG", progressive=True)
+
+    def decoded(_: int) -> tuple[int, int]:
+        with opened_image(data) as image:
+            return image.size
+
+    with peak_growth() as mib, ThreadPoolExecutor(6) as threads:
+        assert set(threads.map(decoded, range(6))) == {(6000, 6000)}
+    assert mib() * 2**20 < BUDGET
