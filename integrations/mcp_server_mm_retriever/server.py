@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -28,7 +29,7 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from mm_retriever import __version__
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import MMRetrieverError, QueryError
+from mm_retriever.errors import MMRetrieverError, QueryError, one_line
 from mm_retriever.images import ImagePolicy
 from mm_retriever.search_tools import (
     ONLY_NAMED,
@@ -132,6 +133,23 @@ class ImageSearchServer(MCPServer[Any]):
             )
         self.resource(ORIGINALS + "{node_id}", name="image", mime_type="image/*")(self._original_bytes)
         self.resource(VIEWS + "{node_id}", name="view", mime_type="image/jpeg")(self._view_bytes)
+
+    async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+        """Call a tool; an argument whose name is nearly right is refused, not passed over: its filter would be lost.
+
+        Others that no tool takes are passed over: some clients add their own to every call.
+
+        Raises:
+            ToolError: as of the SDK, or an argument that is misspelt.
+        """
+        known: dict[str, Any] = {}
+        for tool in await self.list_tools():
+            known = tool.input_schema["properties"] if tool.name == name else known
+        for given in sorted(arguments.keys() - known.keys()):
+            spelling = given.lower().replace("-", "_")
+            if meant := [key for key in get_close_matches(spelling, known, cutoff=0.7) if key not in arguments]:
+                raise ToolError(f"no argument {one_line(given, 40)!r}; did you mean {meant[0]!r}?")
+        return await super().call_tool(name, arguments, context)
 
     async def _search_images(
         self,

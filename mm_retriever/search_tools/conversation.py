@@ -30,6 +30,7 @@ from mm_retriever.images import (
     read_image_bytes,
     source_name,
 )
+from mm_retriever.ingest.folder import local_path
 from mm_retriever.own_keys import own_value
 from mm_retriever.request import node_images
 from mm_retriever.search_tools.arguments import read_result_number
@@ -257,6 +258,7 @@ def named_image(
         return NamedImage(name, node_images(node), stored_policy, node)
     if number is not None:
         raise QueryError(f"{one_line(image, 80)!r}: earlier results are not remembered here; give the id of one")
+    image = local_path(image)  # clients name files by URL, too
     if "://" not in image and not (is_image_path(image) and image_policy.roots != ()):
         raise QueryError(f"no image is known as {one_line(image, 80)!r}; {_known(conversation)}")
     return NamedImage(one_line(source_name(image), 200), (image,), image_policy)

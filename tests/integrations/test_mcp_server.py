@@ -200,6 +200,32 @@ async def test_what_models_write_in_place_of_the_schema_is_understood(search, to
     assert len(answer.content) > 1
 
 
+@pytest.mark.parametrize("wrong", ["filter", "Filters", "topK", "top-k", "top_n", "images"])
+async def test_an_argument_that_is_misspelt_is_not_passed_over(search, wrong):
+    """Results without the filter would look like results with it."""
+    async with Client(create_server(search)) as client:
+        answer = await client.call_tool("search_images", {"text": "mug", wrong: {"label": "umbrella"}})
+    assert answer.is_error
+    assert f"no argument '{wrong}'; did you mean" in answer.content[0].text
+
+
+async def test_arguments_that_a_client_adds_to_every_call_are_passed_over(search):
+    """n8n sends some of its own."""
+    added = {"sessionId": "1", "action": "sendMessage", "chatInput": "mugs", "toolCallId": "2", "tool": "search_images"}
+    async with Client(create_server(search)) as client:
+        answer = await client.call_tool("search_images", {"text": "mug"} | added)
+    assert not answer.is_error
+
+
+async def test_a_file_inside_the_roots_can_be_named_by_its_url(tmp_path, store, embed_model):
+    leopard = draw_leopard(tmp_path / "a leopard.png")
+    async with Client(create_server(image_search(store, embed_model, roots=[tmp_path]))) as client:
+        found = await client.call_tool("search_images", {"image": leopard.as_uri(), "top_k": 1})
+        outside = await client.call_tool("search_images", {"image": "file:///etc/hostname.png"})
+    assert not found.is_error, found.content[0].text
+    assert outside.is_error
+
+
 async def test_a_large_image_has_a_view_that_fits_into_a_message(tmp_path, search):
     """Hosts refuse more than 1 MB; noise is what compresses worst."""
     noise = np.random.default_rng(0).integers(0, 255, (1600, 1600, 3), dtype=np.uint8)
