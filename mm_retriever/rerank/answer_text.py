@@ -24,8 +24,12 @@ _STRANGE = re.compile(r"(?<!\w)-?\d{1,12}(?:\.\d{1,12})?(?!\w)")
 _ONLY_ITEM = re.compile(rf"\s*{_ANY_ITEM}\s*[.:,;]?\s*", re.IGNORECASE)
 _CANDIDATE = re.compile(rf"(?:{_NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#№\[])({_DIGITS})", re.IGNORECASE)
 
-_CHAIN = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:>{{1,3}}=?|≥|≻|»|[-=]>|→|&gt;)\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
-_CHAIN_UP = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:<{{1,3}}|≺|&lt;)\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
+_TIE = rf"={{1,2}}(?=\s{{0,4}}(?:[#№(\[]|{_NOUN}))"  # not before a bare number, which would be a score
+_CHAIN = re.compile(
+    rf"{_ANY_ITEM}(?:\s{{0,4}}(?:>{{1,3}}=?|≥|≻|»|[-=]>|→|&gt;|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE
+)
+_CHAIN_UP = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:<{{1,3}}|≺|&lt;|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
+_ONLY_TIES = re.compile(r"[^<>≥≻≺»→&]*")
 _SERIES = (
     rf"{_ANY_ITEM}(?:(?:[ \t]{{0,3}}[,;|/][ \t]{{0,3}}(?:and[ \t])?|[ \t]{{1,4}}(?:and[ \t]|then[ \t])?){_ANY_ITEM})*"
 )
@@ -86,6 +90,8 @@ def _chain(text: str) -> tuple[str, ...]:
     best: tuple[str, ...] = ()
     for pattern in (_CHAIN, _CHAIN_UP):
         for match in pattern.finditer(text):
+            if _ONLY_TIES.fullmatch(match[0]):
+                continue
             items = re.findall(_ANY_ITEM, match[0], re.IGNORECASE)
             numbers = tuple(plain_number(number[0]) for item in items if (number := _NUMBER.search(item)))
             marked = all(re.search(r"[#\[a-z]", item, re.IGNORECASE) for item in items)
