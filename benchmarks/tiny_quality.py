@@ -2,6 +2,7 @@
 
     python benchmarks/tiny_quality.py                       # the bundled model
     python benchmarks/tiny_quality.py --model FOLDER --json quality.json
+    python benchmarks/tiny_quality.py --backend openvino --dtype int8 --only "Pairs held out of training"
 
 A catalogue of 900 distinct products is drawn at 320 pixels and embedded through the public loading path and the real
 preprocessing. Every query has exactly one right product; ``R@1`` counts it found first, ``R@9`` among the first nine.
@@ -228,14 +229,17 @@ def table(title: str, rows: Sequence[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a name that load_embedder knows, or a folder")
+    parser.add_argument("--backend", default="torch", help="what computes it, as load_embedder takes it")
+    parser.add_argument("--dtype", help="the same")
+    parser.add_argument("--only", default="", help="the title of the one table to measure; default: all")
     parser.add_argument("--draws", type=int, default=3, help="queries of each kind for every held-out product")
     parser.add_argument("--size", type=int, default=320, help="pixels at which the catalogue is drawn")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    embedder = load_embedder(arguments.model)
+    embedder = load_embedder(arguments.model, backend=arguments.backend, dtype=arguments.dtype)
     print(f"{arguments.model}: {embedder.space}, {embedder.note}")
-    sections = measure(embedder, draws=arguments.draws, size=arguments.size)
+    sections = measure(embedder, only=arguments.only, draws=arguments.draws, size=arguments.size)
     print(f"\n{time.perf_counter() - started:.0f} s")
     if arguments.json:
         figures = {title: [asdict(row) for row in rows] for title, rows in sections.items()}
