@@ -87,7 +87,6 @@ def index(
     revision: options.Revision = None,
 ) -> None:
     """Put images into the store. Run it again at any time: only what changed is embedded."""
-    from mm_retriever.cli.indexing import named_parts
     from mm_retriever.ingest import IngestReport, ingest_images
     from mm_retriever.store import open_store
     from mm_retriever.terminal import print_ingestion, print_json

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mm_retriever.checkpoint import SAFETENSORS, SAFETENSORS_INDEX, ModelEntry
 from mm_retriever.cli.options import Token, check_places, home
 from mm_retriever.errors import QueryError, one_line
 
@@ -33,7 +32,6 @@ PACKAGES = ("mm-retriever", "torch", "transformers", "llama-index-core", "pymilv
 
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
     """The models to choose from: size, memory, languages, licence, published figures, what each needs. Loads none."""
-    from mm_retriever.cli.models import model_rows, print_models
     from mm_retriever.terminal import print_json
 
     rows = model_rows()
@@ -202,6 +200,8 @@ def _is_here(entry: ModelEntry) -> bool | None:
     if not entry.repo:
         return None
     from huggingface_hub import try_to_load_from_cache
+
+    from mm_retriever.checkpoint import SAFETENSORS, SAFETENSORS_INDEX
 
     names = (entry.file,) if entry.file else (SAFETENSORS, SAFETENSORS_INDEX, "pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(entry.repo, name), str) for name in names)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import typer
 
-from mm_retriever.cli import options
 from mm_retriever.errors import QueryError, one_line
 
 if TYPE_CHECKING:
@@ -310,7 +309,7 @@ def model_to_load(
         return Wanted(model, dtype, backend)
     space, note = _held(db, collection, token)
     if not (space or note):
-        return Wanted(options.REAL_MODEL, dtype, backend)
+        return Wanted(REAL_MODEL, dtype, backend)
     kept = _NOTE.fullmatch(note)
     assert kept is not None  # any text
     name = kept["name"] if kept["dtype"] else note.rpartition(", ")[0]

@@ -13,7 +13,7 @@ from mm_retriever.cli import options
 from mm_retriever.errors import QueryError
 
 _OFTEN = (10_000, 20, 20)
-"""Thresholds of the garbage collector beside what was loaded: what requests leave behind would otherwise pile up."""
+"""Thresholds of the garbage collector while the server runs: rarer collections let the garbage of requests pile up."""
 
 
 def serve(

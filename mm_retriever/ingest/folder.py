@@ -138,6 +138,11 @@ def local_path(place: str) -> str:
     return path if os.name == "nt" and path[1:2] == ":" else f"/{path}"
 
 
+def given_path(given: str | os.PathLike[str]) -> str:
+    """Return what somebody calls a path as Python's functions take it: no `file:` URL, and no `~`."""
+    return os.path.expanduser(local_path(os.fspath(given)))  # noqa: PTH111 - Path's fails for an unknown user
+
+
 def spellings(path: str) -> list[str]:
     """Return a path as it was given, then with composed and with decomposed letters, as a disk may have it."""
     return list(dict.fromkeys([path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]))
@@ -145,7 +150,7 @@ def spellings(path: str) -> list[str]:
 
 def existing_path(given: str | os.PathLike[str]) -> Path | None:
     """Return a path as the disk has it, in composed or decomposed letters; None if nothing is there."""
-    text = os.path.expanduser(local_path(os.fspath(given)))  # noqa: PTH111 - Path's fails for an unknown user
+    text = given_path(given)
     for path in map(Path, spellings(text)):
         try:
             path.stat()

@@ -20,7 +20,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import IngestError
 from mm_retriever.images.source import is_url
-from mm_retriever.ingest.folder import local_path, spellings
+from mm_retriever.ingest.folder import given_path, spellings
 from mm_retriever.ingest.report import IngestReport
 from mm_retriever.ingest.sources import path_id, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
@@ -75,7 +75,7 @@ def prune_images(
     """
     if not os.fspath(folder).strip():  # the working directory, to Python
         raise IngestError(f"the folder is {folder!r}: name it; the one that you are in is '.'")
-    place = os.path.realpath(os.path.expanduser(local_path(os.fspath(folder))))  # noqa: PTH111
+    place = os.path.realpath(given_path(folder))
     gone: list[str] = []
     kept: list[str] = []
     rows = 0
@@ -161,7 +161,7 @@ def _rows_of(path: str, store: ImageStore) -> Iterator[Mapping[str, Any]]:
     if is_url(path):
         yield from store.columns([url_id(path)], ()).values()
         return
-    path = os.path.abspath(os.path.expanduser(local_path(path)))  # noqa: PTH100, PTH111
+    path = os.path.abspath(given_path(path))  # noqa: PTH100
     for spelled in spellings(path):  # a Mac writes names in decomposed letters, people type composed ones
         folder, name = os.path.split(spelled)
         rows: list[Mapping[str, Any]] = []

@@ -173,13 +173,11 @@ def _decoded(data: bytes, path: Path, notes: list[str]) -> str:
     if data[:4] == b"PK\x03\x04" or data[:8] == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":
         raise IngestError(f"{path.name}: is a workbook or an archive, not text; save it as CSV")
     encoding = "utf-8-sig"
+    zeros = [place % 2 for place, byte in enumerate(data[:200]) if byte == 0]
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         encoding = "utf-16"
-    elif data[:200].count(0) > 1 and (odd := {place % 2 for place, byte in enumerate(data[:200]) if byte == 0}) != {
-        0,
-        1,
-    }:
-        encoding = "utf-16-le" if odd == {1} else "utf-16-be"  # the same half of every letter that is also ASCII
+    elif len(zeros) > 1 and len(set(zeros)) == 1:  # the same half of every letter that is also ASCII
+        encoding = "utf-16-le" if zeros[0] else "utf-16-be"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

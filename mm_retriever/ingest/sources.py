@@ -22,7 +22,7 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelations
 from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line, shown
 from mm_retriever.images import ImageSource, read_image_bytes
 from mm_retriever.images.source import is_url
-from mm_retriever.ingest.folder import Ignore, Skip, existing_path, local_path, not_counted, walk
+from mm_retriever.ingest.folder import Ignore, Skip, existing_path, given_path, local_path, not_counted, walk
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
 from mm_retriever.request import node_images
 from mm_retriever.store import bytes_as_text, has_control_characters, storable_node
@@ -165,7 +165,7 @@ def missing_folder(source: Source) -> str | None:
 
 
 def _real(path: str | os.PathLike[str]) -> str:
-    return os.path.realpath(os.path.expanduser(local_path(os.fspath(path))))  # noqa: PTH111
+    return os.path.realpath(given_path(path))
 
 
 def path_id(path: str) -> str:
@@ -241,7 +241,7 @@ def _walked_item(path: str, root: str) -> Item:
 
 
 def _absolute(path: str) -> str:
-    folder, name = os.path.split(os.path.expanduser(local_path(path)))  # noqa: PTH111
+    folder, name = os.path.split(given_path(path))
     return f"{os.path.realpath(folder or os.curdir).rstrip(os.sep)}{os.sep}{name}"
 
 
