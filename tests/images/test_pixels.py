@@ -339,6 +339,16 @@ def test_an_image_is_open_for_as_long_as_the_block_runs() -> None:
     assert MUG.getpixel((0, 0)) == image.getpixel((0, 0))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_what_is_drawn_on_a_loaded_image_leaves_the_callers_as_it_was(mode: str) -> None:
+    """Truth: only pixels that were decoded here may be passed on without a copy."""
+    own = Image.new(mode, (4, 4), "white")
+    own.info["dpi"] = (72, 72)
+    with opened_image(own, keep_mode=True) as loaded:
+        loaded.paste("black", (0, 0, 4, 4))
+    assert own.getextrema() == Image.new(mode, (4, 4), "white").getextrema()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "JPEG", "progressive JPEG"])
 def test_reading_bombs_in_many_threads_stays_below_a_gigabyte_and_a_half(tmp_path: Path, kind: str) -> None:
