@@ -7,7 +7,7 @@ import pytest
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
-from mm_retriever.refinement import Refinement, rocchio, stored_vectors
+from mm_retriever.refinement import Refinement, avoiding, balanced, mean, rocchio, stored_vectors
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.search_tools import ImageSearch
 from tests.support.drawn_store import draw_leopard, drawn_store
@@ -110,3 +110,44 @@ def test_a_later_page_goes_on_where_the_earlier_ended(store, embed_model):
     whole = search.search("mug", top_k=8).results
     rest = search.search("mug", top_k=4, skip=4).results
     assert [(one.rank, one.id) for one in rest] == [(one.rank, one.id) for one in whole[4:]]
+
+
+# --------------------------------------------- query vectors, against numbers worked out by hand
+
+X, Y, Z = np.eye(3, dtype=np.float32)
+
+
+def test_rocchio_is_the_formula_of_the_textbook():
+    """q = x; liked y and z; disliked -z: x + 0.75 (0, .5, .5) - 0.15 (0, 0, -1) = (1, 0.375, 0.525), then length 1."""
+    moved = rocchio(X, np.stack([Y, Z]), -Z[None])
+    expected = np.array([1, 0.375, 0.525])
+    np.testing.assert_allclose(moved, expected / np.sqrt(1 + 0.375**2 + 0.525**2), atol=1e-7)
+
+
+def test_rocchio_without_feedback_is_the_query():
+    none = np.empty((0, 3), np.float32)
+    np.testing.assert_array_equal(rocchio(X, none, none), X)
+
+
+@pytest.mark.parametrize(
+    ("balance", "expected"),
+    [
+        (0, (1, 0, 0)),
+        (0.25, (0.5, 0.5, 0)),
+        (0.5, (0, 1, 0)),
+        (0.75, (0, 0.5, 0.5)),
+        (1, (0, 0, 1)),
+    ],
+)
+def test_balance_goes_from_the_image_over_both_to_the_words(balance, expected):
+    direction = np.array(expected) / np.linalg.norm(expected)
+    np.testing.assert_allclose(balanced(X, Y, Z, balance), direction, atol=1e-7)
+
+
+def test_words_to_avoid_take_away_half_of_their_mean():
+    """x - 0.5 y has the length 1.118."""
+    np.testing.assert_allclose(avoiding(X, Y[None]), np.array([1, -0.5, 0]) / np.sqrt(1.25), atol=1e-7)
+
+
+def test_a_mean_has_length_one():
+    np.testing.assert_allclose(mean(np.stack([X, Y])), [np.sqrt(0.5), np.sqrt(0.5), 0], atol=1e-7)

@@ -20,6 +20,7 @@ from mm_retriever.refinement import Refinement
 from mm_retriever.retriever import ComposedRetriever
 from mm_retriever.store import open_store
 from tests.support.colour_embedding import COLOURS, ColourEmbedding, paint
+from tests.support.ingesting import ingest, nodes
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +239,42 @@ def test_what_is_wrong_with_the_options_is_said_at_once(world):
         retriever(world, min_score=math.nan)
     with pytest.raises(StoreMismatchError, match="opened for 'colours'"):
         ComposedRetriever(world[0], ColourEmbedding(model_name="other"))
+
+
+# ------------------------------------------------------------------------------------------ copies
+
+
+@pytest.fixture
+def model():
+    return ColourEmbedding()
+
+
+@pytest.fixture
+def store(tmp_path, model):
+    with open_store(tmp_path / "copies.db", model) as store:
+        yield store
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude_query_image": True}])
+def test_copies_are_found_once_and_the_next_results_take_their_places(tmp_path, store, model, options):
+    one = paint(tmp_path / "a" / "0.png", "red")
+    for n in range(1, 30):
+        shutil.copy(one, one.with_name(f"{n}.png"))
+    for colour in ("purple", "black", "white"):
+        paint(tmp_path / "a" / f"{colour}.png", colour)
+    ingest(tmp_path / "a", store, model)
+    bundle = model.get_query_bundle("red", None)
+    if options:
+        bundle = model.get_query_bundle(None, paint(tmp_path / "query.png", "red", size=(5, 5)))
+    assert len({hit.node.metadata["digest"] for hit in ComposedRetriever(store, model, top_k=3).retrieve(bundle)}) == 1
+    hits = ComposedRetriever(store, model, top_k=3, unique=True, **options).retrieve(bundle)
+    assert len({hit.node.metadata["digest"] for hit in hits}) == len(hits) == 3
+    assert hits[0].node.metadata["copies_left_out"] > 0
+    assert "copies_left_out" not in nodes(store)["0.png"].metadata, "the stored node stays as it was"
+    assert len(ComposedRetriever(store, model, top_k=9, unique=True).retrieve(bundle)) == 4
+
+
+def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):
+    vector = model.get_text_embedding("red")
+    store.add([ImageNode(id_=name, image_path="/a.png", embedding=vector) for name in ("a", "b")])
+    assert len(ComposedRetriever(store, model, unique=True).retrieve(model.get_query_bundle("red"))) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import random
 import sqlite3
 import time
@@ -138,3 +140,24 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path, monkeypatch):
         assert len(cache.get([key(11 * 200 + number) for number in range(200)])) == 200
         size = sum(path.stat().st_size for path in tmp_path.glob(FILE_NAME))
     assert size < 1.5 * limit
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_cache_of_vectors_is_used_by_parent_and_forked_child_at_once(tmp_path):
+    """SQLite's connections do not survive a fork: shared ones corrupt the file."""
+    cache = VectorCache(tmp_path, 2)
+    cache.put({b"parent": np.array([1, 0], dtype=np.float32)})
+
+    def work() -> None:
+        for number in range(50):
+            cache.put({b"child %d" % number: np.array([0, 1], dtype=np.float32)})
+        assert len(cache.get([b"parent", b"child 7"])) == 2
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    for number in range(50):
+        cache.put({b"parent %d" % number: np.array([0, 1], dtype=np.float32)})
+    child.join(60)
+    assert child.exitcode == 0
+    assert len(cache) == 101
+    assert len(cache.get([b"child %d" % number for number in range(50)])) == 50

@@ -1,4 +1,4 @@
-"""What `search` takes and gives: several images, URLs and stdin, paths for other programs, links for people."""
+"""What `search` takes and gives: words, images and conditions; pages, paths for other programs, links for people."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpcore
+import pytest
 from llama_index.core.schema import NodeWithScore, TextNode
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from mm_retriever import terminal
+from mm_retriever.cli import main
 from mm_retriever.report import Hit, SearchReport
 from mm_retriever.search_tools.rows import result_rows
 from tests.support.command_line import run
@@ -220,3 +222,155 @@ def test_a_search_by_words_loads_and_ends_with_nothing_it_does_not_need(db):
     alone = os.cpu_count() == 1 or not hasattr(os, "fork")
     assert ("torch" in loaded) == alone  # else in a process of its own, at the same time
     assert end == "the end"
+
+
+def test_a_composed_search_prints_the_product_of_that_kind_and_pattern(capfd, db, leopard):
+    """The published example: "phone case with this" and a leopard image."""
+    code, out, _ = run(
+        capfd, "search", "--db", db, "--model", "tiny", "-t", "phone case with this", "-i", leopard, "--json"
+    )
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["rank"] for row in rows] == list(range(1, 10))
+    assert rows[0]["file_name"] == "natural leopard.jpg"
+    assert rows[0]["label"] == "phone case"
+
+
+def test_results_are_written_as_page_and_sheet(capfd, db, tmp_path, monkeypatch):
+    """Results that a person looks at, on a terminal wide enough for whole paths."""
+    monkeypatch.setenv("COLUMNS", "400")
+    html, png = tmp_path / "results.html", tmp_path / "results.png"
+    arguments = ("search", "--db", db, "--model", "tiny", "-t", "a red mug with polka dots", "-k", 3)
+    code, out, _ = run(capfd, *arguments, "--html", html, "--png", png)
+    assert code == 0
+    assert "red polka dots.jpg" in out
+    assert html.read_text(encoding="utf-8").count("data:image/") == 3
+    with Image.open(png) as sheet:
+        assert sheet.width >= 900
+
+
+def test_a_condition_narrows_the_search(capfd, db):
+    """`--where` becomes a metadata filter."""
+    code, out, _ = run(capfd, "search", "--db", db, "--model", "tiny", "-t", "stars", "--where", "label=mug", "--json")
+    assert code == 0
+    assert {row["label"] for row in json.loads(out)} == {"mug"}
+
+
+@pytest.mark.parametrize(
+    "value", ['mug" or id != "', "mug' or id != '", 'x"] or id in ["', "\\", '" or true or "', "%"]
+)
+def test_a_condition_cannot_be_broken_out_of(capfd, db, value):
+    """What stands behind the sign is a text, whatever is in it; what is no key is refused."""
+    for condition, expected in ((f"label={value}", 0), (f"label!={value}", 9)):
+        code, out, _ = run(capfd, "search", "--db", db, "--model", "tiny", "-t", "mug", "--where", condition, "--json")
+        assert code == 0
+        assert len(json.loads(out)) == expected
+    for condition in (f"{value}=mug", f"year > 0 or {value}=1", "$meta=1", "_node_content=x", "embedding>0"):
+        assert run(capfd, "search", "--db", db, "--model", "tiny", "-t", "mug", "--where", condition)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("condition", "years"),
+    [
+        ("year=2020", [2020]),
+        ("year != 2020", [2019, 2021]),
+        ("year == 2020.0", [2020]),
+        ("year=>2020", [2020, 2021]),
+        ("year < 2020", [2019]),
+        ("year in 2019, 2021", [2019, 2021]),
+        ("year not in (2019, 2021)", [2020]),
+        ("code=007", [2020]),
+        ("code != '007'", [2019, 2021]),
+        ("taken>=2024-01-02", [2020, 2021]),
+        ("taken<=2024-01-02", [2019, 2020]),  # all of that day
+        ("taken = 2024-01-02", [2020]),
+        ("taken < 2024-02", [2019, 2020]),
+        ("title contains red", [2019]),
+        ("title is empty", [2021]),
+        ("title!=", [2019, 2020]),
+        ("'title' = \"a red mug\"", [2019]),
+    ],
+)
+def test_conditions_are_understood_as_people_write_them(capfd, years_db, condition, years):
+    """Truth: by hand, on three rows."""
+    options = ("--db", years_db, "--model", "tiny", "-t", "mug", "--json")
+    code, out, err = run(capfd, "search", *options, "--where", condition)
+    assert code == 0, err
+    assert sorted(row["year"] for row in json.loads(out)) == years
+
+
+@pytest.mark.parametrize(
+    ("condition", "says"),
+    [
+        ("Year=2020", "no column 'Year'; there are: "),
+        ("Year=2020", "did you mean 'year'?"),
+        ("colour!=red", "no column 'colour'"),
+        ("title>5", "column 'title' holds text, which > does not compare with the number 5"),
+        ("year>2024-01-01", "column 'year' holds numbers, which > does not compare with the text '2024-01-01'"),
+        ("year=~20", "'=~' is none of"),
+        ("year", "is not key=value"),
+        ("year in", "values are missing"),
+        ("year>", "a value is missing"),
+    ],
+)
+def test_conditions_that_nothing_can_meet_are_refused(capfd, years_db, condition, says):
+    """Our choice: nothing found, or everything, must not look like an answer."""
+    code, out, err = run(capfd, "search", "--db", years_db, "--model", "tiny", "-t", "mug", "--where", condition)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_two_conditions_in_one_are_said(capfd, years_db):
+    options = ("--db", years_db, "--model", "tiny", "-t", "mug", "--json")
+    code, out, err = run(capfd, "search", *options, "--where", "title=a red mug and year>2000")
+    assert (code, json.loads(out)) == (0, [])
+    assert "repeat --where" in err
+
+
+@pytest.fixture(scope="module")
+def years_db(images, tmp_path_factory):
+    """Three images with columns of every type, on Milvus Lite."""
+    folder = tmp_path_factory.mktemp("years")
+    sources = sorted(images.rglob("*.jpg"))[:3]
+    (folder / "images").mkdir()
+    for source in sources:
+        (folder / "images" / source.name).write_bytes(source.read_bytes())
+    facts = [
+        {"year": 2019, "code": "7", "taken": "2024-01-01T23:59:59", "title": "a red mug"},
+        {"year": 2020, "code": "007", "taken": "2024-01-02T10:00:00", "title": "a blue mug"},
+        {"year": 2021, "code": "x", "taken": "2024-02-01T00:00:00"},
+    ]
+    sidecar = folder / "facts.json"
+    sidecar.write_text(
+        json.dumps({source.name: fact for source, fact in zip(sources, facts, strict=True)}), encoding="utf-8"
+    )
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "index",
+                str(folder / "images"),
+                "--db",
+                str(folder / "a.db"),
+                "--model",
+                "tiny",
+                "--sidecar",
+                str(sidecar),
+            ]
+        )
+    return folder / "a.db"
+
+
+def test_words_beside_images_are_found_exactly_with_hybrid(capfd, images, db, tmp_path):
+    """A code that no model knows, from a sidecar: only BM25 tells it from others."""
+    sidecar, words = tmp_path / "facts.json", tmp_path / "words.db"
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
+    sidecar.write_text(json.dumps({name: {"sku": f"XK{2040 + i}"} for i, name in enumerate(names)}), encoding="utf-8")
+    options = ("--db", words, "--model", "tiny", "--hybrid", "--json")
+    assert run(capfd, "index", images, *options, "--sidecar", sidecar)[0] == 0
+    for number in (0, 5, 8):
+        code, out, _ = run(capfd, "search", *options, "-t", f"XK{2040 + number}")
+        assert code == 0
+        assert json.loads(out)[0]["sku"] == f"XK{2040 + number}"
+    code, _, err = run(capfd, "search", "--db", db, "--model", "tiny", "-t", "XK2040", "--hybrid")
+    assert code == 2
+    assert "index FOLDER --db NEW.db --hybrid" in err

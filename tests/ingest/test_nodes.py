@@ -1,4 +1,4 @@
-"""What is stored beside an image: nothing of the caller's is lost or overwritten, and absence is not deletion."""
+"""What is stored beside an image: the caller's metadata stay, absence is not deletion, and hidden changes are seen."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 
+from mm_retriever.ingest import nodes as nodes_module
 from mm_retriever.own_keys import LAYERS_KEY, own_value
 from mm_retriever.search_tools import ImageSearch
 from mm_retriever.search_tools.results import SearchLimits, shown_metadata
 from mm_retriever.search_tools.rows import result_rows
 from mm_retriever.store import open_store
 from tests.support.colour_embedding import paint
-from tests.support.ingesting import counts, facts, ingest, node_of, where
+from tests.support.ingesting import counts, facts, ingest, node_of, nodes, where
+from tests.support.settled import settle
 
 
 @pytest.fixture
@@ -232,3 +234,78 @@ def test_tools_say_how_many_columns_they_do_not_show(folder, store, model):
     result = ImageSearch(store, model).search(text="blue").results[0]
     assert len(result.metadata) == SearchLimits().metadata
     assert result.note == "17 more metadata not shown"
+
+
+# ------------------------------------------------------------------------------------------ changes that hide
+
+
+@pytest.fixture
+def quick_clocks(monkeypatch):
+    """Stamps settle after 50 ms, so that tests need not wait for the clock of a FAT disk."""
+    monkeypatch.setattr(nodes_module, "SETTLED_NS", 50_000_000)
+
+
+def keep_times(path: Path, colour: str) -> None:
+    """Other contents under the same size and time, as `rsync -t` and `exiftool -P` leave them."""
+    status = path.stat()
+    paint(path, colour)
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_other_contents_under_the_same_size_and_time_are_seen(tmp_path, store, model, quick_clocks):
+    photos = tmp_path / "photos"
+    one, two = paint(photos / "a.bmp", "red"), paint(photos / "b.bmp", "blue")
+    settle(one, two)
+    ingest(photos, store, model)
+    assert counts(ingest(photos, store, model)) == {"unchanged": 2}
+    keep_times(one, "green")
+    assert counts(ingest(photos, store, model)) == {"replaced": 1, "unchanged": 1}
+    for path in (one, two):
+        os.utime(path, ns=(1, 1))
+    settle(one, two)
+    ingest(photos, store, model)
+    one.rename(photos / "x")
+    two.rename(one)
+    (photos / "x").rename(two)
+    report = ingest(photos, store, model)
+    assert (report.replaced, report.reused) == (2, 2), "swapped: seen, and not embedded again"
+
+
+def test_a_file_that_changed_a_moment_ago_is_read_again(tmp_path, store, model):
+    """Within one tick of the clock it may change again under the very same stamp."""
+    path = paint(tmp_path / "photos" / "a.bmp", "red")
+    ingest(tmp_path / "photos", store, model)
+    assert "file_stamp" not in nodes(store)["a.bmp"].metadata
+    keep_times(path, "blue")
+    assert counts(ingest(tmp_path / "photos", store, model)) == {"replaced": 1}
+
+
+def test_verify_reads_everything(tmp_path, store, model, quick_clocks, monkeypatch):
+    """Bit rot changes neither size nor any time."""
+    path = paint(tmp_path / "photos" / "a.bmp", "red")
+    settle(path)
+    ingest(tmp_path / "photos", store, model)
+    now = nodes_module.file_stamp(str(path))
+    paint(path, "blue")
+    monkeypatch.setattr("mm_retriever.ingest.nodes.file_stamp", lambda path: now)
+    assert counts(ingest(tmp_path / "photos", store, model)) == {"unchanged": 1}
+    assert counts(ingest(tmp_path / "photos", store, model, verify=True)) == {"replaced": 1}
+    assert counts(ingest(tmp_path / "photos", store, model, verify=True)) == {"unchanged": 1}
+
+
+def test_rows_of_an_earlier_version_get_their_stamp_and_keep_their_vectors(folder, store, model, quick_clocks):
+    """Earlier versions stored size and time alone: the digest decides."""
+    settle(folder)
+    ingest(folder, store, model)
+    ids = [row["id"] for page in store.scan() for row in page]
+    vectors = store.columns(ids, [store.embedding_field])
+    old = store.get_nodes(ids)
+    for node in old:
+        del node.metadata["file_stamp"]
+        node.embedding = list(vectors[node.node_id][store.embedding_field])
+    store.clear()
+    store.add(old)
+    assert counts(ingest(folder, store, model)) == {"unchanged": 2}
+    assert model.embedded == 2
+    assert all("file_stamp" in node.metadata for node in nodes(store).values())

@@ -497,3 +497,44 @@ def test_reports_of_nothing():
     report = IngestReport(indexed=0, replaced=0, updated=0, unchanged=0, removed=0, skipped=(), seconds=0.0)
     assert report.images_per_second == 0.0
     assert SimpleNamespace(**report.to_dict()).embedded == 0
+
+
+# ------------------------------------------------------------------------------------------ watched and stopped
+
+
+def draw(folder, first, end):
+    """Images of different sizes, so that no two files are alike."""
+    for number in range(first, end):
+        paint(folder / f"{number:02}.png", list(COLOURS)[number % len(COLOURS)], size=(20 + number, 20))
+
+
+def test_a_watcher_is_told_how_many_are_done_of_how_many(tmp_path, store, model):
+    draw(tmp_path / "images", 0, 6)
+    told = []
+    report = ingest(tmp_path / "images", store, model, batch_size=2, progress=lambda *how: not told.append(how))
+    assert counts(report) == {"indexed": 6}
+    assert told == sorted(told)
+    assert {total for _, total in told} == {6}
+    assert told[-1][0] >= 4
+    assert not report.notes
+
+
+def test_a_run_that_is_stopped_says_so_removes_nothing_and_goes_on_later(tmp_path, store, model):
+    draw(tmp_path / "images", 0, 12)
+    ingest(tmp_path / "images", store, model)
+    (tmp_path / "images" / "00.png").unlink()
+    draw(tmp_path / "images", 12, 20)
+    report = ingest_images(
+        tmp_path / "images",
+        store,
+        model,
+        batch_size=2,
+        prune=True,
+        show_progress=False,
+        progress=lambda done, total: done < 13,
+    )
+    assert 2 <= report.indexed < 8
+    assert report.removed == 0
+    assert "stopped before its end" in report.notes[0]
+    rest = ingest(tmp_path / "images", store, model, prune=True)
+    assert (rest.indexed, rest.removed) == (8 - report.indexed, 1)

@@ -17,7 +17,7 @@ from mm_retriever.embedders.embedder import Content, cache_identity
 from mm_retriever.embedders.registry import load_embedder
 from tests.support.effort import EFFORT
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "mm_retriever" / "embedders" / "visualized_bge" / "tiny"
 
 
@@ -115,7 +115,7 @@ def test_size_and_file_format_of_an_image_hardly_matter(embedder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(EFFORT == 1, reason="minutes; tests/evaluation/test_card.py has the hardest row: EFFORT=2 has all")
+@pytest.mark.skipif(EFFORT == 1, reason="minutes; tests/cli/test_evaluate.py has the hardest row: EFFORT=2 has all")
 @pytest.mark.timeout(2400)
 def test_the_figures_of_the_model_card_are_reproduced(embedder):
     """The card's numbers are those of ``python benchmarks/tiny_quality.py``, row by row."""

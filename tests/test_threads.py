@@ -17,11 +17,9 @@ import pytest
 
 from mm_retriever.errors import CheckpointError
 from mm_retriever.threads import ForkLock, check_forked
-from mm_retriever.vector_cache import VectorCache
 from tests.support.processes import ROOT, free_port
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-
 WORKERS = """
 import multiprocessing, sys, threading
 import torch
@@ -44,7 +42,6 @@ if __name__ == "__main__":
         answers = pool.map_async(work, range(4)).get(60)
     print(max(abs(a - b) for answer in answers for a, b in zip(answer, expected)))
 """
-
 APP = """
 import json
 import torch
@@ -143,26 +140,6 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_forked_child(make):
         child.kill()
         release.set()
         holder.join()
-
-
-def test_a_cache_of_vectors_is_used_by_parent_and_forked_child_at_once(tmp_path):
-    """SQLite's connections do not survive a fork: shared ones corrupt the file."""
-    cache = VectorCache(tmp_path, 2)
-    cache.put({b"parent": np.array([1, 0], dtype=np.float32)})
-
-    def work() -> None:
-        for number in range(50):
-            cache.put({b"child %d" % number: np.array([0, 1], dtype=np.float32)})
-        assert len(cache.get([b"parent", b"child 7"])) == 2
-
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
-    for number in range(50):
-        cache.put({b"parent %d" % number: np.array([0, 1], dtype=np.float32)})
-    child.join(60)
-    assert child.exitcode == 0
-    assert len(cache) == 101
-    assert len(cache.get([b"child %d" % number for number in range(50)])) == 50
 
 
 def test_a_model_on_a_gpu_is_refused_in_a_forked_child():

@@ -1,24 +1,17 @@
-"""What an image argument may name, and whose bytes are handed out."""
+"""What an image argument may name: attachments, results of the conversation, allowed paths."""
 
 from __future__ import annotations
 
 import base64
-import shutil
 import threading
 import unicodedata
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from llama_index.core.schema import ImageNode, TextNode
 from PIL import Image
 
 from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError
 from mm_retriever.images import ImagePolicy
-from mm_retriever.ingest import ingest_images
-from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
-from mm_retriever.store import ImageStore, open_store
-from tests.support.drawn_store import draw_leopard
+from mm_retriever.search_tools import Conversation, ImageSearch
 
 
 def test_an_image_is_known_by_attachment_result_id_data_uri_and_allowed_path(store, embed_model, leopard, talk):
@@ -131,83 +124,6 @@ def test_very_many_attachments_and_searches_are_not_kept():
     assert conversation.attachments[-1] == "image 079.png"
     with pytest.raises(QueryError, match="searches 49 to 80"):
         conversation.result(1, 2)
-
-
-def test_an_original_is_the_file_itself(store, search):
-    node = store.get_nodes(filters=read_filters({"label": "mug"}))[0]
-    original = search.original(node.node_id)
-    assert original.data == Path(node.metadata["file_path"]).read_bytes()
-    assert (original.media_type, original.name) == ("image/jpeg", node.metadata["file_name"])
-
-
-def test_only_images_of_the_store_inside_the_roots_are_handed_out(store: ImageStore, embed_model, tmp_path):
-    """Whoever can write to a store must not be able to read files through it."""
-    vector = embed_model.get_text_embedding("x")
-    with open_store(tmp_path / "rogue.db", embed_model) as rogue:
-        rogue.add([ImageNode(id_="passwd", image_path="/etc/passwd", embedding=vector)])
-        rogue.add([TextNode(id_="words", text="x", embedding=vector)])
-        search = ImageSearch(rogue, embed_model)
-        with pytest.raises(ImageLoadError, match="has no digest"):
-            search.original("passwd")
-        for unknown in ("words", "nobody", "", "x" * 5_000, 'x"] or id != ""'):
-            with pytest.raises(QueryError, match="no image of the id"):
-                search.original(unknown)
-    node = store.get_nodes(filters=read_filters({"label": "mug"}))[0]
-    inside = ImageSearch(store, embed_model, stored_policy=ImagePolicy(roots=(tmp_path,)))
-    with pytest.raises(ImageLoadError, match="outside the folders"):
-        inside.original(node.node_id)
-    small = ImageSearch(store, embed_model, limits=SearchLimits(original_bytes=100))
-    with pytest.raises(ImageLoadError, match="more than the limit"):
-        small.original(node.node_id)
-
-
-@pytest.mark.parametrize("swapped", ["another file", "a link"])
-def test_a_file_that_is_not_the_indexed_one_any_more_is_not_handed_out(swapped, embed_model, tmp_path):
-    """Whoever can write to the folder of an indexed image must not be able to read others through it."""
-    indexed, private = tmp_path / "images" / "a.png", draw_leopard(tmp_path / "private.png")
-    indexed.parent.mkdir()
-    Image.new("RGB", (40, 40), "red").save(indexed)
-    with open_store(tmp_path / "a.db", embed_model) as store:
-        ingest_images(indexed.parent, store, embed_model, show_progress=False)
-        search = ImageSearch(store, embed_model)
-        (found,) = search.search("red").results
-        assert found.thumbnail is not None
-        assert search.original(found.id).data == indexed.read_bytes()
-        indexed.unlink()
-        if swapped == "a link":
-            indexed.symlink_to(private)
-        else:
-            shutil.copyfile(private, indexed)
-        with pytest.raises(ImageLoadError, match="not the file that was indexed"):
-            search.original(found.id)
-        with pytest.raises(ImageLoadError, match="not the file that was indexed"):
-            search.find_similar(found.id)
-        for answer in (search.search("red").results[0], search.describe(found.id)):
-            assert answer.thumbnail is None
-            assert "not the file that was indexed" in answer.note
-
-
-def test_an_image_without_a_digest_is_shown_but_its_file_is_not_handed_out(embed_model, tmp_path):
-    """Such rows come from other programs."""
-    path = draw_leopard(tmp_path / "a.png")
-    with open_store(tmp_path / "a.db", embed_model) as store:
-        store.add([ImageNode(id_="file", image_path=str(path), embedding=embed_model.get_text_embedding("x"))])
-        search = ImageSearch(store, embed_model)
-        assert search.search("x").results[0].thumbnail
-        with pytest.raises(ImageLoadError, match="has no digest of it"):
-            search.original("file")
-
-
-def test_limits_that_make_no_sense_are_refused():
-    for wrong in ({"top_k": 0}, {"thumbnails": -1}, {"max_top_k": True}, {"value_text": 2.5}):
-        with pytest.raises(ValueError, match="whole number"):
-            SearchLimits(**wrong)
-
-
-def test_a_model_of_another_store_is_refused(store):
-    """When the search is made, not at its first query."""
-    with pytest.raises(MMRetrieverError, match="opened for"):
-        ImageSearch(store, SimpleNamespace(model_id="other"))  # type: ignore[arg-type]
 
 
 def test_an_attachment_is_known_in_every_unicode_form_of_its_name(leopard):

@@ -1,13 +1,16 @@
-"""Choosing a model: the table, and the names that the shell completes."""
+"""`models`, the names that the shell completes, and `info`."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from milvus_lite.server_manager import server_manager_instance
+from pymilvus import MilvusClient
 
 from mm_retriever.checkpoint import ModelEntry
 from mm_retriever.cli import models as model_table
@@ -98,3 +101,41 @@ def test_the_names_to_complete_are_those_of_the_registry():
 def _published() -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
     embedders = [name for name, _ in registry.published_models()]
     return ("embedding", embedders), ("reranker", [name for name, _ in published_rerankers()])
+
+
+def test_info_verify_reads_every_row_and_names_those_that_are_not_what_was_stored(capfd, db, tmp_path):
+    copy = tmp_path / "copy.db"
+    shutil.copytree(db, copy)
+    code, out, _ = run(capfd, "info", "--db", copy, "--verify")
+    assert code == 0
+    assert "9 rows read, 9 checked, 0 damaged" in out
+    client = MilvusClient(str(copy))
+    client.load_collection("mm_retriever")
+    (row,) = client.query("mm_retriever", filter="width > 0", output_fields=["*"], limit=1)
+    client.insert("mm_retriever", [{**row, "width": 17}])
+    client.close()
+    server_manager_instance.release_server(str(copy))
+    code, out, err = run(capfd, "info", "--db", copy, "--verify")
+    assert code == 2
+    assert "9 rows read, 9 checked, 1 damaged" in out
+    assert row["id"] in err
+    code, _, err = run(capfd, "info", "--verify")
+    assert (code, "--db" in err) == (2, True)
+
+
+def test_info_names_versions_and_what_a_store_holds(capfd, db):
+    """What a bug report needs."""
+    code, out, _ = run(capfd, "info", "--db", db)
+    assert code == 0
+    assert "torch" in out
+    assert "mm_retriever" in out
+    assert not [line for line in out.splitlines() if line.endswith(" ")]  # piped, a blank is read by a program
+    (columns,) = [line for line in out.splitlines() if "columns mm_retriever" in line]  # what a filter may name
+    code, out, _ = run(capfd, "info", "--db", db, "--json", "--verify")
+    told = json.loads(out)
+    assert (code, told["collections"]["mm_retriever"]["rows"]) == (0, 9)
+    assert told["verified"]["mm_retriever"]["rows"] == 9
+    assert {"file_name", "label", "width"} <= set(told["columns"]["mm_retriever"])
+    assert ", ".join(told["columns"]["mm_retriever"]) in columns
+    assert "tiny" in told["bundled_models"]
+    assert told["versions"]["torch"]
