@@ -300,6 +300,15 @@ def test_paths_and_folders_of_another_file_system(memory, store, model):
     assert (report.indexed, report.unchanged, len(report.skipped)) == (0, 2, 1)
 
 
+def test_the_file_system_of_this_machine_is_no_other(folder, store, model):
+    """`url_to_fs` gives one for any place: a row whose image is at a file: URL could be neither shown nor reranked."""
+    fs, path = fsspec.core.url_to_fs(str(folder))
+    assert ingest_images(path, store, model, fs=fs, show_progress=False).indexed == 2
+    nodes = store.get_nodes(filters=MetadataFilters(filters=[]))
+    assert sorted(node.image_path for node in nodes) == [str(folder / name) for name in ("mug.png", "umbrella.png")]
+    assert ingest_images(folder, store, model, show_progress=False).unchanged == 2
+
+
 def test_a_place_that_needs_a_file_system_says_so(store, model):
     report = ingest_images(["s3://bucket/p/x.png"], store, model, show_progress=False)
     assert "give fs=fsspec.filesystem('s3')" in report.skipped[0].reason

@@ -198,6 +198,7 @@ class _Entries:
 
 def _write_plan(folder: Path, entries: _Entries, sidecar: SidecarMatch, asked: Mapping[str, Any]) -> None:
     """Write the plan beside its place and move it there; where two do that at a time, the first one's counts."""
+    entries.ignored = IgnoredCounts(sidecar.files)
     for name in ("shards", "drafts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     draft = folder / "drafts" / f"{_PLAN}.{uuid.uuid4().hex}"

@@ -40,6 +40,7 @@ from mm_retriever.ingest.nodes import (
     write_each,
 )
 from mm_retriever.ingest.reading import ImageReader, ReadImage, read_ahead
+from mm_retriever.ingest.remote import remote
 from mm_retriever.ingest.removal import fate, prune_images, prune_missing
 from mm_retriever.ingest.report import IngestReport, Meter, Progress, SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
@@ -62,8 +63,7 @@ from mm_retriever.store import ImageStore, same_model
 from mm_retriever.tracing import spanned
 
 _FLUSHED_ROWS = 200  # fewer in memory cost a search less than a data file of their own
-_WINDOW = 256
-"""Items looked up in the store with one request."""
+_WINDOW = 256  # items looked up in the store with one request
 
 _retried = Retrying(  # calls the store; a server that is away for a moment is asked again
     retry=retry_if_exception_type(StoreUnavailableError),
@@ -156,6 +156,7 @@ def ingest_images(
         raise IngestError('item="": give the name of a column')
     if force and not prune:
         raise IngestError("force=True goes with prune=True: it says that many rows may go")
+    fs = remote(fs)
     if prune and fs is None and (missing := missing_folder(source)) is not None:
         report = prune_missing(missing, store, force=force)
     else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_index.core.schema import BaseNode, MetadataMode
+from llama_index.core.schema import BaseNode, ImageNode, MetadataMode
 from tqdm import tqdm
 
 from mm_retriever.embedding import ComposedEmbedding
@@ -224,6 +224,8 @@ class _Run:
 
     def _read(self, task: _Task) -> ReadImage:
         """The image of a row from the first place where it can be read; nothing for a text."""
+        if isinstance(task.node, ImageNode) and not task.images and own_value(task.node.metadata, "width"):
+            return ReadImage(error="it came as bytes, which no store keeps: ingest it again under the new model")
         outcome = ReadImage()
         for place in task.images:
             source: Any = place

@@ -46,6 +46,15 @@ class RemoteFile:
         return {"bytes": int(facts.get("size") or 0), "mtime_ns": _nanoseconds(changed)}
 
 
+def remote(file_system: Any | None) -> Any | None:
+    """Return the file system, or None for that of this machine: `fsspec.core.url_to_fs` gives one for plain paths."""
+    if file_system is None:
+        return None
+    from fsspec.implementations.local import LocalFileSystem
+
+    return None if isinstance(file_system, LocalFileSystem) else file_system
+
+
 def files_below(file_system: Any, path: str, ignore: Ignore) -> Iterator[str]:
     """Yield the images below a folder, by suffix, sorted; the path itself if it is no folder."""
     if not file_system.isdir(path):

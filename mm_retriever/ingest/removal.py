@@ -19,10 +19,9 @@ from typing import Any, Literal
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import IngestError
-from mm_retriever.images.source import is_url
 from mm_retriever.ingest.folder import given_path, spellings
 from mm_retriever.ingest.report import IngestReport
-from mm_retriever.ingest.sources import path_id, url_id
+from mm_retriever.ingest.sources import path_id, scheme_of, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
 from mm_retriever.store.filters import id_list
@@ -158,7 +157,7 @@ def remove_images(
 
 
 def _rows_of(path: str, store: ImageStore) -> Iterator[Mapping[str, Any]]:
-    if is_url(path):
+    if scheme_of(path):  # of the web, or of a bucket
         yield from store.columns([url_id(path)], ()).values()
         return
     path = os.path.abspath(given_path(path))  # noqa: PTH100

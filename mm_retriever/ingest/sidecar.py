@@ -87,7 +87,8 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]] | Sequence
         IngestError: the file cannot be read, or names no images.
     """
     if isinstance(source, Mapping):
-        return Sidecar(_by_name(source, "sidecar"))
+        notes: list[str] = []
+        return Sidecar(_by_name(source, "sidecar", notes), notes=notes)
     if not isinstance(source, str | os.PathLike):
         return _of_rows(source)
     path = Path(os.path.expanduser(source))  # noqa: PTH111
@@ -98,7 +99,7 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]] | Sequence
         data = path.read_bytes()
     except OSError as error:
         raise IngestError(f"cannot read the sidecar file {str(path)!r}: {error.strerror or error}") from error
-    notes: list[str] = []
+    notes = []
     columns = parse(_decoded(data, path, notes), path.name, notes)
     if not columns:
         notes.append(f"{path.name}: holds no rows")
@@ -118,10 +119,12 @@ def _of_rows(source: object) -> Sidecar:
 def find_sidecars(folder: str) -> Sidecar:
     """Return the rows of the `metadata.jsonl` and `metadata.csv` files in a folder and up to two levels below it.
 
-    Names are taken from where each file lies. One that names no images, or cannot be read, is named in the notes.
+    Names are taken from where each file lies; what several say of one image is joined. One that names no images, or
+    cannot be read, is named in the notes.
     """
-    rows: dict[str, Mapping[str, Any]] = {}
+    rows: Columns = {}
     notes: list[str] = []
+    replaced: list[str] = []
     sources: list[str] = []
     files: list[str] = []
     for place in _folders(folder, levels=2):
@@ -143,9 +146,17 @@ def find_sidecars(folder: str) -> Sidecar:
             notes += sidecar.notes
             for key, row in sidecar.rows.items():
                 own = key if below == "." or os.path.isabs(key) else f"{below}/{key}"  # noqa: PTH117 - a key
-                rows.setdefault(own, {**row.columns, **({"text": row.text} if row.text else {})})
+                values = {**row.columns, **({"text": row.text} if row.text else {})}
+                if (before := rows.get(own)) is not None:
+                    values, differs = _merged(before, values, later_counts=False)
+                    replaced += [own] if differs else []
+                rows[own] = values
     if sources:
         notes.insert(0, f"columns are taken from {listed(sources)}, found in the folder")
+    if replaced:
+        notes.append(
+            f"{len(replaced)} images have rows in several files that differ, the first counts: {listed(replaced)}"
+        )
     return Sidecar(rows, source=", ".join(sources[:3]) or "sidecar", notes=notes, files=files)
 
 
@@ -208,7 +219,7 @@ def _from_json(text: str, name: str, notes: list[str]) -> Columns:
             return _from_json_lines(text, name, notes)
         raise
     if isinstance(content, Mapping):
-        return _by_name(content, name)
+        return _by_name(content, name, notes)
     if isinstance(content, list) and all(isinstance(row, Mapping) for row in content):
         return _by_image(list(enumerate(content, start=1)), name, notes, "row")
     raise IngestError(f"{name}: needs an object of objects by file name, or a list of objects that name their file")
@@ -247,13 +258,13 @@ _PARSERS: dict[str, Callable[[str, str, list[str]], Columns]] = {
 # ------------------------------------------------------------------------------------------ rows to images
 
 
-def _by_name(content: Mapping[Any, Any], name: str) -> Columns:
-    rows: Columns = {}
+def _by_name(content: Mapping[Any, Any], name: str, notes: list[str]) -> Columns:
+    rows: list[tuple[str, Mapping[str, Any]]] = []
     for image, values in content.items():
         if not isinstance(image, str | os.PathLike) or not isinstance(values, Mapping | str):
             raise IngestError(f"{name}: {image!r}: needs an object of columns, got {type(values).__name__}")
-        rows[os.fspath(image)] = {"text": values} if isinstance(values, str) else dict(values)
-    return rows
+        rows.append((image_key(os.fspath(image)), {"text": values} if isinstance(values, str) else values))
+    return _joined(rows, name, notes)
 
 
 def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: list[str], what: str) -> Columns:
@@ -261,31 +272,40 @@ def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: l
     guess = None if any(name_column(row) for _, row in rows) else guessed_name_column([row for _, row in rows])
     if guess is not None:
         notes.append(f"{name}: images are named by the column {guess!r}")
-    columns: Columns = {}
+    named: list[tuple[str, Mapping[str, Any]]] = []
     nameless: list[int] = []
-    replaced: list[str] = []
     for number, row in rows:
         key = name_column(row) or guess
         if key is None or row.get(key) is None:
             nameless.append(number)
             continue
         image = image_key(str(row[key]))
-        values = {k: value for k, value in row.items() if k != key and not repeats_name(k, value, image)}
-        if (before := columns.get(image)) is not None:
-            values, differs = _merged(before, values)
-            replaced += [image] if differs else []
-        columns[image] = values
+        named.append((image, {k: v for k, v in row.items() if k != key and not repeats_name(k, v, image)}))
     if nameless and len(nameless) == len(rows):
         raise IngestError(f"{name}: {what} {nameless[0]} has none of the columns {', '.join(NAME_COLUMNS)}")
     if nameless:
         notes.append(f"{name}: {len(nameless)} rows name no image: {what} {', '.join(map(str, nameless[:3]))}")
+    return _joined(named, name, notes)
+
+
+def _joined(rows: Sequence[tuple[str, Mapping[str, Any]]], name: str, notes: list[str]) -> Columns:
+    """Columns by image, of rows that may name one image several times."""
+    columns: Columns = {}
+    replaced: list[str] = []
+    for image, row in rows:
+        values, differs = _merged(columns.get(image, {}), row)
+        replaced += [image] if differs else []
+        columns[image] = values
     if replaced:
         notes.append(f"{name}: {len(replaced)} images have rows that differ, the later counts: {listed(replaced)}")
     return columns
 
 
-def _merged(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    merged, differs = {**before, **after}, False
+def _merged(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, later_counts: bool = True
+) -> tuple[dict[str, Any], bool]:
+    """The columns of two rows of one image, all captions among them, and whether any other value is lost."""
+    merged, differs = {**before, **after} if later_counts else {**after, **before}, False
     for key in before.keys() & after.keys():
         old, new = before[key], after[key]
         if old == new:

@@ -137,7 +137,7 @@ def source_folder(source: Source) -> str | None:
         return None
     if not os.fspath(source).strip():  # the working directory, to Python
         raise IngestError(f"the source is {source!r}: {_SOURCES}; the folder that you are in is '.'")
-    if scheme := _scheme(os.fspath(source)):
+    if scheme := scheme_of(os.fspath(source)):
         raise IngestError(f"{os.fspath(source)[:200]!r}: {_needs_file_system(scheme)}")
     path = existing_path(source)
     if path is None:
@@ -156,7 +156,7 @@ def count_items(source: Source, folder: str | None) -> int | None:
 
 def missing_folder(source: Source) -> str | None:
     """Return the absolute path of a source that is a path with nothing there; None for any other source."""
-    if not isinstance(source, str | os.PathLike) or _scheme(os.fspath(source)):
+    if not isinstance(source, str | os.PathLike) or scheme_of(os.fspath(source)):
         return None
     try:
         return _real(source) if existing_path(source) is None else None
@@ -191,8 +191,8 @@ def _name(entry: object) -> str:
     return one_line(getattr(entry, "node_id", entry), 300)
 
 
-def _scheme(place: str) -> str:
-    """The scheme of what is in no file system of this machine, "" for a path."""
+def scheme_of(place: str) -> str:
+    """Return the scheme of what is in no file system of this machine, "" for a path."""
     scheme = _SCHEME.match(local_path(place))
     return scheme[1].lower() if scheme else ""
 
@@ -217,7 +217,7 @@ def _item(entry: object, file_system: Any | None, search_open: bool) -> Item:
         return _url_item(entry)
     if file_system is not None:
         return _remote_item(RemoteFile(file_system, place))
-    if isinstance(entry, str) and (scheme := _scheme(entry)):
+    if isinstance(entry, str) and (scheme := scheme_of(entry)):
         raise NodeError(_needs_file_system(scheme))
     if not place.strip():
         raise NodeError("the path is empty")
@@ -294,7 +294,7 @@ def _node_place(node: BaseNode, plain: BaseNode, file_system: Any | None, search
     if isinstance(plain, ImageNode) and path and (carried is None or Path(path).exists()):
         if file_system is not None:
             return _remote_item(RemoteFile(file_system, path))
-        if (scheme := _scheme(path)) and not is_url(path):
+        if (scheme := scheme_of(path)) and not is_url(path):
             raise NodeError(_needs_file_system(scheme))
         file = file_of_node(plain, path) if search_open else None
         return _remote_item(file) if file is not None else _path_item(path)
@@ -336,7 +336,10 @@ _DISCORD = frozenset(("ex", "is", "hm"))
 
 
 def stable_url(url: str) -> str:
-    """Return a URL of the web without signature, credentials and fragment; any other unchanged."""
+    """Return a URL of the web without signature, credentials and fragment, its host in small letters; any other unchanged.
+
+    The usual port goes too: RFC 3986, section 6.2.3.
+    """
     if not _HTTP.match(url):
         return url
     try:
@@ -349,10 +352,12 @@ def stable_url(url: str) -> str:
     drop = {name for name in names if _SECRET.fullmatch(name) or (signed and _WITH_SIGNATURE.fullmatch(name))}
     if names and set(names) >= _DISCORD:
         drop |= _DISCORD
-    if not drop and "@" not in parts.netloc and not parts.fragment:
+    host = parts.netloc.rpartition("@")[2].lower()
+    host = host.removesuffix(":80" if parts.scheme == "http" else ":443")
+    if not drop and host == parts.netloc and url.startswith(f"{parts.scheme}:") and not parts.fragment:
         return url
     kept = "&".join(field for field, name in zip(fields, names, strict=True) if name not in drop and field)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, kept, ""))
+    return urlunsplit((parts.scheme, host, parts.path, kept, ""))
 
 
 def url_file_name(url: str) -> str:

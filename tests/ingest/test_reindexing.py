@@ -5,6 +5,7 @@ Truth: the rows before, and vectors computed here by the models themselves.
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
@@ -16,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_index.core.schema import ImageNode, TextNode
+from llama_index.core.schema import ImageDocument, ImageNode, TextNode
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryMode
 from PIL import Image
 from pymilvus import MilvusClient
 
 from mm_retriever import ComposedEmbedding, ingest_images, open_store, reindex
-from mm_retriever.errors import IngestError, StoreError, StoreLockedError, StoreMismatchError
+from mm_retriever.errors import IngestError, ReindexError, StoreError, StoreLockedError, StoreMismatchError
 from mm_retriever.store import describe_store, open_stored
 from mm_retriever.store.connection import Connection
 from tests.ingest.test_kills import warm
@@ -145,6 +146,18 @@ def test_an_image_that_cannot_be_read_stops_the_switch_unless_its_row_may_go(cap
     said = " ".join(out.split())
     assert "6 rows, model tiny, float32, image with text composed, as it was trained" in said
     assert "left by" not in said
+
+
+def test_an_image_that_came_as_bytes_is_not_embedded_by_its_words(place, colour, tiny):
+    """No store keeps the bytes: a vector of an empty text would stand for the image, and look like any other."""
+    data = (place / "photos" / "0.png").read_bytes()
+    with open_store(place / "b.db", colour, collection=NAME) as store:
+        ingest_images([ImageDocument(image=base64.b64encode(data).decode())], store, colour, show_progress=False)
+    options = {"collection": NAME, "show_progress": False}
+    with pytest.raises(ReindexError, match="1 of 1 rows .* it came as bytes, which no store keeps: ingest it again"):
+        reindex(place / "b.db", tiny, **options)
+    assert describe_store(place / "b.db")[NAME]["model"] == colour.model_id
+    assert len(reindex(place / "b.db", tiny, drop_missing=True, **options).dropped) == 1
 
 
 def test_rows_written_meanwhile_are_taken_along_and_open_stores_end_with_an_error(place, colour, tiny):

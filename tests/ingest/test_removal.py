@@ -7,6 +7,7 @@ import os
 import unicodedata
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from mm_retriever.errors import ImageLoadError, IngestError
@@ -218,6 +219,17 @@ def test_one_path_is_no_list_of_paths(folder, store, model):
     with pytest.raises(IngestError, match="the folder is ''"):
         prune_images("", store)
     assert remove_images(store, ids=(node.node_id for node in nodes(store).values())) == 2
+
+
+def test_an_image_in_a_bucket_is_removed_by_the_url_that_results_show(folder, store, model):
+    bucket = fsspec.filesystem("memory")
+    bucket.pipe("/album/green.jpg", (folder / "green.JPEG").read_bytes())
+    ingest("/album", store, model, fs=bucket)
+    place = nodes(store)["green.jpg"].image_url
+    assert place == "memory:///album/green.jpg"
+    assert remove_images(store, [place]) == 1
+    with pytest.raises(IngestError, match="nothing of 'memory:///album/green.jpg'"):
+        remove_images(store, [place])
 
 
 def test_a_name_in_decomposed_letters_finds_the_composed_one_that_is_stored(tmp_path, store, model):

@@ -275,6 +275,15 @@ def test_rows_that_name_one_image_in_two_forms_are_joined(tmp_path):
     assert sidecar.notes == ("a.csv: 1 images have rows that differ, the later counts: 'x/a.png'",)
 
 
+def test_names_of_a_mapping_in_two_forms_are_joined(tmp_path):
+    """As rows of a list are: neither form's columns vanish."""
+    sidecar = read_sidecar({"x/a.png": {"n": 1, "caption": "one"}, "./x/a.png": {"m": 2, "caption": "two"}})
+    assert (sidecar.rows["x/a.png"].text, sidecar.columns("x/a.png")) == ("one\ntwo", {"n": 1, "m": 2})
+    sidecar = read_sidecar(write(tmp_path, "a.json", '{"x/a.png": {"n": 1}, "x\\\\a.png": {"n": 2}}'))
+    assert sidecar.columns("x/a.png") == {"n": 2}
+    assert sidecar.notes == ("a.json: 1 images have rows that differ, the later counts: 'x/a.png'",)
+
+
 def test_a_large_integer_beside_decimals_keeps_its_digits(tmp_path):
     content = "file,n\na.png,9007199254740993\nb.png,1.5\n"
     assert read_sidecar(write(tmp_path, "a.csv", content)).columns("a.png") == {"n": "9007199254740993"}
@@ -373,3 +382,17 @@ def test_sidecars_lie_in_the_folder(tmp_path):
     }
     assert sidecar.notes[0] == "columns are taken from 'metadata.csv', 'train/metadata.jsonl', found in the folder"
     assert sidecar.notes[1].startswith("other/metadata.csv in the folder is not used: ")
+
+
+def test_what_several_sidecars_in_the_folder_say_of_one_image_is_joined(tmp_path):
+    """Captions in metadata.jsonl and prices in metadata.csv, or a file in the folder below: our choice is both."""
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "metadata.jsonl", '{"file_name": "a.png", "text": "a mug", "n": 1}')
+    write(tmp_path, "metadata.csv", "file_name,caption,n,price\na.png,red,2,5\nsub/b.png,,3,6\n")
+    write(tmp_path, "sub/metadata.csv", "file_name,brand\nb.png,acme\n")
+    sidecar = find_sidecars(str(tmp_path))
+    assert {key: (row.text, row.columns) for key, row in sidecar.rows.items()} == {
+        "a.png": ("a mug\nred", {"n": 1, "price": 5}),
+        "sub/b.png": ("", {"n": 3, "price": 6, "brand": "acme"}),
+    }
+    assert sidecar.notes[-1] == "1 images have rows in several files that differ, the first counts: 'a.png'"

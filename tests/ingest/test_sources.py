@@ -35,6 +35,9 @@ PLAIN = "https://host/photos/a%20b.jpg"
         (f"{PLAIN}?ex=1&is=2&hm=3", PLAIN),
         ("https://user:word@host/a.jpg", "https://host/a.jpg"),
         (f"{PLAIN}#part", PLAIN),
+        ("HTTPS://CDN.Example.COM:443/A.jpg?B=C", "https://cdn.example.com/A.jpg?B=C"),
+        ("http://[2001:DB8::1]:80/a.jpg", "http://[2001:db8::1]/a.jpg"),
+        ("http://host:443/a.jpg", "http://host:443/a.jpg"),
         (f"{PLAIN}?size=large&expires=never&e=1&key=a", f"{PLAIN}?size=large&expires=never&e=1&key=a"),
         (f"{PLAIN}?id=7&", f"{PLAIN}?id=7&"),
         ("https://[broken/a.jpg?token=t", "https://[broken/a.jpg?token=t"),
@@ -42,7 +45,7 @@ PLAIN = "https://host/photos/a%20b.jpg"
     ],
 )
 def test_a_url_is_stored_without_what_is_signed_or_secret(url, stable):
-    """Source: documents of S3, Cloud Storage, Azure, CloudFront, OSS, Firebase, Discord. Others stay as they are."""
+    """Source: documents of S3, Cloud Storage, Azure, CloudFront, OSS, Firebase, Discord; RFC 3986, 6.2. Others stay as they are."""
     assert stable_url(url) == stable
     assert stable_url(stable) == stable
 
