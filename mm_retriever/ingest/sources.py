@@ -336,9 +336,9 @@ _DISCORD = frozenset(("ex", "is", "hm"))
 
 
 def stable_url(url: str) -> str:
-    """Return a URL of the web without signature, credentials and fragment, its host in small letters; any other unchanged.
+    """Return a URL of the web without signature, credentials and fragment; any other unchanged.
 
-    The usual port goes too: RFC 3986, section 6.2.3.
+    Scheme and host are in small letters, and the usual port is left out: RFC 3986, section 6.2.
     """
     if not _HTTP.match(url):
         return url

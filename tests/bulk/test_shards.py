@@ -86,6 +86,13 @@ def test_the_rows_of_the_shards_are_those_that_ingestion_stores(folder, tmp_path
         assert found[one] == row
 
 
+def test_a_sidecar_that_lies_in_the_folder_is_not_left_out(folder, tmp_path):
+    (folder / "metadata.csv").write_text("file_name,price\ncars/01.png,9.5\n")
+    kinds = [files.kind for files in embed(folder, tmp_path / "out").ignored]
+    assert ".csv" not in kinds
+    assert [row.get("price") for row in rows_of(tmp_path / "out")].count(9.5) == 1
+
+
 class Lengths:
     """A sparse model: how many words of each length a text has."""
 

@@ -154,7 +154,7 @@ def test_an_image_that_came_as_bytes_is_not_embedded_by_its_words(place, colour,
     with open_store(place / "b.db", colour, collection=NAME) as store:
         ingest_images([ImageDocument(image=base64.b64encode(data).decode())], store, colour, show_progress=False)
     options = {"collection": NAME, "show_progress": False}
-    with pytest.raises(ReindexError, match="1 of 1 rows .* it came as bytes, which no store keeps: ingest it again"):
+    with pytest.raises(ReindexError, match=r"1 of 1 rows .* it came as bytes, which no store keeps: ingest it again"):
         reindex(place / "b.db", tiny, **options)
     assert describe_store(place / "b.db")[NAME]["model"] == colour.model_id
     assert len(reindex(place / "b.db", tiny, drop_missing=True, **options).dropped) == 1

@@ -228,7 +228,7 @@ def test_an_image_in_a_bucket_is_removed_by_the_url_that_results_show(folder, st
     place = nodes(store)["green.jpg"].image_url
     assert place == "memory:///album/green.jpg"
     assert remove_images(store, [place]) == 1
-    with pytest.raises(IngestError, match="nothing of 'memory:///album/green.jpg'"):
+    with pytest.raises(IngestError, match=r"nothing of 'memory:///album/green.jpg'"):
         remove_images(store, [place])
 
 

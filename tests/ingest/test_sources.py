@@ -45,7 +45,10 @@ PLAIN = "https://host/photos/a%20b.jpg"
     ],
 )
 def test_a_url_is_stored_without_what_is_signed_or_secret(url, stable):
-    """Source: documents of S3, Cloud Storage, Azure, CloudFront, OSS, Firebase, Discord; RFC 3986, 6.2. Others stay as they are."""
+    """Source: documents of S3, Cloud Storage, Azure, CloudFront, OSS, Firebase, Discord. Others stay as they are.
+
+    Of scheme, host and port: RFC 3986, section 6.2.
+    """
     assert stable_url(url) == stable
     assert stable_url(stable) == stable
 
