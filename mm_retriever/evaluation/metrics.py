@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -193,13 +194,19 @@ def query_values(rankings: Mapping[str, Sequence[str]], wanted: Wanted, measure:
         raise QueryError(f"measure {measure!r}: give Recall@k, Hit@k, mAP@k, nDCG@k, R_subset@k or MRR")
     name = "RR" if match is None else f"{_MEASURES[match['kind']]}@{match['depth']}"
     asked = ir_measures.parse_measure(name)
-    # trec_eval sorts equal scores by name; ranks are never equal
+    # trec_eval sorts equal scores by name; ranks are never equal. It ends the process for a name that is no valid
+    # Unicode, as of a file: it is given numbers
+    numbers: defaultdict[str, str] = defaultdict(lambda: str(len(numbers)))
     scores = {
-        query: {document: float(-rank) for rank, document in enumerate(ranking)} for query, ranking in rankings.items()
+        numbers[query]: {numbers[document]: float(-rank) for rank, document in enumerate(ranking)}
+        for query, ranking in rankings.items()
     }
-    qrels = {query: {document: int(gain) for document, gain in gains.items()} for query, gains in wanted.items()}
+    qrels = {
+        numbers[query]: {numbers[document]: int(gain) for document, gain in gains.items()}
+        for query, gains in wanted.items()
+    }
     found = {metric.query_id: float(metric.value) for metric in ir_measures.iter_calc([asked], qrels, scores)}
-    values = np.array([found.get(query, 0.0) for query in wanted])  # it leaves out queries that found nothing
+    values = np.array([found.get(numbers[query], 0.0) for query in wanted])  # it leaves out queries that found nothing
     if match is not None and match["kind"] == "mAP":
         right = np.array([len(gains) for gains in wanted.values()])
         values = values * right / np.minimum(right, int(match["depth"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -214,7 +215,9 @@ def write_submissions(run: Run, folder: Path) -> list[Path]:
     """
     part = run.parts[0]
     rankings = part.rankings[main_way([part.data])]
-    stem = f"{part.data.layout}-{re.sub(r'[^A-Za-z0-9.]+', '-', run.name).strip('-')}"
+    stem = f"{part.data.layout}-{re.sub(r'[^A-Za-z0-9.]+', '-', run.name).strip('-')[:100]}"
+    if run.prompted:  # prompts may differ in nothing else than was left out
+        stem += f"-{hashlib.sha256(run.name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
     files: dict[str, dict[str, Any]] = {}
     if part.data.layout == "circo":
         files[f"{stem}.json"] = {id_: [int(name) for name in names[:_CIRCO_DEPTH]] for id_, names in rankings.items()}

@@ -38,6 +38,13 @@ def test_values_worked_out_by_hand(measure, expected):
     assert value(measure) == pytest.approx(expected, abs=1e-9)
 
 
+def test_names_that_are_no_valid_unicode_are_names():
+    """Linux has files whose names are bytes: trec_eval, which computes the values, ended the process over one."""
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    assert value("Recall@1", {"q": {name: 0.9, "b": 0.8}}, {"q": {name: 1}}) == 1
+    assert value("MRR", {name: {"a": 0.9, "b": 0.8}}, {name: {"b": 1}}) == 1 / 2
+
+
 def test_gains_count_in_ndcg_alone():
     graded = {"q": {"b": 1, "d": 3}}
     ideal = 3 + 1 / math.log2(3)

@@ -17,6 +17,7 @@ from pathlib import Path
 from mm_retriever.errors import QueryError
 from mm_retriever.evaluation.datasets.evaluation_set import EvaluationQuery, EvaluationSet, Picture, checked
 from mm_retriever.evaluation.datasets.jsonfiles import Record, read_lines, refuse_missing
+from mm_retriever.ingest.folder import existing_path, given_path
 
 FILE_NAME = "queries.jsonl"
 _OWN = ("image", "text", "targets", "negatives", "note")
@@ -117,11 +118,13 @@ def _distinct(record: Record, key: str, folder: Path) -> tuple[Path, ...]:
 
 def _place(record: Record, name: str, folder: Path) -> Path:
     """An image by its path, which is compared as written, without "." and "..": links stay links."""
+    name = given_path(name)
     if "://" in name or name[:5].lower() == "data:":
         raise QueryError(f"{record.place}: {name[:80]!r} is no path; give images as files")
     if not name.strip() or "\0" in name:
         raise QueryError(f"{record.place}: {name[:80]!r} is no path of an image")
-    return Path(os.path.normpath(folder.absolute() / name))
+    path = Path(os.path.normpath(folder.absolute() / name))
+    return path if name.isascii() else existing_path(path) or path  # in composed or decomposed letters
 
 
 MEASURES = ("nDCG@10", "MRR", "Recall@1", "Recall@5", "Recall@10", "Hit@10", "mAP@10")
@@ -137,9 +140,10 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
         images: the folder of images, to which paths are relative; default: that of the file.
     """
     file = place / FILE_NAME if place.is_dir() else place
-    home = (file.parent if images is None else images).absolute()
+    home = Path(os.path.normpath((file.parent if images is None else images).absolute()))
     labelled = read_queries(file, images=images)
     found = images_below(home)
+    labelled = _as_found(labelled, found)
     pictures: dict[str, Picture] = {_name(path, home): path for path in found}
     extra = {path for query in labelled for path in (*query.targets, *query.negatives)} - set(found)
     pictures |= {_name(path, home): path for path in sorted(extra)}
@@ -166,6 +170,31 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
             EvaluationSet(str(file), "own", tuple(queries), pictures, gallery, MEASURES, removed=True, notes=notes)
         ),
     )
+
+
+def _as_found(queries: list[LabelledQuery], found: list[Path]) -> list[LabelledQuery]:
+    """The queries with images of the gallery under its own paths: a link, or capitals, may lead to the same file."""
+    others = {path for query in queries for path in query.images} - set(found)
+    if not others:
+        return queries
+    by_file = {_file(path): path for path in reversed(found)}
+    own = {path: by_file.get(_file(path), path) for path in others}
+    return [
+        _checked(
+            replace(
+                query,
+                image=query.image and own.get(query.image, query.image),
+                targets=tuple(dict.fromkeys(own.get(path, path) for path in query.targets)),
+                negatives=tuple(dict.fromkeys(own.get(path, path) for path in query.negatives)),
+            )
+        )
+        for query in queries
+    ]
+
+
+def _file(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def images_below(folder: Path) -> list[Path]:

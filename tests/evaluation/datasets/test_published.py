@@ -124,6 +124,17 @@ def test_submissions_are_as_the_servers_take_them(tmp_path):
         check_submission(fashion)
 
 
+def test_submissions_of_prompts_without_a_letter_of_their_own_are_files_of_their_own(tmp_path):
+    """The prompts "查找{text}" and "显示{text}" made the same name: the second took the place of the first."""
+    (circo,) = read_evaluation(write_circo(tmp_path / "circo"), split="test")
+    runs = [
+        Run("x", prompt, [found(circo, [first, "5"])], Cost(), prompted=True)
+        for prompt, first in (("查找{text}", "1"), ("显示{text}", "2"))
+    ]
+    files = [file for run in runs for file in write_submissions(run, tmp_path / "out")]
+    assert [json.loads(file.read_text())["0"][0] for file in files] == [1, 2]
+
+
 def test_images_elsewhere_are_found_by_their_folder(tmp_path):
     write_cirr(tmp_path)
     shutil.move(tmp_path / "dev", tmp_path / "elsewhere/dev")

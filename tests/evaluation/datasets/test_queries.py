@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from mm_retriever.errors import QueryError
-from mm_retriever.evaluation.datasets import read_queries
+from mm_retriever.evaluation.datasets import read_evaluation, read_queries
+from mm_retriever.evaluation.runs import main_way
 
 
 @pytest.fixture
@@ -89,3 +91,37 @@ def test_a_file_that_cannot_be_read_is_named(folder, tmp_path):
     (folder / "queries.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(QueryError, match="not UTF-8"):
         read_queries(folder)
+
+
+@pytest.mark.parametrize("place", ["mugs/..", "linked", "mugs/../queries.jsonl"])
+def test_the_gallery_has_each_image_once_however_its_folder_is_named(folder, place):
+    """Twice in the gallery, once as a target and once beside the query image, an image made every figure wrong."""
+    written(folder, {"image": "red.jpg", "text": "in blue", "targets": ["blue.jpg"], "negatives": ["mugs/green.jpg"]})
+    (folder / "linked").symlink_to(folder, target_is_directory=True)
+    (data,) = read_evaluation(folder / place)
+    assert sorted(data.gallery) == ["blue.jpg", "mugs/green.jpg", "red.jpg"]
+    assert (data.queries[0].image, data.queries[0].targets, data.notes) == ("red.jpg", ("blue.jpg",), ())
+
+
+def test_an_image_that_is_named_by_a_link_is_the_one_of_the_gallery(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "photos").symlink_to(folder, target_is_directory=True)
+    query = {"image": str(elsewhere / "photos/red.jpg"), "targets": [str(elsewhere / "photos/mugs/green.jpg")]}
+    (data,) = read_evaluation(written(folder, query))
+    assert sorted(data.gallery) == ["blue.jpg", "mugs/green.jpg", "red.jpg"]
+    assert (data.queries[0].image, data.queries[0].targets) == ("red.jpg", ("mugs/green.jpg",))
+    assert main_way([data]) == "query image removed"
+    written(folder, {"image": "red.jpg", "targets": [str(elsewhere / "photos/red.jpg")]})
+    with pytest.raises(QueryError, match="the query image is one of its targets"):
+        read_evaluation(folder)
+
+
+def test_names_are_found_in_every_unicode_form_and_by_file_urls(folder):
+    """A Mac writes names in decomposed letters."""
+    name = "grün.jpg"
+    (folder / unicodedata.normalize("NFD", name)).touch()
+    written(folder, {"text": "green", "targets": [unicodedata.normalize("NFC", name)], "negatives": ["red.jpg"]})
+    (query,) = read_queries(folder)
+    assert [path.name for path in query.targets] == [unicodedata.normalize("NFD", name)]
+    written(folder, {"text": "blue", "targets": [(folder / "blue.jpg").as_uri()]})
+    assert read_queries(folder)[0].targets == (folder / "blue.jpg",)
