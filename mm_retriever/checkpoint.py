@@ -143,8 +143,8 @@ def weights_in(folder: Path) -> Path | None:
             return weights
     candidates = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(candidates) > 1:
-        found = ", ".join(path.name for path in candidates)
-        raise ModelNotFoundError(f"{str(folder)!r} holds several weight files ({found}); name one of them")
+        names = ", ".join(path.name for path in candidates)
+        raise ModelNotFoundError(f"{str(folder)!r} holds several weight files ({names}); name one of them")
     return next(iter(candidates), None)
 
 
@@ -232,10 +232,10 @@ def hub_files(repo: str, names: Sequence[str], revision: str | None = None, *, c
 
 def _complete(folder: Path, wanted: Sequence[str]) -> bool:
     """Whether one of ``wanted`` is there and, if it is a shard index, all of its shards."""
-    found = next((folder / name for name in wanted if (folder / name).is_file()), None)
-    if found is None or not found.name.endswith(".index.json"):
-        return found is not None
-    weight_map = read_json(found).get("weight_map")
+    path = next((folder / name for name in wanted if (folder / name).is_file()), None)
+    if path is None or not path.name.endswith(".index.json"):
+        return path is not None
+    weight_map = read_json(path).get("weight_map")
     return isinstance(weight_map, dict) and all((folder / str(shard)).is_file() for shard in weight_map.values())
 
 

@@ -153,9 +153,9 @@ class ImageSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Return the answer; its `source_nodes` are the nodes given."""
-        asked = QueryBundle(query) if isinstance(query, str) else query
-        shown, images = self._shown(asked, nodes)
-        response = super().synthesize(asked, shown, additional_source_nodes, images=images, **response_kwargs)
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        shown, images = self._shown(bundle, nodes)
+        response = super().synthesize(bundle, shown, additional_source_nodes, images=images, **response_kwargs)
         return _with_sources(response, nodes, additional_source_nodes)
 
     async def asynthesize(
@@ -166,9 +166,9 @@ class ImageSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """As `synthesize`; images are read in a thread."""
-        asked = QueryBundle(query) if isinstance(query, str) else query
-        shown, images = await asyncio.to_thread(self._shown, asked, nodes)
-        response = await super().asynthesize(asked, shown, additional_source_nodes, images=images, **response_kwargs)
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        shown, images = await asyncio.to_thread(self._shown, bundle, nodes)
+        response = await super().asynthesize(bundle, shown, additional_source_nodes, images=images, **response_kwargs)
         return _with_sources(response, nodes, additional_source_nodes)
 
     def get_response_from_messages(

@@ -69,11 +69,11 @@ class Shown:
         )
 
     def __str__(self) -> str:
-        told = [self.title, *(f"{name}: {fact}" for name, fact in self.facts), *self.lines]
+        lines = [self.title, *(f"{name}: {fact}" for name, fact in self.facts), *self.lines]
         for card in self.cards:
             score = "" if card.score is None else f"{card.score:.3f} "
-            told.append(f"{card.rank} {score}{card.label} {card.place or card.id}")
-        return "\n".join(one_line(line) for line in told if line)
+            lines.append(f"{card.rank} {score}{card.label} {card.place or card.id}")
+        return "\n".join(one_line(line) for line in lines if line)
 
     __repr__ = __str__
 
@@ -104,8 +104,8 @@ def show(
         raise QueryError(f"most {most!r}: give 1 or more")
     given = list(nodes)
     left, cards = MAX_BYTES, []
-    for rank, one in enumerate(islice(given, most), 1):
-        card = _card(rank, one, side, left, image_policy)
+    for rank, item in enumerate(islice(given, most), 1):
+        card = _card(rank, item, side, left, image_policy)
         left -= len(card.image)
         cards.append(card)
     lines = [] if given else ["nothing found"]
@@ -115,16 +115,16 @@ def show(
 
 def shown_facts(title: str, facts: Mapping[str, object], lines: Sequence[str] = ()) -> str:
     """Return the HTML of a report: facts that are neither 0 nor empty, and its first notes."""
-    told = tuple((name, one_line(fact, _LONGEST)) for name, fact in facts.items() if fact not in (0, "", None))
+    escaped = tuple((name, one_line(fact, _LONGEST)) for name, fact in facts.items() if fact not in (0, "", None))
     first = tuple(one_line(line, _LONGEST) for line in lines[:MOST_LINES])
     more = (f"and {len(lines) - MOST_LINES} more",) if len(lines) > MOST_LINES else ()
-    return Shown(title, told, (*first, *more))._repr_html_()
+    return Shown(title, escaped, (*first, *more))._repr_html_()
 
 
-def _card(rank: int, one: NodeWithScore | BaseNode, side: int, left: int, policy: ImagePolicy) -> _Card:
-    node, score = (one.node, one.score) if isinstance(one, NodeWithScore) else (one, None)
+def _card(rank: int, item: NodeWithScore | BaseNode, side: int, left: int, policy: ImagePolicy) -> _Card:
+    node, score = (item.node, item.score) if isinstance(item, NodeWithScore) else (item, None)
     if not isinstance(node, BaseNode):
-        raise QueryError(f"show takes nodes, as a retriever gives them, and not {type(one).__name__}")
+        raise QueryError(f"show takes nodes, as a retriever gives them, and not {type(item).__name__}")
     known = node.metadata
     label = known.get("description") or known.get("label") or ""
     note = known.get("rerank_reason") or known.get("rerank_note") or ""

@@ -171,13 +171,13 @@ class Refinement:
     def _of_parts(self, words: str, image: str | None, base: Vector, model: ComposedEmbedding) -> Vector:
         images: list[ImageSource] = [image, *self.images] if image else list(self.images)
         if not words:
-            return mean(np.array([model.get_image_embedding(one, query=True) for one in images]))
+            return mean(np.array([model.get_image_embedding(source, query=True) for source in images]))
         both = base
         if self.images:
             both = mean(np.array(model.get_composed_embedding_batch([words] * len(images), images)))
         if self.balance == 0.5:
             return both
-        alone = mean(np.array([model.get_image_embedding(one, query=True) for one in images]))
+        alone = mean(np.array([model.get_image_embedding(source, query=True) for source in images]))
         return balanced(alone, unit(both), np.array(model.get_query_embedding(words), np.float32), self.balance)
 
 

@@ -86,9 +86,9 @@ def paired(texts: Sequence[str | None] | None, images: Sequence[ImageSource | No
     Raises:
         QueryError: there are not as many texts as images, or a place has neither.
     """
-    for one in (texts, images):
-        if isinstance(one, str | bytes | os.PathLike):  # its letters would be texts or paths
-            raise QueryError(f"{shown(one)} is one text or image: give a list, [...]")
+    for value in (texts, images):
+        if isinstance(value, str | bytes | os.PathLike):  # its letters would be texts or paths
+            raise QueryError(f"{shown(value)} is one text or image: give a list, [...]")
     images = None if images is None else list(images)
     texts = [None] * len(images or ()) if texts is None else list(texts)
     images = [None] * len(texts) if images is None else images

@@ -158,7 +158,7 @@ class ComposedRetriever(BaseRetriever):
             vector = self._refinement.vector(query_bundle, vector, self._embed_model, self._store).tolist()
         if self._exclude_query_image and query_bundle.image_path:
             return self._others(query_bundle, vector, query_bundle.image_path)
-        return self._filled(query_bundle, vector, lambda found: found)
+        return self._filled(query_bundle, vector, lambda hits: hits)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
@@ -174,8 +174,8 @@ class ComposedRetriever(BaseRetriever):
         bundles = [query if isinstance(query, QueryBundle) else QueryBundle(query) for query in queries]
         rows = [
             row
-            for row, one in enumerate(bundles)
-            if one.embedding is None and not one.custom_embedding_strs and (_words(one) or one.image_path)
+            for row, bundle in enumerate(bundles)
+            if bundle.embedding is None and not bundle.custom_embedding_strs and (_words(bundle) or bundle.image_path)
         ]
         texts = [_words(bundles[row]) or None for row in rows]
         places = [bundles[row].image_path for row in rows]
@@ -195,7 +195,7 @@ class ComposedRetriever(BaseRetriever):
             texts = query.custom_embedding_strs or ([text] if text else [])
             if not texts:
                 return self._embed_model.get_image_embedding(query.image_path, query=True)
-            return mean_agg([self._embed_model.get_composed_embedding(one, query.image_path) for one in texts])
+            return mean_agg([self._embed_model.get_composed_embedding(text, query.image_path) for text in texts])
         if query.custom_embedding_strs:
             return self._embed_model.get_agg_embedding_from_queries(query.custom_embedding_strs)
         if text:
@@ -205,7 +205,7 @@ class ComposedRetriever(BaseRetriever):
         raise QueryError("nothing to search for: give a text, QueryBundle(query_str, image_path=...), or both")
 
     def _search(self, query: QueryBundle, vector: list[float], top_k: int) -> Iterator[NodeWithScore]:
-        found = self._store.search(
+        result = self._store.search(
             VectorStoreQuery(
                 query_str=query.query_str,
                 query_embedding=vector,
@@ -215,7 +215,7 @@ class ComposedRetriever(BaseRetriever):
             ),
             self._expression,
         )
-        for node, score in zip(found.nodes or (), found.similarities or (), strict=True):
+        for node, score in zip(result.nodes or (), result.similarities or (), strict=True):
             if self._min_score is None or score >= self._min_score:
                 yield NodeWithScore(node=node, score=score)
 
@@ -237,16 +237,16 @@ class ComposedRetriever(BaseRetriever):
         # and Milvus Lite looks at the nearest 10 * top_k rows only: an item with more images would hide other items.
         limit = min(self._top_k * (1 if self._group_by is None else 4) + more, MAX_TOP_K)
         while True:
-            found = list(self._search(query, vector, limit))
-            others = each_once(left(found)) if self._unique else left(found)
+            hits = list(self._search(query, vector, limit))
+            others = each_once(left(hits)) if self._unique else left(hits)
             others = others if self._group_by is None else best_of_each(others, self._group_by)
-            if len(others) >= self._top_k or len(found) < limit or limit == MAX_TOP_K:
+            if len(others) >= self._top_k or len(hits) < limit or limit == MAX_TOP_K:
                 break
             limit = min(4 * limit, MAX_TOP_K)
         best = others[: self._top_k]
         if self._group_by is None:
             return best
-        if len(best) < self._top_k and len(found) == MAX_TOP_K:
+        if len(best) < self._top_k and len(hits) == MAX_TOP_K:
             logger.warning("the nearest %d images are of %d items: there may be more items", MAX_TOP_K, len(best))
         return self._with_item_images(best, self._group_by)
 
@@ -294,20 +294,20 @@ class KeepQueryImage(BaseQueryTransform):
         """There are none but the transform's."""
 
 
-def each_once(found: Iterable[NodeWithScore]) -> list[NodeWithScore]:
+def each_once(hits: Iterable[NodeWithScore]) -> list[NodeWithScore]:
     """Return the best of each set of copies of one file, by its digest; its metadata say how many others there were."""
     best: dict[object, NodeWithScore] = {}
     copies: Counter[object] = Counter()
-    for one in found:
-        key = own_value(one.node.metadata, "digest") or one.node.node_id
+    for hit in hits:
+        key = own_value(hit.node.metadata, "digest") or hit.node.node_id
         copies[key] += 1
-        best.setdefault(key, one)
-    return [one if copies[key] == 1 else _with_copies(one, copies[key] - 1) for key, one in best.items()]
+        best.setdefault(key, hit)
+    return [hit if copies[key] == 1 else _with_copies(hit, copies[key] - 1) for key, hit in best.items()]
 
 
-def _with_copies(found: NodeWithScore, copies: int) -> NodeWithScore:
-    metadata = {**found.node.metadata, COPIES: copies}
-    return NodeWithScore(node=found.node.model_copy(update={"metadata": metadata}), score=found.score)
+def _with_copies(hit: NodeWithScore, copies: int) -> NodeWithScore:
+    metadata = {**hit.node.metadata, COPIES: copies}
+    return NodeWithScore(node=hit.node.model_copy(update={"metadata": metadata}), score=hit.score)
 
 
 # ---------------------------------------------------------------------------------------------------------- items
@@ -328,10 +328,10 @@ def item_problems(store: ImageStore, column: str) -> list[str]:
     return store.filter_problems(MetadataFilters(filters=[named]))
 
 
-def best_of_each(found: Iterable[NodeWithScore], column: str) -> list[NodeWithScore]:
+def best_of_each(hits: Iterable[NodeWithScore], column: str) -> list[NodeWithScore]:
     """Return the first of each item, by the value in a metadata column; what has none there stays."""
     best: dict[object, NodeWithScore] = {}
-    for hit in found:
+    for hit in hits:
         best.setdefault(_item(hit.node, column) or hit.node.node_id, hit)
     return list(best.values())
 
@@ -387,10 +387,10 @@ class _QueryImage:
             self._digest = hashlib.sha256(data).hexdigest()
             self._lossless = in_memory and sniff_format(data) in _LOSSLESS
 
-    def left_out_of(self, found: list[NodeWithScore]) -> list[NodeWithScore]:
+    def left_out_of(self, hits: list[NodeWithScore]) -> list[NodeWithScore]:
         """The nodes that are not the query image."""
-        others = [one for one in found if not self._is_file(one.node)]
-        if self._lossless and len(others) == len(found):  # perhaps the file was decoded before it became the query
+        others = [hit for hit in hits if not self._is_file(hit.node)]
+        if self._lossless and len(others) == len(hits):  # perhaps the file was decoded before it became the query
             others = self._without_same_pixels(others)
         return others
 
@@ -399,16 +399,16 @@ class _QueryImage:
             return True
         return isinstance(node, ImageNode) and (node.image_path in self._places or node.image_url in self._places)
 
-    def _without_same_pixels(self, found: list[NodeWithScore]) -> list[NodeWithScore]:
+    def _without_same_pixels(self, hits: list[NodeWithScore]) -> list[NodeWithScore]:
         try:
             self._pixels = self._pixels or getattr(self._image, "pixels", None) or self._size_and_digest(self._image)
         except ImageLoadError as error:
             logger.warning("the pixels of the results are not compared with the query image: %s", error)
-            return found
-        for one in found:
-            if one.node.node_id not in self._is_same:
-                self._is_same[one.node.node_id] = self._has_pixels(one.node, *self._pixels)
-        return [one for one in found if not self._is_same[one.node.node_id]]
+            return hits
+        for hit in hits:
+            if hit.node.node_id not in self._is_same:
+                self._is_same[hit.node.node_id] = self._has_pixels(hit.node, *self._pixels)
+        return [hit for hit in hits if not self._is_same[hit.node.node_id]]
 
     def _has_pixels(self, node: BaseNode, size: tuple[int, int], digest: str) -> bool:
         images = node_images(node)

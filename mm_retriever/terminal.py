@@ -110,17 +110,17 @@ def show_rows(
 def _print_paths(rows: Sequence[Mapping[str, Any]], *, end: bytes) -> None:
     """Paths as they are, for other programs; a terminal gets nothing that commands it. What has none is counted."""
     known = [str(own_value({**row, **row.get("metadata", {})}, "file_path") or "") for row in rows]
-    told = [path for path in known if path and (end == b"\0" or "\n" not in path)]
+    printed = [path for path in known if path and (end == b"\0" or "\n" not in path)]
     if sys.stdout.isatty():
-        for path in told:
+        for path in printed:
             typer.echo(one_line(path, len(path) + 1))
     else:
         sys.stdout.flush()
-        sys.stdout.buffer.write(b"".join(os.fsencode(path) + end for path in told))
+        sys.stdout.buffer.write(b"".join(os.fsencode(path) + end for path in printed))
         sys.stdout.buffer.flush()
     if lost := known.count(""):
         typer.echo(f"{lost} of the {len(rows)} results have no path and are not printed", err=True)
-    if broken := len(known) - lost - len(told):
+    if broken := len(known) - lost - len(printed):
         typer.echo(f"{broken} of the {len(rows)} results have a line break in their path: -0 prints them", err=True)
 
 
@@ -235,5 +235,5 @@ def _shown(hit: Hit) -> str:
 def _asked(report: SearchReport) -> str:
     image = report.query_image
     name = "" if image is None else f"[{Path(image).name if is_place(image) else source_name(image)}]"
-    asked = " ".join(filter(None, (name, report.query_text)))
-    return f"{report.title}: {asked}" if report.title else asked
+    query = " ".join(filter(None, (name, report.query_text)))
+    return f"{report.title}: {query}" if report.title else query

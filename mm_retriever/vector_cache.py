@@ -129,7 +129,7 @@ class VectorCache:
     def get(self, keys: Iterable[bytes]) -> dict[bytes, NDArray[np.float32]]:
         """Vectors of those keys that are there, and are what was kept."""
         wanted = list(keys)
-        found: dict[bytes, NDArray[np.float32]] = {}
+        vectors: dict[bytes, NDArray[np.float32]] = {}
         today = int(time.time()) // _DAY
         stale: list[tuple[int, bytes]] = []
         damaged = 0
@@ -147,14 +147,14 @@ class VectorCache:
                 if vector is None:
                     damaged += 1
                     continue
-                found[key] = vector
+                vectors[key] = vector
                 if used != today:
                     stale.append((today, key))
         if damaged:
             self._count_damaged(damaged)
         if stale:  # once a day for each
             self._write("UPDATE vectors SET used = ? WHERE key = ?", stale)
-        return found
+        return vectors
 
     def _vector(self, key: object, blob: object, checksum: object) -> NDArray[np.float32] | None:
         if not isinstance(key, bytes) or not isinstance(blob, bytes) or len(blob) != 4 * self.dimension:

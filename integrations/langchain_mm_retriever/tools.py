@@ -61,7 +61,7 @@ def _tool(tool: FunctionTool, threads: _Threads) -> StructuredTool:
 
     def call(config: RunnableConfig, **arguments: Any) -> tuple[list[dict[str, Any]], Any]:
         tools = threads.tools(str((config.get("configurable") or {}).get("thread_id", "")))
-        output = next(one for one in tools if one.metadata.get_name() == name).call(**arguments)
+        output = next(candidate for candidate in tools if candidate.metadata.get_name() == name).call(**arguments)
         if output.is_error:
             raise ToolException(output.raw_output)
         return [_block(block) for block in output.blocks], output.raw_output

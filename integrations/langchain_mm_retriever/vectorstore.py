@@ -227,10 +227,10 @@ class ImageVectorStore(VectorStore):
             filters=read_filters(filter if filters is None else filters),
             mode=VectorStoreQueryMode.MMR if mmr else VectorStoreQueryMode.DEFAULT,
         )
-        found = self.store.query(query, **(mmr or {}))
+        result = self.store.query(query, **(mmr or {}))
         return [
             (to_document(NodeWithScore(node=node)), score)
-            for node, score in zip(found.nodes or (), found.similarities or (), strict=True)
+            for node, score in zip(result.nodes or (), result.similarities or (), strict=True)
         ]
 
     def _select_relevance_score_fn(self) -> Callable[[float], float]:

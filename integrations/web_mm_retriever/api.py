@@ -105,12 +105,14 @@ class Api:
                 models.RowsRequest,
                 models.RowsAnswer,
             ),
-            *(one for part in parts if part is not None for one in part.endpoints),
+            *(endpoint for part in parts if part is not None for endpoint in part.endpoints),
         )
 
     def routes(self) -> list[Route]:
         """The endpoints as Starlette's routes."""
-        return [Route(one.path, answering(one.handler), methods=[one.method]) for one in self.endpoints]
+        return [
+            Route(endpoint.path, answering(endpoint.handler), methods=[endpoint.method]) for endpoint in self.endpoints
+        ]
 
     # ------------------------------------------------------------------------------------------ searching
 
@@ -138,40 +140,40 @@ class Api:
 
     async def search(self, request: Request) -> Response:
         """Search, as the page does it."""
-        asked = await read_body(request, models.SearchRequest)
+        body = await read_body(request, models.SearchRequest)
         started = time.perf_counter()
 
         def work() -> SearchResult:
             refinement = Refinement(
-                images=tuple(map(self._uploads.named, asked.images)),
-                balance=asked.balance,
-                avoid=tuple(asked.avoid),
-                liked=tuple(asked.liked),
-                disliked=tuple(asked.disliked),
+                images=tuple(map(self._uploads.named, body.images)),
+                balance=body.balance,
+                avoid=tuple(body.avoid),
+                liked=tuple(body.liked),
+                disliked=tuple(body.disliked),
             )
             return self._search.search(
-                asked.text,
-                asked.image and self._uploads.named(asked.image),
-                asked.filters,
-                asked.top_k,
-                skip=asked.skip,
-                unique=asked.unique,
-                hybrid=asked.hybrid,
-                exclude=asked.exclude_image,
+                body.text,
+                body.image and self._uploads.named(body.image),
+                body.filters,
+                body.top_k,
+                skip=body.skip,
+                unique=body.unique,
+                hybrid=body.hybrid,
+                exclude=body.exclude_image,
                 refinement=None if refinement.is_empty else refinement,
                 progress=_until_cancelled,
             )
 
         with model_seconds() as seconds:
-            found = await self._in_turn(request, work)
-        more = len(found.results) == asked.top_k and asked.skip + asked.top_k < models.DEEPEST
+            answer = await self._in_turn(request, work)
+        more = len(answer.results) == body.top_k and body.skip + body.top_k < models.DEEPEST
         return as_json(
             models.SearchAnswer(
-                query=found.query,
-                results=[_result(one) for one in found.results],
-                hint=found.hint,
-                note=found.note,
-                next=asked.skip + asked.top_k if more else None,
+                query=answer.query,
+                results=[_result(result) for result in answer.results],
+                hint=answer.hint,
+                note=answer.note,
+                next=body.skip + body.top_k if more else None,
                 seconds=round(time.perf_counter() - started, 4),
             ),
             timing=f"model;dur={1e3 * sum(seconds):.1f}, total;dur={1e3 * (time.perf_counter() - started):.1f}",
@@ -179,21 +181,21 @@ class Api:
 
     async def rows(self, request: Request) -> Response:
         """Search, as the command line does it."""
-        asked = await read_body(request, models.RowsRequest)
-        given = {**asked.model_dump(), "where": tuple(asked.where), "images": tuple(asked.images)}
+        body = await read_body(request, models.RowsRequest)
+        given = {**body.model_dump(), "where": tuple(body.where), "images": tuple(body.images)}
         owner = bool(request.scope.get(OWNER))
-        if not owner and asked.top_k > models.MOST_RESULTS:
-            raise QueryError(f"--top-k {asked.top_k}: this server gives at most {models.MOST_RESULTS} to other users")
+        if not owner and body.top_k > models.MOST_RESULTS:
+            raise QueryError(f"--top-k {body.top_k}: this server gives at most {models.MOST_RESULTS} to other users")
         policy = None if owner else self._search.image_policy
         query = RowsQuery(**given)
-        found = await self._in_turn(request, lambda: find_rows(self._store, self._model, query, image_policy=policy))
-        rows = result_rows(found.nodes)
-        return as_json(models.RowsAnswer(rows=rows if owner else without_places(rows), notes=list(found.notes)))
+        answer = await self._in_turn(request, lambda: find_rows(self._store, self._model, query, image_policy=policy))
+        rows = result_rows(answer.nodes)
+        return as_json(models.RowsAnswer(rows=rows if owner else without_places(rows), notes=list(answer.notes)))
 
     async def facets(self, request: Request) -> Response:
         """Count the values of columns."""
-        asked = await read_body(request, models.FacetsRequest)
-        found = await self._in_turn(request, lambda: self._facets.count(read_filters(asked.filters)))
+        body = await read_body(request, models.FacetsRequest)
+        counts = await self._in_turn(request, lambda: self._facets.count(read_filters(body.filters)))
         facets = [
             models.Facet(
                 key=facet.key,
@@ -202,9 +204,9 @@ class Api:
                 most=facet.most,
                 count=facet.count,
             )
-            for facet in found.facets
+            for facet in counts.facets
         ]
-        return as_json(models.FacetsAnswer(facets=facets, rows=found.rows, complete=found.complete))
+        return as_json(models.FacetsAnswer(facets=facets, rows=counts.rows, complete=counts.complete))
 
     # ------------------------------------------------------------------------------------------ images
 
@@ -237,11 +239,11 @@ class Api:
     async def original(self, request: Request) -> Response:
         """The file of an indexed image, if it still is the one that was indexed."""
         id_ = request.query_params.get("id", "")
-        found = await self._in_turn(request, lambda: self._search.original(id_), limiter=self._reads)
+        original = await self._in_turn(request, lambda: self._search.original(id_), limiter=self._reads)
         headers = {"cache-control": "private, no-cache", "content-security-policy": "default-src 'none'; sandbox"}
         if request.query_params.get("download"):
-            headers["content-disposition"] = f"attachment; filename*=UTF-8''{quote(found.name, safe='')}"
-        return Response(found.data, media_type=found.media_type, headers=headers)
+            headers["content-disposition"] = f"attachment; filename*=UTF-8''{quote(original.name, safe='')}"
+        return Response(original.data, media_type=original.media_type, headers=headers)
 
     # ------------------------------------------------------------------------------------------ signing in
 
@@ -280,18 +282,18 @@ class Api:
         return await in_thread(request, work, limiter or self._turns)
 
 
-def _result(one: ImageResult) -> models.Result:
-    metadata = dict(one.metadata)
+def _result(result: ImageResult) -> models.Result:
+    metadata = dict(result.metadata)
     copies = metadata.pop(COPIES, 0)
-    address = quote(one.id, safe="")
+    address = quote(result.id, safe="")
     return models.Result(
-        rank=one.rank,
-        id=one.id,
-        score=one.score,
-        label=one.label,
-        text=one.text,
-        reason=one.reason,
-        note=one.note,
+        rank=result.rank,
+        id=result.id,
+        score=result.score,
+        label=result.label,
+        text=result.text,
+        reason=result.reason,
+        note=result.note,
         copies=copies if isinstance(copies, int) else 0,
         metadata=metadata,
         thumbnail=f"v1/thumbnail?id={address}",

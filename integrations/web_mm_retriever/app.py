@@ -202,9 +202,9 @@ def page_response(template: str, request: Request, *, admitted: bool, status: in
 
 def _language(request: Request) -> str:
     """The language that the address asks for, or else the browser."""
-    asked = [request.query_params.get("lang", "")]
-    asked += [part.partition(";")[0].strip()[:2] for part in request.headers.get("accept-language", "").split(",")]
-    return next((language for language in asked if language in LANGUAGES), LANGUAGES[0])
+    languages = [request.query_params.get("lang", "")]
+    languages += [part.partition(";")[0].strip()[:2] for part in request.headers.get("accept-language", "").split(",")]
+    return next((language for language in languages if language in LANGUAGES), LANGUAGES[0])
 
 
 # ------------------------------------------------------------------------------------------ lifespans

@@ -123,27 +123,27 @@ def openapi_document(endpoints: tuple[Endpoint, ...]) -> dict[str, Any]:
         return {"$ref": f"#/components/schemas/{model.__name__}"}
 
     problem = {"description": "Refused", "content": {"application/json": {"schema": schema(models.Problem)}}}
-    for one in endpoints:
-        if isinstance(one.gives, str):
-            content: dict[str, Any] = {one.gives: {"schema": {"type": "string", "format": "binary"}}}
+    for endpoint in endpoints:
+        if isinstance(endpoint.gives, str):
+            content: dict[str, Any] = {endpoint.gives: {"schema": {"type": "string", "format": "binary"}}}
         else:
-            content = {one.media_type: {"schema": schema(one.gives)}}
+            content = {endpoint.media_type: {"schema": schema(endpoint.gives)}}
         described: dict[str, Any] = {
-            "summary": one.summary,
-            "operationId": one.path.rpartition("/")[2],
+            "summary": endpoint.summary,
+            "operationId": endpoint.path.rpartition("/")[2],
             "responses": {"200": {"description": "Done", "content": content}, "4XX": problem},
             "parameters": [
                 {"name": name, "in": "query", "required": name == "id", "schema": {"type": "string"}}
-                for name in one.query
+                for name in endpoint.query
             ],
         }
-        if one.takes is not None:
-            body = {"application/json": {"schema": schema(one.takes)}}
+        if endpoint.takes is not None:
+            body = {"application/json": {"schema": schema(endpoint.takes)}}
             described["requestBody"] = {"required": True, "content": body}
-        elif one.method == "POST":
+        elif endpoint.method == "POST":
             binary = {"schema": {"type": "string", "format": "binary"}}
             described["requestBody"] = {"required": True, "content": {"image/*": binary}}
-        paths.setdefault(one.path, {})[one.method.lower()] = described
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = described
     bearer = {"type": "http", "scheme": "bearer"}
     return {
         "openapi": "3.1.0",

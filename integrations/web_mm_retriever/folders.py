@@ -43,8 +43,8 @@ class Folders:
 
     async def reveal(self, request: Request) -> Response:
         """Open the folder of an image."""
-        asked = await read_body(request, models.RevealRequest)
-        await in_thread(request, lambda: self._open(asked.id), self._turns)
+        body = await read_body(request, models.RevealRequest)
+        await in_thread(request, lambda: self._open(body.id), self._turns)
         return as_json(models.Done())
 
     def _open(self, id_: str) -> None:

@@ -76,10 +76,10 @@ class Indexing:
 
     async def start(self, request: Request) -> Response:
         """Begin a run, if none is under way."""
-        asked = await read_body(request, models.IndexRequest)
-        if asked.force and not asked.prune:
+        body = await read_body(request, models.IndexRequest)
+        if body.force and not body.prune:
             raise QueryError("force goes with prune: it says that many rows may go")
-        folder, name = await in_thread(request, lambda: self._place(asked.folder), self._turns)
+        folder, name = await in_thread(request, lambda: self._place(body.folder), self._turns)
 
         def work(progress: Callable[[int, int | None], bool]) -> IngestReport:
             return ingest_images(
@@ -87,8 +87,8 @@ class Indexing:
                 self._store,
                 self._model,
                 batch_size=BATCH,
-                prune=asked.prune,
-                force=asked.force,
+                prune=body.prune,
+                force=body.force,
                 show_progress=False,
                 progress=progress,
                 image_policy=ImagePolicy(roots=tuple(self._roots)),
@@ -252,9 +252,9 @@ class _Run:
         return known.model_copy(
             update={
                 "counts": counts | ({"skipped": len(report.skipped)} if report.skipped else {}),
-                "skipped": [self._skipped(one.path, one.reason) for one in report.skipped[:_MOST_SKIPPED]],
+                "skipped": [self._skipped(item.path, item.reason) for item in report.skipped[:_MOST_SKIPPED]],
                 "ignored": [
-                    models.IgnoredFiles(kind=one.kind, count=one.count, reason=one.reason) for one in report.ignored
+                    models.IgnoredFiles(kind=item.kind, count=item.count, reason=item.reason) for item in report.ignored
                 ],
                 "notes": [_on_the_page(note) for note in report.notes],
                 "images_per_second": report.images_per_second or None,
@@ -285,8 +285,8 @@ class _Run:
 
 def _on_the_page(text: str) -> str:
     """A message of ingestion in the words of the page, which has no options of a command."""
-    said = text.replace("--force (force=True in Python)", "the box for that ticked").replace("prune=True: ", "")
-    return without_folders(one_line(said, 1_000))
+    wording = text.replace("--force (force=True in Python)", "the box for that ticked").replace("prune=True: ", "")
+    return without_folders(one_line(wording, 1_000))
 
 
 def _is_text(name: str) -> bool:

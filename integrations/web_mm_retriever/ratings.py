@@ -67,11 +67,11 @@ class Ratings:
 
     async def rate(self, request: Request) -> Response:
         """Keep or take back a rating."""
-        asked = await read_body(request, models.RateRequest)
+        body = await read_body(request, models.RateRequest)
         shows = self._is_local or bool(request.scope.get(OWNER))
 
         def work() -> models.RatingsState:
-            self._rate(asked)
+            self._rate(body)
             return self.state(shows=shows)
 
         return as_json(await in_thread(request, work, self._turns))
@@ -104,21 +104,21 @@ class Ratings:
 
     # ------------------------------------------------------------------------------------------ one rating
 
-    def _rate(self, asked: models.RateRequest) -> None:
-        words = asked.text.strip()
-        if not words and not asked.image:
+    def _rate(self, request: models.RateRequest) -> None:
+        words = request.text.strip()
+        if not words and not request.image:
             raise QueryError("a rating is kept for words, an image, or both: this query has neither")
-        target = self._path_of(asked.id)
+        target = self._path_of(request.id)
         with self._lock:
-            image = self._image_of(asked.image) if asked.image else ""
-            if image and asked.rating == "up" and _is_one_file(image, target):
+            image = self._image_of(request.image) if request.image else ""
+            if image and request.rating == "up" and _is_one_file(image, target):
                 raise QueryError("this rating is not kept: the result is the query image itself, which finds itself")
             queries = self._read()
             kept = [query for query in queries if self._key(query) == (words, image)]
             query = kept[0] if kept else self._waiting.pop((words, image), None)
             if query is None:
                 query = {**({"image": image} if image else {}), "text": words, "targets": [], "negatives": []}
-            self._change(query, target, asked.rating)
+            self._change(query, target, request.rating)
             if query["targets"]:
                 self._write(queries if kept else [*queries, query])
                 return

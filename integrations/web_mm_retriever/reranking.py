@@ -57,8 +57,8 @@ class Reranking:
 
     async def rerank(self, request: Request) -> Response:
         """Rank results, and tell how far it is."""
-        asked = await read_body(request, models.RerankRequest)
-        image = asked.image and self._uploads.named(asked.image)
+        body = await read_body(request, models.RerankRequest)
+        image = body.image and self._uploads.named(body.image)
         meter = Meter(self._reranker.time_budget_s)
 
         def work() -> list[RerankedResult]:
@@ -67,17 +67,17 @@ class Reranking:
                 self._search,
                 self._store,
                 self._reranker,
-                asked.ids,
-                asked.scores,
-                text=asked.text,
+                body.ids,
+                body.scores,
+                text=body.text,
                 image=image,
                 meter=meter,
             )
             if meter.left() != 0:  # one that was stopped says nothing of the next
-                self.seconds_each = (time.monotonic() - started) / len(asked.ids)
+                self.seconds_each = (time.monotonic() - started) / len(body.ids)
             return ranked
 
-        expected = None if self.seconds_each is None else round(self.seconds_each * len(asked.ids), 2)
+        expected = None if self.seconds_each is None else round(self.seconds_each * len(body.ids), 2)
         return _Ranking(work, meter, self._turn, expected)
 
 
@@ -138,7 +138,7 @@ class _Ranking(Response):
             ranked = await anyio.to_thread.run_sync(work, limiter=self._turn)
         except MMRetrieverError as error:
             return self._event("failed", error=without_folders(one_line(error, 1_000)))
-        return self._event("done", results=[models.RerankedResult(**asdict(one)) for one in ranked])
+        return self._event("done", results=[models.RerankedResult(**asdict(result)) for result in ranked])
 
     def _event(self, event: str, **facts: object) -> models.RerankEvent:
         seconds = 0 if self._started is None else round(time.monotonic() - self._started, 2)

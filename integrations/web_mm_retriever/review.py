@@ -72,11 +72,11 @@ class Review:
 
     async def judge(self, request: Request) -> Response:
         """Keep, correct or drop a draft."""
-        asked = await read_body(request, models.ReviewRequest)
+        body = await read_body(request, models.ReviewRequest)
 
         def work() -> models.ReviewState:
-            self._judge(asked)
-            return self._state(asked.after)
+            self._judge(body)
+            return self._state(body.after)
 
         return as_json(await in_thread(request, work, self._turns))
 
@@ -115,13 +115,13 @@ class Review:
             place=self._file.name, queries=len([line for line in lines if line.strip()]), left=len(drafts), draft=draft
         )
 
-    def _judge(self, asked: models.ReviewRequest) -> None:
-        text = one_line(asked.text)
+    def _judge(self, request: models.ReviewRequest) -> None:
+        text = one_line(request.text)
         with self._lock:
             lines = self._lines()
-            place = self._find(asked.id, lines)
+            place = self._find(request.id, lines)
             query = self._query(lines[place])
-            if asked.verdict == "drop":
+            if request.verdict == "drop":
                 del lines[place]
             elif not text and not query["image"]:
                 raise QueryError("a query has words, an image, or both: this one would have neither")

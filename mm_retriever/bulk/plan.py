@@ -128,24 +128,24 @@ def make_plan(
     """Return the existing plan if it is for these options, whatever its source if none is given, or else a new one."""
     if rows_per_shard < 1:
         raise IngestError(f"rows_per_shard {rows_per_shard!r}: give 1 or more")
-    asked: dict[str, Any] = {"model_id": model_id, "dimension": dimension, "words": words}
+    options: dict[str, Any] = {"model_id": model_id, "dimension": dimension, "words": words}
     folder = _resolved(out)
     if source is None:
-        return _checked(read_plan(folder), asked)
+        return _checked(read_plan(folder), options)
     entries = _Entries(source)
-    asked |= {"rows_per_shard": rows_per_shard, "sidecar": _digest_of(sidecar)}
+    options |= {"rows_per_shard": rows_per_shard, "sidecar": _digest_of(sidecar)}
     if not (folder / _PLAN).exists():
-        _write_plan(folder, entries, match_sidecar(sidecar, source, entries.folder), asked)
+        _write_plan(folder, entries, match_sidecar(sidecar, source, entries.folder), options)
     plan = read_plan(folder)
-    return _checked(plan, {**asked, "source": entries.name()})
+    return _checked(plan, {**options, "source": entries.name()})
 
 
 def _resolved(out: str | Path) -> Path:
     return Path(os.path.expanduser(out)).resolve()  # noqa: PTH111
 
 
-def _checked(plan: ShardPlan, asked: Mapping[str, Any]) -> ShardPlan:
-    for name, value in asked.items():
+def _checked(plan: ShardPlan, options: Mapping[str, Any]) -> ShardPlan:
+    for name, value in options.items():
         planned = getattr(plan, name)
         same_models = name in ("model_id", "words") and planned and value and same_model(planned, value)
         if planned != value and not same_models:
@@ -171,10 +171,10 @@ class _Entries:
         if self.folder is not None:
             yield from items(self._source, skip, self.ignored)
             return
-        with closing(sqlite3.connect("")) as seen:  # a temporary file
-            seen.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        with closing(sqlite3.connect("")) as database:  # a temporary file
+            database.execute("CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
             for item in items(self._left, skip):
-                if seen.execute("INSERT OR IGNORE INTO seen VALUES (?)", (item.id,)).rowcount:
+                if database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (item.id,)).rowcount:
                     yield item
 
     def name(self) -> str:
@@ -196,7 +196,7 @@ class _Entries:
             yield place
 
 
-def _write_plan(folder: Path, entries: _Entries, sidecar: SidecarMatch, asked: Mapping[str, Any]) -> None:
+def _write_plan(folder: Path, entries: _Entries, sidecar: SidecarMatch, options: Mapping[str, Any]) -> None:
     """Write the plan beside its place and move it there; where two do that at a time, the first one's counts."""
     entries.ignored = IgnoredCounts(sidecar.files)
     for name in ("shards", "drafts"):
@@ -206,11 +206,11 @@ def _write_plan(folder: Path, entries: _Entries, sidecar: SidecarMatch, asked: M
     skipped: list[tuple[str, str]] = []
     try:
         with closing(entries.items(lambda name, reason: skipped.append((name, reason)))) as planned:
-            images, shards = _write_items(draft, planned, sidecar, asked["rows_per_shard"])
+            images, shards = _write_items(draft, planned, sidecar, options["rows_per_shard"])
         if not images:
             reasons = "".join(f"; {name}: {reason}" for name, reason in skipped[:3])
             raise IngestError(f"there are no images to plan for in {entries.folder or 'the list'!r}{reasons}")
-        facts = {"version": _VERSION, "id": uuid.uuid4().hex, **asked, "source": entries.name()}
+        facts = {"version": _VERSION, "id": uuid.uuid4().hex, **options, "source": entries.name()}
         facts |= {"pictures": images, "shards": shards, "skipped": skipped}  # "pictures" is version 1's word
         facts["ignored"] = [asdict(files) for files in entries.ignored.report()]
         facts |= {"notes": sidecar.notes, "unused_rows": len(sidecar.unused)}

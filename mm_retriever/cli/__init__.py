@@ -202,13 +202,13 @@ def _run(arguments: list[str]) -> NoReturn:
         usage = getattr(error, "format_message", None)  # click's usage errors, whichever click typer brings
         if usage is None:
             raise
-        asked = getattr(getattr(error, "ctx", None), "command_path", "mm-retriever")
-        told = str(usage()).rstrip(".")
-        if not told:  # of a call without arguments, which has shown the help
+        command_path = getattr(getattr(error, "ctx", None), "command_path", "mm-retriever")
+        usage_text = str(usage()).rstrip(".")
+        if not usage_text:  # of a call without arguments, which has shown the help
             sys.exit(EXIT_USAGE)
-        fail(f"{told}; `{asked} --help` says what it takes")
+        fail(f"{usage_text}; `{command_path} --help` says what it takes")
     if code == EXIT_INTERRUPTED:  # by us above, or by typer, which says nothing
         goes_on = arguments[:1] and arguments[0] in _CONTINUED
-        told = "stopped; what is done stays: run the same command again to go on" if goes_on else "stopped"
-        fail(told, EXIT_INTERRUPTED)
+        message = "stopped; what is done stays: run the same command again to go on" if goes_on else "stopped"
+        fail(message, EXIT_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)

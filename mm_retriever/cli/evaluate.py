@@ -99,8 +99,8 @@ def evaluate(
     server = options.served_by(rerank_url, rerank_api, rerank_key, "rerank")
     embedding = _Loading(cache, device=device, dtype=dtype)
     if make is not None:
-        asked = next(iter(rankers), None)
-        load = partial(options.reranker, names[0], asked, server, top_n=9, device=device)
+        rerank_model = next(iter(rankers), None)
+        load = partial(options.reranker, names[0], rerank_model, server, top_n=9, device=device)
         _make(data, names[0], embedding, load, make, out or data / "queries.jsonl", html, as_json)
         return
     if health:
@@ -262,10 +262,10 @@ def _images(folder: Path) -> list[Path]:
 
     if not folder.is_dir():
         raise QueryError(f"{str(folder)!r} is no folder of images")
-    found = images_below(folder)
-    if len(found) < 2:
-        raise QueryError(f"{str(folder)!r} holds {len(found)} images: two are needed at least")
-    return found
+    paths = images_below(folder)
+    if len(paths) < 2:
+        raise QueryError(f"{str(folder)!r} holds {len(paths)} images: two are needed at least")
+    return paths
 
 
 def _make(
@@ -329,9 +329,9 @@ def _health(
     from mm_retriever.evaluation.tables import print_health
     from mm_retriever.terminal import print_json, screen
 
-    found = _health_of(place, split=split, images=images)
+    measure = _health_of(place, split=split, images=images)
     check_embedder(name)
-    states = found(embedding(name), not as_json)
+    states = measure(embedding(name), not as_json)
     if as_json:
         print_json({title: state.to_dict() for title, state in states.items()})
         return

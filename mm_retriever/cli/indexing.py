@@ -321,15 +321,15 @@ def named_parts(sources: Sequence[Path], *, prune: bool) -> list[Part]:
 
 def _refuse_twice(folders: Sequence[Path], files: Sequence[Path]) -> None:
     real = {folder.resolve(): folder for folder in folders}
-    seen: set[Path] = set()
+    places: set[Path] = set()
     for source in (*folders, *files):
         place = source.resolve()
         inside = next((real[parent] for parent in place.parents if parent in real), None)
         if inside is not None:
             raise QueryError(f"{str(source)!r} is in {str(inside)!r}, which is named too: name it once")
-        if place in seen:
+        if place in places:
             raise QueryError(f"{str(source)!r} is named twice")
-        seen.add(place)
+        places.add(place)
 
 
 def _refuse_imageless(folder: Path) -> None:

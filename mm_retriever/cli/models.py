@@ -99,7 +99,7 @@ def info(
     from mm_retriever.devices import available_devices
 
     models = dict(published_models())
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         "versions": {package: version(package) for package in PACKAGES},
         "devices": available_devices(),
         "threads": torch.get_num_threads(),
@@ -107,21 +107,23 @@ def info(
         "published_models": [name for name, entry in models.items() if not entry.folder],
     }
     if db is not None:
-        told["collections"] = collections
-        told["columns"] = columns
+        report["collections"] = collections
+        report["columns"] = columns
     if verify:
-        told["verified"] = {name: one if isinstance(one, str) else asdict(one) for name, one in verified.items()}
+        report["verified"] = {name: item if isinstance(item, str) else asdict(item) for name, item in verified.items()}
     if recall:
-        told["recall"] = measured_recall
+        report["recall"] = measured_recall
     if as_json:
-        print_json(told)
+        print_json(report)
     else:
-        facts = dict(told["versions"])
-        facts["devices"] = f"{', '.join(told['devices'])}; {told['threads']} threads"
-        facts["bundled models"] = ", ".join(f"{name} (drawn products only)" for name in told["bundled_models"])
-        facts["published models"] = ", ".join(told["published_models"])
+        facts = dict(report["versions"])
+        facts["devices"] = f"{', '.join(report['devices'])}; {report['threads']} threads"
+        facts["bundled models"] = ", ".join(f"{name} (drawn products only)" for name in report["bundled_models"])
+        facts["published models"] = ", ".join(report["published_models"])
         facts |= {f"collection {name}": _described(described, models) for name, described in collections.items()}
-        facts |= {f"columns {name}": one if isinstance(one, str) else ", ".join(one) for name, one in columns.items()}
+        facts |= {
+            f"columns {name}": names if isinstance(names, str) else ", ".join(names) for name, names in columns.items()
+        }
         facts |= {f"verified {name}": str(verification) for name, verification in verified.items()}
         facts |= {f"recall {name}": measured for name, measured in measured_recall.items()}
         print_facts(facts)

@@ -186,8 +186,8 @@ def embed_model(
             embed_batch_size=batch_size,
             calibration=None if drawn else calibration,
         )
-    if told := getattr(embedding.embedder, "told", ""):
-        typer.echo(one_line(told, 2_000), err=True)
+    if remark := getattr(embedding.embedder, "remark", ""):
+        typer.echo(one_line(remark, 2_000), err=True)
     return embedding
 
 

@@ -121,19 +121,19 @@ def search(
     if via is not None and (given := [option for option, value in local.items() if value]):
         raise QueryError(f"--via goes without {given[0]}: the images are on the server, which tells nobody else where")
     images = _with_stdin(images)
-    asked: dict[str, Any] = {"text": text, "image": images[0] if images else None, "where": where or []}
-    asked |= {"top_k": top_k, "min_score": min_score, "hybrid": hybrid, "each_once": each_once}
-    asked |= {"exclude_query": exclude_query, "group_by": ITEM_KEY if per_item else None}
+    request: dict[str, Any] = {"text": text, "image": images[0] if images else None, "where": where or []}
+    request |= {"top_k": top_k, "min_score": min_score, "hybrid": hybrid, "each_once": each_once}
+    request |= {"exclude_query": exclude_query, "group_by": ITEM_KEY if per_item else None}
     if images[1:]:
-        asked["images"] = images[1:]
-    rows = _via(via, asked, http_token) if via is not None else None
+        request["images"] = images[1:]
+    rows = _via(via, request, http_token) if via is not None else None
     if via is None and not reranks and not (device or dtype or backend or revision or model_url):
-        rows = _of_running_server(db, collection, model, asked)
+        rows = _of_running_server(db, collection, model, request)
     shown: dict[str, Any] = {"as_json": as_json, "paths": paths, "null": null, "html": html, "png": png}
     if rows is not None:
         from mm_retriever.terminal import rows_report, show_rows
 
-        show_rows(rows, partial(rows_report, text, asked["image"], rows), **shown)
+        show_rows(rows, partial(rows_report, text, request["image"], rows), **shown)
         return
 
     from mm_retriever.embedders.aside import model_aside
@@ -145,7 +145,7 @@ def search(
         from mm_retriever.store.conditions import where_filters
         from mm_retriever.terminal import search_report, show_rows
 
-        query = RowsQuery(**{**asked, "where": tuple(asked["where"]), "images": tuple(images[1:])})
+        query = RowsQuery(**{**request, "where": tuple(request["where"]), "images": tuple(images[1:])})
         where_filters(query.where)  # what cannot be read is refused before a store is opened
         check_exists(db)
         load_ranker = None
@@ -168,15 +168,15 @@ def search(
                 aside=aside,
             )
             with open_store(db, embedding, collection=collection, token=token, create=False) as store:
-                found = find_rows(store, embedding, query, opened=opened)
-    _say(found.notes)
+                rows_found = find_rows(store, embedding, query, opened=opened)
+    _say(rows_found.notes)
     reranking = None
     if load_ranker is not None:
-        reranking = load_ranker().rerank(found.nodes, found.query, query_image=opened[0] if opened else None)
-    nodes = found.nodes if reranking is None else reranking.nodes
+        reranking = load_ranker().rerank(rows_found.nodes, rows_found.query, query_image=opened[0] if opened else None)
+    nodes = rows_found.nodes if reranking is None else reranking.nodes
     show_rows(
         result_rows(nodes),
-        lambda: search_report(text, found.query.image_path, found.nodes, reranking=reranking),
+        lambda: search_report(text, rows_found.query.image_path, rows_found.nodes, reranking=reranking),
         **shown,
     )
 
@@ -224,7 +224,7 @@ def _say(notes: Any) -> None:
 
 
 def _of_running_server(
-    db: str, collection: str, model: str | None, asked: dict[str, Any]
+    db: str, collection: str, model: str | None, request: dict[str, Any]
 ) -> list[dict[str, Any]] | None:
     """The rows that a running server of the same file finds; None: there is none, or it is gone, which is said."""
     from mm_retriever.running import NoServerError, ask_note, read_note
@@ -233,16 +233,16 @@ def _of_running_server(
     if note is None or not _serves(note, collection, model):
         return None
     try:
-        return _rows(ask_note(note, "/v1/rows", _placed(asked, _absolute)))
+        return _rows(ask_note(note, "/v1/rows", _placed(request, _absolute)))
     except NoServerError as error:
         typer.echo(f"searching without a server: {one_line(error)}", err=True)
         return None
 
 
-def _placed(asked: dict[str, Any], place: Callable[[str | None], str | None]) -> dict[str, Any]:
+def _placed(request: dict[str, Any], place: Callable[[str | None], str | None]) -> dict[str, Any]:
     """What is asked, with each image as a server finds it."""
-    more = {"images": [place(image) for image in asked["images"]]} if "images" in asked else {}
-    return {**asked, "image": place(asked["image"]), **more}
+    more = {"images": [place(image) for image in request["images"]]} if "images" in request else {}
+    return {**request, "image": place(request["image"]), **more}
 
 
 def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
@@ -262,11 +262,11 @@ def _absolute(image: str | None) -> str | None:
     return os.path.abspath(image) if image and os.path.exists(image) else image  # noqa: PTH100, PTH110
 
 
-def _via(url: str, asked: dict[str, Any], token: str | None) -> list[dict[str, Any]]:
+def _via(url: str, request: dict[str, Any], token: str | None) -> list[dict[str, Any]]:
     """The rows that a server at a URL finds, which tells nothing about where its files lie."""
     from mm_retriever.running import NoServerError, ask_url
 
-    body = _placed(asked, _data_uri)
+    body = _placed(request, _data_uri)
     try:
         return _rows(ask_url(url, "/v1/rows", body, token))
     except NoServerError as error:

@@ -9,8 +9,8 @@ _KEYS = "--model-key, --rerank-key or --vision-key"
 _FEWER = "rank fewer results (--top-k)"
 
 
-def _option(found: re.Match[str]) -> str:
-    return f"--{found[1].replace('_', '-')} is "
+def _option(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')} is "
 
 
 _WORDS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (

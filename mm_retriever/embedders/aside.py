@@ -34,13 +34,13 @@ def model_aside() -> Iterator[EmbedderAside | None]:
         yield None
         return
     context = get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, here), name="mm_retriever-model", daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, ours), name="mm_retriever-model", daemon=True)
     process.start()
-    there.close()
+    theirs.close()
     try:
-        with here:
-            yield EmbedderAside(here)
+        with ours:
+            yield EmbedderAside(ours)
     finally:
         process.terminate()
         process.join()
@@ -52,7 +52,7 @@ class EmbedderAside:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._turn = threading.Lock()
-        self.name, self.space, self.note, self.told = "", "", "", ""
+        self.name, self.space, self.note, self.remark = "", "", "", ""
         self.dimension = 0
         self.device: str | None = None
         self.cache_identity: str | None = None
@@ -115,6 +115,6 @@ def _loaded(name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     from mm_retriever.embedders.registry import load_embedder
 
     embedder: Any = load_embedder(name, **options)
-    told = {fact: getattr(embedder, fact) for fact in ("name", "space", "note", "dimension")}
-    told |= {fact: getattr(embedder, fact, None) for fact in ("device", "cache_identity")}
-    return embedder, {**told, "told": getattr(embedder, "told", "")}
+    facts = {fact: getattr(embedder, fact) for fact in ("name", "space", "note", "dimension")}
+    facts |= {fact: getattr(embedder, fact, None) for fact in ("device", "cache_identity")}
+    return embedder, {**facts, "remark": getattr(embedder, "remark", "")}

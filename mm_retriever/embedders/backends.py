@@ -68,7 +68,7 @@ def _by_openvino(embedder: Embedder, dtype: str, made: Callable[[], Samples]) ->
 
 def _saying(embedder: Any, words: str) -> Embedder:
     """The embedder, with what a command tells people of it."""
-    embedder.told = words
+    embedder.remark = words
     logger.info("%s", words)
     result: Embedder = embedder
     return result

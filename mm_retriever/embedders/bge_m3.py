@@ -77,7 +77,7 @@ class BGEM3SparseEmbedding:
 
     def encode_documents(self, texts: Sequence[str]) -> list[dict[int, float]]:
         """Return the weight of each token of each text, by its number; empty for a text without any."""
-        found: list[dict[int, float]] = []
+        vectors: list[dict[int, float]] = []
         for start in range(0, len(texts), self._batch_size):
             batch = list(texts[start : start + self._batch_size])
             with self._turn:
@@ -88,11 +88,11 @@ class BGEM3SparseEmbedding:
                     return_dense=False,
                     return_sparse=True,
                 )
-            found += [
+            vectors += [
                 {int(token): float(weight) for token, weight in weights.items()}
                 for weights in encoded["lexical_weights"]
             ]
-        return found
+        return vectors
 
     def encode_queries(self, texts: Sequence[str]) -> list[dict[int, float]]:
         """Return the same for queries: BGE-M3 makes no difference."""

@@ -180,7 +180,7 @@ class RemoteEmbedding:
             jobs.append((rows, partial(self._input, [contents[row].text for row in rows])))
         others = sorted(set(range(len(contents))) - set(plain))
         jobs += [([row], partial(self._messages, contents[row], instruction)) for row in others]
-        found = [np.empty(0, dtype=np.float32)] * len(contents)
+        results = [np.empty(0, dtype=np.float32)] * len(contents)
         over = threading.Event()  # one failed: the others try no more
         with ThreadPoolExecutor(min(self._concurrency, len(jobs)), thread_name_prefix="embed") as senders:
             try:
@@ -188,11 +188,11 @@ class RemoteEmbedding:
                 answers = senders.map(ask, [len(rows) for rows, _ in jobs], [body for _, body in jobs])
                 for (rows, _), vectors in zip(jobs, answers, strict=True):
                     for row, vector in zip(rows, vectors, strict=True):
-                        found[row] = vector
+                        results[row] = vector
             finally:
                 over.set()
                 senders.shutdown(wait=False, cancel_futures=True)
-        return np.stack(found)
+        return np.stack(results)
 
     def _ask(self, over: threading.Event, count: int, make: Callable[[], dict[str, Any]]) -> NDArray[np.float32]:
         """(count, D): one request."""

@@ -89,8 +89,8 @@ class SentenceTransformersEncoder:
     def note(self) -> str:
         """Float format; what queries are told; and how an image with a text is embedded."""
         facts = [self._short_note or str(self.model.dtype).removeprefix("torch.")]
-        if told := self.model.prompts.get("query"):
-            facts.append(f"queries told {told!r}")
+        if instruction := self.model.prompts.get("query"):
+            facts.append(f"queries told {instruction!r}")
         if self._sums:
             facts.append(f"image and text as a sum, {self._text_weight:g} of it the text")
         return ", ".join(facts)
@@ -143,7 +143,9 @@ class SentenceTransformersEncoder:
         for kind in set(kinds):
             lacking = [part for part in kind if part not in self.takes]
             if lacking:
-                known = " or ".join(one if isinstance(one, str) else "an image with a text" for one in self.takes)
+                known = " or ".join(
+                    accepted if isinstance(accepted, str) else "an image with a text" for accepted in self.takes
+                )
                 raise QueryError(
                     f"{self.name!r} cannot embed {' and '.join(lacking)} "
                     f"({kinds.count(kind)} of {len(kinds)} contents): it takes {known}"
@@ -268,14 +270,14 @@ class SentenceTransformersEncoder:
     def _inputs(self) -> str:
         """Six hex digits of what decides, beside the weights, which vector a document gets."""
         prompts = self.model.prompts
-        told = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
-        facts: list[Any] = [told]
+        instruction = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+        facts: list[Any] = [instruction]
         for module in list(self.model)[1:]:
             settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
             facts.append([type(module).__name__, {name: value for name, value in settings.items() if value}])
         if "text" in self.takes:
             for probe in _PROBES:
-                tokens = self.model.preprocess([{"text": probe}], prompt=told or None, task="document")
+                tokens = self.model.preprocess([{"text": probe}], prompt=instruction or None, task="document")
                 facts.append(np.asarray(tokens["input_ids"]).tolist())
         if self._pixels is not None:
             facts.append(self._pixels.facts())
@@ -320,13 +322,13 @@ class Pixels:
 
     def facts(self) -> list[Any]:
         """What tells processors apart: shapes, and the mean of a plain image's values."""
-        found: list[Any] = []
+        facts: list[Any] = []
         for size in ((1700, 1300), (40, 60)):
             prepared = self.prepare(Image.new("RGB", size, (200, 90, 30)))
             image = {"image": Image.fromarray(prepared)}
             values = self._model.preprocess([image], processing_kwargs=self.call)["pixel_values"].float()
-            found.append([list(prepared.shape), list(values.shape), round(float(values.mean()), 2)])
-        return found
+            facts.append([list(prepared.shape), list(values.shape), round(float(values.mean()), 2)])
+        return facts
 
     def _square(self, image: Image.Image) -> NDArray[np.uint8]:
         if getattr(self._processor, "do_center_crop", False):

@@ -110,7 +110,7 @@ def plain_text(text: str, tokenizer: Any) -> str:
     if not any(token in text for token in tokens):
         return text
     names = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    return re.sub(names, lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    return re.sub(names, lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
 def _module_folders(folder: Path) -> list[str]:

@@ -97,9 +97,9 @@ def _compared(
         firsts, seconds = np.nonzero(scores >= NEAR_DUPLICATE)
         above = seconds > firsts + start  # each pair once
         number += int(above.sum())
-        found = scores[firsts[above], seconds[above]]
-        best = np.argsort(-found, kind="stable")[:_LISTED]
-        places = zip(firsts[above][best], seconds[above][best], found[best], strict=True)
+        pair_scores = scores[firsts[above], seconds[above]]
+        best = np.argsort(-pair_scores, kind="stable")[:_LISTED]
+        places = zip(firsts[above][best], seconds[above][best], pair_scores[best], strict=True)
         listed += [(int(first) + start, int(second), float(cosine)) for first, second, cosine in places]
         own = np.arange(len(scores))
         scores[own, start + own] = -np.inf
@@ -220,7 +220,7 @@ def shortcuts_of(model: ComposedEmbedding, data: EvaluationSet, gallery: NDArray
     return tuple(
         Shortcut(
             use,
-            float(np.mean([one == other for one, other in zip(firsts[use], firsts["both"], strict=True)])),
+            float(np.mean([first == other for first, other in zip(firsts[use], firsts["both"], strict=True)])),
             figures[use],
             figures["both"],
         )

@@ -193,7 +193,7 @@ def query_values(rankings: Mapping[str, Sequence[str]], wanted: Wanted, measure:
     if match is None and measure != "MRR":
         raise QueryError(f"measure {measure!r}: give Recall@k, Hit@k, mAP@k, nDCG@k, R_subset@k or MRR")
     name = "RR" if match is None else f"{_MEASURES[match['kind']]}@{match['depth']}"
-    asked = ir_measures.parse_measure(name)
+    parsed = ir_measures.parse_measure(name)
     # trec_eval sorts equal scores by name; ranks are never equal. It ends the process for a name that is no valid
     # Unicode, as of a file: it is given numbers
     numbers: defaultdict[str, str] = defaultdict(lambda: str(len(numbers)))
@@ -205,8 +205,8 @@ def query_values(rankings: Mapping[str, Sequence[str]], wanted: Wanted, measure:
         numbers[query]: {numbers[document]: int(gain) for document, gain in gains.items()}
         for query, gains in wanted.items()
     }
-    found = {metric.query_id: float(metric.value) for metric in ir_measures.iter_calc([asked], qrels, scores)}
-    values = np.array([found.get(numbers[query], 0.0) for query in wanted])  # it leaves out queries that found nothing
+    computed = {metric.query_id: float(metric.value) for metric in ir_measures.iter_calc([parsed], qrels, scores)}
+    values = np.array([computed.get(numbers[query], 0.0) for query in wanted])  # a query without results is not in it
     if match is not None and match["kind"] == "mAP":
         right = np.array([len(gains) for gains in wanted.values()])
         values = values * right / np.minimum(right, int(match["depth"]))
@@ -218,14 +218,14 @@ def _without(
 ) -> dict[str, list[str]]:
     if both := [query for query in wanted if references[query] in wanted[query]]:
         raise QueryError(f"the reference of {_first(both)} is one of its right documents and cannot be removed")
-    return {query: [one for one in ranking if one != references[query]] for query, ranking in rankings.items()}
+    return {query: [name for name in ranking if name != references[query]] for query, ranking in rankings.items()}
 
 
 def _within(
     rankings: Mapping[str, Sequence[str]], subsets: Mapping[str, Collection[str]], references: Mapping[str, str]
 ) -> dict[str, list[str]]:
     members = {query: set(subsets[query]) - {references.get(query)} for query in rankings}
-    return {query: [one for one in ranking if one in members[query]] for query, ranking in rankings.items()}
+    return {query: [name for name in ranking if name in members[query]] for query, ranking in rankings.items()}
 
 
 def _has_ties(scores: Mapping[str, float]) -> bool:

@@ -101,10 +101,10 @@ class Results:
             (name, {run: ranking.index(name) + 1 if name in ranking else None for run, ranking in rankings.items()})
             for name in query.targets
         )
-        found = {
+        top = {
             run: tuple((name, name in query.targets) for name in ranking[:SHOWN]) for run, ranking in rankings.items()
         }
-        return WorstQuery(self.data[number], query, value, wanted, found)
+        return WorstQuery(self.data[number], query, value, wanted, top)
 
     def to_dict(self, worst: int = 12) -> dict[str, Any]:
         """Return all of it as JSON holds it.
@@ -117,28 +117,28 @@ class Results:
             for part in self.data
         ]
         figures = {
-            way: {run: {name: asdict(one) for name, one in measures.items()} for run, measures in by_run.items()}
+            way: {run: {name: asdict(figure) for name, figure in measures.items()} for run, measures in by_run.items()}
             for way, by_run in self.figures.items()
         }
-        gains = [asdict(one) | {"verdict": one.verdict, "text": str(one)} for one in self.differences]
+        gains = [asdict(gain) | {"verdict": gain.verdict, "text": str(gain)} for gain in self.differences]
         return {
             "data": parts,
             "figures": figures,
             "published_way": self.way,
             "differences": gains,
-            "fusion_weights": [asdict(one) for one in self.fusions],
+            "fusion_weights": [asdict(fusion) for fusion in self.fusions],
             "cost_per_query": {run.name: _cost(run) for run in self.runs},
             "worst": [
                 {
-                    "part": one.data.name,
-                    "query": one.query.id,
-                    "text": one.query.words["text"],
-                    "image": one.query.image,
-                    "value": one.worth,
-                    "wanted": dict(one.wanted),
-                    "found": {run: [name for name, _ in names] for run, names in one.found.items()},
+                    "part": query.data.name,
+                    "query": query.query.id,
+                    "text": query.query.words["text"],
+                    "image": query.query.image,
+                    "value": query.worth,
+                    "wanted": dict(query.wanted),
+                    "found": {run: [name for name, _ in names] for run, names in query.found.items()},
                 }
-                for one in (self.worst(worst) if self.figures else ())
+                for query in (self.worst(worst) if self.figures else ())
             ],
             "notes": list(self.notes),
         }

@@ -228,8 +228,8 @@ def query_vectors(
         use: "both", "text" or "image": what of a query with both is used.
         show_progress: draw a progress bar.
     """
-    asked = [_parts_of(query, data, prompt, use) for query in data.queries]
-    texts, images = zip(*asked, strict=True)
+    pairs = [_parts_of(query, data, prompt, use) for query in data.queries]
+    texts, images = zip(*pairs, strict=True)
     return model.embed(texts, images, query=True, show_progress=show_progress)
 
 
@@ -266,7 +266,7 @@ def retrieved(
         queries: (Q, D) of its queries.
         ways: of `ways_of`.
     """
-    found: dict[str, dict[str, Scores]] = {way: {} for way in ways}
+    by_way: dict[str, dict[str, Scores]] = {way: {} for way in ways}
     places, tied = {name: row for row, name in enumerate(data.gallery)}, 0
     for query, (scores, order) in zip(data.queries, ranked_rows(queries, gallery), strict=True):
         if query.among:
@@ -277,10 +277,10 @@ def retrieved(
             kept = {name: score for name, score in best.items() if way == KEPT or name != query.image}
             kept = dict(list(kept.items())[:DEPTH])
             kept |= {name: float(scores[places[name]]) for name in members if way == KEPT or name != query.image}
-            found[way][query.id] = kept
+            by_way[way][query.id] = kept
         tied += len(set(best.values())) < len(best)
-    rankings = {way: {id_: list(scores) for id_, scores in by_query.items()} for way, by_query in found.items()}
-    return PartRun(data, found, rankings, tied=tied)
+    rankings = {way: {id_: list(scores) for id_, scores in by_query.items()} for way, by_query in by_way.items()}
+    return PartRun(data, by_way, rankings, tied=tied)
 
 
 def ranked_rows(

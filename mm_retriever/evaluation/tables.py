@@ -28,7 +28,7 @@ def print_results(results: Results, console: Console) -> None:
         for measure in results.data[0].measures:  # in a narrow terminal an interval folds at its spaces
             table.add_column(measure, justify="right", min_width=len(measure))
         for name, measures in by_run.items():
-            cells = [f"{one.mean:.3f}\n{one.low:.3f} - {one.high:.3f}" for one in measures.values()]
+            cells = [f"{figure.mean:.3f}\n{figure.low:.3f} - {figure.high:.3f}" for figure in measures.values()]
             table.add_row(_words(name), *cells)
         console.print(table, crop=False)  # what is still too wide is folded by the terminal
     costs = Table("run", "s/query", "tokens/query", "peak MiB", title="cost", title_justify="left", box=None)
@@ -37,8 +37,8 @@ def print_results(results: Results, console: Console) -> None:
         peak = f"{run.cost.peak_mib or '-'}" + (f" + GPU {run.cost.gpu_peak_mib}" if run.cost.gpu_peak_mib else "")
         costs.add_row(_words(run.name), f"{run.cost.seconds:.3f}", tokens, peak)
     console.print(costs)
-    for one in results.differences:
-        console.print(_words(str(one)))
+    for difference in results.differences:
+        console.print(_words(str(difference)))
     for fusion in results.fusions:
         console.print(_words(str(fusion)))
     for note in results.notes:
@@ -47,13 +47,13 @@ def print_results(results: Results, console: Console) -> None:
     if worst:
         console.print(_words(f"worst queries by {results.measure} (--html shows them):"))
     for query in worst:
-        asked = " ".join(
+        words = " ".join(
             filter(None, (f"[{query.query.image}]" if query.query.image else "", query.query.words["text"]))
         )
-        found = {run: names[0][0] if names else "nothing" for run, names in query.found.items()}
-        first = "; ".join(f"{run}: {name}" for run, name in found.items())
+        firsts = {run: names[0][0] if names else "nothing" for run, names in query.found.items()}
+        first = "; ".join(f"{run}: {name}" for run, name in firsts.items())
         console.print(
-            _words(f"  {query.worth:.3f} {query.query.id}: {asked} -> {query.answers[0][0]}; first by {first}")
+            _words(f"  {query.worth:.3f} {query.query.id}: {words} -> {query.answers[0][0]}; first by {first}")
         )
 
 
@@ -74,10 +74,12 @@ def print_health(title: str, health: Health, console: Console) -> None:
             f"{NEIGHBOURS}: {hubs}; {health.never_found:.0%} of images never"
         )
     )
-    for one in health.shortcuts:
-        reached = "" if one.reached is None else f"; reaches {one.reached} where the whole query reaches {one.whole}"
+    for shortcut in health.shortcuts:
+        reached = ""
+        if shortcut.reached is not None:
+            reached = f"; reaches {shortcut.reached} where the whole query reaches {shortcut.whole}"
         console.print(
-            _words(f"{one.use} alone finds the same first image for {one.same_first:.0%} of queries{reached}")
+            _words(f"{shortcut.use} alone finds the same first image for {shortcut.same_first:.0%} of queries{reached}")
         )
 
 

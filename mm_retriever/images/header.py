@@ -345,13 +345,13 @@ def _tiff_header(data: bytes, max_frames: int) -> ImageHeader:
     """Number of image directories; the first one, which is decoded, must be modest. Source: TIFF 6.0, section 2."""
     layout = _BIG_TIFF if data[2:4] in (b"+\0", b"\0+") else _TIFF
     order = "<" if data[:2] == b"II" else ">"
-    frames, seen = 0, set[int]()
+    frames, visited = 0, set[int]()
     try:
         (at,) = struct.unpack_from(order + layout.offset, data, layout.first)
         if at < len(data):
             _check_tiff_directory(data, at, order, layout)
-        while at and at not in seen and frames <= max_frames:
-            seen.add(at)
+        while at and at not in visited and frames <= max_frames:
+            visited.add(at)
             (entries,) = struct.unpack_from(order + layout.count, data, at)
             frames += 1
             skipped = struct.calcsize("<" + layout.count) + entries * struct.calcsize("<" + layout.entry)

@@ -51,13 +51,13 @@ def contents(data: bytes, span: Span, budget: list[int], *names: bytes) -> dict[
     Raises:
         ImageLoadError: one is there twice: which of them a decoder takes is its own affair.
     """
-    found: dict[bytes, Span] = {}
+    spans: dict[bytes, Span] = {}
     for kind, place in boxes(data, span, budget):
         if kind in names:
-            if kind in found:
+            if kind in spans:
                 raise ImageLoadError(f"two {kind.decode()} boxes where there is one in any honest file")
-            found[kind] = place
-    return found
+            spans[kind] = place
+    return spans
 
 
 def items(data: bytes, children: dict[bytes, Span], budget: list[int], kind: bytes) -> set[int]:
@@ -194,8 +194,8 @@ def heif_size(data: bytes) -> Size:
             sizes += [_sps_size(unit) for unit in _parameter_sets(data[start:end])]
     if not sizes:
         raise ImageLoadError("truncated or broken header (no size)")
-    for found, match in enumerate(_SPS_IN_DATA.finditer(data)):
-        if found == MAX_SPS:
+    for index, match in enumerate(_SPS_IN_DATA.finditer(data)):
+        if index == MAX_SPS:
             raise ImageLoadError(f"more than the {MAX_SPS} parameter sets that any honest HEIC file has")
         sizes.append(_sps_size(data[match.start() + 4 : match.start() + 4 + _SPS_START]))
     sizes += grid_sizes(data, children, budget)

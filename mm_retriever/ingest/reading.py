@@ -89,8 +89,8 @@ class ImageReader:
         self._prepare, self._exif = embed_model.prepare_image, exif
         if exact_pixels is None:
             exact_pixels = not getattr(embed_model, "dtype", "").startswith("int8")
-        seen = (0, 0) if exact_pixels else self._prepare(Image.new("RGB", _LARGE)).shape
-        self._least_side = 2 * min(seen[:2])
+        shape = (0, 0) if exact_pixels else self._prepare(Image.new("RGB", _LARGE)).shape
+        self._least_side = 2 * min(shape[:2])
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -267,7 +267,7 @@ def _by_name(content: Mapping[Any, Any], name: str, notes: list[str]) -> Columns
     return _joined(rows, name, notes)
 
 
-def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: list[str], what: str) -> Columns:
+def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: list[str], row_name: str) -> Columns:
     """Columns by image. All captions of an image are kept; of other values the last counts, and a note says so."""
     guess = None if any(name_column(row) for _, row in rows) else guessed_name_column([row for _, row in rows])
     if guess is not None:
@@ -282,9 +282,9 @@ def _by_image(rows: Sequence[tuple[int, Mapping[str, Any]]], name: str, notes: l
         image = image_key(str(row[key]))
         named.append((image, {k: v for k, v in row.items() if k != key and not repeats_name(k, v, image)}))
     if nameless and len(nameless) == len(rows):
-        raise IngestError(f"{name}: {what} {nameless[0]} has none of the columns {', '.join(NAME_COLUMNS)}")
+        raise IngestError(f"{name}: {row_name} {nameless[0]} has none of the columns {', '.join(NAME_COLUMNS)}")
     if nameless:
-        notes.append(f"{name}: {len(nameless)} rows name no image: {what} {', '.join(map(str, nameless[:3]))}")
+        notes.append(f"{name}: {len(nameless)} rows name no image: {row_name} {', '.join(map(str, nameless[:3]))}")
     return _joined(named, name, notes)
 
 

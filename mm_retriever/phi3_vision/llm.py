@@ -241,10 +241,10 @@ class Phi3VisionLLM(Rebuilt, LLM):
 
     def _chat_prompt(self, messages: Sequence[ChatMessage]) -> _Prompt:
         images: list[Image.Image] = []
-        asked = [Message(_ROLES[message.role], self._parts(message, images)) for message in messages]
-        if not any(message.parts for message in asked):
+        turns = [Message(_ROLES[message.role], self._parts(message, images)) for message in messages]
+        if not any(message.parts for message in turns):
             raise PromptError("nothing to answer: no message has text or an image")
-        return _Prompt(self._processor.encode_messages(asked), images)
+        return _Prompt(self._processor.encode_messages(turns), images)
 
     def _text_prompt(self, prompt: str, formatted: bool) -> _Prompt:
         if formatted:

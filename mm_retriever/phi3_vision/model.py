@@ -182,15 +182,15 @@ class Phi3Vision(Phi3PreTrainedModel, GenerationMixin):
         return embedded.masked_scatter(slots[..., None], images)
 
     def _check_slots(self, ids: Tensor, features: Sequence[Tensor]) -> None:
-        found: list[int] = []
+        slots: list[int] = []
         for row in ids:
             numbers, counts = torch.unique_consecutive(-row[row < 0], return_counts=True)
             if numbers.tolist() != list(range(1, len(numbers) + 1)):
                 raise PromptError(f"images {numbers.tolist()} in a prompt; expected 1, 2, ... once each, in order")
-            found += counts.tolist()
-        if found != [len(feature) for feature in features]:
+            slots += counts.tolist()
+        if slots != [len(feature) for feature in features]:
             raise PromptError(
-                f"the prompt has slots for images of {found} tokens, the images given have "
+                f"the prompt has slots for images of {slots} tokens, the images given have "
                 f"{[len(feature) for feature in features]}; use the processor's token_counts for these images"
             )
 

@@ -299,10 +299,10 @@ class Phi3VisionProcessor:
         Raises:
             CheckpointError: The tokenizer does not have it.
         """
-        found: int | None = self.tokenizer.token_to_id(token)
-        if found is None:
+        token_id: int | None = self.tokenizer.token_to_id(token)
+        if token_id is None:
             raise CheckpointError(f"the tokenizer has no {token}; is it Phi-3 Vision's tokenizer.json?")
-        return found
+        return token_id
 
     def __call__(self, prompt: str, images: Sequence[Image.Image] = ()) -> dict[str, Tensor]:
         """Everything ``Phi3Vision.generate`` wants, batch of one, for a prompt in the original's notation."""

@@ -142,12 +142,12 @@ class Phi3VisionEmbeddings(nn.Module):
                 f"{len(pixel_values)} crops for image_sizes {image_sizes.tolist()}, expected {sum(counts)}"
             )
         # an image of one crop is its own global view: looked at once, where the original looks twice
-        seen = [
+        views_of = [
             views[:1] if len(views) == 2 and torch.equal(views[0], views[1]) else views
             for views in pixel_values.split(counts)
         ]
-        patches = torch.cat([self.img_processor(chunk) for chunk in torch.cat(seen).split(CROPS_AT_ONCE)])
-        merged = self._merge(patches).split([len(views) for views in seen])  # (views, g/2, g/2, 4C) each
+        patches = torch.cat([self.img_processor(chunk) for chunk in torch.cat(views_of).split(CROPS_AT_ONCE)])
+        merged = self._merge(patches).split([len(views) for views in views_of])  # (views, g/2, g/2, 4C) each
         rows = [
             self._lay_out(views.expand(count, -1, -1, -1), *grid)
             for views, count, grid in zip(merged, counts, grids, strict=True)

@@ -135,8 +135,8 @@ def _labelled(lines: Sequence[str]) -> tuple[str, ...]:
         if label is None or (_NO_RANKING.search(label["label"]) and not _WORST_FIRST.search(label["label"])):
             continue
         numbers = series(line[label.end() :])
-        one = label["word"].lower() in ("best", "answer", "top", "winner")
-        if len(numbers) > 1 or (one and numbers):
+        is_single = label["word"].lower() in ("best", "answer", "top", "winner")
+        if len(numbers) > 1 or (is_single and numbers):
             return numbers[::-1] if _WORST_FIRST.search(label["label"]) else numbers
     return ()
 

@@ -154,9 +154,9 @@ def named_labels(written: Sequence[str], labels: Sequence[int]) -> tuple[list[in
     missing = [str(label) for label in labels if label not in order]
     repaired = [count] if count else []
     repaired += [
-        f"{what} {_some(which)}"
-        for what, which in (("dropped", unknown), ("repeated", repeats), ("appended", missing))
-        if which
+        f"{repair} {_some(numbers)}"
+        for repair, numbers in (("dropped", unknown), ("repeated", repeats), ("appended", missing))
+        if numbers
     ]
     return list(order), "; ".join(repaired)
 

@@ -115,7 +115,7 @@ class CrossEncoder:
         check_forked(self._loaded_in, self._model.device.type)
         if not self.sees_images and not query.text:
             raise QueryError("a text reranker needs a question in words")
-        asked = self._input(query.text, query.image)
+        query_input = self._input(query.text, query.image)
         scores: list[float | None] = [None] * len(candidates)
         shown = {
             row: self._input("", each.image)
@@ -128,7 +128,7 @@ class CrossEncoder:
                 break
             with self._lock:
                 values = self._model.predict(
-                    [(asked, shown[row]) for row in rows],
+                    [(query_input, shown[row]) for row in rows],
                     prompt=self._instruction,
                     batch_size=len(rows),
                     show_progress_bar=False,

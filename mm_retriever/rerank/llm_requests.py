@@ -236,21 +236,21 @@ def number_logprobs(raw: Any, count: int) -> dict[int, float]:
         raw: the client's answer, with OpenAI's fields.
         count: of candidates.
     """
-    found: dict[int, float] = {}
+    logprobs: dict[int, float] = {}
     for token, logprob in dict(_tokens(raw)).items():
         word = token.strip().lstrip("Ġ▁")
         if len(word) == 1 and word in "123456789" and int(word) <= count:
-            found[int(word)] = float(np.logaddexp(found.get(int(word), -math.inf), logprob))
-    return found
+            logprobs[int(word)] = float(np.logaddexp(logprobs.get(int(word), -math.inf), logprob))
+    return logprobs
 
 
-def logprobs_problem(found: Mapping[int, float], count: int) -> str:
+def logprobs_problem(logprobs: Mapping[int, float], count: int) -> str:
     """Return why these are no ranking of `count` candidates; empty if they are one."""
-    if not found:
+    if not logprobs:
         return "the server gave no log-probabilities of numbers"
-    if missing := [str(number) for number in range(1, count + 1) if number not in found]:
+    if missing := [str(number) for number in range(1, count + 1) if number not in logprobs]:
         return f"the server gave no log-probability of {', '.join(missing)}"
-    if sum(map(math.exp, found.values())) < _LEAST_SHARE:
+    if sum(map(math.exp, logprobs.values())) < _LEAST_SHARE:
         return "the model did not mean to begin with a number"
     return ""
 

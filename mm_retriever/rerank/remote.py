@@ -85,14 +85,14 @@ class RemoteScorer:
         Raises:
             ModelServerError: no answer, or one that does not hold a score for each candidate.
         """
-        asked = self._content(query.text, query.image)
+        query_content = self._content(query.text, query.image)
         scores: list[float | None] = []
         for start in range(0, len(candidates), self._batch_size):
             if meter.out_of_time():
                 break
             batch = candidates[start : start + self._batch_size]
             try:
-                scores += self._scores(asked, batch, meter)
+                scores += self._scores(query_content, batch, meter)
             except ModelServerError:
                 if not meter.out_of_time():
                     raise
@@ -214,8 +214,8 @@ def read_scores(answer: Any, count: int) -> list[float | None]:
     if isinstance(answer, dict):
         results = answer.get("results", answer.get("data"))
     if not isinstance(results, list) or len(results) != count:
-        found = len(results) if isinstance(results, list) else "no"
-        raise ValueError(f"{found} scores in the answer for {count} candidates")
+        count_given = len(results) if isinstance(results, list) else "no"
+        raise ValueError(f"{count_given} scores in the answer for {count} candidates")
     scores: list[float | None] = [None] * count
     for result in results:
         fields = result if isinstance(result, dict) else {}

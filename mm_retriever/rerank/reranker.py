@@ -78,8 +78,8 @@ class Reranking:
 
     def _repr_html_(self) -> str:
         facts = (("it sees", self.caption), ("wanted", self.wanted), ("repaired", self.repairs), ("error", self.error))
-        told = tuple((name, one_line(fact)) for name, fact in facts if fact)
-        return replace(show(self.nodes), facts=told)._repr_html_()
+        lines = tuple((name, one_line(fact)) for name, fact in facts if fact)
+        return replace(show(self.nodes), facts=lines)._repr_html_()
 
 
 REMOVED = {
@@ -181,8 +181,10 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             raise QueryError(
                 "nothing to rerank by: give a text, QueryBundle(query_str, image_path=...), or query_image"
             )
-        told = replace(bundle, image_path=None if source is None else _place_or_name(source))
-        dispatcher.event(ReRankStartEvent(query=told, nodes=list(nodes), top_n=self.top_n, model_name=self.model_name))
+        described = replace(bundle, image_path=None if source is None else _place_or_name(source))
+        dispatcher.event(
+            ReRankStartEvent(query=described, nodes=list(nodes), top_n=self.top_n, model_name=self.model_name)
+        )
         payload: dict[str, Any] = {
             EventPayload.NODES: list(nodes),
             EventPayload.MODEL_NAME: self.model_name,
@@ -244,8 +246,8 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         order = tuple(range(len(nodes)))
         note = f"not reranked: {reason}"
         ranking = Ranking(order, [node.score for node in nodes], notes=dict.fromkeys(order, note))
-        found = candidates or [Candidate(node) for node in nodes]
-        return Reranking(ranked_nodes(found, ranking, self.top_n), order, usage=meter.usage(), error=reason)
+        judged = candidates or [Candidate(node) for node in nodes]
+        return Reranking(ranked_nodes(judged, ranking, self.top_n), order, usage=meter.usage(), error=reason)
 
     def _settle(
         self,

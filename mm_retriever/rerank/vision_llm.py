@@ -189,21 +189,21 @@ class VisionLLMRerank(Reranker):
 
     def _ranked(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
-        asked = _Windows(self, query, candidates, meter)
-        order = asked.slide(visible)
-        if asked.refusal is not None and not asked.proven:
-            raise asked.refusal
-        scores = asked.logprobs if asked.logprobs.keys() == set(order) else rank_scores(order)
+        windows = _Windows(self, query, candidates, meter)
+        order = windows.slide(visible)
+        if windows.refusal is not None and not windows.proven:
+            raise windows.refusal
+        scores = windows.logprobs if windows.logprobs.keys() == set(order) else rank_scores(order)
         ranking = self._settle(candidates, [scores.get(i) for i in range(len(candidates))])
-        if order and asked.unproven and not asked.proven:
+        if order and windows.unproven and not windows.proven:
             ranking = replace(ranking, model_scores={}, notes=dict.fromkeys(range(len(candidates)), _NOT_RANKED))
         kept = ranking.order[: {"first": 1, "all": self.top_n, "none": 0}[self.reasons]]
         return replace(
             ranking,
-            caption=asked.caption,
-            wanted=asked.wanted,
-            reasons={i: asked.reasons[i] for i in kept if i in asked.reasons},
-            repairs=" | ".join(asked.repairs[:9]),
+            caption=windows.caption,
+            wanted=windows.wanted,
+            reasons={i: windows.reasons[i] for i in kept if i in windows.reasons},
+            repairs=" | ".join(windows.repairs[:9]),
         )
 
     # ------------------------------------------------------------------ the prompt
@@ -357,16 +357,16 @@ class _Windows:
         problem = "the client does not speak OpenAI's protocol" if not reranker._speaks_openai else ""
         if not problem:
             messages = reranker._messages(self._query, *self._shown(items), [])
-            found: dict[int, float] = {}
+            logprobs: dict[int, float] = {}
             for ask_ids in (False, True):
                 ids = reranker._number_ids or (reranker._first_token_ids(self._meter) if ask_ids else ())
                 if ask_ids and not ids:
                     break  # this server has no more to say
                 response = self._requests.first_token(messages, token_options(ids[: len(items)]))
-                found = {} if response is None else number_logprobs(response.raw, len(items))
-                problem = logprobs_problem(found, len(items))
+                logprobs = {} if response is None else number_logprobs(response.raw, len(items))
+                problem = logprobs_problem(logprobs, len(items))
                 if not problem:
-                    return {items[number - 1]: logprob for number, logprob in found.items()}
+                    return {items[number - 1]: logprob for number, logprob in logprobs.items()}
                 if response is None or ids:
                     break
         self._in_words = True  # the next window would fare no better

@@ -179,7 +179,7 @@ def _read(value: object, budget: list[int], depth: int) -> MetadataFilter | Meta
 def _named(key: str, item: object, budget: list[int], depth: int) -> MetadataFilter | MetadataFilters:
     """A column and its value, or the form of document databases: {"year": {"$gte": 2020}}, {"$or": [...]}."""
     if key in _JOINED and isinstance(item, list | tuple):
-        return MetadataFilters(filters=[_read(one, budget, depth + 1) for one in item], condition=_JOINED[key])
+        return MetadataFilters(filters=[_read(part, budget, depth + 1) for part in item], condition=_JOINED[key])
     if isinstance(item, Mapping) and item and all(isinstance(name, str) and name[:1] == "$" for name in item):
         budget[0] -= len(item)
         compared = [_condition({"key": key, "operator": name[1:], "value": item[name]}) for name in item]

@@ -119,11 +119,11 @@ class KeptFacets:
         """
         if problems := self._store.filter_problems(filters):  # as a search refuses them
             raise FilterError(f"filters: {'; '.join(problems)}")
-        asked = filter_expression(filters)
+        expression = filter_expression(filters)
         with self._turn:
-            kept = self._kept.get(asked)
+            kept = self._kept.get(expression)
             if kept is None or time.monotonic() - kept[0] >= self._seconds:
-                kept = self._kept[asked] = time.monotonic(), count_facets(self._store, filters)
+                kept = self._kept[expression] = time.monotonic(), count_facets(self._store, filters)
         return kept[1]
 
 

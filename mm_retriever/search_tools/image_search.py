@@ -200,7 +200,7 @@ class ImageSearch:
             QueryError: an image that nobody knows.
             ImageLoadError: an image that is not in the store cannot or must not be read.
         """
-        asked = read_text(question, "question", most=self.limits.query_text)
+        question_text = read_text(question, "question", most=self.limits.query_text)
         tell, steps = progress or _nobody, 3 if self._llm else 2
         tell(0, steps, "reading the image")
         named = self.named(image, conversation)
@@ -218,11 +218,11 @@ class ImageSearch:
             return ImageDescription(named.name, note=_unreadable(error), **facts)
         tell(1, steps, "describing it" if self._llm else "making a thumbnail")
         notes = _left_out(hidden)
-        if asked and not self._llm:
+        if question_text and not self._llm:
             notes.insert(0, "no vision model is set up here to answer the question; look at the image")
         answer = ImageDescription(
             named.name,
-            description=self._ask(asked, large) if self._llm else "",
+            description=self._ask(question_text, large) if self._llm else "",
             size=size,
             thumbnail=small if self.limits.thumbnails else None,
             note="; ".join(notes),
@@ -291,22 +291,23 @@ class ImageSearch:
         skip: int = 0,
         hybrid: bool = False,
     ) -> SearchResult:
-        count, asked = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k), read_filters(filters)
+        count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
+        conditions = read_filters(filters)
         tell, steps = progress or _nobody, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
         named = self.named(image, conversation) if image else None
         if refinement is not None:
-            more = tuple(self.named(one, conversation).read(bytes) for one in refinement.images)
+            more = tuple(self.named(image, conversation).read(bytes) for image in refinement.images)
             refinement = replace(refinement, images=more)
         retriever = self._retriever(
-            but_not(named.node if named and others else None, asked),
+            but_not(named.node if named and others else None, conditions),
             skip + (max(count, self.limits.candidates) if self._rerank else count),
             exclude_query_image=others,
             unique=unique,
             refinement=refinement,
             mode="hybrid" if hybrid else "default",
         )
-        if problems := self._store.filter_problems(asked):  # refused before a model is asked
+        if problems := self._store.filter_problems(conditions):  # refused before a model is asked
             raise FilterError(f"filters: {'; '.join(problems)}")
         query = self._query(words, named)
         tell(1, steps, "searching")
@@ -324,7 +325,7 @@ class ImageSearch:
         tell(steps, steps, "done")
         names = [named.name] if named else []
         names += [f'"{one_line(words, 300)}"'] if words else []
-        hint = "" if results else self._hint(query, asked)
+        hint = "" if results else self._hint(query, conditions)
         return SearchResult(number, " and ".join(names), results, hint, self._note(top_k, len(results), matching))
 
     def _query(self, words: str, named: NamedImage | None) -> QueryBundle:
@@ -336,15 +337,15 @@ class ImageSearch:
             raise QueryError(f"{named.name} is a text, not an image; give its words as text instead")
         return self._embed_model.get_query_bundle(words, named.read(bytes), image_policy=named.policy)
 
-    def _note(self, top_k: object, found: int, matching: int) -> str:
+    def _note(self, top_k: object, count: int, matching: int) -> str:
         """Why there are fewer results than were asked for, and where their thumbnails end."""
-        asked = read_count(top_k, default=0, most=_ANY_NUMBER)
+        requested = read_count(top_k, default=0, most=_ANY_NUMBER)
         most, thumbnails = self.limits.max_top_k, self.limits.thumbnails
-        notes = [f"{asked} were asked for; one search gives at most {most}"] if asked > most else []
-        if found and found < min(asked, most):
-            why = "no more match" if found == matching else "the reranker gives no more"
-            notes.append(f"{min(asked, most)} were asked for; {why}")
-        if 0 < thumbnails < found:
+        notes = [f"{requested} were asked for; one search gives at most {most}"] if requested > most else []
+        if count and count < min(requested, most):
+            why = "no more match" if count == matching else "the reranker gives no more"
+            notes.append(f"{min(requested, most)} were asked for; {why}")
+        if 0 < thumbnails < count:
             notes.append(f"the first {thumbnails} have thumbnails")
         return "; ".join(notes)
 

@@ -78,7 +78,7 @@ def rerank_results(
     before = scores or [None] * len(ids)
     nodes = [NodeWithScore(node=stored[id_], score=score) for id_, score in zip(ids, before, strict=True)]
     ranked = reranker.rerank(nodes, words, query_image=query_image, meter=meter)
-    known = {one.node.node_id: one.node.metadata for one in ranked.nodes}
+    known = {scored.node.node_id: scored.node.metadata for scored in ranked.nodes}
     results = []
     for position in ranked.order:
         id_ = nodes[position].node.node_id

@@ -52,26 +52,26 @@ class FoundRows:
     notes: tuple[str, ...] = ()
 
 
-def check_rows(store: ImageStore, asked: RowsQuery) -> None:
+def check_rows(store: ImageStore, request: RowsQuery) -> None:
     """Refuse what a store cannot answer, whatever its model is.
 
     Raises:
         QueryError: in the words of the command line.
     """
-    if asked.exclude_query and asked.image is None:
+    if request.exclude_query and request.image is None:
         raise QueryError("--exclude-query leaves out the query image, and there is none: give --image, or leave it out")
-    if asked.images and asked.exclude_query:
+    if request.images and request.exclude_query:
         raise QueryError("--exclude-query goes with one --image: of several it is not clear which")
-    if asked.hybrid and asked.min_score is not None:
+    if request.hybrid and request.min_score is not None:
         raise QueryError("--min-score goes without --hybrid: hybrid scores say ranks, not how near an image is")
-    if asked.min_score is not None and math.isnan(asked.min_score):
+    if request.min_score is not None and math.isnan(request.min_score):
         raise QueryError("--min-score nan: give a number, usually from -1 to 1")
-    if asked.hybrid and not store.hybrid:
+    if request.hybrid and not store.hybrid:
         raise QueryError(
             f"{str(store.uri)!r} has no index of words; make one: mm-retriever index FOLDER --db NEW.db --hybrid"
         )
-    check_items(store, asked.group_by)
-    if problems := store.filter_problems(where_filters(asked.where)):
+    check_items(store, request.group_by)
+    if problems := store.filter_problems(where_filters(request.where)):
         raise QueryError(f"--where: {'; '.join(problems)}")
 
 
@@ -85,7 +85,7 @@ def check_items(store: ImageStore, group_by: str | None) -> None:
 def find_rows(
     store: ImageStore,
     embed_model: ComposedEmbedding,
-    asked: RowsQuery,
+    request: RowsQuery,
     *,
     opened: Sequence[Image.Image] = (),
     image_policy: ImagePolicy | None = None,
@@ -95,7 +95,7 @@ def find_rows(
     Args:
         store: that is searched.
         embed_model: of the store.
-        asked: the options of the command.
+        request: the options of the command.
         opened: the images of the query, decoded, where that was done already.
         image_policy: which images may be read; None: all that the user may read, and URLs, but no private addresses.
 
@@ -103,48 +103,48 @@ def find_rows(
         QueryError: nothing to search for, or an option that this store cannot serve; in the words of the command line.
         ImageLoadError: the image cannot or must not be read.
     """
-    filters = where_filters(asked.where)
-    check_rows(store, asked)
+    filters = where_filters(request.where)
+    check_rows(store, request)
     # whoever types a URL wants it fetched; addresses in a private network stay closed
     policy = image_policy or replace(embed_model.image_policy, allow_urls=True)
     more: tuple[ImageSource, ...] = tuple(opened[1:]) or tuple(
-        load_image(one, policy=policy, keep_mode=True) for one in asked.images
+        load_image(image, policy=policy, keep_mode=True) for image in request.images
     )
     retriever = ComposedRetriever(
         store,
         embed_model,
-        top_k=asked.top_k,
+        top_k=request.top_k,
         filters=filters,
-        min_score=asked.min_score,
-        mode="hybrid" if asked.hybrid else "default",
-        exclude_query_image=asked.exclude_query,
-        unique=asked.each_once,
-        group_by=asked.group_by,
+        min_score=request.min_score,
+        mode="hybrid" if request.hybrid else "default",
+        exclude_query_image=request.exclude_query,
+        unique=request.each_once,
+        group_by=request.group_by,
         image_policy=policy,
         refinement=Refinement(images=more) if more else None,
     )
-    query = _query(embed_model, asked, opened, policy)
+    query = _query(embed_model, request, opened, policy)
     nodes = retriever.retrieve(query)
-    notes = where_notes(asked.where)
-    if len(nodes) < asked.top_k:
-        reason = _why_fewer(store.count(), filters, asked)
-        notes.append(f"{len(nodes)} of the {asked.top_k} results that were asked for: {reason}")
+    notes = where_notes(request.where)
+    if len(nodes) < request.top_k:
+        reason = _why_fewer(store.count(), filters, request)
+        notes.append(f"{len(nodes)} of the {request.top_k} results that were asked for: {reason}")
     return FoundRows(query, nodes, tuple(notes))
 
 
 def _query(
-    embed_model: ComposedEmbedding, asked: RowsQuery, opened: Sequence[Image.Image], policy: ImagePolicy
+    embed_model: ComposedEmbedding, request: RowsQuery, opened: Sequence[Image.Image], policy: ImagePolicy
 ) -> QueryBundle:
     """The query with its vector, from an image that is decoded once."""
-    if not opened or asked.image is None:
-        return embed_model.get_query_bundle(asked.text, asked.image, image_policy=policy)
-    words = asked.text if asked.text and asked.text.strip() else ""
+    if not opened or request.image is None:
+        return embed_model.get_query_bundle(request.text, request.image, image_policy=policy)
+    words = request.text if request.text and request.text.strip() else ""
     vector = (
         embed_model.get_composed_embedding(words, opened[0])
         if words
         else embed_model.get_image_embedding(opened[0], query=True)
     )
-    return QueryBundle(query_str=words, image_path=asked.image, embedding=vector)
+    return QueryBundle(query_str=words, image_path=request.image, embedding=vector)
 
 
 def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
@@ -167,20 +167,20 @@ def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
 def without_places(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows without where their files lie, for a user of another machine."""
     hidden = ("file_path", f"{PREFIX}file_path")
-    told = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
-    for row in told:
+    shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    for row in shown:
         if ITEM_IMAGES in row:
             row[ITEM_IMAGES] = [{"id": image["id"]} for image in row[ITEM_IMAGES]]
-    return told
+    return shown
 
 
-def _why_fewer(rows: int, filters: MetadataFilters | None, asked: RowsQuery) -> str:
+def _why_fewer(rows: int, filters: MetadataFilters | None, request: RowsQuery) -> str:
     limits = {
         "--where": filters,
-        "--min-score": asked.min_score is not None,
-        "--each-once": asked.each_once,
-        "--per-item": asked.group_by is not None,
-        "--exclude-query": asked.exclude_query,
+        "--min-score": request.min_score is not None,
+        "--each-once": request.each_once,
+        "--per-item": request.group_by is not None,
+        "--exclude-query": request.exclude_query,
     }
     given = [option for option, is_given in limits.items() if is_given]
     total = f"the collection holds {rows} rows"

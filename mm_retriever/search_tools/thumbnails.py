@@ -96,10 +96,10 @@ class Thumbnails:
 
     def _files(self) -> list[tuple[Path, os.stat_result]]:
         assert self._folder is not None
-        found = []
+        files = []
         for path in self._folder.glob("??/*.jpg"):
             try:
-                found.append((path, path.lstat()))
+                files.append((path, path.lstat()))
             except FileNotFoundError:  # another server of the same user removed it
                 continue
-        return found
+        return files

@@ -225,7 +225,7 @@ class _Import:
             StoreUnavailableError: none of them went on for the whole timeout.
         """
         waiting, ended = list(numbers), []
-        seen: object = None
+        last: object = None
         while waiting:
             with self._connection.request("importing"):
                 tasks = [
@@ -234,8 +234,8 @@ class _Import:
             ended += [task for task in tasks if task.state_name in _ENDED]
             waiting = [task.task_id for task in tasks if task.state_name not in _ENDED]
             now = [(task.task_id, task.state, task.row_count, task.progress) for task in tasks]
-            if now != seen:
-                seen, deadline = now, time.monotonic() + self._timeout
+            if now != last:
+                last, deadline = now, time.monotonic() + self._timeout
             elif time.monotonic() > deadline:
                 raise StoreUnavailableError(
                     f"Milvus at {self._connection.where} made no progress with {len(waiting)} import tasks for "

@@ -311,9 +311,9 @@ class Collection:
         """Return the named columns of the rows with these ids that match, by id."""
         rows: dict[str, Row] = {}
         with_vectors = VECTOR_FIELD in names or "*" in names  # storing it again would give it a new checksum
-        asked = [*names, CHECKSUM_FIELD] if with_vectors else names
+        requested = [*names, CHECKSUM_FIELD] if with_vectors else names
         for part in chunks(id_list(ids), _IDS_PER_REQUEST):
-            page = self._fetch(all_of(one_of(ID_FIELD, part), expression), asked)
+            page = self._fetch(all_of(one_of(ID_FIELD, part), expression), requested)
             if with_vectors and (damaged := [str(row[ID_FIELD]) for row in page if vector_is_damaged(row)]):
                 raise damaged_rows(damaged)
             rows.update((row[ID_FIELD], row) for row in without_checksums(page, names))

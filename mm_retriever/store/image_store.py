@@ -317,9 +317,9 @@ class ImageStore(MilvusVectorStore):
         refuse_options("delete", delete_kwargs)
         if not isinstance(ref_doc_id, str) or not ref_doc_id:
             raise QueryError(f"delete needs the id of a document, got {ref_doc_id!r}")
-        mine, by_id = one_of(DOC_ID_FIELD, [ref_doc_id]), one_of(ID_FIELD, [ref_doc_id])
+        of_document, by_id = one_of(DOC_ID_FIELD, [ref_doc_id]), one_of(ID_FIELD, [ref_doc_id])
         # a node without a document is its own; earlier versions left the id of its document empty
-        self._collection.delete_where(joined([mine, all_of(by_id, one_of(DOC_ID_FIELD, [""]))], "or"))
+        self._collection.delete_where(joined([of_document, all_of(by_id, one_of(DOC_ID_FIELD, [""]))], "or"))
 
     def delete_nodes(
         self, node_ids: Sequence[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any

@@ -77,14 +77,14 @@ def measure_recall(collection: Collection) -> Recall:
     if not queries:
         return Recall(rows, 0, 0.0, 0.0, collection.index_type)
     least = _least_scores(np.array(queries, dtype=np.float32), _vectors(collection), collection.metric == "COSINE")
-    found, taken = 0, []
+    hits_found, milliseconds = 0, []
     for query, bound in zip(queries, least, strict=True):
         start = time.perf_counter()
         hits = collection.search(query, "", min(TOP, rows), ())
-        taken.append(1_000 * (time.perf_counter() - start))
-        found += sum(float(hit["distance"]) >= bound - _TIE for hit in hits)
-    share = found / (len(queries) * min(TOP, rows))
-    return Recall(rows, len(queries), share, statistics.median(taken), collection.index_type)
+        milliseconds.append(1_000 * (time.perf_counter() - start))
+        hits_found += sum(float(hit["distance"]) >= bound - _TIE for hit in hits)
+    share = hits_found / (len(queries) * min(TOP, rows))
+    return Recall(rows, len(queries), share, statistics.median(milliseconds), collection.index_type)
 
 
 def _vectors(collection: Collection) -> Iterator[NDArray[np.float32]]:
@@ -264,5 +264,5 @@ def store_html(store: Any) -> str:
         nodes = store.get_nodes([str(row["id"]) for row in some[:_SAMPLE]]) if some else []
     except MMRetrieverError as error:  # closed, or a server that is away
         facts, nodes = {**facts, "cannot be read": error}, []
-    told = tuple((name, one_line(fact, 300)) for name, fact in facts.items())
-    return replace(show(nodes), title=f"store {store.uri}", facts=told, lines=())._repr_html_()
+    escaped = tuple((name, one_line(fact, 300)) for name, fact in facts.items())
+    return replace(show(nodes), title=f"store {store.uri}", facts=escaped, lines=())._repr_html_()

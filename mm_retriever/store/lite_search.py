@@ -94,8 +94,8 @@ class _Live:
         return same and removed == self.removed
 
 
-def _is(one: Any, other: Any) -> bool:
-    return one is other
+def _is(first: Any, second: Any) -> bool:
+    return first is second
 
 
 _LIVE: weakref.WeakKeyDictionary[Any, _Live] = weakref.WeakKeyDictionary()
@@ -164,17 +164,17 @@ def _searching(original: Callable[..., Any]) -> Callable[..., Any]:
         newer |= {id_: max(number, newer.get(id_, -1)) for id_, number in removed.items()}
         known = _live(segments, memtable, delta_index)
         masks = _shadowed(segments, known.masks, newer) if newer else known.masks
-        found: list[list[tuple[float, int, int]]] = [[] for _ in query_vectors]
+        nearest: list[list[tuple[float, int, int]]] = [[] for _ in query_vectors]
         for place, (segment, live) in enumerate(zip(segments, masks, strict=True)):
             mask = live & _wanted(segment, vector_field, compiled_filter, indexed_filter_plan)
             index, rows = segment.indexes.get(vector_field), segment.vector_data(vector_field)[0]
-            _nearest(found, place, rows, index, metric_type, query_vectors, top_k, mask, search_params)
+            _nearest(nearest, place, rows, index, metric_type, query_vectors, top_k, mask, search_params)
         if ids:
             last = zip(ids, map(int, numbers), strict=True)
             mask = np.array([_is_last(segments, delta_index, removed, id_, number) for id_, number in last])
             if compiled_filter is not None and table is not None:
                 mask &= _evaluated(compiled_filter, table)
-            _nearest(found, len(segments), vectors, None, metric_type, query_vectors, top_k, mask, search_params)
+            _nearest(nearest, len(segments), vectors, None, metric_type, query_vectors, top_k, mask, search_params)
 
         def record(place: int, row: int) -> dict[str, Any]:
             whole = (
@@ -184,7 +184,7 @@ def _searching(original: Callable[..., Any]) -> Callable[..., Any]:
 
         return [
             [{**record(place, row), "distance": distance} for distance, place, row in sorted(candidates)[:top_k]]
-            for candidates in found
+            for candidates in nearest
         ]
 
     return searched
@@ -216,7 +216,7 @@ def _evaluated(compiled_filter: Any, table: Any) -> Mask:
 
 
 def _nearest(
-    found: list[list[tuple[float, int, int]]],
+    nearest: list[list[tuple[float, int, int]]],
     place: int,
     vectors: NDArray[np.float32],
     index: Any,
@@ -233,16 +233,16 @@ def _nearest(
     if not count:
         return
     if metric == "IP" and (index is None or isinstance(index, BruteForceIndex)):
-        _compared(found, place, vectors, queries, top_k, mask, count)
+        _compared(nearest, place, vectors, queries, top_k, mask, count)
         return
     index = index or BruteForceIndex.build(vectors, metric)
     rows, distances = index.search(queries, top_k, valid_mask=None if count == len(mask) else mask, params=params)
-    for candidates, of_query, far in zip(found, rows.tolist(), distances.tolist(), strict=True):
+    for candidates, of_query, far in zip(nearest, rows.tolist(), distances.tolist(), strict=True):
         candidates += [(distance, place, row) for distance, row in zip(far, of_query, strict=True) if row >= 0]
 
 
 def _compared(
-    found: list[list[tuple[float, int, int]]],
+    nearest: list[list[tuple[float, int, int]]],
     place: int,
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
@@ -255,12 +255,12 @@ def _compared(
     distances = -(queries @ (vectors if rows is None else vectors[rows]).T)  # (queries, rows)
     if rows is None and count < len(mask):
         distances[:, ~mask] = np.inf
-    for candidates, far in zip(found, distances, strict=True):
+    for candidates, far in zip(nearest, distances, strict=True):
         most = min(top_k, count)
-        nearest = _smallest(far, most) if most < len(far) else np.arange(len(far))
-        numbers = (nearest if rows is None else rows[nearest]).tolist()
+        closest = _smallest(far, most) if most < len(far) else np.arange(len(far))
+        numbers = (closest if rows is None else rows[closest]).tolist()
         candidates += [
-            (distance, place, row) for distance, row in zip(far[nearest].tolist(), numbers, strict=True) if mask[row]
+            (distance, place, row) for distance, row in zip(far[closest].tolist(), numbers, strict=True) if mask[row]
         ]
 
 

@@ -46,7 +46,7 @@ def embedded_by_pixels(nodes: Sequence[BaseNode], embed_model: Any) -> list[Imag
         raise _refused(nodes[bytes_as_text[0]], "open the store with its embed_model, or use ingest_images")
     by_words = _by_words([nodes[place] for place in unknown], embed_model) if unknown and knows_pixels else []
     wrong: dict[int, BaseNode] = {place: stored[place] for place in bytes_as_text}
-    wrong |= {place: nodes[place] for place, yes in zip(unknown, by_words, strict=False) if yes}
+    wrong |= {place: nodes[place] for place, is_of_words in zip(unknown, by_words, strict=False) if is_of_words}
     vectors: dict[str, list[float]] = {}  # by id: pieces of the bytes of one image share it
     for place, source in wrong.items():
         id_ = stored[place].node_id

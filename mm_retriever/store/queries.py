@@ -76,10 +76,10 @@ def answer(
     if words is None:
         hits = collection.search(vector, expression, top_k, NODE_FIELDS)
     elif by_words_alone:
-        asked = words.asked(query.query_str)
-        if asked is None:
+        terms = words.query_terms(query.query_str)
+        if terms is None:
             raise QueryError("a search by words without words: set query_str")
-        hits = collection.word_search(words, asked, expression, top_k, NODE_FIELDS)
+        hits = collection.word_search(words, terms, expression, top_k, NODE_FIELDS)
     else:
         hits = _fused(collection, words, query, vector, expression, top_k)
     return VectorStoreQueryResult(
@@ -91,10 +91,10 @@ def answer(
 
 def log_unserved(collection: Collection, query: VectorStoreQuery, logged: set[str]) -> None:
     """Log once that the words of a query are of a script that the index of words hardly finds."""
-    words, what = collection.words, "words that the analyzer does not serve"
-    if words is None or query.mode not in WORD_MODES or what in logged or not words.unserved(query.query_str):
+    words, topic = collection.words, "words that the analyzer does not serve"
+    if words is None or query.mode not in WORD_MODES or topic in logged or not words.unserved(query.query_str):
         return
-    logged.add(what)
+    logged.add(topic)
     logger.warning(
         "collection %r finds words by the analyzer 'standard', which finds those of languages without spaces, like %r, "
         "only where they stand alone; a new collection (hybrid=True) finds them",
@@ -143,8 +143,8 @@ def _fused(
         raise QueryError(f"alpha {query.alpha!r}: the two rankings are joined by rank and have no weights; leave it")
     limit = checked_top_k(query.hybrid_top_k or top_k)
     depth = min(MAX_TOP_K, max(_FUSED_ROWS, 4 * limit))
-    asked = words.asked(query.query_str)
-    by_words = None if asked is None else (words, asked, checked_top_k(query.sparse_top_k or depth))
+    terms = words.query_terms(query.query_str)
+    by_words = None if terms is None else (words, terms, checked_top_k(query.sparse_top_k or depth))
     return collection.fused_search((vector, depth), by_words, expression, limit, NODE_FIELDS)
 
 

@@ -176,8 +176,8 @@ class Succession:
         """Remove the rows of the new collection that the old one no longer has."""
         for page in self._new.scan((), "", page_rows=1_000):
             ids = [row[ID_FIELD] for row in page]
-            there = self.old.columns(ids, ())
-            self.remove([id_ for id_ in ids if id_ not in there])
+            present = self.old.columns(ids, ())
+            self.remove([id_ for id_ in ids if id_ not in present])
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove rows of the new collection."""

@@ -4,7 +4,7 @@ Owns its columns, the rule which words a node has, and how a query asks it. Ther
 computes from a text column, and learned sparse vectors, which a model computes here. Knows nothing of connections.
 
 Milvus's standard tokenizer ends a word at white space, punctuation and combining marks: a Chinese or Japanese sentence
-is one word to it, and a Hindi word is several. `indexed_words` and `asked_words` cut runs of scripts without spaces
+is one word to it, and a Hindi word is several. `indexed_words` and `query_words` cut runs of scripts without spaces
 into overlapping pairs of characters, as Lucene's CJK analyzer does, and keep marks as parts of their words.
 """
 
@@ -162,12 +162,12 @@ class WordIndex:
             words = [_cut(indexed_words(text)) for text in words]
         return [{self.text_field: text} for text in words]
 
-    def asked(self, text: str | None) -> str | SparseVector | None:
+    def query_terms(self, text: str | None) -> str | SparseVector | None:
         """Return what to send to Milvus for the words of a query; None if it has none."""
         if not text or not text.strip():
             return None
         if self.model is None and self.analyzer == MIXED:
-            return asked_words(text)
+            return query_words(text)
         if self.model is None:
             return text
         return self.model.encode_queries([text])[0] or None
@@ -301,7 +301,7 @@ def indexed_words(text: str) -> str:
     return _segmented(text, singles=True)
 
 
-def asked_words(text: str) -> str:
+def query_words(text: str) -> str:
     """Return what to ask for: pairs of characters where there are no spaces, a single one where it stands alone."""
     return _segmented(text, singles=False)
 

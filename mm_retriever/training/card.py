@@ -136,7 +136,9 @@ def write_card(folder: Path, training: Training, *, base: str, recipe: Recipe, t
         teacher: name of the reranker that judged the candidates, if one did.
     """
     options = asdict(recipe) | {"learning_rate": recipe.rate, "temperature": TEMPERATURE}
-    told = [f"- {name.replace('_', ' ')}: {value}" for name, value in options.items() if value not in (None, False)]
+    option_lines = [
+        f"- {name.replace('_', ' ')}: {value}" for name, value in options.items() if value not in (None, False)
+    ]
     learned = (
         f"what the reranker `{one_line(teacher, 200)}` says of the images that the model found (Kullback-Leibler "
         "divergence)"
@@ -167,7 +169,7 @@ def write_card(folder: Path, training: Training, *, base: str, recipe: Recipe, t
         "",
         "## Recipe",
         "",
-        *told,
+        *option_lines,
         "",
         "## Figures",
         "",

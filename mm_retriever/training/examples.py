@@ -97,13 +97,13 @@ def _digests(images: Iterable[Path]) -> dict[Path, str]:
             return error
 
     names = sorted(images)
-    found = dict(zip(names, in_threads(digest, names), strict=True))
-    wrong = [found[image] for image in names if isinstance(found[image], ImageLoadError)]
+    digests = dict(zip(names, in_threads(digest, names), strict=True))
+    wrong = [digests[image] for image in names if isinstance(digests[image], ImageLoadError)]
     if wrong:
         named = "; ".join(one_line(error, 200) for error in wrong[:_NAMED])
         more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise QueryError(f"{len(wrong)} of {len(names)} images cannot be read: {named}{more}")
-    return {image: digest for image, digest in found.items() if isinstance(digest, str)}
+    return {image: digest for image, digest in digests.items() if isinstance(digest, str)}
 
 
 def _merged(queries: Iterable[LabelledQuery], same: Mapping[Path, Path]) -> list[LabelledQuery]:
@@ -111,7 +111,7 @@ def _merged(queries: Iterable[LabelledQuery], same: Mapping[Path, Path]) -> list
     by_query: dict[tuple[Path | None, str], LabelledQuery] = {}
     for query in queries:
         image = None if query.image is None else same[query.image]
-        targets, negatives = (tuple(same[one] for one in part) for part in (query.targets, query.negatives))
+        targets, negatives = (tuple(same[name] for name in part) for part in (query.targets, query.negatives))
         known = by_query.get((image, query.text))
         if known is not None:
             targets, negatives = (*known.targets, *targets), (*known.negatives, *negatives)
@@ -173,10 +173,14 @@ def _apart(train: Sequence[LabelledQuery], evaluated: Sequence[LabelledQuery], c
     """Without the negatives that the other side searches for, or has as negatives too."""
     if len(train) < 2:
         raise QueryError(f"{len(train)} queries are left to train on; two are the least")
-    theirs = _searched(evaluated)
-    kept = [replace(query, negatives=tuple(one for one in query.negatives if one not in theirs)) for query in train]
+    searched = _searched(evaluated)
+    kept = [
+        replace(query, negatives=tuple(name for name in query.negatives if name not in searched)) for query in train
+    ]
     trained = {image for query in kept for image in query.images}
-    own = [replace(query, negatives=tuple(one for one in query.negatives if one not in trained)) for query in evaluated]
+    own = [
+        replace(query, negatives=tuple(name for name in query.negatives if name not in trained)) for query in evaluated
+    ]
     before, after = (sum(len(query.negatives) for query in part) for part in ([*train, *evaluated], [*kept, *own]))
     counts |= {"negatives left out because the other side has them": before - after}
     counts |= {"queries trained on": len(kept), "queries held out": len(own)}

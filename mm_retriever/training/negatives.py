@@ -56,7 +56,7 @@ def mined_rows(queries: Sequence[LabelledQuery], vectors: Vectors, count: int) -
     pool = images_of(queries)
     places = {image: place for place, image in enumerate(pool)}
     stored = vectors.images(pool)
-    found: list[tuple[int, Path, list[Path]]] = []
+    triples: list[tuple[int, Path, list[Path]]] = []
     for number, (scores, best) in enumerate(ranked_rows(vectors.queries(queries), stored)):
         query = queries[number]
         right = min(float(scores[places[target]]) for target in query.targets)
@@ -69,9 +69,9 @@ def mined_rows(queries: Sequence[LabelledQuery], vectors: Vectors, count: int) -
             place for place in reversed(others) if scores[place] > limit
         ]
         wrong = (given + [pool[place] for place in others[:count]])[:count]
-        found += [(number, target, wrong) for target in query.targets]
-    least = min(len(wrong) for _, _, wrong in found)
-    return [Row(number, (target, *wrong[:least])) for number, target, wrong in found]
+        triples += [(number, target, wrong) for target in query.targets]
+    least = min(len(wrong) for _, _, wrong in triples)
+    return [Row(number, (target, *wrong[:least])) for number, target, wrong in triples]
 
 
 def judged_rows(

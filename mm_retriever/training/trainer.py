@@ -59,7 +59,7 @@ class RetrievalLoss(CachedMultipleNegativesRankingLoss):
         table = [[numbers.setdefault(image, len(numbers)) for image in row.images] for row in rows]
         self.images = torch.tensor(table)  # (N, 1 + n)
         self.shares = torch.tensor([row.shares for row in rows]) if rows[0].shares else None  # (N, 1 + n)
-        self.right = [[numbers[one] for one in queries[row.query].targets if one in numbers] for row in rows]
+        self.right = [[numbers[name] for name in queries[row.query].targets if name in numbers] for row in rows]
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor) -> Tensor:
         """The mean over the batch."""
@@ -140,8 +140,8 @@ class Collator:
     def __call__(self, numbers: Sequence[dict[str, int]]) -> dict[str, Any]:
         """One batch: a column of queries, one of right images, and those of wrong ones."""
         rows = [self._rows[number["row"]] for number in numbers]
-        asked = [self._queries[row.query] for row in rows]
-        columns = {"query": [(query.image, query.text) for query in asked]}
+        queries = [self._queries[row.query] for row in rows]
+        columns = {"query": [(query.image, query.text) for query in queries]}
         columns |= {f"image{place}": [(row.images[place], "") for row in rows] for place in range(len(rows[0].images))}
         contents = iter(self._vectors.contents([part for column in columns.values() for part in column]))
         batch: dict[str, Any] = {"label": torch.tensor([number["row"] for number in numbers])}
@@ -223,7 +223,8 @@ class EmbedderTrainer(SentenceTransformerTrainer):
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: one.detach().contiguous() for name, one in trained(self.model).items()}, folder / SAFETENSORS)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in trained(self.model).items()}
+        save_file(tensors, folder / SAFETENSORS)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
         saved = load_file(Path(checkpoint_path) / SAFETENSORS)
@@ -362,8 +363,8 @@ def make_trainer(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a training that was ended; one that was being written then goes."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in found:
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
+    for checkpoint in reversed(checkpoints):
         try:
             json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):

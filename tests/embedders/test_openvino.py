@@ -323,9 +323,9 @@ def test_a_quantisation_that_is_too_coarse_is_refused_now_and_later(tmp_path, ca
 def test_auto_takes_the_fastest_that_passes_and_remembers_it(small, cache, drawn):
     """Our choice: it says what it measured, and measures once for a model and a machine."""
     first = load_embedder(small, backend="auto", dtype="float32", calibration=drawn)
-    assert "torch float32" in first.told
-    assert "openvino float32" in first.told
+    assert "torch float32" in first.remark
+    assert "openvino float32" in first.remark
     again = load_embedder(small, backend="auto", dtype="float32")
-    assert again.told.endswith("as measured here before")
+    assert again.remark.endswith("as measured here before")
     assert again.note == first.note
     assert ComposedEmbedding(small, backend="auto", dtype="float32").backend in ("torch", "openvino")

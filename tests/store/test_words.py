@@ -14,7 +14,7 @@ from pymilvus import MilvusClient
 from mm_retriever.errors import StoreError, StoreMismatchError
 from mm_retriever.store import ImageStore, open_store
 from mm_retriever.store.schema import collection_schema
-from mm_retriever.store.words import WordIndex, asked_words, indexed_words, needs_segments
+from mm_retriever.store.words import WordIndex, indexed_words, needs_segments, query_words
 
 MODEL = SimpleNamespace(dimension=2, model_id="two numbers")
 TEXTS = {
@@ -154,8 +154,8 @@ def test_segments_of_a_text() -> None:
         "\u7ea2",
         "b",
     ]
-    assert asked_words("\u96e8\u4f1e\u7ea2").split() == ["\u96e8\u4f1e", "\u4f1e\u7ea2"]
-    assert asked_words("\u96e8").split() == ["\u96e8"]
-    assert asked_words("plain XK-7") == indexed_words("plain XK-7") == "plain XK-7"
+    assert query_words("\u96e8\u4f1e\u7ea2").split() == ["\u96e8\u4f1e", "\u4f1e\u7ea2"]
+    assert query_words("\u96e8").split() == ["\u96e8"]
+    assert query_words("plain XK-7") == indexed_words("plain XK-7") == "plain XK-7"
     assert not needs_segments("d\u00e9j\u00e0 \u043f\u0440\u0438\u0432\u0435\u0442")
     assert all(needs_segments(TEXTS[name]) for name in ("chinese", "japanese", "korean", "thai", "hindi"))

@@ -152,7 +152,7 @@ def config_from_tensors(state: Mapping[str, Tensor], source: Path) -> Shape:
         return (*state[key].shape, 0, 0, 0, 0)
 
     def layers(pattern: str) -> int:
-        return 1 + max((int(found[1]) for key in state if (found := re.match(pattern, key))), default=-1)
+        return 1 + max((int(match[1]) for key in state if (match := re.match(pattern, key))), default=-1)
 
     vocab_size, hidden_size = shape("bge_embeddings.word_embeddings.weight")[:2]
     width, _, patch_size = shape("model_visual.visual.patch_embed.proj.weight")[:3]
@@ -303,7 +303,7 @@ class Encodes(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the weights are computed in."""
-        return next(one.dtype for one in self.parameters() if one.is_floating_point())
+        return next(weight.dtype for weight in self.parameters() if weight.is_floating_point())
 
     @property
     def device(self) -> torch.device:
@@ -379,5 +379,5 @@ def key_mask(attention_mask: Tensor | None, *, image_tokens: int = 0) -> Tensor 
     if not traced and bool(attention_mask.all()):
         return None
     mask = attention_mask.bool()
-    seen = mask.new_ones(mask.shape[0], image_tokens)  # len() would be fixed in a traced graph
-    return torch.cat((mask[:, :1], seen, mask[:, 1:]), dim=1)[:, None, None, :]  # (B, 1, 1, T)
+    image_mask = mask.new_ones(mask.shape[0], image_tokens)  # len() would be fixed in a traced graph
+    return torch.cat((mask[:, :1], image_mask, mask[:, 1:]), dim=1)[:, None, None, :]  # (B, 1, 1, T)

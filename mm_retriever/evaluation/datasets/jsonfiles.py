@@ -86,7 +86,7 @@ class Record:
 
     def _all(self, key: str, kind: type[T], expected: str) -> list[T]:
         value = self._value(key)
-        if not isinstance(value, list) or any(not isinstance(one, kind) or isinstance(one, bool) for one in value):
+        if not isinstance(value, list) or any(not isinstance(item, kind) or isinstance(item, bool) for item in value):
             raise self.error(key, expected)
         return value
 

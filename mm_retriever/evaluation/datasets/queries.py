@@ -142,10 +142,10 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
     file = place / FILE_NAME if place.is_dir() else place
     home = Path(os.path.normpath((file.parent if images is None else images).absolute()))
     labelled = read_queries(file, images=images)
-    found = images_below(home)
-    labelled = _as_found(labelled, found)
-    pictures: dict[str, Picture] = {_name(path, home): path for path in found}
-    extra = {path for query in labelled for path in (*query.targets, *query.negatives)} - set(found)
+    paths = images_below(home)
+    labelled = _as_found(labelled, paths)
+    pictures: dict[str, Picture] = {_name(path, home): path for path in paths}
+    extra = {path for query in labelled for path in (*query.targets, *query.negatives)} - set(paths)
     pictures |= {_name(path, home): path for path in sorted(extra)}
     gallery = tuple(pictures)
     pictures |= {_name(query.image, home): query.image for query in labelled if query.image is not None}
@@ -164,7 +164,7 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
             )
         )
     note = f"{len(extra)} targets and negatives lie outside {home} and are searched too"
-    notes = (note,) if extra and found else ()
+    notes = (note,) if extra and paths else ()
     return (
         checked(
             EvaluationSet(str(file), "own", tuple(queries), pictures, gallery, MEASURES, removed=True, notes=notes)
@@ -172,12 +172,12 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
     )
 
 
-def _as_found(queries: list[LabelledQuery], found: list[Path]) -> list[LabelledQuery]:
+def _as_found(queries: list[LabelledQuery], paths: list[Path]) -> list[LabelledQuery]:
     """The queries with images of the gallery under its own paths: a link, or capitals, may lead to the same file."""
-    others = {path for query in queries for path in query.images} - set(found)
+    others = {path for query in queries for path in query.images} - set(paths)
     if not others:
         return queries
-    by_file = {_file(path): path for path in reversed(found)}
+    by_file = {_file(path): path for path in reversed(paths)}
     own = {path: by_file.get(_file(path), path) for path in others}
     return [
         _checked(
@@ -206,10 +206,10 @@ def images_below(folder: Path) -> list[Path]:
     from mm_retriever.ingest.folder import walk
 
     unreadable: list[str] = []
-    found = [Path(path) for path in walk(str(folder), lambda name, reason: unreadable.append(f"{name}: {reason}"))]
+    paths = [Path(path) for path in walk(str(folder), lambda name, reason: unreadable.append(f"{name}: {reason}"))]
     if unreadable:
         raise QueryError(f"{len(unreadable)} files or folders below {str(folder)!r} cannot be read: {unreadable[0]}")
-    return found
+    return paths
 
 
 def _name(path: Path, home: Path) -> str:

@@ -111,8 +111,8 @@ class Phi3VisionRerank(Options):
         session = RerankSession(self._shared, self, self._say, meter, query, candidates)
         self._understand(session, meter)
         ranking = self._settle(candidates, session.judge())
-        told = {"first": 1, "all": self.top_n, "none": 0}[self.reasons]
-        reasons = session.reasons(ranking.order[:told])
+        explained = {"first": 1, "all": self.top_n, "none": 0}[self.reasons]
+        reasons = session.reasons(ranking.order[:explained])
         return replace(ranking, caption=session.caption, wanted=session.wanted, reasons=reasons)
 
     def _understand(self, session: RerankSession, meter: Meter) -> None:

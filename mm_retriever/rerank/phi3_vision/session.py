@@ -275,15 +275,15 @@ class RerankSession:
 
     def reasons(self, positions: Sequence[int]) -> dict[int, str]:
         """Why candidates fit, in one sentence each; none for what cannot be shown, or where there is no time."""
-        asked = [i for i in positions if not self.candidates[i].missing]
-        if not asked or self.meter.out_of_time():
+        explained = [i for i in positions if not self.candidates[i].missing]
+        if not explained or self.meter.out_of_time():
             return {}
         ask = self._say("ask_reason")
-        turns = [self.encode([Message("user", [self._part(i), ask])], first=False) for i in asked]
+        turns = [self.encode([Message("user", [self._part(i), ask])], first=False) for i in explained]
         answers = self.dialogue.answers(
-            turns, self._show(asked), stop_ids=self._stops, max_new_tokens=self.options.max_new_tokens
+            turns, self._show(explained), stop_ids=self._stops, max_new_tokens=self.options.max_new_tokens
         )
-        return {i: reason for i, ids in zip(asked, answers, strict=True) if (reason := self._text(ids))}
+        return {i: reason for i, ids in zip(explained, answers, strict=True) if (reason := self._text(ids))}
 
     # ------------------------------------------------------------------ pieces
 
@@ -335,9 +335,11 @@ class RerankSession:
         return 16 + max(len(self.processor.encode_literal(self._say(name, count=99))) for name in prompts)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of what two runs of ids start with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def _beginning(prompts: Sequence[Sequence[int]]) -> int:
