@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+import torch
 from PIL import Image
 
 from mm_retriever.demo.catalogue import catalogue, draw_product
@@ -86,6 +87,25 @@ def test_vectors_are_those_of_torch_and_the_space_stays(family, tmp_path):
         assert by_openvino.space == plain.space
         assert by_openvino.note.startswith("float32 openvino")
         assert cache_identity(by_openvino, query=False) != cache_identity(plain, query=False)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_rows_that_threads_share_are_those_of_torch_in_their_order(small, threads):
+    """Our choice: shares of unequal size too, rows that are all different, and few rows again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plain, by_openvino = load_embedder(small, device="cpu"), load_embedder(small, backend="openvino")
+        images = [plain.prepare(Image.new("RGB", (90, 50), (7 * row, 255 - 6 * row, 90))) for row in range(35)]
+        for given in (
+            [Content(image=image) for image in images],
+            [Content(f"mug {row}" + " and a star" * (row % 3)) for row in range(14)],
+            [Content(f"in {row}", image) for row, image in enumerate(images[:13])],
+            [Content(image=image) for image in images[:2]],
+        ):
+            np.testing.assert_allclose(by_openvino.encode(given), plain.encode(given), atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_model_is_exported_once_and_a_broken_file_is_made_again(small, cache, caplog):
