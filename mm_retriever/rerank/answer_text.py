@@ -13,6 +13,7 @@ LONGEST_ANSWER = 40_000  # characters that are read: half from the beginning, ha
 MOST_NUMBERS = 5_000
 _MOST_LINES = 2_000
 
+_PLAIN_SIGNS = str.maketrans("，、；：（）［］【】＞＜｜", ",,;:()[][]><|")
 _NOUN = (
     r"(?:images?|img|pictures?|pics?|photos?|candidates?|options?|items?|products?|passages?|documents?|docs?"
     r"|no\.|nr\.)"
@@ -24,14 +25,22 @@ _STRANGE = re.compile(r"(?<!\w)-?\d{1,12}(?:\.\d{1,12})?(?!\w)")
 _ONLY_ITEM = re.compile(rf"\s*{_ANY_ITEM}\s*[.:,;]?\s*", re.IGNORECASE)
 _CANDIDATE = re.compile(rf"(?:{_NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#№\[])({_DIGITS})", re.IGNORECASE)
 
-_TIE = rf"={{1,2}}(?=\s{{0,4}}(?:[#№(\[]|{_NOUN}))"  # not before a bare number, which would be a score
-_CHAIN = re.compile(
-    rf"{_ANY_ITEM}(?:\s{{0,4}}(?:>{{1,3}}=?|≥|≻|»|[-=]>|→|&gt;|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE
-)
+_TIE = rf"(?:={{1,2}}|[~≈≃≅])(?=\s{{0,4}}(?:[#№(\[]|{_NOUN}))"  # not before a bare number, which would be a score
+_ABOVE = r"(?:>{1,3}=?|≥|≻|»|[-=]>|→|⇒|➔|➜|&gt;)"
+_CHAIN = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:{_ABOVE}|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
 _CHAIN_UP = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:<{{1,3}}|≺|&lt;|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
-_ONLY_TIES = re.compile(r"[^<>≥≻≺»→&]*")
+_ONLY_TIES = re.compile(r"[^<>≥≻≺»→⇒➔➜&]*")
+_LINK = re.compile(rf"{_ABOVE}|{_TIE}", re.IGNORECASE)
+_GOES_ON = re.compile(
+    r"(?!\W{0,3}(?:because|since|as|so|and|while|where)\b)[^,.;:!?\n<>]{0,80}(?:[<>≥≻≺»→⇒➔➜]|&[lg]t;)[ \t]*\S"
+)  # after a chain that stops at words
+_CAME_BEFORE = re.compile(r"[^\s<>][ \t]{0,4}(?:[<>≥≻≺»→⇒➔➜]|&[lg]t;)[^,.;:!?\n<>]{0,80}$")
+_WORDS = re.compile(r"\((?=[^()\d]{1,80}\))(?![^()]{0,80}(?:worst|least|lowest|ascending))[^()]{1,80}\)", re.IGNORECASE)
+_SAID = re.compile(r"[ \t]{0,3}\((?![^()]{0,80}(?:rank|place|\dst|\dnd|\drd|\dth))[^()]{1,80}\)", re.IGNORECASE)
+_REMARK = re.compile(r"[ \t]*\([^()\d]{0,80}\)[ \t.]*$")  # on a whole line
 _SERIES = (
-    rf"{_ANY_ITEM}(?:(?:[ \t]{{0,3}}[,;|/][ \t]{{0,3}}(?:and[ \t])?|[ \t]{{1,4}}(?:and[ \t]|then[ \t])?){_ANY_ITEM})*"
+    rf"{_ANY_ITEM}(?:(?:[ \t]{{0,3}}[,;|/][ \t]{{0,3}}(?:(?:and|then|finally|last)[ \t]){{0,2}}"
+    rf"|[ \t]{{1,4}}(?:(?:and|then|finally)[ \t]){{0,2}}){_ANY_ITEM})*"
 )
 _SERIES_LINE = re.compile(rf"[ \t]*[\[(]?{_SERIES}[\])]?[ \t]*\.?[ \t]*", re.IGNORECASE)
 _LABEL = re.compile(
@@ -40,15 +49,32 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _LIST = re.compile(r"\[([^\[\]{}]{1,20000})\]")
-_WORST_FIRST = re.compile(r"worst (?:to|first)|worst-to|least \w+ (?:to|first)|ascending|lowest first", re.IGNORECASE)
+_WORST_FIRST = re.compile(
+    r"worst (?:to|first)|worst-to|worst\W{1,5}best|least \w+ (?:to|first)|ascending|lowest first", re.IGNORECASE
+)
+_BEST_FIRST = re.compile(
+    r"(?:best|first|top|most)[ \w]{0,20}[ \-](?:to|→|->|>)[ \-][ \w]{0,20}(?:worst|last|least)", re.IGNORECASE
+)
 _NO_RANKING = re.compile(r"\b(?:scores?|prices?|years?|sizes?|counts?|costs?|worst)\b", re.IGNORECASE)
 
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _PLACE = re.compile(
     r"[ \t]*(?:(?:rank|place|position)?[ \t]{0,2}#?(?P<number>\d{1,3})(?:st|nd|rd|th)?(?:[ \t]place)?[ \t]{0,2}[.):\-]"
-    rf"|(?P<word>{'|'.join(_ORDINALS)})(?:[ \t]place)?[ \t]{{0,2}}[:.)\-]|[-•+])[ \t]{{0,9}}",
+    rf"|(?:rank|place|position)?[ \t]{{0,2}}#(?P<marked>\d{{1,3}})(?=[ \t]{{1,3}}{_NOUN}[ \t]{{0,2}}[#№(\[]?\d)"
+    rf"|(?P<word>best|top|{'|'.join(ORDINALS)}|last|worst)(?:[ \t](?:place|best|choice|match|pick|fit))?"
+    r"[ \t]{0,2}[:.)\-]|[-•+])[ \t]{0,9}",
     re.IGNORECASE,
 )
+_NAMED = rf"(?:{_NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#\[]){_DIGITS}[\])]{{0,3}}"
+_PLACED = re.compile(  # several places on one line
+    r"(?<![\w.])[(#]?(?P<place>\d{1,2})"
+    rf"(?:[.)]|(?:st|nd|rd|th)[.):]?|:(?=[ \t]{{0,3}}(?:{_NOUN}|[#\[])))[ \t]{{0,3}}"
+    rf"(?P<item>{_NAMED}|{_ANY_ITEM}(?=[ \t]{{0,3}}(?:$|[,;.(:\-–]|[(#]?\d{{1,2}}[.):])))",
+    re.IGNORECASE,
+)
+_NAMED_LAST = re.compile(rf"(?:\[|\([ \t]?{_NOUN}[ \t]{{0,2}}|\()[#№]?({_DIGITS})[)\]]{{1,2}}[ \t.]*$", re.IGNORECASE)
+_BARE_REMARK = re.compile(rf"({_DIGITS})[)\]]?[ \t]*(?:\([^()]{{0,300}}\)?|[-–—:][ \t]+[^\d]{{0,400}})[ \t.]*")
+_ONLY_DIGITS = re.compile(rf"({_DIGITS})")
 _SCORED = re.compile(
     rf"\W{{0,5}}(?P<item>{_ANY_ITEM})[ \t]{{0,3}}[:=|\-–][ \t]{{0,3}}(?P<named>score[^\d\n]{{0,9}})?"
     r"(?P<score>\d{1,6}(?:\.\d{1,12})?)[ \t]{0,2}(?P<of>/[ \t]{0,2}\d{1,4}|%)?[^\w\n]{0,5}",
@@ -71,23 +97,38 @@ _PLURAL = re.compile(r"[ \t]{0,2}(?:images|pictures|photos|candidates|options|it
 
 def text_ranking(text: str) -> tuple[str, ...]:
     """The numbers of the first form that the text has."""
-    text = re.sub(r"[*`~]+", "", text).replace("_", " ")
+    text = re.sub(r"[*`]+|~{2,}", "", text).replace("_", " ").translate(_PLAIN_SIGNS)
+    text = re.sub(r"\\boxed[ \t]?\{([^{}\n]{1,2000})\}", r" \1 ", text)
+    text = re.sub(r"</?[A-Za-z ]{1,20}>", "\n", text)  # <answer>
+    text = _WORDS.sub("", text)  # words in brackets name no candidate
     lines = text.splitlines()[:_MOST_LINES]
     return (
         _chain(text)
         or _table(lines)
+        or _placed(lines)
         or _labelled(lines)
         or _last_list(text)
-        or _places(lines)
+        or (() if _is_as_shown(places := _places(lines)) else places)
         or _bare(lines)
         or _scored(lines)
+        or _labelled(lines, alone=True)
         or _prose(text)
+        or places
     )
 
 
+def _is_as_shown(numbers: Sequence[str]) -> bool:
+    """Whether this is the order in which the candidates were shown: often a list that says what each of them is."""
+    return len(numbers) > 1 and list(numbers) == [str(number) for number in range(1, len(numbers) + 1)]
+
+
 def _chain(text: str) -> tuple[str, ...]:
-    """The longest of `[3] > [1] > [2]`; of two numbers only where brackets, names or a line of its own prove it."""
+    """The longest of `[3] > [1] > [2]`; of two numbers only where brackets, names or a line of its own prove it.
+
+    A chain that goes on with words is one only where every link names its candidate: `[3] red > [1] blue`.
+    """
     best: tuple[str, ...] = ()
+    pairs = set()
     for pattern in (_CHAIN, _CHAIN_UP):
         for match in pattern.finditer(text):
             if _ONLY_TIES.fullmatch(match[0]):
@@ -97,48 +138,93 @@ def _chain(text: str) -> tuple[str, ...]:
             marked = all(re.search(r"[#\[a-z]", item, re.IGNORECASE) for item in items)
             before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].strip()
             after = text[match.end() :].split("\n", 1)[0].strip()
+            if _GOES_ON.match(after) or _CAME_BEFORE.search(before):
+                continue  # a part of a chain would put what it lacks last
             alone = (not before or before[-1] in ":\"'") and after in ("", ".", '"', "'")
+            if len(numbers) == 2 and (marked or alone):
+                pairs.add(numbers)
             if (len(numbers) > 2 or marked or alone) and len(numbers) >= len(best):
                 best = numbers if pattern is _CHAIN else numbers[::-1]
-    return best
+    if len(best) == 2 and len(pairs) > 1:  # comparisons of two at a time, or a place beside each number
+        best = ()
+    return best or _linked(text)
+
+
+def _linked(text: str) -> tuple[str, ...]:
+    """A line whose links each name one candidate, among other words; the last such line."""
+    for line in reversed(text.splitlines()[:_MOST_LINES]):
+        links = _LINK.split(line[:4_000])
+        named = [_CANDIDATE.findall(link[-400:]) for link in links] if len(links) > 2 else []
+        if named and all(len(numbers) == 1 for numbers in named):
+            return tuple(plain_number(numbers[0]) for numbers in named)
+        bare = [_BARE_REMARK.fullmatch(link.strip()) or _ONLY_DIGITS.fullmatch(link.strip()) for link in links]
+        if len(links) > 2 and all(bare):
+            return tuple(plain_number(match[1]) for match in bare if match)
+    return ()
 
 
 def _table(lines: Sequence[str]) -> tuple[str, ...]:
-    """A table with a column of candidates and one of ranks or scores."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.count("|") >= 2]
-    if len(rows) < 2:
-        return ()
-    header = [cell.lower() for cell in rows[0]]
+    """A table with a column of candidates and one of ranks or scores: of Markdown, tabs, commas or blanks."""
+    for sign in (r"\|", r"\t", ",", ";", " {2,}"):
+        rows = [[cell.strip() for cell in re.split(sign, line.strip().strip("|")[:2_000])] for line in lines]
+        for place, header in enumerate(rows):
+            strict = sign != r"\|"  # what is no sign of a table has to look like one
+            if len(header) < 2 or (strict and not all(re.fullmatch(r"[A-Za-z#. ]{1,24}", cell) for cell in header)):
+                continue
+            same = [cells for cells in rows[place + 1 :] if len(cells) == len(header) or not strict]
+            if (numbers := _columns(header, same)) and (len(numbers) > 1 or not strict):
+                return numbers
+    return ()
+
+
+def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The candidates of a table by its ranks, or else its scores."""
+    names = [cell.lower() for cell in header]
 
     def column(pattern: str) -> int | None:
-        return next((i for i, cell in enumerate(header) if re.search(pattern, cell)), None)
+        return next((i for i, cell in enumerate(names) if re.search(pattern, cell)), None)
 
     who = column(r"image|picture|photo|candidate|item|option|product|\bid\b|index|number")
     rank = column(r"rank|place|position|^#$")
     score = column(r"score|relevance|rating|match|fit|probab|confid")
-    if who is None or (rank is None and score is None):
+    by, sign = (rank, 1.0) if rank is not None else (score, -1.0)
+    if who is None or by is None or who == by:
         return ()
     placed: list[tuple[float, str]] = []
-    by, sign = (rank, 1.0) if rank is not None else (score, -1.0)
-    for cells in rows[1:]:
-        if by is not None and max(who, by) < len(cells):
+    for cells in rows:
+        if max(who, by) < len(cells):
             number, value = candidate_number(cells[who]), quantity(cells[by])
             if number and value is not None:
                 placed.append((sign * value, number))
     return tuple(number for _, number in sorted(placed, key=lambda item: item[0]))
 
 
-def _labelled(lines: Sequence[str]) -> tuple[str, ...]:
-    """`Ranking: 3, 1, 2`; the last such line, and one number alone after "best", "answer" and their like."""
+def _placed(lines: Sequence[str]) -> tuple[str, ...]:
+    """`1. Image 3, 2. Image 1` or `1) 3 2) 1`: a line with every place from the first on; the last such line."""
+    for line in reversed(lines):
+        matches = list(_PLACED.finditer(line[:4_000]))
+        if len(matches) > 1 and [int(match["place"]) for match in matches] == list(range(1, len(matches) + 1)):
+            return tuple(plain_number(number[0]) for match in matches if (number := _NUMBER.search(match["item"])))
+    return ()
+
+
+def _labelled(lines: Sequence[str], *, alone: bool = False) -> tuple[str, ...]:
+    """`Ranking: 3, 1, 2`; the last such line. `alone`: one number after "best", "answer" and their like."""
     for line in reversed(lines):
         label = _LABEL.match(line[:400])
-        if label is None or (_NO_RANKING.search(label["label"]) and not _WORST_FIRST.search(label["label"])):
+        if label is None or (_NO_RANKING.search(label["label"]) and not _has_ends(label["label"])):
             continue
-        numbers = series(line[label.end() :])
-        is_single = label["word"].lower() in ("best", "answer", "top", "winner")
-        if len(numbers) > 1 or (is_single and numbers):
+        rest = line[label.end() :]
+        numbers = series(rest) or series(_SAID.sub("", rest[:LONGEST_ANSWER]))  # "4 (0.9), 2 (0.7)"
+        is_single = label["word"].lower() in ("best", "answer", "top", "winner") and not _SEQUEL.search(label["label"])
+        if len(numbers) > 1 or (alone and is_single and numbers):
             return numbers[::-1] if _WORST_FIRST.search(label["label"]) else numbers
     return ()
+
+
+def _has_ends(text: str) -> bool:
+    """Whether a text says which end of a ranking is the best."""
+    return _WORST_FIRST.search(text) is not None or _BEST_FIRST.search(text) is not None
 
 
 def series(line: str) -> tuple[str, ...]:
@@ -162,35 +248,69 @@ def _last_list(text: str) -> tuple[str, ...]:
 
 
 def _places(lines: Sequence[str]) -> tuple[str, ...]:
-    """`1. Image 4`, `2nd: [1]`, `- 3`: a line for each candidate, which is named, or is all that the line says."""
-    placed: list[tuple[float, str]] = []
-    ranked = True
+    """`1. Image 4`, `2nd: [1]`, `- 3`: a line for each candidate, which is named, or is all that the line says.
+
+    Of several lists with numbers the last; none of whose first place nothing is known.
+    """
+    lists: list[dict[int, str]] = [{}]
+    loose: list[str] = []  # without places
     for line in lines:
         place = _PLACE.match(line[:400])
-        if place is None:
+        number = listed_number(line[place.end() :].strip()) if place else ""
+        if place is None or not number:
             continue
-        rest = line[place.end() :].strip()
-        match = _CANDIDATE.match(rest)
-        number = plain_number(match[1]) if match else ""
-        if not number and len(rest) < 40 and _ONLY_ITEM.fullmatch(rest):
-            number = next(iter(all_numbers(rest)), "")
-        if not number:
+        given = place["number"] or place["marked"]
+        if not given and not place["word"]:
+            loose.append(number)
+            if lists[-1] and number not in lists[-1].values():
+                lists[-1][max(lists[-1]) + 1] = number
             continue
-        if place["number"] or place["word"]:
-            rank = int(place["number"]) if place["number"] else _ORDINALS.index(place["word"].lower()) + 1
-        else:
-            rank, ranked = 0, False
-        placed.append((rank, number))
-    if ranked:
-        placed.sort(key=lambda item: item[0])
-    return tuple(number for _, number in placed) if ranked or len(placed) > 1 else ()
+        rank = int(given) if given else _rank_of(place["word"])
+        if rank in lists[-1]:
+            lists.append({})
+        lists[-1][rank] = number
+    best = _from_the_first(max(reversed(lists), key=len))
+    if len(loose) > 1 and (len(best) < 2 or _is_as_shown(best)):
+        return tuple(loose)
+    return best
+
+
+def _rank_of(word: str) -> int:
+    word = word.lower()
+    return 1 if word in ("best", "top") else ORDINALS.index(word) + 1 if word in ORDINALS else 10**6
+
+
+def _from_the_first(places: dict[int, str]) -> tuple[str, ...]:
+    """The candidates of the places from the first on, up to one of which nothing is known."""
+    numbers: list[str] = []
+    for count, rank in enumerate(sorted(places), min(1, *places, 1)):
+        if rank != count and rank < 10**6:
+            break
+        numbers.append(places[rank])
+    return tuple(numbers)
+
+
+def listed_number(rest: str) -> str:
+    """The candidate that the line of a place names; "" where it names none."""
+    if match := _CANDIDATE.match(rest) or _NAMED_LAST.search(rest[-40:]):
+        return plain_number(match[1])
+    if len(rest) < 40 and _ONLY_ITEM.fullmatch(rest):
+        return next(iter(all_numbers(rest)), "")
+    match = _BARE_REMARK.fullmatch(rest)
+    return plain_number(match[1]) if match else ""
 
 
 def _bare(lines: Sequence[str]) -> tuple[str, ...]:
     """The longest line that is nothing but a series; or several lines that are one candidate each."""
-    runs = [numbers for line in lines if len(numbers := series(line)) > 1]
+    runs: list[tuple[str, ...]] = []
+    for line in lines:
+        remark = _REMARK.search(line[-100:])
+        said = remark[0] if remark and not series(line) else ""
+        if len(numbers := series(line.removesuffix(said))) > 1:
+            runs.append(numbers[::-1] if _WORST_FIRST.search(said) else numbers)
     if runs:
-        return max(reversed(runs), key=len)
+        best = max(reversed(runs), key=len)
+        return () if len(best) == 2 and len(set(runs)) > 1 else best  # two columns of something
     single = [numbers[0] for line in lines if line.strip() and len(numbers := series(line)) == 1]
     return tuple(single) if len(single) > 1 else ()
 
@@ -221,7 +341,7 @@ def _prose(text: str) -> tuple[str, ...]:
         before = text[max(0, first.start() - 40) : first.start()]
         before = re.split(r"[.!?\n](?!\d)", before)[-1]
         after = re.split(r"[.!?\n\d]", text[first.end() : first.end() + 40])[0]
-        if not _BEST.search(before) and not _BEST.search(after):
+        if not _BEST.search(before) and (not _BEST.search(after) or _has_ends(after) or "worst" in after):
             continue
         if re.search(r"\b(?:not|no|none|neither|nor|which)\b|n't", f"{before} {after}", re.IGNORECASE):
             continue

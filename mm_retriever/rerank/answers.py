@@ -18,8 +18,10 @@ from mm_retriever.errors import one_line
 from mm_retriever.rerank.answer_text import (
     LONGEST_ANSWER,
     MOST_NUMBERS,
+    ORDINALS,
     all_numbers,
     candidate_number,
+    listed_number,
     names_candidate,
     quantity,
     series,
@@ -56,6 +58,7 @@ _RANKING_KEYS = (
 _DESCRIBING_KEYS = ("candidates", "images", "pictures", "items", "scores", "evaluations", "ratings", "numbers", "ids")
 """Lists under these keys need not be in order: what they hold counts with a rank or a score."""
 _SCORE_KEYS = ("scores", "ratings")
+_RANKED_KEY = re.compile(r"^(?!.*(?:worst|least|asc))(?=.*(?:rank|sorted|order))(?=.*(?:ing|ed|order|list)).{1,40}$")
 _ONE_KEYS = ("ranking", "best", "answer", "final answer", "top", "result", "order")
 _ID_KEYS = (
     *("candidate", "candidate number", "candidate id", "image", "image number", "image id", "picture"),
@@ -63,7 +66,14 @@ _ID_KEYS = (
     *("candidate index", "name"),
 )
 _RANKS = ("rank", "place", "position", "ranking", "order")
+_DISTANCES = ("distance",)
 _SCORES = ("score", "relevance", "relevance score", "rating", "probability", "confidence", "similarity", "match", "fit")
+_RANK_TEXT = re.compile(
+    r"\s*(?:rank\s*)?#?\d{1,6}(?:st|nd|rd|th)?(?:\s*place)?(?:\s*(?:/|of|out of)\s*\d{1,6})?\s*\.?\s*", re.I
+)
+_SCORE_TEXT = re.compile(
+    r"\s*#?-?\d{1,9}(?:\.\d{1,9})?\s*(?:(?:/|of|out of)\s*\d{1,6}|%|points?)?\s*(?:[(,;:–—-].*)?", re.I | re.S
+)
 _REASONS = ("reason", "why", "explanation", "rationale", "comment")
 
 
@@ -217,7 +227,7 @@ def _refusal(text: str) -> str:
 
 def _json_values(text: str) -> tuple[list[Any], str]:
     """The objects in the text, and lists that hold objects or texts, lower-cased keys; and the text without them."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(strict=False)  # models break lines inside texts
     values: list[Any] = []
     rest: list[str] = []
     position = kept = 0
@@ -240,8 +250,13 @@ def _json_values(text: str) -> tuple[list[Any], str]:
 
 def _lowered(value: Any) -> Any:
     if isinstance(value, dict):
-        return {" ".join(str(key).replace("_", " ").lower().split())[:200]: entry for key, entry in value.items()}
+        return {" ".join(_words(str(key)).lower().split())[:200]: entry for key, entry in value.items()}
     return value
+
+
+def _words(key: str) -> str:
+    """A key as words: "final_ranking", "finalRanking"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", key[:1_000])
 
 
 def _json_ranking(value: Any, depth: int = 0) -> list[Entry]:
@@ -252,6 +267,9 @@ def _json_ranking(value: Any, depth: int = 0) -> list[Entry]:
     facts = _lowered(value)
     for key in _RANKING_KEYS:
         if key in facts and (entries := _entries_of(facts[key], key)):
+            return entries
+    for key, entry in list(facts.items())[:50]:  # "sorted candidates", "rankedImages"
+        if _RANKED_KEY.search(key) and isinstance(entry, list) and (entries := _entries_of(entry, "ranking")):
             return entries
     if entries := _mapping_entries(facts, ""):
         return entries
@@ -295,6 +313,8 @@ def _list_entries(value: list[Any], *, ordered: bool) -> list[Entry]:
                     places.append((place, (number, reason)))
         elif number := _candidate(entry):
             plain.append((number, ""))
+        elif isinstance(entry, str) and len(entry) > 3 and ordered:
+            break  # of what comes after one that cannot be read, nobody knows the place
     if places:
         placed = [entry for _, entry in sorted(places, key=lambda item: item[0])]
         return [*placed, *(entry for entry in plain if entry not in placed)] if ordered else placed
@@ -330,21 +350,25 @@ def _mapping_entries(facts: Mapping[str, Any], key: str) -> list[Entry]:
 
 
 def _place(facts: Mapping[str, Any]) -> float | None:
-    """Where an object belongs, less is better: its rank, or else its score."""
-    for keys, sign in ((_RANKS, 1.0), (_SCORES, -1.0)):
+    """Where an object belongs, less is better: its rank, or else its score or distance."""
+    for keys, sign, form in ((_RANKS, 1.0, _RANK_TEXT), (_SCORES, -1.0, _SCORE_TEXT), (_DISTANCES, 1.0, _SCORE_TEXT)):
         for key in keys:
-            number = _quantity(facts.get(key))
+            number = _quantity(facts.get(key), form)
             if number is not None:
                 return sign * number
     return None
 
 
-def _quantity(value: Any) -> float | None:
+def _quantity(value: Any, form: re.Pattern[str]) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, int | float):
         return float(value) if abs(value) < 1e12 else None
-    return quantity(value) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    if form is _RANK_TEXT and value.strip().lower() in ORDINALS:
+        return float(ORDINALS.index(value.strip().lower()) + 1)
+    return quantity(value) if form.fullmatch(value[:200]) else None  # "2nd row" is no rank
 
 
 def _candidate(value: Any) -> str:
@@ -353,7 +377,7 @@ def _candidate(value: Any) -> str:
         return ""
     if isinstance(value, int | float):
         return _whole(value)
-    return candidate_number(value) if isinstance(value, str) else ""
+    return candidate_number(value) or listed_number(value[:400]) if isinstance(value, str) else ""
 
 
 def _whole(value: int | float) -> str:
