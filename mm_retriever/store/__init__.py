@@ -1,20 +1,20 @@
 """Images and their vectors in Milvus: a local file, a server or Zilliz Cloud.
 
-Owns every request that this package sends to Milvus. Knows nothing of models beyond a name and a dimension, and nothing
-of image files. Its files, from LlamaIndex down to Milvus:
+Owns every request that this package sends to Milvus. Of models it knows a name and a dimension, of image files nothing.
+Its files, from LlamaIndex down to Milvus:
 
 - `image_store.py`: `open_store` and `ImageStore`, LlamaIndex's side of a collection. `pixels.py`: image nodes that come
-  with vectors of their text. `queries.py`: the queries it takes.
+  with vectors of their text. `queries.py`: query modes and their answers.
 - `conditions.py`: conditions as people and language models write them. `columns.py`: conditions that no row can meet.
-- `bulk_import.py`, `parquet.py`: rows in files that a server imports by itself, each exactly once.
-- `inspection.py`: what a store holds, whether that is what was stored, and how much its index finds.
+- `bulk_import.py`, `parquet.py`: files of rows that a server imports by itself, each row exactly once.
+- `inspection.py`: what a store holds, whether it is damaged, and the recall of its index.
 - `collection.py`, `schema.py`: one collection, its columns and index, and the model whose vectors it holds.
   `words.py`: its full-text index.
-- `succession.py`: a collection's rows beside it under another model. `switching.py`: how they take its name.
+- `succession.py`: copying a collection's rows under another model. `switching.py`: giving the copy its name.
 - `connection.py`: where Milvus is, and what its failures mean. `channel.py`: requests that end by their deadline.
-- `lite_channel.py`, `lite_server.py`, `lite_wire.py`: how the processes of one user share a Milvus Lite file.
-- `lite_search.py`: what such a file keeps between searches.
-- `lite_repair.py`, `lite_logs.py`, `lite_durability.py`: what protects such a file from power cuts and bit rot.
+- `lite_channel.py`, `lite_server.py`, `lite_wire.py`: sharing a Milvus Lite file between processes of one user.
+- `lite_search.py`: searches of such a file that reuse what the last one computed.
+- `lite_repair.py`, `lite_logs.py`, `lite_durability.py`: protection of such a file from power cuts and bit rot.
 - `rows.py`, `values.py`: a LlamaIndex node as a row.
 - `filters.py`: metadata filters as expressions that a value cannot break out of.
 """

@@ -1,9 +1,9 @@
 """Files of rows that a Milvus server imports by itself, each row exactly once.
 
-A bulk import puts rows beside those of the same id that are there already, takes a file as often as it is asked to, and
-shows the rows some time after it says that it is done. So this looks at the rows and not at the tasks: what is there
-whole is left alone, what is there in part or twice is removed and imported anew, and while a task for a file is open no
-other is started. A run that died is repeated and ends the same.
+A bulk import adds rows beside stored ones of the same id, imports a file as often as it is requested, and shows the
+rows some time after it reports success. So this module checks the rows and not the tasks: a file whose rows are all
+there once is left alone, one whose rows are there in part or twice is removed and imported anew, and while a task for a
+file is open no other is started. A run that died can be repeated, with the same result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mm_retriever.store.rows import chunks
 from mm_retriever.store.schema import ID_FIELD, VECTOR_FIELD
 
 _ROUNDS = 3
-"""How often a file is imported when its rows are there twice afterwards: once, and again for each rival importer."""
+"""Imports of one file whose rows are there twice afterwards: the first, and another for each rival importer."""
 
 _AT_ONCE = 64
 """Tasks that are open at a time; a server takes about a thousand of all its clients together."""
@@ -41,7 +41,7 @@ _ENDED = ("Completed", *_FAILED)
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What one call of `import_shards` did: rows imported, rows that were there already, and wall clock."""
+    """The result of `import_shards`: rows imported, rows that were there already, and seconds of wall clock."""
 
     imported: int
     present: int
@@ -60,14 +60,14 @@ def import_files(
     timeout: float,
     show_progress: bool,
 ) -> ImportReport:
-    """Let the server of a store import the files, and return when every row of theirs is there exactly once.
+    """Let the server of a store import the files; return when each of their rows is there exactly once.
 
     Args:
         store: on a Milvus server.
         files: as `ParquetRows` wrote them, each with rows.
         remote_folder: where the server's object storage has copies of them, under the same names.
         words: `words_name` of the index in the files.
-        timeout: seconds without any progress of the server.
+        timeout: seconds without progress on the server after which to give up.
         show_progress: whether to show a progress bar.
     """
     start = time.perf_counter()
@@ -116,7 +116,7 @@ class _Import:
         self._partly_there: set[str] = set()
 
     def rows_imported_and_present(self, bar: tqdm[Any]) -> tuple[int, int]:
-        """Import what is not there whole; return how many rows were imported, and how many were there before."""
+        """Import the files that are not there whole; return the rows imported and the rows that were there before."""
         tasks = self._tasks()
         self._wait([task.task_id for task in tasks if self._may_add_rows(task)])
         if tasks:
@@ -144,7 +144,7 @@ class _Import:
     # ------------------------------------------------------------------------------------------ rows
 
     def _stored(self, ids: Sequence[str]) -> tuple[int, int]:
-        """How many of the ids are there, and how many rows have them."""
+        """How many of the ids are stored, and in how many rows."""
         different = rows = 0
         for part in chunks(ids, _IDS_PER_COUNT):
             if stored := len(self._collection.columns(part, ())):
@@ -161,7 +161,7 @@ class _Import:
         return different == rows == len(ids)
 
     def _is_well_imported(self, name: str) -> bool:
-        """Whether each row is there once, as it is in the file. If not, what is there is removed."""
+        """Whether each row is there once, as it is in the file; otherwise the rows of the file are removed."""
         path = self._files[name]
         ids = read_ids(path)
         different, rows = self._stored(ids)
@@ -180,7 +180,7 @@ class _Import:
         )
 
     def _show_imported_rows(self) -> None:
-        """Make the server show what it has imported; by itself it does so up to a minute later."""
+        """Make the server show imported rows at once, and not up to a minute later."""
         with self._connection.request("loading imported rows"):
             load = {"collection_name": self._collection.name, "timeout": self._timeout}
             self._connection.client.load_collection(**load)  # after a restart it is not loaded
@@ -190,7 +190,7 @@ class _Import:
 
     def _import(self, names: Sequence[str]) -> None:
         started = {self._start(name): name for name in names}
-        # Where an answer was lost the server was asked again, and may have taken the first request too.
+        # A request whose answer was lost was repeated; the server may have started a task for each.
         twice = {task.task_id for task in self._tasks() if self._may_add_rows(task)}
         for task in self._wait([*twice.union(started)]):
             if task.state_name in _FAILED and task.task_id in started:
@@ -219,10 +219,10 @@ class _Import:
         return task.state_name not in _ENDED and (not task.files or any(name in task.files for name in self._files))
 
     def _wait(self, numbers: Sequence[int]) -> list[BulkInsertState]:
-        """Return the tasks of these numbers as they ended.
+        """Wait for the tasks with these numbers and return their final states.
 
         Raises:
-            StoreUnavailableError: none of them went on for the whole timeout.
+            StoreUnavailableError: none of them made progress within the timeout.
         """
         waiting, ended = list(numbers), []
         last: object = None
@@ -248,5 +248,5 @@ class _Import:
 
     @property
     def _handler(self) -> Any:
-        """What pymilvus' client asks through: the client has no bulk insert, and `pymilvus.utility` connects anew."""
+        """The handler of pymilvus' client, which has no bulk insert of its own; `pymilvus.utility` would reconnect."""
         return self._connection.client._get_connection()

@@ -1,8 +1,8 @@
-"""A gRPC channel to a Milvus server on which every request ends by its deadline, whatever becomes of the server.
+"""A gRPC channel to a Milvus server on which every request ends by its deadline, even if the server disappears.
 
-A server that is away, or says that it is not ready, is asked again until the deadline. pymilvus itself waits for a lost
-connection under one lock of the whole process, one thread after the other, each for its whole timeout; so it gets this
-channel and never learns of a lost connection. Knows nothing of collections.
+A request to a server that is unreachable or not ready is repeated until the deadline. pymilvus itself waits for a lost
+connection under one lock of the whole process: one thread after the other, each for its whole timeout. So it gets this
+channel, which hides lost connections from it. Knows nothing of collections.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _OPTIONS = {
     "grpc.max_reconnect_backoff_ms": 1_000,
 }
 _OLD_PARTS = "node not match"
-"""What a restarted server answers for half a minute about parts that its killed predecessor left registered."""
+"""What a restarted server answers for half a minute, while parts of its killed predecessor are still registered."""
 
 
 class Deadline:
-    """When a request must have ended.
+    """The time by which a request must have ended.
 
     Attributes:
-        reason: why the server was last asked again, "" if it was not.
+        reason: why the request was last repeated, "" if it was not.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -43,7 +43,7 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds, 0 or less when it is over."""
+        """Seconds until the deadline; 0 or less after it."""
         return self._end - time.monotonic()
 
 
@@ -52,7 +52,7 @@ _DEADLINE: ContextVar[Deadline | None] = ContextVar("deadline", default=None)
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[Deadline]:
-    """Let every request inside end by a deadline; inside another one, by the sooner of the two."""
+    """Set a deadline for every request inside; of nested deadlines the earlier one counts."""
     outer = _DEADLINE.get()
     current = Deadline(seconds) if outer is None or outer.left > seconds else outer
     token = _DEADLINE.set(current)
@@ -63,9 +63,9 @@ def deadline(seconds: float) -> Iterator[Deadline]:
 
 
 def open_channel(uri: str, timeout: float) -> grpc.Channel | None:
-    """Return a connected channel; None for an endpoint whose servers pymilvus looks up itself (a global cluster).
+    """Return a connected channel; None for a global cluster, whose servers pymilvus looks up itself.
 
-    The timeout is for connecting, and for a request for which no `deadline` is set.
+    The timeout is for connecting, and for requests without a `deadline`.
 
     Raises:
         grpc.FutureTimeoutError: no answer within the timeout.
@@ -83,20 +83,20 @@ def open_channel(uri: str, timeout: float) -> grpc.Channel | None:
     except BaseException:
         channel.close()
         raise
-    return grpc.intercept_channel(channel, _Patience(timeout))
+    return grpc.intercept_channel(channel, _Retry(timeout))
 
 
-class _Patience(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+class _Retry(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
 
     def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        """Send one request of pymilvus until it is answered; every request of ours may be sent twice."""
+        """Repeat one request of pymilvus until it is answered; sending it twice is safe."""
         with deadline(details.timeout or self._timeout) as until:
             pause = 0.05
             while True:
                 left = until.left
-                if left <= 0:  # an error that does not make pymilvus connect anew
+                if left <= 0:  # fails with an error that does not make pymilvus reconnect
                     return continuation(details._replace(timeout=0, wait_for_ready=True), request)
                 call = continuation(details._replace(timeout=left), request)
                 reason = _reason_to_retry(call)
@@ -108,7 +108,7 @@ class _Patience(grpc.UnaryUnaryClientInterceptor):  # type: ignore[misc]
 
 
 def _reason_to_retry(call: Any) -> str:
-    """Why it is worth asking again; "" if it is not."""
+    """Why the request is worth repeating; "" if it is not."""
     code = call.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return str(call.details())

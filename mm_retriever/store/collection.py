@@ -1,7 +1,7 @@
-"""One Milvus collection of ours: its schema and indexes, the model of its vectors, and its rows.
+"""One Milvus collection: its schema and indexes, the model of its vectors, and its rows.
 
-Owns which requests write, read and search a collection, and how it stays consistent. Knows rows, vectors and
-expressions, nothing of nodes and queries.
+Owns the requests that write, read and search a collection, and their consistency. Knows rows, vectors and expressions,
+nothing of nodes and queries.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _PAGE_ROWS = 10_000
 _IDS_PER_REQUEST = 1_000
 _SAMPLED_ROWS = 64
-"""Looked at when a collection is opened; parts of the data files of Milvus Lite were looked at by then."""
+"""Rows checked when a collection is opened, after the samples of Milvus Lite's data files."""
 
 _STRONG_AFTER_DELETE_SECONDS = 5.0
 _NOT_LOADED = 101
@@ -58,16 +58,16 @@ Hit: TypeAlias = Mapping[str, Any]
 
 
 class Collection:
-    """One collection, on a connection of its own. Nothing is asked of Milvus before `open`.
+    """One collection, on its own connection. Sends nothing to Milvus before `open`.
 
-    Dimension, model and metric may be left open ("" and None); an existing collection says them then.
+    Dimension, model and metric may be left open ("" and None); `open` then reads them from the existing collection.
 
     Attributes:
         model_note: name and float format of the model, for people.
-        index_type: what the vectors are indexed by, once open.
-        rows: that a new collection is made for, if that is known.
-        made_from: of a new collection of a `reindex`, the model of the one before.
-        words: the index of words; None if there is none.
+        index_type: the type of the vector index, once open.
+        rows: expected number of rows of a new collection, if known.
+        made_from: the previous model, where `reindex` makes the collection.
+        words: the full-text index, None without one.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Collection:
         create: bool = False,
         analyzer: str | None = None,
     ) -> None:
-        """Make the collection, or check that it is ours; then load it: only a loaded one can be searched.
+        """Create the collection, or check the existing one; then load it, which searching needs.
 
         Raises:
-            StoreError: there is none, and `create` is False.
+            StoreError: it is missing, and `create` is False.
         """
         with self.connection.request("opening the collection"):
             while True:
@@ -149,20 +149,20 @@ class Collection:
         self._sync(sync_new_collection)
 
     def _create(self) -> bool:
-        """Make the collection; False if it is there.
+        """Create the collection; False if it exists.
 
-        So it is where the process that served a Milvus Lite file made it and was killed before it could answer.
+        It exists if the process that served the Milvus Lite file created it and was killed before it could answer.
         """
         if not self.dimension:
             raise StoreError("dimension: a new collection needs to know how many numbers a vector has")
-        # A server keeps the description; Milvus Lite keeps properties, and neither is sure to keep the other.
-        kept = model_properties(self.model_id, self.model_note, self.made_from)
-        kept |= {} if self.words is None else self.words.properties
-        self._watch.saw(self.model_id or None, self.dimension)
-        schema = collection_schema(self.dimension, "" if self._lite else json.dumps(kept))
+        # A server is sure to store the description, Milvus Lite the properties; neither is sure to store the other.
+        stored = model_properties(self.model_id, self.model_note, self.made_from)
+        stored |= {} if self.words is None else self.words.properties
+        self._watch.remember(self.model_id or None, self.dimension)
+        schema = collection_schema(self.dimension, "" if self._lite else json.dumps(stored))
         if self.words is not None:
             self.words.add_to(schema)
-        properties = {"properties": kept} if self._lite else {}
+        properties = {"properties": stored} if self._lite else {}
         self._scans_are_strong = True
         try:
             self._ask(self._client.create_collection, schema=schema, consistency_level="Strong", **properties)
@@ -173,7 +173,7 @@ class Collection:
         return True
 
     def _create_indexes(self) -> None:
-        """Index the vectors, and the words if there are any; existing indexes stay."""
+        """Create the vector index and the full-text index where they are missing."""
         if not self._ask(self._client.list_indexes, field_name=VECTOR_FIELD):
             self_hosted = self._lite or self._client.is_self_hosted
             auto = index_for(self.rows, lite=self._lite, self_hosted=self_hosted)
@@ -189,15 +189,15 @@ class Collection:
     def _index(self, field: str, index_type: str, metric: str, **build: Any) -> None:
         params = self._client.prepare_index_params()
         params.add_index(field, index_name=field, index_type=index_type, metric_type=metric, **build)
-        # sync: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits all the same
+        # sync=False: waiting takes half a second, and Milvus Lite prints that it cannot; loading waits anyway
         try:
             self._ask(self._client.create_index, index_params=params, sync=False)
         except MilvusException as error:
-            if error.code != _INDEX_EXISTS:  # asked again after a takeover; `_check_index` looks at what is there
+            if error.code != _INDEX_EXISTS:  # a repeated request; `_check_index` checks the existing index
                 raise
 
     def _check_server(self) -> None:
-        """Refuse an index of words where the server is too old, before a collection is dropped or half of one made."""
+        """Refuse a full-text index on a server that is too old, before a collection is dropped or created."""
         if self.words is not None and not self._lite:
             first, hybrid = ((2, 4), "a sparse model") if self.words.model else ((2, 5), "True")
             self.connection.check_version(first, f"hybrid={hybrid}")
@@ -213,7 +213,7 @@ class Collection:
         if self.dimension not in (0, dimension):
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self.dimension}")
         self.dimension = dimension
-        self._watch.saw(stored_model(description)[0], dimension)
+        self._watch.remember(stored_model(description)[0], dimension)
         words = word_index_of(description, hybrid, analyzer)
         if isinstance(words, str):
             raise self._mismatch(words)
@@ -263,12 +263,12 @@ class Collection:
     # ------------------------------------------------------------------------------------------ writing
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Store rows of different ids; a row whose id is there already is replaced whole.
+        """Store rows of different ids; a row replaces the stored one of its id.
 
         Afterwards the rows of a Milvus Lite file survive a power cut.
         """
-        # On Milvus Lite an upsert leaves columns of the old row that the new one lacks; its insert replaces rows whole.
-        # On a server an insert leaves the old row there, and an upsert replaces it whole.
+        # Milvus Lite: insert replaces a whole row, upsert keeps columns of the old row that the new one lacks.
+        # Server: upsert replaces a whole row, insert keeps the old row beside the new one.
         call = self._client.insert if self._lite else self._client.upsert
         with self.connection.request(f"storing {len(rows)} rows"):
             self._watch.check(0)
@@ -289,12 +289,12 @@ class Collection:
         self._sync(sync_logs)
 
     def flush(self) -> None:
-        """Have Milvus Lite put rows from memory into data files, where they are searched fast."""
+        """Make Milvus Lite move rows from memory into data files, where searches are fast."""
         with self.connection.request("flushing"):
             self._ask(self._client.flush)
 
     def _sync(self, step: Callable[[Path, str], None]) -> None:
-        """Put what was written to a Milvus Lite file on the disk; a server does that itself."""
+        """Sync a Milvus Lite file to disk; a server does so itself."""
         if self.connection.lite_path is None:
             return
         try:
@@ -310,7 +310,7 @@ class Collection:
     def columns(self, ids: Iterable[str], names: Sequence[str], expression: str = "") -> dict[str, Row]:
         """Return the named columns of the rows with these ids that match, by id."""
         rows: dict[str, Row] = {}
-        with_vectors = VECTOR_FIELD in names or "*" in names  # storing it again would give it a new checksum
+        with_vectors = VECTOR_FIELD in names or "*" in names  # checked: stored again, they would get a new checksum
         requested = [*names, CHECKSUM_FIELD] if with_vectors else names
         for part in chunks(id_list(ids), _IDS_PER_REQUEST):
             page = self._fetch(all_of(one_of(ID_FIELD, part), expression), requested)
@@ -323,8 +323,8 @@ class Collection:
         """Yield the rows that match (id and the named columns) in pages, by id; rows may be removed meanwhile."""
         if not self._scans_are_strong:
             self.count("")  # makes the server catch up with what was written
-        # The flags of pymilvus' own iterator, which pastes the last id into its expression unquoted. It drops any level
-        # of consistency but the collection's own.
+        # The flags of pymilvus' own iterator, which itself pastes ids into its expression unquoted. With them a server
+        # ignores every consistency level but the collection's own.
         in_order = {"limit": page_rows or _PAGE_ROWS, "iterator": "True", "reduce_stop_for_best": "True"}
         after = ""
         while page := self._fetch(all_of(expression, after), names, **in_order):
@@ -332,7 +332,7 @@ class Collection:
             after = f"({ID_FIELD} > {quoted(page[-1][ID_FIELD])})"
 
     def some(self, names: Sequence[str], expression: str, limit: int) -> list[Row]:
-        """Return any rows that match, at most so many."""
+        """Return up to `limit` matching rows, in no particular order."""
         return self._fetch(expression, names, limit=limit)
 
     def count(self, expression: str) -> int:
@@ -362,11 +362,11 @@ class Collection:
     def word_search(
         self, words: WordIndex, query: str | SparseVector, expression: str, limit: int, names: Sequence[str]
     ) -> list[Hit]:
-        """Return the rows that fit the words best among those that match; their distances are above 0."""
+        """Return the matching rows with the best full-text scores, which are above 0, best first."""
         with self.connection.request("searching words"):
             params = {"metric_type": words.metric}
             hits = self._search(query, words.vector_field, params, expression, limit, names)
-        # Milvus Lite gives BM25 scores below 0, a server above
+        # BM25 scores are negative on Milvus Lite, positive on a server
         return [{**hit, ID_FIELD: hit[ID_FIELD], "distance": abs(hit["distance"])} for hit in hits]
 
     def _search(
@@ -385,7 +385,7 @@ class Collection:
         limit: int,
         names: Sequence[str],
     ) -> list[Hit]:
-        """Reciprocal rank fusion of a search by vector and one by words, each with its depth in rows."""
+        """Fuse a vector search and a full-text search, each with its depth in rows, by reciprocal ranks."""
         query, depth = vector
         parts = [AnnSearchRequest([query], VECTOR_FIELD, self._vector_params(depth), depth, expr=expression)]
         if words is not None:
@@ -405,7 +405,7 @@ class Collection:
     # ------------------------------------------------------------------------------------------ requests
 
     def _read(self, call: Callable[..., Any], **options: Any) -> Any:
-        """The answer to a read; a collection that a restarted server has not loaded (yet) is loaded first."""
+        """The answer to a read; loads the collection where a restarted server has not."""
         with self.connection.deadline() as until:
             while True:
                 try:
@@ -417,9 +417,9 @@ class Collection:
                 self.load()
 
     def load(self) -> None:
-        """Have the collection ready for reads."""
-        # Milvus Lite has loaded it when it answers. Waiting for that would be for ever where the process that loaded it
-        # has ended meanwhile: the next one has not.
+        """Load the collection, which reads need."""
+        # Milvus Lite answers when it has loaded it. Polling for that would never end where the process that loaded it
+        # has ended: the next one has not loaded it.
         self._ask(self._client.load_collection, **({"_async": True} if self._lite else {}))
 
     def _ask(self, call: Callable[..., Any], **options: Any) -> Any:
@@ -435,12 +435,12 @@ class Collection:
 
     @property
     def _strong(self) -> dict[str, str]:
-        # Milvus Lite always reads what was written last, and knows nothing of levels
+        # Milvus Lite has no consistency levels: it always reads the latest rows
         return {} if self._lite else {"consistency_level": "Strong"}
 
     @property
     def _strong_after_delete(self) -> dict[str, str]:
-        # A server hides a row from weaker reads only some time after it was deleted; a strong read waits for that.
+        # On a server, weaker reads still show a row for some time after it was deleted; a strong read does not.
         if self._lite or time.monotonic() - self._last_delete < _STRONG_AFTER_DELETE_SECONDS:
             return self._strong
-        return {"consistency_level": "Session"}  # what this process wrote is there
+        return {"consistency_level": "Session"}  # sees this process' own writes

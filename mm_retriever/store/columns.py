@@ -1,8 +1,8 @@
 """Which metadata columns a collection has and what they hold, to report filters that no row can meet.
 
 Milvus keeps metadata as dynamic columns and answers a filter on a missing column with nothing, or with everything.
-`Columns` knows the columns from a sample of the rows and from what is written through it; before it reports a missing
-one, it asks for exactly that. Knows nothing of connections.
+`Columns` learns the columns from a sample of the rows and from rows as they are written; before it reports a column as
+missing, it searches for a row that has it. Knows nothing of connections.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import shown
 from mm_retriever.own_keys import BOOKKEEPING_KEYS
-from mm_retriever.store.filters import filter_expression, read_number
+from mm_retriever.store.filters import COMPARISONS, LIST_OPERATORS, filter_expression, read_number
 from mm_retriever.store.schema import CONTENT_FIELD, OWN_TEXT_COLUMNS, RESERVED_KEYS, key_problem, takes_lists
 
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
 
 SAMPLE_ROWS = 1_000
 BOOKKEEPING = frozenset({"file_path", *BOOKKEEPING_KEYS})
-"""Columns that ingestion writes for itself: they are not named to people, and filters on them are not reported."""
+"""Columns that ingestion writes for itself: messages do not name them, and filters on them are not reported."""
 
 LAST = "~"
-"""Sorts after everything that may follow a date (digits, "-", ":", "T", blanks), and so ends a day or a month."""
+"""Sorts after everything that may follow a date (digits, "-", ":", "T", blanks): appended, it ends a day or a month."""
 
 _NAMED = 24  # columns that a message names
-_ORDER = (FilterOperator.GT, FilterOperator.GTE, FilterOperator.LT, FilterOperator.LTE)
-_LISTS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
 _EQUALITY = (FilterOperator.EQ, FilterOperator.NE, FilterOperator.IN, FilterOperator.NIN)
 
 Fetch: TypeAlias = Callable[[str, int], Sequence[Mapping[str, Any]]]
@@ -49,19 +47,19 @@ class Columns:
         self._checked: set[tuple[str, str, str]] = set()
 
     def written(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take note of rows as they are written."""
+        """Learn the columns of rows that are written."""
         with self._lock:
             for row in rows:
                 self._note({key: value for key, value in row.items() if key not in RESERVED_KEYS})
 
     def forget(self) -> None:
-        """Take note that the rows are gone."""
+        """Forget all columns, when the rows are removed."""
         with self._lock:
             self._kinds, self._sampled = {}, False
 
     @property
     def names(self) -> list[str]:
-        """The columns that are known, without ingestion's own, in order."""
+        """The known columns, sorted, without ingestion's own."""
         self._sample()
         with self._lock:
             return sorted(self._kinds.keys() - BOOKKEEPING)
@@ -74,7 +72,7 @@ class Columns:
         return list(dict.fromkeys(problem for problem in problems if problem is not None))
 
     def new_problems(self, filters: MetadataFilters) -> list[str]:
-        """As `problems`; none for filters whose columns, operators and types of values were all checked before."""
+        """As `problems`, but none where columns, operators and value types were all checked before."""
         conditions = {(item.key, str(item.operator), type(item.value).__name__) for item, _ in _leaves(filters)}
         if conditions <= self._checked:
             return []
@@ -91,7 +89,7 @@ class Columns:
             return None
         if not self._has(key, None):
             return self._unknown(key)
-        if operator in _ORDER:
+        if operator in COMPARISONS:
             return self._order_problem(key, operator, item.value)
         wanted = _wanted(alternatives)
         kinds = self._known(key)
@@ -134,7 +132,7 @@ class Columns:
             return set(self._kinds.get(key, ()))
 
     def _has(self, key: str, kind: Kind | None) -> bool:
-        """Whether any row has the column, with values of this kind; asked for exactly where the sample has none."""
+        """Whether any row has the column with values of this kind; searches for one where the sample has none."""
         self._sample()
         known = self._known(key)
         if kind in known or (kind is None and known):
@@ -185,7 +183,7 @@ def row_metadata(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _exists(key: str, kind: Kind | None) -> str:
-    """The expression of rows that have the column, with a value of this kind."""
+    """The expression for rows that have the column with a value of this kind."""
 
     def where(operator: FilterOperator, value: Any = None) -> MetadataFilter | MetadataFilters:
         return MetadataFilter(key=key, operator=operator, value=value)
@@ -224,7 +222,7 @@ def _wanted(alternatives: Sequence[MetadataFilter]) -> set[Kind]:
     kinds: set[Kind] = set()
     for item in alternatives:
         operator = FilterOperator(item.operator)
-        if operator in _LISTS:
+        if operator in LIST_OPERATORS:
             kinds.add("lists")
         elif operator is FilterOperator.TEXT_MATCH:
             kinds.add("text")

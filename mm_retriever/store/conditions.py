@@ -1,7 +1,7 @@
 """Conditions as people and language models write them, to LlamaIndex's filters.
 
-Owns the spellings of operators, and what a value may mean: a number, a text, a date, a list. What has one meaning only
-is accepted; the rest is refused with what to write.
+Owns the spellings of operators, and what a value may mean: a number, a text, a date, a list. A condition with exactly
+one meaning is accepted; any other is refused with what to write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.store.columns import LAST
-from mm_retriever.store.filters import read_number
+from mm_retriever.store.filters import COMPARISONS, read_number
 from mm_retriever.store.schema import OWN_TEXT_COLUMNS, takes_lists
 
 FORMS = "key=value, key!=value, key>number, key in a, b, key contains word or key is empty"
@@ -45,7 +45,6 @@ _NEGATED = {
     "not contains": _Op.CONTAINS, "does not contain": _Op.CONTAINS, "contains not": _Op.CONTAINS,
     "is not empty": _Op.IS_EMPTY, "not empty": _Op.IS_EMPTY, "is not null": _Op.IS_EMPTY, "exists": _Op.IS_EMPTY,
 }  # fmt: skip
-_ORDER = (_Op.GT, _Op.GTE, _Op.LT, _Op.LTE)
 _LISTS = (_Op.IN, _Op.NIN, _Op.ANY, _Op.ALL)
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
@@ -95,7 +94,7 @@ def read_condition(text: str) -> MetadataFilter | MetadataFilters:
         return condition(key, "is empty" if operator is _Op.EQ else "is not empty", None)
     if not value:
         raise FilterError(f"{text!r}: a value is missing after {sign!r}")
-    if quoted and operator in (_Op.EQ, _Op.NE, *_ORDER):
+    if quoted and operator in (_Op.EQ, _Op.NE, *COMPARISONS):
         return _negated(_leaf(key, operator, plain), negated)
     return condition(key, sign, plain)
 
@@ -113,7 +112,7 @@ def where_filters(conditions: Sequence[str]) -> MetadataFilters | None:
 
 
 def where_notes(conditions: Sequence[str]) -> list[str]:
-    """Return what should be known of them: a person has to decide where one looks like two."""
+    """Return a note for each condition that looks like two, which a person has to decide."""
     return [
         f"--where {text!r} is taken as one condition; repeat --where for each"
         for text in filter(second_condition, conditions)
@@ -121,7 +120,7 @@ def where_notes(conditions: Sequence[str]) -> list[str]:
 
 
 def second_condition(text: str) -> bool:
-    """Whether the value of a condition looks like a second condition, so that a person has to decide."""
+    """Whether the value of a condition looks like a second condition."""
     match = _matched(text)
     return match is not None and not _unquoted(match["value"])[1] and _SECOND.search(match["value"]) is not None
 
@@ -157,7 +156,7 @@ def _condition(key: str, operator: FilterOperator, value: Any) -> MetadataFilter
         value = "true" if value else "false"  # equals 1 and 0 too, which is how a bool is stored
     if value is not None and not isinstance(value, str | int | float):
         raise FilterError(f"value {shown(value)} of {key[:60]!r}: give text, a number, or a list of them")
-    if operator in _ORDER:
+    if operator in COMPARISONS:
         return _ordered(key, operator, value)
     if operator in (_Op.EQ, _Op.NE) and isinstance(value, str) and _DAY.fullmatch(value):
         return _negated(_on_day(key, value), operator is _Op.NE)

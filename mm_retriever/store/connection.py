@@ -85,21 +85,21 @@ class Connection:
         self.close()
 
     def turn(self) -> AbstractContextManager[None]:
-        """Let no other request come between those inside, where that is possible: in a Milvus Lite file.
+        """Hold off all other requests while those inside run; only a Milvus Lite file can do that.
 
-        There, each request takes a turn of its own anyway, whichever process it comes from: Milvus Lite takes one
-        writer at a time, and a read that overlaps one may miss rows (it empties its memory to disk in steps).
+        A Milvus Lite file runs one request at a time, whichever process it comes from: it takes one writer at a time,
+        and a read that overlaps a write may miss rows, because memory is emptied to disk in steps.
         """
         return nullcontext() if self._lite_file is None else self._lite_file.turn()
 
     def deadline(self) -> AbstractContextManager[Deadline]:
-        """Let all requests inside end within one timeout."""
+        """Give all requests inside one timeout together."""
         return deadline(self.timeout)
 
     def ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Return the answer to one request; a server that is away is asked again until the timeout is over.
+        """Return the answer to one request; it is sent again until the timeout while the server is unreachable.
 
-        Every request of ours may be sent twice: rows are written and removed by their id.
+        Sending a request twice is safe: rows are written and removed by their id.
         """
         with self.deadline() as until:
             try:
@@ -109,20 +109,20 @@ class Connection:
                     raise
                 raise _TimeOverError(until.reason or _short(error)) from error
 
-    def check_version(self, first: tuple[int, int], what: str) -> None:
-        """Refuse what needs a later version than the server's."""
+    def check_version(self, first: tuple[int, int], feature: str) -> None:
+        """Refuse a feature that needs a later version than the server's."""
         answer = str(self.ask(self.client.get_server_version))
         version = re.match(r"v?(\d+)\.(\d+)", answer)
         if version and (int(version[1]), int(version[2])) < first:
             needed = ".".join(map(str, first))
-            raise StoreError(f"{self.where} is Milvus {answer.lstrip('v')}; {what} needs {needed} or later")
+            raise StoreError(f"{self.where} is Milvus {answer.lstrip('v')}; {feature} needs {needed} or later")
 
     @contextmanager
     def request(self, doing: str) -> Iterator[None]:
-        """Run requests to Milvus: every failure becomes one error of ours, and nothing is printed.
+        """Run requests to Milvus: every failure becomes a `StoreError`, and pymilvus prints nothing.
 
         Raises:
-            StoreLockedError: a process that does not share it has the Milvus Lite file open.
+            StoreLockedError: a process that does not share the Milvus Lite file has it open.
             StoreUnavailableError: no answer within the timeout.
             StoreError: any other failure.
         """
@@ -156,10 +156,10 @@ def is_server(uri: str | Path) -> bool:
 
 
 def check_exists(uri: str | Path) -> None:
-    """Refuse a missing Milvus Lite file, which connecting would make; of a server, only the server knows.
+    """Refuse a missing Milvus Lite file, which connecting would create; servers are not checked.
 
     Raises:
-        StoreError: there is none; lists the files beside it.
+        StoreError: the file is missing; lists the files beside it.
     """
     place = str(uri)
     if _SERVER_URI.fullmatch(place) or not place.endswith(".db") or "://" in place:
@@ -206,7 +206,7 @@ def _lite_path(place: str) -> str:
 
 
 def _cannot_open(place: str, error: Exception) -> StoreError:
-    """Of a folder that may not be entered, links in a circle, or an unknown user after `~`."""
+    """The error for a folder without permission, links in a circle, or an unknown user after `~`."""
     return StoreError(f"cannot open {place!r}: {getattr(error, 'strerror', None) or error}")
 
 

@@ -51,9 +51,9 @@ _TRUTH = dict.fromkeys(_TRUE, _TRUE) | dict.fromkeys(_FALSE, _FALSE)
 _COMPOSED = own_columns("file_name", "label")  # ingestion stores them composed; a Mac gives names decomposed
 _NOWHERE = f'({ID_FIELD} < "")'  # true of no row: no text comes before the empty one
 
-_COMPARISONS = {FilterOperator.GT: ">", FilterOperator.GTE: ">=", FilterOperator.LT: "<", FilterOperator.LTE: "<="}
+COMPARISONS = {FilterOperator.GT: ">", FilterOperator.GTE: ">=", FilterOperator.LT: "<", FilterOperator.LTE: "<="}
+LIST_OPERATORS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
 _COMPLEMENTS = {FilterOperator.NE: FilterOperator.EQ, FilterOperator.NIN: FilterOperator.IN}
-_LIST_OPERATORS = (FilterOperator.CONTAINS, FilterOperator.ANY, FilterOperator.ALL)
 
 
 def filter_expression(filters: MetadataFilters | None) -> str:
@@ -85,7 +85,7 @@ def quoted(text: str) -> str:
 
 
 def id_list(ids: Iterable[str]) -> list[str]:
-    """Return ids as a list, wherever they come from: a generator can be read once only."""
+    """Return ids as a list, also those of a generator, which can be read only once."""
     if isinstance(ids, str):  # its characters would be taken for ids
         raise FilterError(f"a list of ids is needed, got the text {shown(ids)}")
     return list(ids)
@@ -105,13 +105,13 @@ def joined(expressions: Sequence[str], operator: str) -> str:
 
 
 def all_of(*expressions: str) -> str:
-    """Return the expression that all of these hold; an empty one asks for nothing."""
+    """Return the conjunction of these expressions; empty ones are left out."""
     parts = [expression for expression in expressions if expression]
     return joined(parts, "and") if parts else ""
 
 
 def read_number(text: str) -> int | float | None:
-    """Return the number that a text reads as, None if it reads as none or as one that no column can hold."""
+    """Return the number that a text spells; None if it spells none, or one that no column can hold."""
     if len(text) > _LONGEST_NUMBER or _NUMBER.fullmatch(text) is None:
         return None
     if text.lstrip("+-").isdigit():
@@ -163,7 +163,7 @@ def _condition(item: MetadataFilter, *, negated: bool, budget: _Budget) -> str:
 
 
 class _Budget:
-    """What is left of the limits of one filter: a model that writes filters must not keep a server busy for minutes."""
+    """The rest of one filter's limits, so that a filter written by a model cannot keep a server busy for minutes."""
 
     def __init__(self) -> None:
         self._conditions, self._characters = MAX_CONDITIONS, MAX_FILTER_TEXT
@@ -195,9 +195,8 @@ class _Test:
 
     Attributes:
         test: the expression.
-        guards: what makes `test` certain. Milvus Lite calls a comparison with a missing value or another type
-            unknown, and NOT unknown is unknown; a server calls it false. With its guards before it, it is false on
-            both.
+        guards: expressions that make `test` certain. A comparison with a missing value or another type is unknown on
+            Milvus Lite, where NOT unknown is unknown too, and false on a server; after its guards it is false on both.
     """
 
     test: str
@@ -237,7 +236,7 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Bud
         return _Leaf(_Test(f'({column.expression} == "")' if column.own else f"(not (exists {column.expression}))"))
     if operator is FilterOperator.EQ:
         return _Leaf(_Test(_equality(column, [_Equal.of(column, operator, value)]), exists))
-    if operator in _COMPARISONS:
+    if operator in COMPARISONS:
         return _order_leaf(column, operator, value, exists)
     if operator is FilterOperator.IN:
         equals = [_Equal.of(column, operator, each) for each in _values(operator, value, budget)]
@@ -249,7 +248,7 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Bud
             raise FilterError(f"is_empty takes no value (None), got {shown(value)}")
         empty = f'({column.expression} == "")'
         return _Leaf(_Test(empty if column.own else f"((not (exists {column.expression})) or {empty})"))
-    if operator in _LIST_OPERATORS:
+    if operator in LIST_OPERATORS:
         return _list_leaf(column, operator, value, exists, budget)
     if operator is FilterOperator.TEXT_MATCH_INSENSITIVE:
         raise FilterError("text_match_insensitive: Milvus compares text by case; store a lower-cased column instead")
@@ -258,7 +257,7 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Bud
 
 def _order_leaf(column: _Column, operator: FilterOperator, value: object, exists: tuple[str, ...]) -> _Leaf:
     def against(literal: str, *guards: str) -> _Test:
-        return _Test(f"({column.expression} {_COMPARISONS[operator]} {literal})", (*exists, *guards))
+        return _Test(f"({column.expression} {COMPARISONS[operator]} {literal})", (*exists, *guards))
 
     if column.own:
         if not isinstance(value, str):
@@ -325,7 +324,7 @@ class _Equal:
 
 
 def _equality(column: _Column, equals: Sequence[_Equal]) -> str:
-    """Whether the column is one of these; a value that occurs twice is asked for once."""
+    """The expression that the column equals one of these; repeated values stand in it once."""
     numbers = dict.fromkeys(_comparable(equal.number) for equal in equals if equal.number is not None)
     texts = dict.fromkeys(quoted(text) for equal in equals for text in equal.texts)
     tests = [f"({column.expression} == {literal})" for literal in (*numbers, *texts)]
@@ -333,7 +332,7 @@ def _equality(column: _Column, equals: Sequence[_Equal]) -> str:
 
 
 def _membership(column: _Column, equals: Sequence[_Equal]) -> str:
-    """Whether a list holds one of these, by type. Not json_contains: on Milvus Lite its argument takes no minus."""
+    """The expression that a list holds one of these. Not json_contains: on Milvus Lite it takes no minus sign."""
     numbers = [literal for equal in equals for literal in equal.literals()]
     texts = [quoted(text) for equal in equals for text in equal.texts]
     tests = [f"json_contains_any({column.name}, [{', '.join(values)}])" for values in (numbers, texts) if values]
@@ -341,7 +340,7 @@ def _membership(column: _Column, equals: Sequence[_Equal]) -> str:
 
 
 def _spellings(value: object, number: int | float) -> tuple[str, ...]:
-    """The texts that write a number plainly, as Python does; those of a truth value are words."""
+    """The texts that spell a number plainly, as Python does; for a bool, its words."""
     if isinstance(value, bool):
         return _TRUTH["true" if value else "false"]
     plain = [_literal(number)]
@@ -354,10 +353,10 @@ def _spellings(value: object, number: int | float) -> tuple[str, ...]:
 
 
 def _comparable(number: int | float) -> str:
-    """A large whole decimal as an integer: a server compares integers with decimals as doubles, which drop digits.
+    """The literal of a number; a large whole decimal becomes an integer, since a server compares as doubles otherwise.
 
     Raises:
-        FilterError: no integer of 64 bits is so large, and as a decimal the largest are equal to it.
+        FilterError: the number is 2**63 as a decimal, which equals the largest integers as a double.
     """
     if isinstance(number, float) and number.is_integer() and _EXACT_INTEGER <= abs(number) <= 2.0**63:
         if abs(number) == 2.0**63:

@@ -58,7 +58,7 @@ def open_store(
     create: bool = True,
     rows: int | None = None,
 ) -> ImageStore:
-    """Return a store that is ready to be written and searched; a missing collection is made.
+    """Return a store that is ready to be written and searched; a missing collection is created.
 
     Args:
         uri: a Milvus Lite file (a path that ends in `.db`; parents are made), or the URI of a Milvus server or of
@@ -120,13 +120,12 @@ def open_stored(
 class ImageStore(MilvusVectorStore):
     """A `MilvusVectorStore` for images: ready after opening, safe to filter, quick to query; see `open_store`.
 
-    The constructor takes the options of `open_store`, and those of `MilvusVectorStore` under its names: what they mean
-    here (`collection_name`, `dim`, `similarity_metric`, `enable_sparse`, `sparse_embedding_function`, `batch_size`)
-    holds, any other is refused unless it is what this store does anyway. Where `dimension`, `model_id` or `metric` is
-    left open, an existing collection says it.
+    The constructor takes the options of `open_store`. Of `MilvusVectorStore`'s own it takes `collection_name`, `dim`,
+    `similarity_metric`, `enable_sparse`, `sparse_embedding_function` and `batch_size`, and refuses others unless they
+    change nothing. `dimension`, `model_id` and `metric` default to those of the existing collection.
 
     Every method has an `a...` twin that runs it in a thread, so one store serves any number of event loops. One store
-    may be used by many threads; what they ask of a Milvus Lite file takes turns. A pickle or copy opens the collection
+    may be used by many threads; a Milvus Lite file answers one request at a time. A pickle or copy opens the collection
     again (a Milvus Lite file in the same process only); a store that was opened with a token is not pickled.
     """
 
@@ -248,7 +247,7 @@ class ImageStore(MilvusVectorStore):
         return self.__copy__()
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What opens the same collection again with `from_dict`, as JSON has it; a token is left out."""
+        """Return what `from_dict` opens the same collection with, as JSON takes it; a token is left out."""
         described = {name: value for name, value in self._opening.items() if name != "token"}
         if not isinstance(described["hybrid"], bool | None):
             described["hybrid"] = described["hybrid"].model_id
@@ -270,17 +269,19 @@ class ImageStore(MilvusVectorStore):
         return _opened_again(cls, opening, opening.pop("embed_model", None))
 
     def add(self, nodes: Sequence[BaseNode], **add_kwargs: Any) -> list[str]:
-        """Store nodes with their vectors and return their ids; a node whose id is there already replaces it.
+        """Store nodes with their vectors and return their ids; a node replaces the stored one of its id.
 
         Once it returns, the rows of a Milvus Lite file are on the disk and survive a power cut; a server keeps them by
-        its own rules. All nodes are checked before the first is written. Of two nodes with one id the later is kept. An
-        image node under the vector of its text, which is what a `VectorStoreIndex` gives it, is embedded by its pixels
-        with the `embed_model` of `open_store`; where that did not make the vector itself, the text is embedded and
-        compared, unless the node goes to `write`. Metadata come back as JSON has them (see `plain_value`); a value that
-        no filter can name or compare is in the node only, which is logged once for each key.
+        its own rules. All nodes are checked before the first is written. Of two nodes with one id the later is kept.
+        Metadata come back as JSON takes them (see `plain_value`); a value that no filter can name or compare is kept in
+        the node only, which is logged once for each key.
+
+        A `VectorStoreIndex` gives an image node the vector of its text. Such a node is embedded by its pixels with the
+        `embed_model` of `open_store`. Whether a vector is of the text is known where that model computed it; otherwise
+        the text is embedded and compared. `write` skips this check.
 
         Raises:
-            NodeError: a node cannot be stored; none was.
+            NodeError: a node cannot be stored; no node was.
         """
         refuse_options("add", add_kwargs)
         self._write(stored := embedded_by_pixels(nodes, self._embed_model))
@@ -290,7 +291,7 @@ class ImageStore(MilvusVectorStore):
         """As `add`, for image nodes whose vectors are known to be those of their pixels.
 
         Raises:
-            NodeError: a node cannot be stored; none was.
+            NodeError: a node cannot be stored; no node was.
         """
         self._write([storable_node(node) for node in nodes])
 
@@ -308,12 +309,12 @@ class ImageStore(MilvusVectorStore):
             self._columns.written(batch)
 
     def flush(self) -> None:
-        """Have a Milvus Lite file search what was just stored as fast as the rest; servers do so themselves."""
+        """Make rows that were just stored in a Milvus Lite file fast to search; servers do so themselves."""
         if self._collection.connection.lite_path is not None:
             self._collection.flush()
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """Remove every node that was made from the document; an image without a document is its own, by its id."""
+        """Remove every node that was made from the document; an image without a document is removed by its own id."""
         refuse_options("delete", delete_kwargs)
         if not isinstance(ref_doc_id, str) or not ref_doc_id:
             raise QueryError(f"delete needs the id of a document, got {ref_doc_id!r}")
@@ -324,7 +325,7 @@ class ImageStore(MilvusVectorStore):
     def delete_nodes(
         self, node_ids: Sequence[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
-        """Remove the nodes with these ids, or that match the filters, or (both given) that do both.
+        """Remove the nodes with these ids, those that match the filters or, given both, those that meet both.
 
         Raises:
             FilterError: neither is given; `clear()` removes all.
@@ -364,7 +365,7 @@ class ImageStore(MilvusVectorStore):
         return self.search(query, filter_expression(query.filters), **kwargs)
 
     def search(self, query: VectorStoreQuery, expression: str, **kwargs: Any) -> VectorStoreQueryResult:
-        """As `query`, for whoever has the expression of its filters already (`filter_expression`)."""
+        """As `query`, for a caller who has translated its filters already (`filter_expression`)."""
         self._log_problems(query.filters)
         log_unserved(self._collection, query, self._logged)
         return answer(self._collection, query, expression, kwargs)
@@ -377,7 +378,7 @@ class ImageStore(MilvusVectorStore):
         with_vectors: bool = False,
         **kwargs: Any,
     ) -> list[BaseNode]:
-        """Return nodes: those with these ids (in this order), or that match, or that do both.
+        """Return the nodes with these ids (in this order), those that match the filters or, given both, that meet both.
 
         Args:
             node_ids: an id that is not stored is left out.
@@ -415,10 +416,9 @@ class ImageStore(MilvusVectorStore):
     def filter_problems(self, filters: MetadataFilters | None) -> list[str]:
         """Return the conditions that no stored metadata can meet, a sentence each.
 
-        A column that no row has, an order comparison with values of another type, a list operator on a column without
-        lists: Milvus answers them with nothing, or with everything. The command line and the tools of agents refuse
-        such filters; every other method of the store answers them and logs a warning. What cannot be expressed at all
-        is no matter of columns: `query` refuses it.
+        These are a column that no row has, an order comparison with values of another type, and a list operator on a
+        column without lists. Milvus answers them with nothing, or with everything. The command line and the tools of
+        agents refuse them; the store's methods answer them and log a warning. `query` refuses what cannot be expressed.
         """
         return self._columns.problems(filters)
 
@@ -446,5 +446,5 @@ class ImageStore(MilvusVectorStore):
 
 
 def _opened_again(kind: type[ImageStore], opening: dict[str, Any], embed_model: Any) -> ImageStore:
-    """The store of a pickle or dict; what is gone since then must not become an empty collection."""
+    """The store of a pickle or dict; a collection that was removed since then is not created anew."""
     return kind(**opening, create=False, embed_model=embed_model)

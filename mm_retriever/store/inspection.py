@@ -1,4 +1,4 @@
-"""What a store holds, and whether it still is what was stored: rows against their checksums, files against records."""
+"""What a store holds, whether it is damaged (rows by checksums, files by records), and the recall of its index."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _PAGE_VECTORS = 2_000
 
 @dataclass(frozen=True)
 class Recall:
-    """What searches with a collection's own vectors find.
+    """The recall of a collection's index, measured with its own vectors as queries.
 
     Attributes:
-        rows: in the collection.
-        queries: vectors of it that were searched with.
-        recall: share of the nearest rows that were found.
-        milliseconds: of one search, the median.
-        index: what the vectors are indexed by.
+        rows: number of rows in the collection.
+        queries: number of vectors that were searched with.
+        recall: share of the nearest rows that were found, from 0 to 1.
+        milliseconds: median time of one search.
+        index: the type of the index.
     """
 
     rows: int
@@ -61,7 +61,7 @@ class Recall:
 
 
 def measure_recall(collection: Collection) -> Recall:
-    """The recall of an open collection; reads all of its vectors once, in pages."""
+    """Return the recall of an open collection; reads all of its vectors once, in pages."""
     chooser = random.Random(0)  # noqa: S311 - the same rows every time
     chosen: list[str] = []
     rows = 0
@@ -95,7 +95,7 @@ def _vectors(collection: Collection) -> Iterator[NDArray[np.float32]]:
 def _least_scores(
     queries: NDArray[np.float32], pages: Iterator[NDArray[np.float32]], cosine: bool
 ) -> NDArray[np.float32]:
-    """Of each query, the score of the last of the nearest rows, by comparing it with every row."""
+    """(Q,): for each query the score of its `TOP`th nearest row, by comparing it with every row."""
     best = np.full((len(queries), 0), -np.inf, dtype=np.float32)
     if cosine:
         queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
@@ -174,7 +174,7 @@ def verify_store(uri: str | Path, *, token: str | None = None, timeout: float = 
 
 
 def _of_ours(connection: Connection, name: str, look: Callable[[Collection], T]) -> T | str:
-    """What is seen of a collection, or that another program made it."""
+    """What `look` returns for a collection, or that another program made it."""
     collection = Collection(connection, name)
     try:
         collection.open(None)
@@ -184,7 +184,7 @@ def _of_ours(connection: Connection, name: str, look: Callable[[Collection], T])
 
 
 def recall_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, Recall | str]:
-    """Return how many of the nearest rows the index of each collection of a store finds, or why it cannot be told.
+    """Return the recall of the index of each collection of a store, or why it cannot be measured.
 
     Raises:
         StoreError: there is no such file, it is locked, or the server does not answer.
@@ -196,7 +196,7 @@ def recall_store(uri: str | Path, *, token: str | None = None, timeout: float = 
 def store_columns(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, list[str] | str]:
     """Return the columns that filters may name in each collection, by a sample of its rows, or why they are not known.
 
-    A server is not made to load a collection for it.
+    A server is not asked to load a collection for this.
 
     Raises:
         StoreError: there is no such file, it is locked, or the server does not answer.

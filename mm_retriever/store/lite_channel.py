@@ -1,8 +1,8 @@
-"""How the stores of this process reach a Milvus Lite file: they serve it, or attach to the process that does.
+"""How the stores of this process reach a Milvus Lite file: they serve it, or connect to the process that does.
 
 Owns which process becomes the server, and what happens when the server ends: the first process that notices takes over,
-and every process sends its own request again (rows are written and removed by their id, so none is there twice).
-pymilvus gets this in place of a gRPC channel: no port, no proxy, no keepalive, and a forked child simply connects anew.
+and every process repeats its own request (rows are written and removed by their id, so none is stored twice). pymilvus
+gets this in place of a gRPC channel: no port, no proxy, no keepalive, and a forked child simply connects anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LiteCallError(grpc.RpcError):  # type: ignore[misc]
     """A request to a Milvus Lite file without an answer; pymilvus passes it on as it is.
 
     Attributes:
-        store_error: what to raise for it; None where its code says enough.
+        store_error: the error to raise in its place; None where the code is enough.
     """
 
     def __init__(self, code: grpc.StatusCode, details: str, store_error: StoreError | None = None) -> None:
@@ -56,12 +56,12 @@ class LiteCallError(grpc.RpcError):  # type: ignore[misc]
         return self._details
 
     def result(self, timeout: float | None = None) -> Any:
-        """Raise it, as a call does whose result is asked for."""
+        """Raise the error, as a failed call of gRPC does."""
         raise self
 
 
 class _HeldTurn(threading.local):
-    """The turn that the current thread keeps over several requests, and the connection that has it."""
+    """Whether the current thread keeps its turn over several requests, and the connection that has the turn."""
 
     wanted = False
     wire: Wire | None = None
@@ -107,7 +107,7 @@ class LiteFile:
                 return answer
 
     def _read_here(self, header: dict[str, Any], body: bytes, until: Deadline) -> tuple[dict[str, Any], bytes] | None:
-        """The answer where this process serves the file and none of its threads has to be asked; else None."""
+        """The answer, computed in this thread, where this process serves the file; else None."""
         server = self._server
         if server is None or self._turn.wanted:
             return None
@@ -118,7 +118,7 @@ class LiteFile:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Keep all other requests to the file waiting, of whichever process, until those inside are answered."""
+        """Hold off all other requests to the file, from any process, while those inside run."""
         if self._turn.wanted:
             yield
             return
@@ -134,7 +134,7 @@ class LiteFile:
                         self._give_back(wire)
 
     def _wire(self, until: Deadline) -> Wire:
-        """A connection of the current thread's own, with the turn if that is wanted."""
+        """A connection for the current thread alone, with the turn if the thread keeps it."""
         while True:
             if self._turn.wire is not None:
                 return self._turn.wire
@@ -147,9 +147,9 @@ class LiteFile:
     def _exchange(
         self, wire: Wire, header: dict[str, Any], body: bytes, until: Deadline, *, last: bool = False
     ) -> tuple[dict[str, Any], bytes] | None:
-        """The answer on this connection; None if the connection was lost and there is time to ask on another.
+        """The answer on this connection; None if the connection was lost and there is time to try another.
 
-        The `last` exchange of a connection may get lost: a turn ends with its connection.
+        The `last` exchange of a turn may get lost, since a turn ends with its connection.
         """
         try:
             wire.send(header, body, seconds=until.left)
@@ -188,7 +188,7 @@ class LiteFile:
     # ------------------------------------------------------------------------------------------ which process serves it
 
     def _connect(self, until: Deadline) -> Wire:
-        """A new connection to the process that serves the file; it is this one if there is no other."""
+        """A new connection to the process that serves the file, which may become this one."""
         locked_since = time.monotonic()
         while True:
             server = self._server
@@ -242,7 +242,7 @@ class LiteFile:
     # ------------------------------------------------------------------------------------------ the end
 
     def close(self) -> None:
-        """Stop serving, if this process does: another one takes over."""
+        """Stop serving, so that another process can take over."""
         while self._idle:
             self._drop(self._idle.pop())
         with self.electing:
@@ -251,7 +251,7 @@ class LiteFile:
             server.close()
 
     def forget(self) -> None:
-        """In a forked child: connect anew to the parent, which goes on serving."""
+        """In a forked child: drop the parent's connections; the parent goes on serving."""
         for wire in [*self._idle, *([self._turn.wire] if self._turn.wire else [])]:
             wire.close()
         server, self._server = self._server, None
@@ -269,13 +269,13 @@ class LiteFiles:
         self._lock = threading.Lock()
 
     def enter(self, path: str) -> LiteFile:
-        """Return the file, for one more store."""
+        """Return the file, and count one more store that uses it."""
         with self._lock:
             self._users[path] += 1
             return self._files.setdefault(path, LiteFile(Path(path)))
 
     def leave(self, path: str) -> None:
-        """Count one store less; the last one lets go of the file."""
+        """Count one store less; the file is closed after the last."""
         with self._lock:
             self._users[path] -= 1
             if self._users[path]:
@@ -285,7 +285,7 @@ class LiteFiles:
         file.close()
 
     def close(self) -> None:
-        """Let go of all files, at the end of the process."""
+        """Close all files, at the end of the process."""
         for file in list(self._files.values()):
             file.close()
 
@@ -320,7 +320,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class LiteChannel:
-    """What pymilvus takes for a gRPC channel: its requests go to a `LiteFile`."""
+    """The part of a gRPC channel that pymilvus uses; sends requests to a `LiteFile`."""
 
     def __init__(self, file: LiteFile, timeout: float) -> None:
         self._file, self._timeout = file, timeout
@@ -332,7 +332,7 @@ class LiteChannel:
         response_deserializer: Callable[[bytes], Any],
         _registered_method: bool = False,
     ) -> _Call:
-        """Return what sends one kind of request."""
+        """Return a callable that sends one kind of request."""
 
         def call(request: Any, timeout: float | None = None, metadata: Any = None) -> Any:
             header = {"method": method, "metadata": [[str(key), str(value)] for key, value in metadata or ()]}

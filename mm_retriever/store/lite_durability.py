@@ -42,7 +42,7 @@ _synced: dict[str, tuple[int, ...]] = {}  # log: its state when this process las
 
 
 def sync_folders(lowest: Path, highest: Path) -> None:
-    """Sync the lists of names of the lowest folder, the highest and all between them."""
+    """Sync the folder entries of the lowest folder, the highest and all between them."""
     for folder in (lowest, *lowest.parents):
         with suppress(OSError):  # some file systems sync no folders
             sync(folder)
@@ -51,14 +51,14 @@ def sync_folders(lowest: Path, highest: Path) -> None:
 
 
 def sync_new_collection(place: Path, name: str) -> None:
-    """Return when a new or emptied collection, and all folders above it, are on the disk."""
+    """Sync a new or emptied collection and all folders above it to disk."""
     folder = place / "collections" / name
     for file in COPIED:
         with suppress(FileNotFoundError):
             sync(folder / file)
     sync_folders(folder, place)
     device = place.stat().st_dev
-    for above in place.parents:  # may have been made for this file
+    for above in place.parents:  # they may have been created for this file
         if above.stat().st_dev != device:
             return
         with suppress(OSError):  # another user's folder
@@ -66,20 +66,20 @@ def sync_new_collection(place: Path, name: str) -> None:
 
 
 def sync_renamed_collection(place: Path, name: str) -> None:
-    """Return when a collection is on the disk under its new name; no request may reach it meanwhile."""
+    """Sync a renamed collection to disk; no request may reach it meanwhile."""
     folder = place / "collections" / name
     for record, file in list(recorded_files(folder)):
-        if not file.exists():  # a log that renaming wrote into a data file; the next one may have its number
+        if not file.exists():  # a log that renaming moved into a data file; the next log may get its number
             record.unlink(missing_ok=True)
     keep_copy(folder, "schema.json")  # it has the name
     sync_new_collection(place, name)
 
 
 def sync_logs(place: Path, name: str) -> None:
-    """Return when every row and removal that Milvus Lite has acknowledged for a collection is on the disk.
+    """Sync every row and removal that Milvus Lite has acknowledged for a collection to disk.
 
-    What a log no longer has is in a data file, which was synced before the log was removed. Any process of the user may
-    call this, whichever serves the file.
+    Rows that are no longer in a log are in a data file, which was synced before the log was removed. Any process of the
+    user may call this, not only the one that serves the file.
 
     Raises:
         OSError: the disk failed or is full; the last rows may not survive a power cut.
@@ -102,7 +102,7 @@ def _sync_log(folder: Path, log: Path, descriptor: int) -> None:
     flush(descriptor)
     if known is None or known[0] != state[0]:
         sync_folders(log.parent, folder)
-    # The record serves to find bit rot and need not survive a power cut itself.
+    # The record reveals bit rot; it need not survive a power cut itself.
     record = record_path(folder, log)
     start = max((span[1] for span in _read_record(record)), default=0)
     if start < stat.st_size:
@@ -117,12 +117,12 @@ def _sync_log(folder: Path, log: Path, descriptor: int) -> None:
 
 
 def record_path(folder: Path, file: Path) -> Path:
-    """Return where the checksums of a file of a collection are kept."""
+    """Return the path of a file's record of checksums."""
     return folder / RECORDS / f"{quote(file.relative_to(folder).as_posix(), safe='')}.crc"
 
 
 def recorded_files(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield each record of a collection, and the file that it is for."""
+    """Yield each record of a collection, and its file."""
     for record in (folder / RECORDS).glob("*.crc"):
         yield record, folder / unquote(record.name.removesuffix(".crc"))
 
@@ -153,7 +153,7 @@ def is_recorded(folder: Path, file: Path) -> bool:
 
 
 def is_untouched(folder: Path, file: Path) -> bool:
-    """Whether a file is the one that was recorded, and nobody wrote to it since; bit rot does not show in this."""
+    """Whether a file was not written to since it was recorded; bit rot goes unnoticed here."""
     try:
         return _stamp(file.lstat()) in record_path(folder, file).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -166,7 +166,7 @@ def damage(folder: Path, file: Path, *, sampled: bool = False) -> str | None:
     Args:
         folder: of the collection.
         file: in it.
-        sampled: read the last mebibyte and one other, not all.
+        sampled: read only the last mebibyte and one other.
 
     Raises:
         OSError: the file cannot be read.
@@ -190,7 +190,7 @@ def damage(folder: Path, file: Path, *, sampled: bool = False) -> str | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A descriptor for reading a file of the store, which is never reached through a link."""
+    """Open a file of the store for reading and yield its descriptor; a link is refused."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         yield descriptor
@@ -204,7 +204,7 @@ def _line(start: int, end: int, checksum: int) -> bytes:
 
 
 def _stamp(status: os.stat_result) -> bytes:
-    """A line that old versions ignore."""
+    """The line of a record that identifies the state of a file; early versions ignore it."""
     words = f"stamp {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
     return f"{words} {zlib.crc32(words.encode()):08x}\n".encode()
 
@@ -293,13 +293,13 @@ def _agrees(file: Path, copy: bytes) -> bool:
 
 
 def guard(place: Path) -> None:
-    """Have Milvus Lite, in this process, sync and record what it writes below this folder.
+    """Make Milvus Lite, in this process, sync and record what it writes below this folder.
 
-    This replaces functions of milvus_lite 3.2: it offers no public way to act between writing a data file and naming it
-    in the manifest. Without these steps a power cut could lose stored rows, so the file is not opened.
+    This replaces functions of milvus_lite 3.2, which offers no public way to act between writing a data file and naming
+    it in the manifest. Without these steps a power cut could lose stored rows, so the file is not opened.
 
     Raises:
-        StoreError: the installed milvus_lite is built differently.
+        StoreError: the installed milvus_lite lacks these functions.
     """
     with _installing:
         try:
@@ -333,7 +333,7 @@ def _is_guarded(path: Path) -> bool:
 
 
 def _syncing(write: Callable[..., str]) -> Callable[..., str]:
-    """Data and delta files are on the disk, and recorded, before the manifest can name them."""
+    """A writer of data or delta files that syncs and records them before the manifest can name them."""
 
     def written(table: Any, partition_dir: str, *arguments: Any, **options: Any) -> str:
         name = write(table, partition_dir, *arguments, **options)
@@ -349,7 +349,7 @@ def _syncing(write: Callable[..., str]) -> Callable[..., str]:
 
 
 def _copying(save: Callable[..., None]) -> Callable[..., None]:
-    """Manifest and schema have copies."""
+    """A `save` that keeps copies of manifest and schema."""
 
     def saved(manifest: Any) -> None:
         save(manifest)
@@ -362,7 +362,7 @@ def _copying(save: Callable[..., None]) -> Callable[..., None]:
 
 
 def _recording(build_or_load: Callable[..., None]) -> Callable[..., None]:
-    """Index files are recorded; one without a record is built anew at the next opening."""
+    """A builder that records index files; one without a record is built anew at the next opening."""
 
     def built(segment: Any, spec: Any, index_dir: str) -> None:
         build_or_load(segment, spec, index_dir)

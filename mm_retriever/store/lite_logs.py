@@ -1,6 +1,6 @@
-"""The logs of a Milvus Lite collection: which of their rows are in no data file.
+"""The logs of a Milvus Lite collection, and which of their rows are in no data file.
 
-Owns how a log is read and shortened. Knows nothing of manifests; use it through `lite_repair.py`.
+Owns reading and shortening a log. Knows nothing of manifests; use it through `lite_repair.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DataFile:
 
 
 class Logs:
-    """The logs of a collection: rows and removals that were in no data file yet when its process ended."""
+    """The logs of a collection: rows and removals that were not in data files when its process ended."""
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
@@ -50,7 +50,7 @@ class Logs:
         return all(number in numbers for number in range(first, last + 1))
 
     def drop_stored_rows(self, files: Sequence[DataFile]) -> None:
-        """Remove rows from the logs that are in a data file too: Milvus Lite would have each of them twice."""
+        """Remove rows from the logs that are in data files too; Milvus Lite would read them twice."""
         last = max((file.last for file in files), default=0)
         rows = [path for path in self._paths if path.name.startswith("wal_data")]
         removals = [path for path in self._paths if path not in rows]
@@ -80,7 +80,7 @@ class Logs:
                 remove_file(self._folder, delta)
 
     def _unstored(self, path: Path, stored: dict[Any, int], removed: dict[Any, int]) -> tuple[list[Any], int]:
-        """The batches of a log without the rows that are stored, replaced or removed, and the number of those."""
+        """The batches of a log without rows that are stored, replaced or removed, and the number of rows left out."""
         kept, dropped = [], 0
         for batch in _batches(path):
             pairs = list(zip(_column(batch, self._key), _column(batch, "_seq"), strict=True))
@@ -95,7 +95,7 @@ class Logs:
         return kept, dropped
 
     def _are_done(self, path: Path, stored: dict[Any, int], deleted: dict[Any, int]) -> bool:
-        """Whether the removals of a log are in data files, or have nothing left to remove."""
+        """Whether each removal of a log is in a data file, or has no row to remove."""
         return all(
             deleted.get(key, -1) >= number or stored.get(key, number) >= number
             for batch in _batches(path)
@@ -114,7 +114,7 @@ class Logs:
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """As Milvus Lite reads them: up to where a write was cut off by a kill, a power cut or a full disk."""
+    """The batches of a log up to a write that a kill, a power cut or a full disk cut off, as Milvus Lite reads them."""
     import pyarrow
 
     with opened(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as source:

@@ -1,14 +1,14 @@
 """Repairs a Milvus Lite file that a killed process, a power cut or bit rot left, before Milvus Lite opens it.
 
 Milvus Lite itself empties a store whose manifest is damaged, removes data files that the manifest does not name, reads
-rows twice whose log was not removed, and cannot open a file that is cut short. What is trusted:
+rows twice whose log was not removed, and cannot open a file that is cut short. These are trusted:
 
-- The manifest and the schema: if they equal their copies; else the copies; without a copy, what can be read.
-- A data file: if it agrees with its record; without a record, if it can be read whole. A bad one is left out if the
-  logs still have all its rows, and is an error otherwise. One that nobody touched since it was recorded, as nearly all
-  are, is not read whole: only its footer and two parts of it.
-- A row of a log: if no data file has it. That is decided by the rows themselves, never by a number in the manifest.
-- An index file: if it agrees with its record, in the same way. Others are removed, and Milvus Lite builds them anew.
+- The manifest and the schema, if they equal their copies; else the copies; without a copy, what can be read.
+- A data file that agrees with its record or, without a record, can be read whole. A bad one is left out if the logs
+  still have all its rows, and is an error otherwise. Of a file that was not touched since it was recorded, as nearly
+  all are, only the footer and two parts are read.
+- A row of a log that no data file has. The rows themselves decide that, never a number in the manifest.
+- An index file that agrees with its record, in the same way. Others are removed, and Milvus Lite builds them anew.
 
 Nothing that could hold rows is deleted: it is moved into the folder `mm_retriever` of its collection.
 """
@@ -57,11 +57,11 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def repair(place: Path) -> None:
-    """Repair a Milvus Lite file that no process has open, and guard what this one will write.
+    """Repair a Milvus Lite file that no process has open, and guard the writes of this process.
 
     Raises:
-        StoreDamagedError: repairing it would lose rows; nothing was removed.
-        StoreError: something in it is a link, or cannot be read.
+        StoreDamagedError: a repair would lose rows; nothing was removed.
+        StoreError: it holds a link, or a file that cannot be read.
     """
     import fcntl  # missing on Windows, as Milvus Lite is
 
@@ -91,7 +91,7 @@ def repair(place: Path) -> None:
 
 
 def _refuse_links(place: Path) -> None:
-    """Milvus Lite writes no links, but follows them: it would read, and remove, files of another store."""
+    """Refuse links, which Milvus Lite never writes but follows: it would read, and remove, files of another store."""
     for folder, folders, files in os.walk(place):
         for name in (*folders, *files):
             path = Path(folder, name)
@@ -132,7 +132,7 @@ def _repair_collection(folder: Path, place: Path) -> None:
 
 
 def _checked_schema(folder: Path) -> dict[str, Any] | None:
-    """The schema of a collection, restored from its copy if it is damaged; None if there is none."""
+    """The schema of a collection, restored from its copy if damaged; None without one."""
     path = folder / "schema.json"
     content, copy = _content(path), read_copy(folder, path.name)
     if copy is not None and content != copy and not _renamed(content, copy):
@@ -154,7 +154,7 @@ def _checked_schema(folder: Path) -> dict[str, Any] | None:
 
 
 def _renamed(content: bytes | None, copy: bytes) -> bool:
-    """Whether a schema differs from its copy by the name of the collection alone, which nothing reads."""
+    """Whether a schema differs from its copy only by the name of the collection, which nothing reads."""
     schema, copied = _json(content or b""), _json(copy)
     if not isinstance(schema, dict) or not isinstance(copied, dict):
         return False
@@ -183,7 +183,7 @@ class _ManifestForm(BaseModel):
 
 @dataclass
 class _Manifest:
-    """What a manifest says, as far as it is trusted."""
+    """The trusted part of a manifest."""
 
     folder: Path
     payload: dict[str, Any]
@@ -197,7 +197,7 @@ class _Manifest:
         content, copy = _content(path), read_copy(folder, path.name)
         payload = None if content is None else _manifest_payload(content)
         copied = None if copy is None else _manifest_payload(copy)
-        # One that was written after its copy is newer: its process was killed in between, or was another program.
+        # A manifest is newer than its copy if its process was killed before copying it, or was another program.
         if copied is not None and content != copy and (payload is None or payload["version"] <= copied["version"]):
             _restore(folder, path, copy or b"")
             manifest = cls(folder, copied, restored=True)
@@ -221,7 +221,7 @@ class _Manifest:
         return max((file.last for file in self.files), default=0)
 
     def drop(self, file: DataFile) -> None:
-        """Name a file no longer."""
+        """Remove a file from the manifest."""
         for names in self.payload["partitions"][file.partition].values():
             if file.name in names:
                 names.remove(file.name)
@@ -229,7 +229,7 @@ class _Manifest:
         self.changed = True
 
     def save(self) -> None:
-        """Write what was changed, and keep a copy of what was checked."""
+        """Write the manifest if it was changed, and keep a copy of it."""
         if self.changed:
             self.payload["version"] += 1
             content = json.dumps(self.payload, indent=2, sort_keys=True, ensure_ascii=False).encode()
@@ -240,7 +240,7 @@ class _Manifest:
 
 
 def _manifest_payload(content: bytes) -> dict[str, Any] | None:
-    """What a manifest says; None where it cannot be one that Milvus Lite wrote."""
+    """The contents of a manifest; None if Milvus Lite cannot have written it."""
     try:
         parsed = _ManifestForm.model_validate_json(content, strict=True)
     except ValueError:
@@ -253,7 +253,7 @@ def _manifest_payload(content: bytes) -> dict[str, Any] | None:
 
 
 def _restore(folder: Path, path: Path, copy: bytes) -> None:
-    """Restore the last good content of a file; what it held is kept beside the records."""
+    """Restore the last good content of a file; its current content is kept beside the records."""
     aside = None
     if path.exists():
         aside = _place_aside(folder, path)
@@ -305,7 +305,7 @@ def _check_data_files(folder: Path, manifest: _Manifest, logs: Logs) -> None:
 
 
 def _fault(folder: Path, path: Path) -> str | None:
-    """What is wrong with a data file; an intact one without a record gets one."""
+    """What is wrong with a data file; an intact one without a record is recorded."""
     from pyarrow import ArrowException, parquet
 
     if not path.exists():
@@ -335,7 +335,7 @@ def _fault(folder: Path, path: Path) -> str | None:
 
 
 def _recorded_fault(folder: Path, path: Path) -> str | None:
-    """What is wrong with a file that has a record; one that was copied or touched is read whole, once."""
+    """What is wrong with a file that has a record; a copied or touched file is read whole, once."""
     if is_untouched(folder, path):
         return damage(folder, path, sampled=True)
     reason = damage(folder, path)
@@ -350,9 +350,9 @@ def _recorded_fault(folder: Path, path: Path) -> str | None:
 
 
 def _remove_unfinished(folder: Path, place: Path) -> None:
-    """Move a collection without a schema away: its process was killed while it made or dropped the collection.
+    """Move a collection without a schema away; its process was killed while creating or dropping the collection.
 
-    As long as the folder is there, Milvus Lite can neither open nor create a collection of that name.
+    While the folder exists, Milvus Lite can neither open nor create a collection of that name.
     """
     if not _holds_rows(folder):
         shutil.rmtree(folder)
@@ -365,7 +365,7 @@ def _remove_unfinished(folder: Path, place: Path) -> None:
 
 
 def _place_aside(folder: Path, path: Path) -> Path:
-    """A new name in our folder of the collection, where Milvus Lite removes nothing."""
+    """A new name in the folder of records, where Milvus Lite removes nothing."""
     aside = folder / RECORDS / f"{path.name}.damaged.{uuid.uuid4().hex[:8]}"
     aside.parent.mkdir(exist_ok=True)
     return aside
@@ -379,7 +379,7 @@ def _move_aside(folder: Path, path: Path) -> Path:
 
 @contextmanager
 def _unless_read_only() -> Iterator[None]:
-    """Do without a record where a store can be read and not written."""
+    """Ignore that a record cannot be written to a read-only store."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What Milvus Lite does anew for every search, done once: which rows are live, and what a metadata key holds.
+"""Keeps what Milvus Lite computes anew for every search: which rows are live, and the values of metadata keys.
 
-For each search it goes through all rows in Python, copies their vectors, and parses the metadata of each of them if
-there is a filter. Here that is kept for as long as its data files stay as they are: they never change, they are only
+For each search it goes through all rows in Python, copies their vectors, and parses the metadata of each row if there
+is a filter. Here the results are kept as long as the data files are the same; data files never change, they are only
 replaced. Answers are the same.
 
 Source: ``milvus_lite/search/executor_indexed.py`` and ``filter/eval/hybrid_backend.py`` of milvus-lite 3.2
@@ -38,7 +38,7 @@ Mask = NDArray[np.bool_]
 
 
 def hasten() -> None:
-    """Have Milvus Lite, in this process, search faster; one that is built differently stays as it is.
+    """Make Milvus Lite search faster in this process; any other version than 3.2 stays as it is.
 
     This replaces functions of milvus_lite 3.2, which has no public way to keep anything between searches.
     """
@@ -73,7 +73,7 @@ def hasten() -> None:
 
 
 class _Live:
-    """Which rows of the data files are the last of their id, and not removed."""
+    """The rows of the data files that are the newest of their id, and not removed."""
 
     def __init__(self, segments: Sequence[Any], removed: dict[Any, int]) -> None:
         self.segments, self.removed = tuple(segments), removed
@@ -99,7 +99,7 @@ def _is(first: Any, second: Any) -> bool:
 
 
 _LIVE: weakref.WeakKeyDictionary[Any, _Live] = weakref.WeakKeyDictionary()
-"""By the rows in memory, of which every collection has one table at a time: it goes when the collection goes."""
+"""By the table of rows in memory, of which a collection has one at a time; an entry ends with its table."""
 
 
 def _live(segments: Sequence[Any], memtable: Any, delta_index: Any) -> _Live:
@@ -111,7 +111,7 @@ def _live(segments: Sequence[Any], memtable: Any, delta_index: Any) -> _Live:
 
 
 def _shadowed(segments: Sequence[Any], masks: Sequence[Mask], newer: dict[Any, int]) -> list[Mask]:
-    """The masks without rows that are written anew or removed in memory, by id and number of the change."""
+    """The masks without the rows that newer rows or removals in memory replace; `newer` has their numbers by id."""
     left = list(masks)
     for place, segment in enumerate(segments):
         rows = [row for id_, number in newer.items() if (row := _row(segment, id_, number)) is not None]
@@ -191,7 +191,7 @@ def _searching(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_last(segments: Sequence[Any], delta_index: Any, removed: dict[Any, int], id_: Any, number: int) -> bool:
-    """Whether a row in memory is the last of its id, and not removed."""
+    """Whether a row in memory is the newest of its id, and not removed."""
     if delta_index.is_deleted(id_, number) or removed.get(id_, -1) > number:
         return False
     rows = ((segment, segment.pk_to_row.get(id_)) for segment in segments)
@@ -226,7 +226,7 @@ def _nearest(
     mask: Mask,
     params: Any,
 ) -> None:
-    """Adds the nearest rows of one source to those found: (distance, source, row) for every query."""
+    """Add the nearest rows of one source to `nearest`: (distance, source, row) for every query."""
     from milvus_lite.index.brute_force import BruteForceIndex
 
     count = int(np.count_nonzero(mask))
@@ -265,7 +265,7 @@ def _compared(
 
 
 def _smallest(far: NDArray[np.float32], most: int) -> NDArray[np.intp]:
-    """Of equal distances the first rows: more results begin with those of a smaller `top_k`."""
+    """The rows with the smallest distances, of equal ones the first: a larger `top_k` begins with the same rows."""
     last = np.partition(far, most - 1)[most - 1]
     below = np.flatnonzero(far < last)
     return np.concatenate([below, np.flatnonzero(far == last)[: most - len(below)]])
@@ -275,11 +275,11 @@ def _smallest(far: NDArray[np.float32], most: int) -> NDArray[np.intp]:
 
 
 class _WholeRow(dict[str, Any]):
-    """A row in which each metadata key stands beside the fields, too."""
+    """A row with each metadata key beside the fields."""
 
 
 def _row_to_dict(segment: Any, row_idx: int) -> dict[str, Any]:
-    """The same row, by columns that were looked up once; vectors come from the matrix that a data file has."""
+    """The row as Milvus Lite returns it, from columns looked up once and the data file's matrix of vectors."""
     kept = _kept(segment.table)
     whole = _WholeRow((name, column[row_idx].as_py()) for name, column in kept.fields)
     metadata = whole.get("$meta")
@@ -300,7 +300,7 @@ _INTERNAL = {"_seq", "_partition", "$meta"}
 
 
 def _projecting(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The same columns of a row, whose metadata are not parsed a second time."""
+    """A projection with the same results that does not parse the metadata of a row again."""
 
     def project_record(record: dict[str, Any], schema: Any, plan: Any) -> Any:
         names = plan.explicit_dynamic_fields
@@ -316,12 +316,12 @@ def _projecting(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Kept:
-    """What is made of a table of rows.
+    """The kept results for one table of rows.
 
     Attributes:
-        vectors: the names of its vectors.
-        fields: its other columns by name.
-        columns: what each metadata key holds.
+        vectors: the names of its columns of vectors.
+        fields: the other columns, with names.
+        columns: the values of each metadata key.
     """
 
     def __init__(self, table: Any) -> None:
@@ -333,12 +333,12 @@ class _Kept:
 
 
 def _plain(column: Any) -> Any:
-    """A column without the layer of chunks where it has one: its values are found several times as fast."""
+    """The only chunk of a column, whose values are read several times as fast; a column of many chunks as it is."""
     return column.chunk(0) if column.num_chunks == 1 else column
 
 
 _KEPT: dict[int, tuple[weakref.ref[Any], _Kept]] = {}
-"""By the address of the table; it goes when the table goes."""
+"""By the address of the table; an entry ends with its table."""
 
 
 def _kept(table: Any) -> _Kept:

@@ -46,23 +46,24 @@ logger = logging.getLogger(__name__)
 
 _ELECTION = "served-by.lock"  # in the folder of a file, locked by the process that is about to open it
 _ADMISSION_SECONDS = 5.0
-_HELD_SECONDS = 10.0  # a process that keeps the turn for so long without a request is taken for stopped
+_HELD_SECONDS = 10.0  # a process that keeps the turn longer without a request counts as stopped
 _JOIN_SECONDS = 2.0
 _RETRY_SECONDS = 1.0
 _READS = (
     *("Check", "Connect", "CreateIndex", "Describe", "Get", "Has", "HybridSearch"),
     *("List", "Load", "Query", "Release", "Search", "Show"),
 )
-"""First words of the requests that a read-only file takes; a missing index is built in the copy."""
+"""First words of the requests that a read-only file answers; a missing index is built in the copy."""
 _CHANGES_NOTHING = ("Describe", "Get", "Has", "HybridSearch", "Query", "Search")
-"""First words of those that may be broken off anywhere: no thread of the server's needs to see them through."""
+"""First words of the requests that may be interrupted anywhere, so that the caller's own thread can run them."""
 
 
 class LiteServer:
     """A Milvus Lite file that this process has open and serves until `close`; use `start`.
 
     Args:
-        place: the folder that Milvus Lite has open; another one than `path` is a copy, which takes no rows.
+        path: the Milvus Lite file.
+        place: the folder that Milvus Lite has open: `path` or a read-only copy.
         database: Milvus Lite's, of that folder.
         owned: whether to close the database at the end.
     """
@@ -87,11 +88,11 @@ class LiteServer:
 
     @classmethod
     def start(cls, path: Path) -> LiteServer | None:
-        """Return a server of the file, which is made if it is missing; None if another process has it open.
+        """Return a server of the file, which is created if missing; None if another process has it open.
 
         Raises:
-            OSError: the folder cannot be made or read.
-            StoreError: what it holds cannot be repaired.
+            OSError: the folder cannot be created or read.
+            StoreError: its contents cannot be repaired.
         """
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)
@@ -140,7 +141,7 @@ class LiteServer:
             raise
 
     def close(self) -> None:
-        """Stop serving and let go of the file: rows go from memory to disk, and another process may open it."""
+        """Stop serving and close the file: rows go from memory to disk, and another process may open it."""
         self._publish(CLOSING)
         self._closed.set()
         self._waker.send(b"\0")
@@ -166,7 +167,7 @@ class LiteServer:
             shutil.rmtree(self._place.parent, ignore_errors=True)
 
     def forget(self) -> None:
-        """In a forked child: free what belongs to the parent, which goes on serving."""
+        """In a forked child: free the parent's sockets and lock; the parent goes on serving."""
         self._closed.set()
         self._close_sockets()
         for wire in list(self._wires):
@@ -178,8 +179,8 @@ class LiteServer:
         _ABANDONED.append(self)
 
     def _close_sockets(self) -> None:
-        for opened in (self._listener, self._waker, self._woken):
-            opened.close()
+        for endpoint in (self._listener, self._waker, self._woken):
+            endpoint.close()
 
     def _publish(self, state: str) -> None:
         record = Record.of_this_process(state, self._identity, self.address, self.secret)
@@ -199,7 +200,7 @@ class LiteServer:
         """Answer a request of this process in the calling thread; None if it changes something, or the file is closed.
 
         Raises:
-            TimeoutError: others had their turn for so many seconds.
+            TimeoutError: its turn did not come within `seconds`.
         """
         if not str(header["method"]).rpartition("/")[2].startswith(_CHANGES_NOTHING):
             return None
@@ -240,7 +241,7 @@ class LiteServer:
         thread.start()
 
     def _serve(self, wire: Wire) -> None:
-        """Answer one connection until it ends; the turn that it may hold ends with it."""
+        """Answer one connection until it ends, and with it any turn that it holds."""
         HANDLING.now = True
         try:
             wire.admit(self.secret, _ADMISSION_SECONDS)
@@ -285,11 +286,11 @@ class LiteServer:
             return _failure(grpc.StatusCode.DEADLINE_EXCEEDED, "its turn came too late")
         name = str(header.get("method")).rpartition("/")[2]
         if not self._is_in_place():
-            why = f"{self._path} was moved, removed or replaced while it was open; close the store and open it anew"
-            return {"refused": why}, b""
+            text = f"{self._path} was moved, removed or replaced while it was open; close the store and open it anew"
+            return {"refused": text}, b""
         if self._is_copy and not name.startswith(_READS):
-            why = f"{self._path} is in a folder or file system that cannot be written: it can be searched, not changed"
-            return {"refused": why}, b""
+            text = f"{self._path} is in a folder or file system that cannot be written: it can be searched, not changed"
+            return {"refused": text}, b""
         context = _Context([(str(key), str(value)) for key, value in header.get("metadata", ())])
         handler = self._handlers.get(name)
         try:
@@ -312,14 +313,14 @@ class _Handling(threading.local):
 
 
 HANDLING = _Handling()
-"""Whether the current thread handles a request here: a failure is part of the answer then, and is not logged."""
+"""Whether the current thread handles a request: its failure is then part of the answer, and not logged."""
 
 _ABANDONED: list[LiteServer] = []
 """Kept alive: the destructors of their databases would write to files that belong to others now."""
 
 
 class _Context:
-    """What Milvus Lite's handlers use of a gRPC context."""
+    """The part of a gRPC context that Milvus Lite's handlers use."""
 
     def __init__(self, metadata: list[tuple[str, str]]) -> None:
         self._metadata = metadata
@@ -354,10 +355,10 @@ def _database(path: Path) -> Any:
 
 
 def _opened_by_pymilvus(path: Path) -> Any:
-    """The database of a file that a client of pymilvus opened in this process, None if there is none.
+    """The database of the file if a client of pymilvus opened it in this process, else None.
 
-    It stays open, and served on a port, until the process ends: this process can only share it. `_servers` has no
-    public name.
+    pymilvus keeps it open, and serves it on a port, until the process ends: this process can only share it. `_servers`
+    has no public name.
     """
     manager = sys.modules.get("milvus_lite.server_manager")
     servers = getattr(getattr(manager, "server_manager_instance", None), "_servers", {})
@@ -387,7 +388,7 @@ def _handlers(servicer: Any) -> dict[str, Any]:
 
 @contextmanager
 def _election(path: Path) -> Iterator[bool]:
-    """Let one process at a time repair and open the file; gives False if another one does, or has it open."""
+    """Let one process at a time repair and open the file; yields False if another one does, or has it open."""
     import fcntl  # missing on Windows, as Milvus Lite is
 
     descriptors: list[int] = []
@@ -412,7 +413,7 @@ def _election(path: Path) -> Iterator[bool]:
 
 
 def _announce(path: Path) -> None:
-    """Say in the record that this process is about to open the file, so that others know that waiting helps."""
+    """Write a record that this process is about to open the file, so that others wait."""
     last = read_record(path)
     if last is not None:
         remove_socket(last.address)  # of a process that was killed

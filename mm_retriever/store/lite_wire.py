@@ -1,8 +1,8 @@
-"""How the processes of one user that share a Milvus Lite file find each other, and talk.
+"""How the processes of one user that share a Milvus Lite file find each other and communicate.
 
-A record in the file says which process has it open and at which socket it serves. Owns what the record says and who may
-have written it, where the socket is, how both sides prove that they know the same secret, and how a request and its
-answer are written. Knows nothing of Milvus.
+A record in the file names the process that has it open, and its socket. Owns the record and who may have written it,
+the place of the socket, the proof of both sides that they know the same secret, and the format of requests and answers.
+Knows nothing of Milvus.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECORD = "served-by.json"
 OPENING, SERVING, CLOSING = "opening", "serving", "closing"
 
 FOLDER_PREFIX = "mm_retriever-"
-"""Of the temporary folders that hold sockets and copies."""
+"""Prefix of the names of temporary folders for sockets and copies."""
 
 _LONGEST_SOCKET_PATH = 100  # bytes; kernels take 103 or 107
 _MOST_RECORD = 4096
@@ -46,9 +46,9 @@ class Record:
 
     Attributes:
         state: OPENING, SERVING or CLOSING.
-        device: with `inode`, the folder that is open: the record in a copy of the folder says nothing of the copy.
+        device: with `inode`, the identity of the open folder; a copy of the folder holds a record of the original.
         address: where the process serves; "" while it does not.
-        secret: what both sides must know, in hexadecimal digits.
+        secret: the shared secret, in hexadecimal digits.
     """
 
     state: str
@@ -79,7 +79,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record | None:
-    """Return the record of a Milvus Lite file; None if there is none that this user wrote for this very folder."""
+    """Return the record that this user wrote for this very folder; None if there is no such record."""
     data = read_own(path / RECORD, _MOST_RECORD + 1, others_may=0o055)
     if data is None:
         return None
@@ -107,7 +107,7 @@ def remove_record(path: Path) -> None:
 
 
 def folder_identity(path: Path) -> tuple[int, int]:
-    """Return device and inode of a folder: the same after it was renamed, others after it was replaced."""
+    """Return device and inode of a folder, which renaming keeps and replacing changes."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -116,7 +116,7 @@ def folder_identity(path: Path) -> tuple[int, int]:
 
 
 def listen() -> tuple[socket.socket, Address]:
-    """Return a listening socket: in a new folder of this user, or on a loopback port where no folder can be made."""
+    """Return a listening Unix socket in a new folder of this user, or else one on a loopback port."""
     for place in dict.fromkeys((os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")):  # noqa: S108
         if not place or not Path(place).is_absolute():
             continue
@@ -207,7 +207,7 @@ class Wire:
         return wire
 
     def admit(self, secret: bytes, seconds: float) -> None:
-        """Let the other side prove that it knows the secret, then prove the same to it."""
+        """Check the other side's proof that it knows the secret, then send the proof of this side."""
         ours = secrets.token_hex(_NONCE_BYTES)
         self.send({"nonce": ours}, seconds=seconds)
         header, _ = self.receive(seconds, most=0)
@@ -220,7 +220,7 @@ class Wire:
         head = json.dumps(header).encode()
         self._socket.settimeout(None if seconds is None else max(seconds, 0.001))
         frame = _SIZES.pack(len(head), len(body)) + head
-        if len(body) <= _AT_ONCE:  # the other side wakes up once
+        if len(body) <= _AT_ONCE:  # sent together, so that the other side wakes up once
             self._socket.sendall(frame + body)
         else:
             self._socket.sendall(frame)

@@ -1,7 +1,7 @@
 """Rows in Parquet files that Milvus imports by itself, written with pymilvus' own writer.
 
-A file has the columns of a collection, and an account by its writer in the footer, so that both are there or neither
-is. Knows nothing of servers.
+A file has the columns of a collection, and its writer's account of it in the footer, so that either both exist or
+neither. Knows nothing of servers.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class ParquetRows:
             self._buffer.append_row(row)
 
     def write(self, path: Path, drafts: Path, account: Mapping[str, Any]) -> bool:
-        """Put the file in place, whole, and return whether it is this one; a file that is there already stays.
+        """Put the whole file in place; False if the file exists already, which then stays.
 
         Args:
-            path: of the file. Once it is there it survives a power cut.
-            drafts: a folder of the same file system. What killed writers of the same file left there is removed.
+            path: of the file. Once it exists it survives a power cut.
+            drafts: a folder on the same file system. Drafts that killed writers of the same file left are removed.
             account: what to write into the footer, as JSON.
         """
         draft = drafts / f"{path.stem}.{uuid.uuid4().hex}"
@@ -89,9 +89,9 @@ class ParquetRows:
             sync(path.parent)
             return True
         except FileNotFoundError:
-            if not path.exists():  # or else another writer of the file was done first, and removed our draft
+            if not path.exists():
                 raise
-            return False
+            return False  # another writer of the file was faster, and removed our draft
         finally:
             remove_drafts(path, drafts, only="" if path.exists() else draft.name)
 
@@ -105,7 +105,7 @@ class ParquetRows:
 
 
 def remove_drafts(path: Path, drafts: Path, *, only: str = "") -> None:
-    """Remove what writers of a file have left, killed ones included; or the draft of one of them only."""
+    """Remove all drafts of a file, also those of killed writers, or the draft `only`."""
     for draft in drafts.glob(f"{only or path.stem + '.'}*"):
         draft.unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ def read_account(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def read_columns(path: Path) -> list[str]:
-    """Return the names of the columns of a file, that of the metadata left out."""
+    """Return the names of the columns of a file, without that of the metadata."""
     return [name for name in _parquet().read_schema(path).names if name != DYNAMIC_FIELD]
 
 
@@ -136,7 +136,7 @@ def read_ids(path: Path) -> list[str]:
 
 
 def read_some_vectors(path: Path, count: int) -> dict[str, npt.NDArray[np.float32]]:
-    """Return the vectors of about so many rows, by id, from all over the first row group of a file."""
+    """Return the vectors of about `count` rows, by id, spread over the first row group of a file."""
     with _parquet().ParquetFile(path) as file:
         group = file.read_row_group(0, columns=[ID_FIELD, VECTOR_FIELD])
     chosen = group.take(list(range(0, group.num_rows, max(1, group.num_rows // count))))

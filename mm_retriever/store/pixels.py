@@ -1,7 +1,7 @@
-"""Image nodes that come with a vector of their text: they are detected, and embedded by their pixels.
+"""Detects image nodes that come with a vector of their text, and embeds them by their pixels.
 
-`VectorStoreIndex` asks every embedding for the vector of a node's text, images included; that vector says nothing of
-the image. Knows nothing of Milvus.
+`VectorStoreIndex` embeds the text of every node, image nodes included; such a vector says nothing about the image.
+Knows nothing of Milvus.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from mm_retriever.store.rows import storable_node
 logger = logging.getLogger(__name__)
 
 _SAME = 0.999
-"""Cosine above which two vectors are of the same text: batches and half precision change little."""
+"""The cosine above which two vectors count as the same text's; batches and half precision change less."""
 
 
 def embedded_by_pixels(nodes: Sequence[BaseNode], embed_model: Any) -> list[ImageNode | TextNode]:
     """Return the nodes as they are stored, every image under a vector of its pixels.
 
-    Where the model cannot embed texts and images (it is only a name and a dimension), the vectors of image nodes are
-    taken as they are.
+    A model that is only a name and a dimension embeds nothing; the vectors of image nodes are then kept as they are.
 
     Raises:
-        NodeError: a node that cannot be stored, or an image under a vector of its words that cannot be read.
+        NodeError: a node cannot be stored, or comes with a vector of its words and an image that cannot be read.
     """
     stored = [storable_node(node) for node in nodes]
     knows_pixels = hasattr(embed_model, "get_image_embedding") and hasattr(embed_model, "get_text_embedding_batch")
@@ -59,9 +58,9 @@ def embedded_by_pixels(nodes: Sequence[BaseNode], embed_model: Any) -> list[Imag
 
 
 def _by_words(nodes: Sequence[BaseNode], embed_model: Any) -> list[bool]:
-    """Whether the vector of each node is of its words: the model knows that of the vectors that it made itself.
+    """Whether the vector of each node is of its words; the model knows that for vectors that it computed itself.
 
-    Of others, as of those that come from another process, the words are embedded and compared.
+    For other vectors, such as those from another process, the words are embedded and compared.
     """
     texts = [node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
     is_of_text = getattr(embed_model, "is_of_text", lambda *_: None)
@@ -75,7 +74,7 @@ def _by_words(nodes: Sequence[BaseNode], embed_model: Any) -> list[bool]:
 
 
 def _cosine(first: Any, second: Any) -> float:
-    """0 where there is none; a bad vector is refused when its row is made."""
+    """The cosine of two vectors, 0 where it is undefined; a bad vector is refused later, when its row is made."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     with np.errstate(all="ignore"):
         cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) if a.shape == b.shape else 0.0

@@ -1,6 +1,6 @@
 """LlamaIndex's queries as searches of a `Collection`.
 
-Owns which query modes and options there are, and how a query is checked and answered.
+Owns the query modes and options, and how a query is checked and answered.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def answer(
 
 
 def log_unserved(collection: Collection, query: VectorStoreQuery, logged: set[str]) -> None:
-    """Log once that the words of a query are of a script that the index of words hardly finds."""
+    """Log once that the full-text index hardly finds words in the script of a query."""
     words, topic = collection.words, "words that the analyzer does not serve"
     if words is None or query.mode not in WORD_MODES or topic in logged or not words.unserved(query.query_str):
         return
@@ -113,7 +113,7 @@ def _diverse(
     mmr_prefetch_factor: float = 4.0,
     mmr_prefetch_k: int | None = None,
 ) -> VectorStoreQueryResult:
-    """Maximal marginal relevance: near the query, and not all alike; the one query that fetches vectors."""
+    """Maximal marginal relevance: results near the query and unlike each other. The only query that fetches vectors."""
     prefetch = mmr_prefetch_k or int(query.similarity_top_k * mmr_prefetch_factor)
     prefetch = min(MAX_TOP_K, max(query.similarity_top_k, prefetch))
     near = collection.search(vector, expression, prefetch, (*NODE_FIELDS, VECTOR_FIELD))
@@ -138,7 +138,7 @@ def _fused(
     expression: str,
     top_k: int,
 ) -> list[Hit]:
-    """By vector and by words, within the same restriction."""
+    """The fusion of a vector search and a full-text search under the same filters."""
     if query.alpha is not None:
         raise QueryError(f"alpha {query.alpha!r}: the two rankings are joined by rank and have no weights; leave it")
     limit = checked_top_k(query.hybrid_top_k or top_k)
@@ -171,10 +171,10 @@ def _query_vector(embedding: Sequence[float] | None, dimension: int) -> list[flo
 
 
 def checked_top_k(top_k: object) -> int:
-    """Return a number of results; numpy's whole numbers are numbers too.
+    """Return the number of results to fetch; whole numbers of numpy are accepted.
 
     Raises:
-        QueryError: no whole number, or one out of range.
+        QueryError: it is not a whole number, or out of range.
     """
     if isinstance(top_k, bool) or not isinstance(top_k, Integral) or not 1 <= int(top_k) <= MAX_TOP_K:
         raise QueryError(f"top_k {top_k!r}: give a whole number from 1 to {MAX_TOP_K}")

@@ -1,11 +1,11 @@
 """LlamaIndex nodes to the rows of a collection, and back, with a checksum that tells whether a row is what was stored.
 
-Owns what may be stored: one vector of finite numbers, metadata of any kind (those that a filter can name also as
-columns), an image by its path or URL and never by its bytes. Knows nothing of connections.
+Owns what may be stored: one vector of finite numbers, metadata of any kind (also as columns where a filter can name
+them), an image by its path or URL and never by its bytes. Knows nothing of connections.
 
-A checksum column has three sums, of what a node is rebuilt from, of what filters look at, and of the vector, so that a
-query can check the first without fetching the rest. They show bit rot and half an update by another program, not a
-forgery. Rows that were stored by versions before this have none.
+The checksum column has three sums: of the columns that a node is rebuilt from, of those that filters test, and of the
+vector, so that a query can check the first without fetching the rest. They reveal bit rot and partial updates by other
+programs, not forgery. Rows of early versions have none.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def node_to_row(node: BaseNode, dimension: int) -> dict[str, Any]:
 def stored_row(node: ImageNode | TextNode, dimension: int) -> dict[str, Any]:
     """Return the row of a storable node: ids, text, vector, the node itself as JSON, one column per metadata key.
 
-    A node that was made from no other document is its own: it can be deleted by its own id as one.
+    A node without a source document is its own document, and is deleted by its own id.
 
     Raises:
         NodeError: the node has no vector, a vector of another dimension or with NaN, or more than Milvus can hold.
@@ -106,7 +106,7 @@ def _as_json(node: BaseNode) -> str:
 
 
 def _plain_relationships(node: BaseNode) -> dict[NodeRelationship, RelatedNodeType]:
-    """The nodes around it; a text splitter copies the metadata of the document into them."""
+    """The relationships with plain metadata; a text splitter copies the document's metadata into them."""
 
     def plain(info: RelatedNodeInfo) -> RelatedNodeInfo:
         return info.model_copy(update={"metadata": plain_metadata(info.metadata)})
@@ -142,17 +142,17 @@ def row_to_node(row: dict[str, Any]) -> BaseNode:
 def storable_node(node: BaseNode, *, drop_bytes: bool = False) -> ImageNode | TextNode:
     """Return the node as it is stored; the caller's stays as it is.
 
-    That is an ImageNode, IndexNode or TextNode without the bytes of an image, with metadata as JSON has them (see
-    `plain_value`). An image node from no other document is its own source. Where the text is the bytes of an image
-    file, or a piece of them, as `SimpleDirectoryReader` without readers for files gives it, the node becomes that
-    image, under the id of the document.
+    The result is an ImageNode, IndexNode or TextNode without the bytes of an image, with metadata as JSON takes them
+    (see `plain_value`). An image node without a source document becomes its own source. Where the text is the bytes of
+    an image file or a piece of them, as `SimpleDirectoryReader` without readers for files gives it, the node becomes
+    that image, under the id of the document.
 
     Args:
         node: any LlamaIndex node or document.
-        drop_bytes: also take an image that is nowhere but in its bytes; the result has no image then.
+        drop_bytes: also accept an image that exists only as bytes; the result then has no image.
 
     Raises:
-        NodeError: a node that is neither text nor image, or whose image is nowhere but in its bytes.
+        NodeError: the node is neither text nor image, or its image exists only as bytes.
     """
     try:
         metadata = plain_metadata(node.metadata)
@@ -192,7 +192,7 @@ def _plain_class(node: BaseNode, metadata: dict[str, Any], drop_bytes: bool) -> 
 
 
 def _text_fields(node: TextNode | Node, metadata: dict[str, Any], image_path: str | None) -> ImageNode | TextNode:
-    """A text node, or an image node without the text where that is the bytes of the image."""
+    """A text node or, where the text is the bytes of an image, an image node without the text."""
     if image_path:
         id_ = node.ref_doc_id or node.node_id  # all pieces that a text splitter has made of one image are that image
         kept = {key: info for key, info in node.relationships.items() if key is NodeRelationship.SOURCE}
@@ -207,10 +207,10 @@ def _fields(node: TextNode | Node, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _path_of_bytes(node: TextNode | Node) -> str | None:
-    """The image file whose bytes a node has for text, or that it names without a text; None for a text.
+    """The path of the image file that a node stands for: its text is the file's bytes, or empty. None for a text.
 
     Raises:
-        NodeError: the bytes are those of another kind of file.
+        NodeError: the text is the bytes of another kind of file.
     """
     text = node.get_content()
     path = str(node.metadata.get("file_path") or "")
@@ -224,7 +224,7 @@ def _path_of_bytes(node: TextNode | Node) -> str | None:
 
 
 def _is_file(text: str, *, of_image: bool) -> bool:
-    """Whether a text is the bytes of a file: a few stray control characters make none, except where an image is."""
+    """Whether a text is the bytes of a file; outside of images, a few stray control characters do not count."""
     if of_image or text.startswith("%PDF-"):
         return _BINARY.search(text) is not None
     sample = text[:4096]
@@ -245,10 +245,10 @@ def has_control_characters(text: str) -> bool:
 
 
 def metadata_columns(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns that filters see: text, numbers, lists of either; a bool as 1 or 0; nothing for None and [].
+    """Return the columns that filters test: text, numbers and lists of either; bools as 1 or 0; None and [] left out.
 
-    What a filter cannot name or compare stays in the node only: reserved keys (`id`, `text`, ...), keys with signs like
-    `:` and `/`, nested values, integers of more than 64 bits.
+    Metadata that a filter cannot name or compare stay in the node only: reserved keys (`id`, `text`, ...), keys with
+    characters like `:` and `/`, nested values, integers of more than 64 bits.
     """
     return {
         key: _column_value(value) for key, value in metadata.items() if not _is_missing(value) and _fits(key, value)
@@ -256,12 +256,12 @@ def metadata_columns(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unfiltered_keys(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the keys whose values `metadata_columns` leaves out although there are any."""
+    """Return the keys whose values, other than None and [], `metadata_columns` leaves out."""
     return [key for key, value in metadata.items() if not _is_missing(value) and not _fits(key, value)]
 
 
 def log_unfiltered(nodes: Iterable[BaseNode], logged: set[str]) -> None:
-    """Log the keys that filters cannot name, once each: those that were logged before are in `logged`."""
+    """Log the keys that filters cannot name, once each; `logged` has those that were logged before."""
     keys = {key for node in nodes for key in unfiltered_keys(node.metadata)} - logged
     if keys:
         logged |= keys
@@ -377,7 +377,7 @@ def row_is_damaged(row: Mapping[str, Any]) -> bool:
 
 
 def damaged_rows(ids: Sequence[str]) -> StoreDamagedError:
-    """Return the error that rows are not what was stored."""
+    """Return the error for rows that are not what was stored."""
     some = ", ".join(shown(id_) for id_ in ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
     return StoreDamagedError(
         f"what the store holds under the id {some} is not what was stored there (its checksum differs): the disk or "
@@ -404,13 +404,13 @@ def _sum(content: bytes) -> str:
 
 
 def without_checksums(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Sequence[dict[str, Any]]:
-    """Return the rows with the named columns alone: "*" does not ask for checksums."""
+    """Return the rows without the checksum, unless it is named; "*" does not name it."""
     for row in rows if CHECKSUM_FIELD not in names else ():
         row.pop(CHECKSUM_FIELD, None)
     return rows
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield the items in order, so many at a time."""
+    """Yield the items in order, `size` at a time."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

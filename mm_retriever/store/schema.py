@@ -1,4 +1,4 @@
-"""What a collection is: its columns, the index and the model of its vectors, and the options that it is made with.
+"""The columns of a collection, the index and the model of its vectors, and the options that it is created with.
 
 Source of the parameters of indexes: the documentation of Milvus (milvus.io/docs, "Index", "In-memory Index", "On-disk
 Index").
@@ -36,9 +36,9 @@ def index_for(rows: int | None, *, lite: bool, self_hosted: bool) -> str:
     """The index of a new collection.
 
     Args:
-        rows: that it is made for; None: not known, and taken to be few.
-        lite: in a Milvus Lite file.
-        self_hosted: on a server that is not Zilliz Cloud, which chooses for itself.
+        rows: the expected number; None: unknown, and taken to be small.
+        lite: whether it is in a Milvus Lite file.
+        self_hosted: whether the server is not Zilliz Cloud, which chooses for itself.
     """
     few = rows or 0
     if lite:
@@ -84,7 +84,7 @@ TYPE_FIELD = "_node_type"
 CHECKSUM_FIELD = "_row_checksum"
 
 NODE_FIELDS = (TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD, CHECKSUM_FIELD)
-"""What a node is rebuilt from, and its checksum: fetching the vectors too would double the time of a query."""
+"""The columns that a node is rebuilt from, and its checksum; the vectors would double the time of a query."""
 
 OWN_TEXT_COLUMNS = {
     ID_FIELD: ID_FIELD,
@@ -128,8 +128,8 @@ _IDENTITY = re.compile(r".*@(?P<weights>[0-9a-f]{12})(?:\.(?P<inputs>[0-9a-f]{6}
 def same_model(stored: str, given: str) -> bool:
     """Return whether vectors of two models may be compared.
 
-    Identities of any other form are compared as they are. Collections of earlier versions have `name@weights/dtype`;
-    the fingerprint of the weights is the same in both forms.
+    Collections of earlier versions have identities `name@weights/dtype`; their fingerprint of the weights is the one
+    of today's form. Identities of other forms must be equal.
     """
     if stored == given:
         return True
@@ -167,7 +167,7 @@ def collection_schema(dimension: int, description: str = "") -> CollectionSchema
 def check_options(
     collection: str, dimension: int | None, index: str, metric: str | None, *, lite: bool = False
 ) -> None:
-    """Refuse what Milvus would misread; Milvus Lite would take any index and metric, and search by something else."""
+    """Refuse options that Milvus would misread: Milvus Lite takes any index and metric, and searches by another."""
     if not _NAME.fullmatch(collection):
         raise StoreError(f"collection {collection!r}: use up to 255 ASCII letters, digits and '_', no digit first")
     if dimension is not None and dimension < 1:
@@ -188,15 +188,15 @@ def model_properties(model_id: str, model_note: str, made_from: str = "") -> dic
 
     Args:
         model_id: the model.
-        model_note: on it, for people.
-        made_from: the model before, where `reindex` makes the collection.
+        model_note: name and float format of the model, for people.
+        made_from: the previous model, where `reindex` makes the collection.
     """
     properties = {_MODEL_PROPERTY: model_id, _NOTE_PROPERTY: model_note, MADE_FROM_PROPERTY: made_from}
     return {name: value for name, value in properties.items() if value}
 
 
 def stored_model(description: Mapping[str, Any]) -> tuple[str | None, str]:
-    """Return the model whose vectors a collection holds, None if it does not say, and the note on it for people."""
+    """Return the model of a collection's vectors, None if it names none, and the note on it for people."""
     return stored_property(description, _MODEL_PROPERTY), stored_property(description, _NOTE_PROPERTY) or ""
 
 
@@ -218,7 +218,7 @@ def stored_property(description: Mapping[str, Any], name: str) -> str | None:
 
 
 def milvus_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `MilvusVectorStore` that say what this store does; others that are given are refused."""
+    """Return `MilvusVectorStore`'s fields with the values of this store; refuses other options and values."""
     declared = MilvusVectorStore.model_fields
     fields: dict[str, Any] = {name: None for name, field in declared.items() if field.is_required()}
     fields |= {"embedding_field": VECTOR_FIELD, "doc_id_field": DOC_ID_FIELD, "text_key": TEXT_FIELD}

@@ -1,6 +1,6 @@
-"""A collection's rows under vectors of another model: written beside it, then switched to in one step.
+"""Copying a collection's rows under vectors of another model into a new collection, which then takes its name.
 
-Owns which rows the new collection lacks, and when it may take the name. Knows nothing of models and images.
+Owns the rows of the new collection, and when it may take the name. Knows nothing of models and images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TEXTS = (DOC_ID_FIELD, TEXT_FIELD, CONTENT_FIELD, TYPE_FIELD)
 
 
 class Succession:
-    """A collection, and the one beside it that is to take its name; use it in a `with`.
+    """A collection, and the new one that is to take its name; a context manager.
 
     Args:
         uri: a Milvus Lite file, or the URI of a server.
@@ -49,15 +49,15 @@ class Succession:
         timeout: seconds for each request.
         dimension: of the new vectors.
         model_id: the new model.
-        model_note: on it, for people.
+        model_note: name and float format of the new model, for people.
 
     Attributes:
         old: the collection.
         is_done: whether it has vectors of the new model already, so that there is nothing to do.
 
     Raises:
-        StoreError: there is no such collection, or what an earlier run left cannot be told apart.
-        StoreLockedError: another process of this machine works on the same collection.
+        StoreError: the collection is missing, or it is unclear which of two collections an earlier run left is wanted.
+        StoreLockedError: another process of this machine reindexes the same collection.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Succession:
         hybrid = False if words is None else words.model or True
         try:
             new.open(hybrid, create=True, analyzer=analyzer)
-        except StoreMismatchError:  # of a run before the collection was made anew
+        except StoreMismatchError:  # left by a run before the old collection was created anew
             new.open(hybrid, create=True, analyzer=analyzer, overwrite=True)
         return new
 
@@ -134,7 +134,7 @@ class Succession:
         """Yield the whole rows of the old collection in pages, by id.
 
         Raises:
-            StoreDamagedError: rows that are not what was stored.
+            StoreDamagedError: a row is not what was stored.
         """
         for page in self.old.scan(["*", CHECKSUM_FIELD], "", page_rows=WRITE_ROWS):
             if damaged := [str(row[ID_FIELD]) for row in page if row_is_damaged(row)]:
@@ -142,7 +142,7 @@ class Succession:
             yield page
 
     def new_rows(self, ids: Sequence[str]) -> dict[str, Row]:
-        """Return what the new collection has under these ids, without vectors."""
+        """Return the rows of the new collection with these ids, without vectors."""
         return self._new.columns(ids, NODE_FIELDS)
 
     def count_new(self) -> int:
@@ -150,13 +150,13 @@ class Succession:
         return self._new.count("")
 
     def write(self, rows: Sequence[tuple[Row, BaseNode | None, np.ndarray[Any, Any]]]) -> None:
-        """Store rows of the old collection under new vectors; with a node, that is stored in the row's place."""
-        made = [self._row(*row) for row in rows]
+        """Store rows of the old collection, or the nodes given in their place, under new vectors."""
+        new_rows = [self._row(*row) for row in rows]
         words = self._new.words
         if words is not None and words.model is None:
             columns = words.columns([node or row_to_node(row) for row, node, _ in rows])
-            made = [{**row, **more} for row, more in zip(made, columns, strict=True)]
-        self._new.write(made)
+            new_rows = [{**row, **more} for row, more in zip(new_rows, columns, strict=True)]
+        self._new.write(new_rows)
 
     def _row(self, row: Row, node: BaseNode | None, vector: np.ndarray[Any, Any]) -> Row:
         words = self.old.words
@@ -187,14 +187,14 @@ class Succession:
     # ------------------------------------------------------------------------------------------ the switch
 
     def switch(self, state: str, rows: int) -> bool:
-        """Give the new collection the name of the old one, and remove that.
+        """Give the new collection the name of the old one, and remove the old one.
 
         Args:
             state: of the old collection when its rows were copied, from `RowsState`.
-            rows: how many the new collection has to have.
+            rows: the number that the new collection must have.
 
         Returns:
-            False if the old collection was written to since: copy again.
+            False if the old collection was written to since, so that its rows must be copied again.
         """
         if self.count_new() != rows:
             return False
@@ -215,10 +215,10 @@ class Succession:
 
 
 class RowsState:
-    """What tells that a collection's rows are the same as before: a digest of ids and checksums, in the order of ids.
+    """A digest of the ids and checksums of a collection's rows by id; equal digests, equal rows.
 
     Args:
-        exact: of the nodes too, for rows without a checksum.
+        exact: whether the nodes are included too, for rows without a checksum.
     """
 
     def __init__(self, *, exact: bool) -> None:
@@ -226,7 +226,7 @@ class RowsState:
         self._digest = hashlib.sha256()
 
     def add(self, page: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of the next rows."""
+        """Include the next rows."""
         names = (ID_FIELD, *NODE_FIELDS) if self._exact else (ID_FIELD, CHECKSUM_FIELD)
         for row in page:
             self._digest.update(json.dumps([row.get(name) for name in names]).encode())

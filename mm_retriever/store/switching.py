@@ -1,11 +1,12 @@
-"""How a collection takes the name of another one, and what is left where the process that does it is killed.
+"""How a new collection takes the name of an old one, and what happens if the process that does it is killed.
 
-`reindex` writes rows under another model into a collection beside the old one, and then renames twice: the old
-collection away, the new one to the name. Each request finds one of the two whole, or no collection of that name:
-then it waits for the second renaming or, if nobody is at work any more, gives the old collection its name back.
+`reindex` writes rows under another model into a collection beside the old one, then renames twice: the old collection
+to a name of its own, the new one to the old name. A request meanwhile finds one of the two whole, or no collection of
+that name. In the latter case it waits for the second renaming or, if the renaming process is gone, gives the old
+collection its name back.
 
-Milvus has no request that replaces a collection by another. An alias cannot have the name of a collection, so it would
-need the same two steps, and every other program would see another name.
+Milvus has no request that replaces one collection by another. An alias cannot have the name of a collection, so it
+would need the same two steps, and other programs would see another name.
 """
 
 from __future__ import annotations
@@ -30,29 +31,29 @@ from mm_retriever.store.schema import stored_model, vector_length
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-"""How long an open store takes it that a collection has the model that it had."""
+"""How long an open store trusts its last look at a collection's model."""
 
 _AWAY_SECONDS = 2 * LOOK_SECONDS
-"""How long the name is missing at least: afterwards every open store looks anew, and none searches by another model."""
+"""How long the name is missing at least: after that every open store looks again, so none searches by another model."""
 
-_PATIENCE_SECONDS = 20.0  # after which a switch on a server is taken for broken off
+_PATIENCE_SECONDS = 20.0  # after which a switch on a server counts as interrupted
 _POLL_SECONDS = 0.1
 _MISSING = 100
 _BEFORE, _BESIDE = "__before_reindex", "__reindex_"
 
 
 def name_before(name: str) -> str:
-    """Return the name of a collection that is being replaced."""
+    """Return the name of the old collection during a switch."""
     return name + _BEFORE
 
 
 def name_beside(name: str, model_id: str) -> str:
-    """Return the name of the collection of a new model's rows: two runs for two models never write into one."""
+    """Return the name of the new collection before the switch, which differs between models."""
     return f"{name}{_BESIDE}{hashlib.sha256(model_id.encode()).hexdigest()[:8]}"
 
 
 def left_by_reindex(name: str) -> str | None:
-    """Return the name of the collection whose `reindex` made this one, None for any other."""
+    """Return the name of the collection that `reindex` made this one for; None for any other collection."""
     if name.endswith(_BEFORE):
         return name.removesuffix(_BEFORE)
     whole, _, digest = name.rpartition(_BESIDE)
@@ -66,20 +67,20 @@ class ModelWatch:
         self._connection, self._name = connection, name
         self._model: str | None = None
         self._dimension = 0
-        self._seen = 0.0
+        self._checked = 0.0
 
-    def saw(self, model: str | None, dimension: int) -> None:
-        """Take note of what the collection has now."""
-        self._model, self._dimension, self._seen = model, dimension, time.monotonic()
+    def remember(self, model: str | None, dimension: int) -> None:
+        """Remember what the collection has now."""
+        self._model, self._dimension, self._checked = model, dimension, time.monotonic()
 
     def check(self, seconds: float) -> None:
-        """Look anew, unless that was done less than so many seconds ago.
+        """Look again, unless the last look is less than `seconds` ago.
 
         Raises:
             StoreMismatchError: the collection was switched to another model.
         """
         now = time.monotonic()
-        if now - self._seen < seconds:
+        if now - self._checked < seconds:
             return
         connection, name = self._connection, self._name
         try:
@@ -89,28 +90,28 @@ class ModelWatch:
                 raise
             description = connection.ask(connection.client.describe_collection, name)
         model, dimension = stored_model(description)[0], vector_length(description)
-        # a server that is starting again may not say the model yet; that is no other model
+        # a server that is restarting may not report the model yet; that does not mean another model
         if dimension != self._dimension or (model != self._model and model is not None):
             raise StoreMismatchError(
                 f"collection {name!r} at {connection.where} was switched to the model {model!r} ({dimension} numbers) "
                 f"while it was open for {self._model!r}; open it again with that model"
             )
-        self._seen = now
+        self._checked = now
 
     def is_back(self, error: MilvusException) -> bool:
-        """Whether a collection that was not found is there now: it was being switched."""
+        """Whether the collection was missing only because of a switch, and exists now."""
         return error.code == _MISSING and come_back(self._connection, self._name)
 
 
 def is_away(connection: Connection, name: str) -> bool:
-    """Whether the rows of a missing collection are there under the name that they have during a switch."""
+    """Whether a missing collection exists under its name during a switch."""
     return bool(connection.ask(connection.client.has_collection, name_before(name)))
 
 
 def come_back(connection: Connection, name: str) -> bool:
-    """Wait until a missing collection is there again; False if it is no switch that it is missing for.
+    """Wait until a collection that is being switched has its name again; False if it is missing for another reason.
 
-    Call it without the turn: the process that is at work needs that.
+    Call it without the turn, which the switching process needs.
     """
     client, lite = connection.client, connection.lite_path is not None
     patience = 0.0 if lite else min(_PATIENCE_SECONDS, connection.timeout / 2)
@@ -131,23 +132,23 @@ def come_back(connection: Connection, name: str) -> bool:
 
 
 def give_back(connection: Connection, name: str) -> None:
-    """Let the collection that a broken switch left without its name have it again; with the lock only."""
+    """Rename a collection back after an interrupted switch; the caller holds the lock."""
     if not connection.ask(connection.client.has_collection, name) and is_away(connection, name):
         _rename(connection, name_before(name), name)
         logger.warning("a reindex of %r was broken off: the collection is as it was before", name)
 
 
 def switch(connection: Connection, name: str, beside: str, unchanged: Callable[[str], bool]) -> bool:
-    """Give the name of a collection to the one beside it, and remove the first.
+    """Give the name of the old collection to the new one, and remove the old one.
 
     Args:
         connection: to the store.
-        name: the name.
-        beside: the name that the other collection has so far.
-        unchanged: called with the old collection's name when nobody can write to it any more.
+        name: of the old collection.
+        beside: the current name of the new collection.
+        unchanged: called with the old collection's temporary name, once nobody can write to it.
 
     Returns:
-        False if it was written to meanwhile; all is as it was then.
+        False if the old collection was written to meanwhile; then it keeps its name.
     """
     before = name_before(name)
     with connection.request(f"switching {name!r} to another model"):
@@ -181,7 +182,7 @@ def _rename(connection: Connection, old: str, new: str) -> None:
 
 
 def _renamed(client: Any) -> Callable[..., None]:
-    """Asked again after a lost answer, a renaming that was done before is no failure."""
+    """A renaming that succeeds if it was done already: its first answer may have been lost."""
 
     def rename(old: str, new: str, **options: Any) -> None:
         try:
@@ -195,10 +196,10 @@ def _renamed(client: Any) -> Callable[..., None]:
 
 @contextmanager
 def reindex_lock(connection: Connection, name: str) -> Iterator[bool]:
-    """Whether this process alone, of those of this machine, works on the switch of a collection inside.
+    """Lock a collection for switching against other processes of this machine; False if another one holds the lock.
 
-    Two machines that reindex one collection on a server do no harm: each has its own collection for a model, the rows
-    of one model are the same from both, and the slower one finds at its switch that the rows have changed.
+    Two machines may reindex one collection on a server: each writes into its own collection for a model, both write the
+    same rows for one model, and the slower one finds at its switch that the rows have changed.
     """
     try:
         import fcntl
@@ -208,7 +209,7 @@ def reindex_lock(connection: Connection, name: str) -> Iterator[bool]:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(_lock_path(connection, name), flags, 0o600)
-    except OSError:  # a place that cannot be written: nobody switches anything there
+    except OSError:  # not writable, so no process can switch anything there
         yield False
         return
     try:

@@ -1,4 +1,4 @@
-"""Metadata as JSON has them, whatever numpy, pandas, EXIF readers or databases gave."""
+"""Metadata from numpy, pandas, EXIF readers or databases as plain JSON values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_DEPTH = 32
 
 
 def plain_metadata(metadata: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the metadata as JSON has them; equal metadata give equal ones.
+    """Return the metadata as plain JSON values; equal metadata give equal results.
 
     Raises:
         ValueError: values that are nested deeper than `MAX_DEPTH`, or in themselves.
@@ -27,7 +27,7 @@ def plain_metadata(metadata: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def plain_value(value: Any, depth: int = 0) -> Any:
-    """Return the nearest thing that JSON has.
+    """Return the nearest JSON value.
 
     Text, bools, whole numbers and finite numbers stay. Dates and times become ISO text, other numbers (numpy, Decimal,
     Fraction) numbers, arrays, tuples and sets lists (sets sorted), mappings and dataclasses objects with text keys, an

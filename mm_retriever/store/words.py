@@ -1,6 +1,6 @@
 """The full-text index of a collection, for hybrid search.
 
-Owns its columns, the rule which words a node has, and how a query asks it. There are two kinds: BM25, which Milvus
+Owns its columns, the choice of words of a node, and what a query sends. There are two kinds: BM25, which Milvus
 computes from a text column, and learned sparse vectors, which a model computes here. Knows nothing of connections.
 
 Milvus's standard tokenizer ends a word at white space, punctuation and combining marks: a Chinese or Japanese sentence
@@ -66,7 +66,7 @@ class SparseEmbedding(Protocol):
 
 
 class LlamaIndexSparse:
-    """A sparse embedding function of LlamaIndex; two of one class are taken for the same model."""
+    """A sparse embedding function of LlamaIndex; two of one class count as the same model."""
 
     def __init__(self, function: BaseSparseEmbeddingFunction) -> None:
         self._function = function
@@ -86,7 +86,7 @@ class LlamaIndexSparse:
 
 
 class UnopenedModel:
-    """Stands for the sparse model of a collection that is opened without its models."""
+    """A placeholder for the sparse model of a collection that is opened without models."""
 
     def __init__(self, model_id: str) -> None:
         self.model_id = model_id
@@ -100,13 +100,13 @@ class UnopenedModel:
 
 @dataclass(frozen=True)
 class WordIndex:
-    """Where the words of a collection are.
+    """The full-text index of a collection.
 
     Attributes:
         vector_field: column of the sparse vectors.
-        text_field: column that Milvus makes them from; "" where a model does.
-        model: that model.
-        analyzer: how the words of a text are found, one of `ANALYZERS`; a model has its own way.
+        text_field: column that Milvus computes them from; "" where a model computes them.
+        model: that model, None for BM25.
+        analyzer: how BM25 finds words, one of `ANALYZERS`; unused with a model.
     """
 
     vector_field: str = SPARSE_FIELD
@@ -116,7 +116,7 @@ class WordIndex:
 
     @property
     def name(self) -> str:
-        """What indexes the words, as `words_name` says it."""
+        """The name of the index, as `words_name` gives it."""
         return self.model.model_id if self.model else _bm25_name(self.analyzer)
 
     @property
@@ -146,13 +146,13 @@ class WordIndex:
 
     @property
     def properties(self) -> dict[str, str]:
-        """What a new collection says of its index."""
+        """The properties of a new collection that describe its index."""
         if self.model is not None:
             return {_SPARSE_PROPERTY: self.model.model_id}
         return {_ANALYZER_PROPERTY: self.analyzer}
 
     def columns(self, nodes: Sequence[BaseNode]) -> list[dict[str, Any]]:
-        """Return what the rows of these nodes hold for the index, beside their other columns."""
+        """Return the columns of the index for the rows of these nodes."""
         words = [node_words(node) for node in nodes]
         if self.model is not None:
             return [{self.vector_field: vector or _NO_WORDS} for vector in self.model.encode_documents(words)]
@@ -180,7 +180,7 @@ class WordIndex:
 def node_words(node: BaseNode) -> str:
     """Return the text of a node, and the texts in its metadata that LlamaIndex would show an embedding model.
 
-    What is longer than Milvus takes is cut off.
+    The result is cut off at the size that Milvus takes.
     """
     parts = [node.get_content()]
     excluded = _WITHOUT_WORDS.union(getattr(node, "excluded_embed_metadata_keys", ()))
@@ -240,7 +240,7 @@ def analyzer_of(name: str | None) -> str | None:
 
 
 def words_name(hybrid: bool | SparseEmbedding) -> str | None:
-    """Return what indexes the words of a new collection: "BM25 mixed", the name of a model, or None for nothing."""
+    """Return the name of a new collection's full-text index: "BM25 mixed", that of a model, or None without one."""
     index = new_word_index(hybrid)
     return None if index is None else index.name
 
@@ -248,10 +248,10 @@ def words_name(hybrid: bool | SparseEmbedding) -> str | None:
 def word_index_of(
     description: Mapping[str, Any], hybrid: bool | SparseEmbedding | None, analyzer: str | None
 ) -> WordIndex | str | None:
-    """Return the word index of an existing collection; a text says why it is not the one that was asked for.
+    """Return the full-text index of an existing collection, or a text that says how it differs from the options.
 
-    `hybrid` and `analyzer` are what was asked for. False takes an existing BM25 index; None takes any, and an analyzer
-    of None takes any too. Earlier versions stored no analyzer, which was "standard".
+    `hybrid=False` accepts an existing BM25 index; `hybrid=None` accepts any index, `analyzer=None` any analyzer.
+    Earlier versions stored no analyzer, which was "standard".
     """
     _check_analyzer(analyzer)
     stored_model = stored_property(description, _SPARSE_PROPERTY)
@@ -297,12 +297,12 @@ def needs_segments(text: str) -> bool:
 
 
 def indexed_words(text: str) -> str:
-    """Return what to index: pairs of characters where there are no spaces, and single ones, which may be asked for."""
+    """Return the words to index; runs without spaces as pairs of characters and, for short queries, single ones."""
     return _segmented(text, singles=True)
 
 
 def query_words(text: str) -> str:
-    """Return what to ask for: pairs of characters where there are no spaces, a single one where it stands alone."""
+    """Return the words to search for; runs without spaces as pairs of characters, a lone character as it is."""
     return _segmented(text, singles=False)
 
 
@@ -325,7 +325,7 @@ def _pairs(run: str, *, singles: bool) -> str:
 
 
 def _without_marks(text: str) -> str:
-    """The text with marks spelled as letters, or left out where they only point at vowels (Arabic, Hebrew)."""
+    """The text with combining marks as letters; those of Arabic and Hebrew, which only add vowels, are left out."""
     if text.isascii():
         return text
     return "".join(
