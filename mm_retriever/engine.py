@@ -16,7 +16,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import LLM, MockLLM
 from llama_index.core.llms.llm import astream_chat_response_to_tokens, stream_chat_response_to_tokens
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import BaseSynthesizer
@@ -126,7 +126,7 @@ class ImageSynthesizer(BaseSynthesizer):
         max_images: int = 9,
         image_side: int = 512,
         image_policy: ImagePolicy = DEFAULT_POLICY,
-        answer_template: PromptTemplate = ANSWER_TEMPLATE,
+        answer_template: BasePromptTemplate = ANSWER_TEMPLATE,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
     ) -> None:
@@ -207,8 +207,9 @@ class ImageSynthesizer(BaseSynthesizer):
         return {"answer_template": self._template}
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
-        if isinstance(template := prompts.get("answer_template"), PromptTemplate):
-            self._template = template
+        if unknown := sorted(prompts.keys() - {"answer_template"}):
+            raise QueryError(f"no prompts {unknown}; there is answer_template, with {{query_str}}")
+        self._template = prompts.get("answer_template", self._template)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a pickle: all, or an error where LlamaIndex would leave out a part of the model."""

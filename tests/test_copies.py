@@ -13,7 +13,7 @@ import cloudpickle
 import pytest
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import MockLLM
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import PromptTemplate, RichPromptTemplate
 from llama_index.core.schema import NodeWithScore
 
 import mm_retriever
@@ -147,9 +147,11 @@ def test_from_dict_makes_what_to_dict_describes(parts, name):
 def test_prompts_and_options_that_were_changed_come_along(parts):
     reranker = copy.deepcopy(parts["VisionLLMRerank"])
     reranker.update_prompts({"rank": PromptTemplate("Which of the {count}?")})
+    reranker.update_prompts({"query": RichPromptTemplate("Wanted: {{ query }}")})
     reranker.top_n = 4
     for other in (pickle.loads(pickle.dumps(reranker)), type(reranker).from_dict(reranker.to_dict())):
         assert other.get_prompts()["rank"].get_template() == "Which of the {count}?"
+        assert other.get_prompts()["query"].format(query="a mug") == "Wanted: a mug"
         assert other.top_n == 4
     assert parts["VisionLLMRerank"].get_prompts()["rank"].get_template() != "Which of the {count}?"
 

@@ -14,7 +14,7 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, Condense
 from llama_index.core.chat_engine.multi_modal_context import MultiModalContextChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
-from llama_index.core.prompts import PromptTemplate
+from llama_index.core.prompts import PromptTemplate, RichPromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine, RouterQueryEngine
 from llama_index.core.schema import ImageNode
 from llama_index.core.selectors import LLMSingleSelector
@@ -157,6 +157,17 @@ def test_the_words_round_the_images_can_be_changed(store, embed_model):
     engine.update_prompts({"response_synthesizer:answer_template": PromptTemplate("Say {query_str}!")})
     engine.query("mug")
     assert texts_of(llm.asked[0]).endswith("Say mug!")
+
+
+def test_every_kind_of_template_is_taken_and_a_name_that_nobody_reads_is_refused(store, embed_model):
+    """LlamaIndex's own engines have a text_qa_template: the question was asked without it, unsaid."""
+    llm = ScriptedLLM.of(says("ok"))
+    engine = image_query_engine(store, embed_model, llm=llm, top_k=1)
+    engine.update_prompts({"response_synthesizer:answer_template": RichPromptTemplate("Tell {{ query_str }}!")})
+    engine.query("mug")
+    assert texts_of(llm.asked[0]).endswith("Tell mug!")
+    with pytest.raises(QueryError, match=r"no prompts \['text_qa_template'\]; there is answer_template"):
+        engine.update_prompts({"response_synthesizer:text_qa_template": PromptTemplate("{query_str}")})
 
 
 def test_numbers_and_filters_are_checked_when_the_engine_is_made(store, embed_model):

@@ -92,10 +92,10 @@ class ImageVectorStore(VectorStore):
     ) -> list[str]:
         """Embed and store texts, and return their ids."""
         given = list(texts)
-        documents = [
-            Document(text, metadata=metadata)
-            for text, metadata in zip(given, metadatas or [{} for _ in given], strict=True)
-        ]
+        facts = [metadata or {} for metadata in metadatas or [{} for _ in given]]
+        if len(facts) != len(given):
+            raise QueryError(f"{len(facts)} metadatas and {len(given)} texts: give one for each")
+        documents = [Document(text, metadata=metadata) for text, metadata in zip(given, facts, strict=True)]
         return self.add_documents(documents, ids=ids, **kwargs)
 
     def add_documents(

@@ -157,7 +157,10 @@ def web_app(
 def gathered(embed_model: ComposedEmbedding) -> ComposedEmbedding:
     """The model, for the calls of many threads; the caller's stays as it is."""
     return ComposedEmbedding(
-        BatchedEmbedder(embed_model.embedder), image_policy=embed_model.image_policy, cache_dir=embed_model.cache_dir
+        BatchedEmbedder(embed_model.embedder),
+        image_policy=embed_model.image_policy,
+        cache_dir=embed_model.cache_dir,
+        cache_bytes=embed_model.cache_bytes,
     )
 
 

@@ -158,7 +158,8 @@ def _difference(first: Path, second: Path, ranker: Reranker) -> str:
     """What the model says, on one line, without quotes around it."""
     from llama_index.core.base.llms.types import ChatMessage, ContentBlock, ImageBlock, MessageRole, TextBlock
 
-    from mm_retriever.rerank.llm_requests import Requests
+    from mm_retriever.rerank.answers import refusal_of, without_thoughts
+    from mm_retriever.rerank.llm_requests import Requests, UnrankedError
     from mm_retriever.rerank.scorer import Meter
 
     assert ranker.llm is not None
@@ -169,8 +170,10 @@ def _difference(first: Path, second: Path, ranker: Reranker) -> str:
     requests = Requests(ranker.llm, ranker.model_name, Meter(None), timeout_s=_TIMEOUT_S, attempts=3, retry_wait_s=1.0)
     blocks: list[ContentBlock] = [*images, TextBlock(text=PROMPT)]
     message = ChatMessage(role=MessageRole.USER, blocks=blocks)
-    answer = requests.ask([message], {}).message.content or ""
-    return one_line(answer, 2 * _LONGEST).strip(" \"'“”„«».")
+    answer = without_thoughts(requests.ask([message], {}).message.content or "")
+    if refusal := refusal_of(answer):
+        raise UnrankedError(f"{ranker.model_name!r} refused: {refusal}")
+    return one_line(answer, 2 * _LONGEST).strip(" \"'“”„«».`")
 
 
 def _relative(path: Path, home: Path) -> str:

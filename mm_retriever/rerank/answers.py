@@ -100,7 +100,7 @@ def read_answer(text: str) -> Answer:
     """The ranking of a JSON value, else of the strongest other form in the text; see the module's docstring."""
     if len(text) > LONGEST_ANSWER:
         text = f"{text[: LONGEST_ANSWER // 2]}\n{text[-LONGEST_ANSWER // 2 :]}"
-    text = _without_thoughts(text)
+    text = without_thoughts(text)
     values, rest = _json_values(text)
     facts = next((value for value in reversed(values) if isinstance(value, dict)), {})
     entries: list[Entry] = []
@@ -110,7 +110,7 @@ def read_answer(text: str) -> Answer:
             break
     refusal = ""
     if not entries:
-        refusal = _refusal(text)
+        refusal = refusal_of(text)
     if not entries and not refusal:
         cut_off = _CUT_OFF.search(text)
         numbers = (all_numbers(cut_off[1]) if cut_off else ()) or text_ranking(rest)
@@ -196,8 +196,8 @@ def _counted_from_one(written: Sequence[str], labels: Sequence[int]) -> tuple[Se
     return written, _DOUBTFUL
 
 
-def _without_thoughts(text: str) -> str:
-    """The text without what the model thought aloud; thoughts that never end leave nothing after them."""
+def without_thoughts(text: str) -> str:
+    """Return the text without what the model thought aloud; thoughts that never end leave nothing after them."""
     kept: list[str] = []
     start, inside = 0, False
     for tag in _THOUGHT.finditer(text):
@@ -212,8 +212,8 @@ def _without_thoughts(text: str) -> str:
     return " ".join(kept if inside else [*kept, text[start:]])
 
 
-def _refusal(text: str) -> str:
-    """The sentence in which the model refuses, "" if there is none."""
+def refusal_of(text: str) -> str:
+    """Return the sentence in which the model refuses, "" if there is none."""
     match = _REFUSAL.search(text)
     if match is None:
         return ""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate, RichPromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixin
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
@@ -301,13 +301,16 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The options and the texts of the prompts, as JSON holds them; `from_dict` makes an equal reranker of them."""
         prompts = {name: prompt.get_template() for name, prompt in self._prompts.items()}
-        return {**super().to_dict(**kwargs), "prompts": prompts}
+        rich = [name for name, prompt in self._prompts.items() if isinstance(prompt, RichPromptTemplate)]
+        return {**super().to_dict(**kwargs), "prompts": prompts, **({"rich_prompts": rich} if rich else {})}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
         """The reranker that `to_dict` described, with its model loaded again; see `Rebuilt.from_dict`."""
         made = super().from_dict(data, **{name: data[name] for name in REMOVED if name in data} | kwargs)
-        made._prompts |= {name: PromptTemplate(text) for name, text in data.get("prompts", {}).items()}
+        rich = data.get("rich_prompts", ())  # whose blanks are written {{ query }}
+        for name, text in data.get("prompts", {}).items():
+            made._prompts[name] = RichPromptTemplate(text) if name in rich else PromptTemplate(text)
         return made
 
     # ------------------------------------------------------------------ prompts

@@ -26,6 +26,7 @@ from mm_retriever.own_keys import own_value
 from mm_retriever.rebuild import check_whole
 from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
+from mm_retriever.rerank.answers import without_thoughts
 from mm_retriever.rerank.scorer import METADATA_KEYS, RERANK_NOTE, RERANK_REASON
 from mm_retriever.retriever import ITEM_IMAGES, ComposedRetriever
 from mm_retriever.search_tools.arguments import but_not, read_count, read_filters, read_text
@@ -427,7 +428,7 @@ class ImageSearch:
         assert self._llm is not None
         blocks = [ImageBlock(image=image, image_mimetype="image/jpeg"), TextBlock(text=question or DESCRIBE)]
         answer = self._llm.chat([ChatMessage(role=MessageRole.USER, blocks=blocks)])
-        return one_line(answer.message.content or "", self.limits.long_text)
+        return one_line(without_thoughts(answer.message.content or ""), self.limits.long_text)
 
 
 def _nobody(done: int, steps: int, doing: str) -> None:

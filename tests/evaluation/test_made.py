@@ -78,6 +78,10 @@ def test_answers_that_are_no_query_are_left_out_and_counted(server, paths):
     drafts = draft_queries(paths, [(0, 1, 0.9), (2, 3, 0.8)], server.reranker())
     assert [one.text for one in drafts.queries] == ["in green"]
     assert drafts.left_out == ((paths[0], "the answer has 0 characters: ''"),)
+    answers = iter(["<think>red, then blue</think>in blue", "I'm sorry, but I can't see the second image."])
+    drafts = draft_queries(paths, [(0, 1, 0.9), (2, 3, 0.8)], server.reranker())
+    assert [one.text for one in drafts.queries] == ["in blue"]
+    assert [path for path, reason in drafts.left_out if "refused: I'm sorry" in reason] == [paths[2]]
     server.reply = lambda _: (401, b'{"error": {"message": "bad key"}}')
     with pytest.raises(RerankError, match=r"said of none of 1 pairs how they differ; the first: .*refused the API key"):
         draft_queries(paths, [(0, 1, 0.9)], server.reranker())

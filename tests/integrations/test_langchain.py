@@ -455,6 +455,10 @@ def test_documents_and_ids_may_come_from_generators_and_paths_in_any_form(shop, 
         assert vectors.store.count() == 0
         with pytest.raises(QueryError, match="a query of None"):
             vectors.similarity_search(None)
+        vectors.add_texts(["red", "blue"], [{"label": "mug"}, None], ids=["c", "d"])
+        assert [one.metadata for one in vectors.get_by_ids(["c", "d"])] == [{"label": "mug"}, {}]
+        with pytest.raises(QueryError, match="1 metadatas and 2 texts: give one for each"):
+            vectors.add_texts(["red", "blue"], [{"label": "mug"}])
 
 
 def test_messages_and_content_blocks_are_queries(shop, retriever):

@@ -226,7 +226,7 @@ def test_a_query_translates_its_filters_once_and_decodes_every_image_once_a_stag
 
 
 def test_a_vision_model_describes_the_image_that_it_is_shown(store, embed_model, talk):
-    llm = ScriptedLLM.of(says("A leopard\nprint."), says("Yes."))
+    llm = ScriptedLLM.of(says("<think>A leopard?</think>A leopard\nprint."), says("Yes."))
     search = ImageSearch(store, embed_model, llm=llm)
     assert search.describe("photo.png", conversation=talk).description == "A leopard print."
     assert search.describe("photo.png", "Is it red?", conversation=talk).description == "Yes."
