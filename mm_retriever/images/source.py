@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,7 @@ def _read_file(path: str, policy: ImagePolicy) -> bytes:
         raise ImageLoadError("a path holds no NUL byte")
     if not path:
         raise ImageLoadError("the path is empty")
-    descriptor = _open_anywhere(path) if policy.roots is None else _open_inside(path, policy.roots)
+    descriptor = _opened(path, policy)
     with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor, not a path
         status = os.fstat(descriptor)
         _check_regular(status)
@@ -314,6 +315,23 @@ def _read_file(path: str, policy: ImagePolicy) -> bytes:
                 f"{status.st_size} bytes, more than the limit of {policy.max_bytes} (ImagePolicy.max_bytes)"
             )
         return _limited(_read_stream(file.read, policy.max_bytes, status.st_size + 1), policy)
+
+
+def spellings(path: str) -> list[str]:
+    """Return a path as it was given, then with composed and with decomposed letters, as a disk may have it."""
+    return list(dict.fromkeys([path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]))
+
+
+def _opened(path: str, policy: ImagePolicy) -> int:
+    """Open a file by the name that it was given, or that name in letters composed otherwise."""
+    missing: FileNotFoundError | None = None
+    for spelled in spellings(path):
+        try:
+            return _open_anywhere(spelled) if policy.roots is None else _open_inside(spelled, policy.roots)
+        except FileNotFoundError as error:
+            missing = missing or error
+    assert missing is not None
+    raise missing
 
 
 # O_NONBLOCK: opening a pipe that nobody writes to returns at once. O_NOCTTY: opening a terminal never adopts it.

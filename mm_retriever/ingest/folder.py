@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from urllib.parse import unquote
 from mm_retriever.errors import IngestError
 from mm_retriever.images import is_image_path
 from mm_retriever.images.header import sniff_format
+from mm_retriever.images.source import spellings
 
 PATHS_LISTED = 1_000
 """Of each type; all are counted."""
@@ -141,11 +141,6 @@ def local_path(place: str) -> str:
 def given_path(given: str | os.PathLike[str]) -> str:
     """Return what somebody calls a path as Python's functions take it: no `file:` URL, and no `~`."""
     return os.path.expanduser(local_path(os.fspath(given)))  # noqa: PTH111 - Path's fails for an unknown user
-
-
-def spellings(path: str) -> list[str]:
-    """Return a path as it was given, then with composed and with decomposed letters, as a disk may have it."""
-    return list(dict.fromkeys([path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]))
 
 
 def existing_path(given: str | os.PathLike[str]) -> Path | None:

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
 from mm_retriever.errors import IngestError
-from mm_retriever.ingest.folder import given_path, spellings
+from mm_retriever.images.source import spellings
+from mm_retriever.ingest.folder import given_path
 from mm_retriever.ingest.report import IngestReport
 from mm_retriever.ingest.sources import path_id, scheme_of, url_id
 from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value

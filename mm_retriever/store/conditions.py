@@ -48,6 +48,7 @@ _NEGATED = {
 _LISTS = (_Op.IN, _Op.NIN, _Op.ANY, _Op.ALL)
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+_MONTH = re.compile(r"(?:19|20)\d{2}-(?:0[1-9]|1[0-2])", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d{2}(-\d{2})?([T ]\d{2}(:\d{2}(:\d{2}(\.\d{1,9})?)?)?(Z|[+-]\d{2}:?\d{2})?)?", re.ASCII)
 
 _SIGNS = "=<>!≠≥≤~"
@@ -158,8 +159,8 @@ def _condition(key: str, operator: FilterOperator, value: Any) -> MetadataFilter
         raise FilterError(f"value {shown(value)} of {key[:60]!r}: give text, a number, or a list of them")
     if operator in COMPARISONS:
         return _ordered(key, operator, value)
-    if operator in (_Op.EQ, _Op.NE) and isinstance(value, str) and _DAY.fullmatch(value):
-        return _negated(_on_day(key, value), operator is _Op.NE)
+    if operator in (_Op.EQ, _Op.NE) and isinstance(value, str) and (dated := _on_date(key, value)):
+        return _negated(dated, operator is _Op.NE)
     if operator is _Op.CONTAINS and isinstance(value, str) and (key in OWN_TEXT_COLUMNS or not takes_lists(key)):
         return _leaf(key, _Op.TEXT_MATCH, value)
     if operator is _Op.CONTAINS and isinstance(value, str) and not set(value) & set("%_\\"):
@@ -186,17 +187,20 @@ def _ordered(key: str, operator: FilterOperator, value: Any) -> MetadataFilter:
     return _leaf(key, operator, text + LAST if operator in (_Op.GT, _Op.LTE) else text)
 
 
-def _on_day(key: str, day: str) -> MetadataFilters:
-    """The day itself, or any time of it."""
-    times = [
-        MetadataFilters(filters=[_leaf(key, _Op.GTE, day + mark), _leaf(key, _Op.LT, day + chr(ord(mark) + 1))])
-        for mark in "T "
-    ]
-    return MetadataFilters(filters=[_leaf(key, _Op.EQ, day), *times], condition=FilterCondition.OR)
+def _on_date(key: str, date: str) -> MetadataFilters | None:
+    """The day itself, or any time of it; of a month, any day; None for what is no date."""
+    if _DAY.fullmatch(date):
+        ranges = [(f"{date}T", f"{date}U"), (f"{date} ", f"{date}!")]
+    elif _MONTH.fullmatch(date):
+        ranges = [(f"{date}-0", f"{date}-4")]
+    else:
+        return None
+    within = [MetadataFilters(filters=[_leaf(key, _Op.GTE, low), _leaf(key, _Op.LT, high)]) for low, high in ranges]
+    return MetadataFilters(filters=[_leaf(key, _Op.EQ, date), *within], condition=FilterCondition.OR)
 
 
 def _among(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | MetadataFilters:
-    """Filters hold texts or numbers: a list of both becomes two filters, and None one of its own."""
+    """Filters hold texts or numbers: a list of both becomes two filters, and None and a date are one of their own."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -210,8 +214,12 @@ def _among(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | M
     values = list(value) if isinstance(value, list | tuple) else [value]
     texts: list[str] = []
     numbers: list[int | float] = []
+    dates: list[MetadataFilter | MetadataFilters] = []
     for item in values:
-        if isinstance(item, bool):
+        dated = _on_date(key, item) if isinstance(item, str) and operator in (_Op.IN, _Op.NIN) else None
+        if dated is not None:
+            dates.append(_negated(dated, operator is _Op.NIN))
+        elif isinstance(item, bool):
             texts.append("true" if item else "false")
         elif isinstance(item, str):
             texts.append(item)
@@ -226,6 +234,7 @@ def _among(key: str, operator: FilterOperator, value: Any) -> MetadataFilter | M
     filters: list[MetadataFilter | MetadataFilters] = [
         _leaf(key, operator, part) for part in (texts, *parts) if part or (not values and part is texts)
     ]
+    filters += dates
     if None in values:
         filters.append(_leaf(key, _Op.EQ if operator is _Op.IN else _Op.NE, None))
     if len(filters) == 1:

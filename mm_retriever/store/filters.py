@@ -242,7 +242,7 @@ def _leaf(column: _Column, operator: FilterOperator, value: object, budget: _Bud
         equals = [_Equal.of(column, operator, each) for each in _values(operator, value, budget)]
         return _Leaf(_Test(_equality(column, equals), exists))
     if operator is FilterOperator.TEXT_MATCH:
-        return _Leaf(_Test(f"({column.expression} like {_substring(value)})", exists))
+        return _Leaf(_Test(f"({column.expression} like {_substring(column, value)})", exists))
     if operator is FilterOperator.IS_EMPTY:
         if value is not None:
             raise FilterError(f"is_empty takes no value (None), got {shown(value)}")
@@ -397,10 +397,10 @@ def _values(operator: FilterOperator, value: object, budget: _Budget) -> Sequenc
     return value
 
 
-def _substring(value: object) -> str:
+def _substring(column: _Column, value: object) -> str:
     if not isinstance(value, str):
         raise FilterError(f"text_match needs text, got {shown(value)}")
     if any(sign in value for sign in "%_\\"):
         # Milvus Lite has no escape for its wildcards that works on every row
         raise FilterError(f"text_match of {value!r}: '%', '_' and '\\' are wildcards that Milvus cannot search for")
-    return quoted(f"%{value}%")
+    return quoted(f"%{unicodedata.normalize('NFC', value) if column.name in _COMPOSED else value}%")

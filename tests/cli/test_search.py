@@ -285,6 +285,12 @@ def test_a_condition_cannot_be_broken_out_of(capfd, db, value):
         ("taken<=2024-01-02", [2019, 2020]),  # all of that day
         ("taken = 2024-01-02", [2020]),
         ("taken < 2024-02", [2019, 2020]),
+        ("taken in 2024-01-02", [2020]),
+        ("taken in 2024-01-01, 2024-02-01", [2019, 2021]),
+        ("taken not in 2024-01-02", [2019, 2021]),
+        ("taken = 2024-01", [2019, 2020]),  # all of that month
+        ("taken != 2024-01", [2021]),
+        ("taken not in 2024-01, 2024-03", [2021]),
         ("title contains red", [2019]),
         ("title is empty", [2021]),
         ("title!=", [2019, 2020]),

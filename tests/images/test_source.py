@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import threading
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from urllib.parse import quote
@@ -249,6 +250,18 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
     path.write_bytes(PNG)
     path.chmod(0)
     assert "permission denied" in refusal(path)
+
+
+def test_a_name_is_found_in_composed_and_in_decomposed_letters(tmp_path: Path) -> None:
+    """A Mac writes letters and their accents apart; people type them as one. The form that was given comes first."""
+    composed, decomposed = (unicodedata.normalize(form, "M\u00fcller.png") for form in ("NFC", "NFD"))
+    (tmp_path / decomposed).write_bytes(PNG)
+    for policy in (ImagePolicy(), ImagePolicy(roots=(tmp_path,))):
+        assert read_image_bytes(tmp_path / composed, policy=policy) == PNG
+    (tmp_path / composed).write_bytes(small("BMP"))
+    assert read_image_bytes(tmp_path / composed) == small("BMP")
+    assert read_image_bytes(str(tmp_path / decomposed)) == PNG
+    assert "M\u00fcller.jpg': no such file" in refusal(tmp_path / "M\u00fcller.jpg")
 
 
 def test_a_tilde_is_the_home_folder_for_images_and_for_roots(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

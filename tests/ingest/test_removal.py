@@ -240,6 +240,7 @@ def test_a_name_in_decomposed_letters_finds_the_composed_one_that_is_stored(tmp_
     for name in (composed, decomposed):
         assert store.count(where("label", name)) == store.count(where("file_name", f"{name}.png")) == 1
         assert store.count(where("label", [name], "in")) == 1
+        assert store.count(where("label", name[:-3], "text_match")) == 1
         assert store.count(where("label", name, "!=")) == store.count(where("label", [name], "nin")) == 0
 
 
