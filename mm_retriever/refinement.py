@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from numbers import Real
 
 import numpy as np
@@ -154,10 +155,11 @@ class Refinement:
             QueryError: an id that is not in the store, or nothing is left of the query.
             ImageLoadError: an image cannot or must not be read.
         """
-        vector = np.asarray(base, dtype=np.float32)
+        vector = unit(np.asarray(base, dtype=np.float32))  # a mean of several texts is shorter
         words = query.query_str.strip() if query.query_str else ""
-        if self.images or (self.balance != 0.5 and words and query.image_path):
-            vector = self._of_parts(words, query.image_path, vector, model)
+        texts = query.custom_embedding_strs or ([words] if words else [])
+        if self.images or (self.balance != 0.5 and texts and query.image_path):
+            vector = self._of_parts(texts, query.image_path, vector, model)
         if avoided := [text for text in self.avoid if text.strip()]:
             vector = avoiding(vector, np.array([model.get_query_embedding(text) for text in avoided]))
         if self.liked or self.disliked:
@@ -168,17 +170,21 @@ class Refinement:
             raise QueryError("nothing is left of the query: what it looks for is what it avoids")
         return vector
 
-    def _of_parts(self, words: str, image: str | None, base: Vector, model: ComposedEmbedding) -> Vector:
+    def _of_parts(self, texts: Sequence[str], image: str | None, base: Vector, model: ComposedEmbedding) -> Vector:
         images: list[ImageSource] = [image, *self.images] if image else list(self.images)
-        if not words:
-            return mean(np.array([model.get_image_embedding(source, query=True) for source in images]))
+        if not texts:
+            vectors = [model.get_image_embedding(source, query=True) for source in images]
+            is_given = not image and bool(base.any())  # a query that is nothing but its vector
+            return mean(np.array([base.tolist(), *vectors] if is_given else vectors))
         both = base
         if self.images:
-            both = mean(np.array(model.get_composed_embedding_batch([words] * len(images), images)))
+            pairs = list(product(texts, images))
+            both = mean(np.array(model.get_composed_embedding_batch(*map(list, zip(*pairs, strict=True)))))
         if self.balance == 0.5:
             return both
         alone = mean(np.array([model.get_image_embedding(source, query=True) for source in images]))
-        return balanced(alone, unit(both), np.array(model.get_query_embedding(words), np.float32), self.balance)
+        words = mean(np.array([model.get_query_embedding(text) for text in texts]))
+        return balanced(alone, unit(both), words, self.balance)
 
 
 def stored_vectors(store: ImageStore, ids: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from llama_index.core.schema import QueryBundle
 
 from mm_retriever.embedding import VisualizedBGEEmbedding
 from mm_retriever.errors import QueryError
@@ -77,6 +78,26 @@ def test_the_balance_ends_at_the_image_and_at_the_words(store, embed_model, leop
 def test_two_equal_images_are_one(store, embed_model, leopard):
     once = [one.node.node_id for one in found(store, embed_model, "mug", leopard)]
     assert [one.node.node_id for one in found(store, embed_model, "mug", leopard, images=(leopard,))] == once
+
+
+def test_a_query_of_several_texts_or_of_a_vector_alone_stays_in_it(store, embed_model, leopard):
+    """`custom_embedding_strs` of a query transform, and a bundle that is nothing but its vector: both were dropped."""
+
+    def ranked(query, **changes):
+        retriever = ComposedRetriever(store, embed_model, top_k=12, refinement=Refinement(**changes))
+        return [(one.node.node_id, pytest.approx(one.score, abs=1e-5)) for one in retriever.retrieve(query)]
+
+    several = QueryBundle("mug", custom_embedding_strs=["umbrella", "phone case"])
+    texts, images = ["umbrella", "umbrella", "phone case", "phone case"], [leopard] * 4
+    both = mean(np.array(embed_model.get_composed_embedding_batch(texts, images)))
+    with_image = QueryBundle("mug", str(leopard), custom_embedding_strs=["umbrella", "phone case"])
+    assert ranked(with_image, images=(leopard,)) == ranked(QueryBundle("", embedding=both.tolist()))
+    words = mean(np.array([embed_model.get_query_embedding(text) for text in several.embedding_strs]))
+    assert ranked(several, balance=0.9) == ranked(QueryBundle("", embedding=words.tolist()))
+    vector = embed_model.get_query_embedding("umbrella")
+    image = embed_model.get_image_embedding(leopard, query=True)
+    middle = mean(np.array([vector, image])).tolist()
+    assert ranked(QueryBundle("", embedding=vector), images=(leopard,)) == ranked(QueryBundle("", embedding=middle))
 
 
 def test_what_cannot_be_meant_is_refused(store, embed_model):

@@ -194,7 +194,11 @@ def _decoded(data: bytes, path: Path, notes: list[str]) -> str:
     except UnicodeDecodeError as error:
         if encoding != "utf-8-sig":
             raise IngestError(f"cannot read the sidecar file {str(path)!r}: {error}") from error
-        text = data.decode("cp1252", "replace")
+        try:
+            text = data.decode("cp1252")
+        except UnicodeDecodeError:  # of another language: its letters would become others
+            reason = "it is neither UTF-8 nor Windows-1252; save it as UTF-8"
+            raise IngestError(f"cannot read the sidecar file {str(path)!r}: {reason}") from error
         notes.append(f"{path.name}: is not UTF-8, so it was read as Windows-1252 (Latin-1)")
     if "\0" in text:
         raise IngestError(f"cannot read the sidecar file {str(path)!r}: it is not text")

@@ -189,7 +189,9 @@ def listed(names: Sequence[str]) -> str:
 _MISSING = frozenset(("", "n/a", "null", "none", "nan", "-"))
 _MISSING_NUMBERS = _MISSING | {"na", "n.a.", "n.a", "--", "?", "nil", "#n/a", "#value!", "undefined", "<na>"}
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
-_DECIMAL = re.compile(r"-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_DECIMAL = re.compile(
+    r"(?!-?[0-9]+E[0-9])-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
+)  # 12E4 is a code: programs write 1.2E5, 1E+5 or 1e5
 _THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 _DECIMAL_COMMA = re.compile(r"-?(0|[1-9][0-9]*|[1-9][0-9]{0,2}(\.[0-9]{3})+)(,[0-9]+)?")
 _EXACT_FLOAT = 2**53

@@ -88,6 +88,8 @@ def test_latin_1_is_read_and_said(tmp_path):
     sidecar = read_sidecar(write(tmp_path, "a.csv", "file,where\na.png,Köln\n", "latin-1"))
     assert sidecar.columns("a.png") == {"where": "Köln"}
     assert "not UTF-8" in sidecar.notes[0]
+    with pytest.raises(IngestError, match=r"a.csv': it is neither UTF-8 nor Windows-1252; save it as UTF-8"):
+        read_sidecar(write(tmp_path, "a.csv", "file,色\na.png,赤\n", "shift_jis"))
 
 
 def test_rows_that_name_one_image_twice(tmp_path):
@@ -139,6 +141,8 @@ def columns_of(tmp_path, cells: list[str], delimiter: str = ","):
         (["12345678901234567890", "1"], ["12345678901234567890", "1"]),
         (["1234567890123456789", "0.5"], ["1234567890123456789", "0.5"]),
         (["1e3", ".5"], [1000.0, 0.5]),
+        (["1.5E3", "1E-2", "2e1"], [1500.0, 0.01, 20.0]),
+        (["1E5", "10E4"], ["1E5", "10E4"]),  # two codes, and one number
         (["1e999", "1"], ["1e999", "1"]),
         (["+491234", "1"], ["+491234", "1"]),
         (["1_000", "1"], ["1_000", "1"]),
