@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from numbers import Real
 
 import numpy as np
@@ -173,13 +172,13 @@ class Refinement:
     def _of_parts(self, texts: Sequence[str], image: str | None, base: Vector, model: ComposedEmbedding) -> Vector:
         images: list[ImageSource] = [image, *self.images] if image else list(self.images)
         if not texts:
-            vectors = [model.get_image_embedding(source, query=True) for source in images]
+            rows = np.array([model.get_image_embedding(source, query=True) for source in images])
             is_given = not image and bool(base.any())  # a query that is nothing but its vector
-            return mean(np.array([base.tolist(), *vectors] if is_given else vectors))
+            return mean(np.vstack([base, rows]) if is_given else rows)
         both = base
         if self.images:
-            pairs = list(product(texts, images))
-            both = mean(np.array(model.get_composed_embedding_batch(*map(list, zip(*pairs, strict=True)))))
+            each = [text for text in texts for _ in images]
+            both = mean(np.array(model.get_composed_embedding_batch(each, images * len(texts))))
         if self.balance == 0.5:
             return both
         alone = mean(np.array([model.get_image_embedding(source, query=True) for source in images]))

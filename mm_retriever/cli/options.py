@@ -37,6 +37,10 @@ def home(path: Any) -> Any:
     if isinstance(path, list | tuple):
         return [home(item) for item in path]
     if isinstance(path, str):
+        if path[:5].lower() == "file:":
+            from mm_retriever.ingest.folder import local_path
+
+            path = local_path(path)
         return os.path.expanduser(path)  # noqa: PTH111 - may be a URL
     try:
         return path.expanduser()

@@ -158,7 +158,8 @@ def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer],
     node = Layer(item.text if item.is_image else "", columns)
     layers: dict[Kind, Layer] = {"node": node} if node else {}
     if row is not None:
-        layers["sidecar"] = Layer(row.text, row.columns)
+        reserved += [key for key in row.columns if key in RESERVED_KEYS]
+        layers["sidecar"] = Layer(row.text, {key: row.columns[key] for key in row.columns if key not in RESERVED_KEYS})
     return layers, [*reserved, *too_long]
 
 

@@ -296,14 +296,24 @@ def needs_segments(text: str) -> bool:
     return _OTHER.search(text) is not None
 
 
+# Milvus Lite's tokenizer takes "red_mug" for one word, a server's for two. A soft hyphen is no part of a word, and the
+# Turkish capital is lower-cased to two characters, which nobody types.
+_SPELLED = str.maketrans({"_": " ", "\u00ad": None, "\u0130": "i"})
+
+
+def _spelled(text: str) -> str:
+    return (text if text.isascii() else unicodedata.normalize("NFKC", text)).translate(_SPELLED)
+
+
 def indexed_words(text: str) -> str:
     """Return the words to index; runs without spaces as pairs of characters and, for short queries, single ones."""
-    return _segmented(text, singles=True)
+    return _segmented(_spelled(text), singles=True)
 
 
 def query_words(text: str) -> str:
     """Return the words to search for; runs without spaces as pairs of characters, a lone character as it is."""
-    return _segmented(text, singles=False)
+    words, earlier = (_segmented(form, singles=False) for form in (_spelled(text), text))
+    return words if words == earlier else f"{words} {earlier}"  # as rows of earlier versions are indexed
 
 
 def _segmented(text: str, *, singles: bool) -> str:

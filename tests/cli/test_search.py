@@ -326,6 +326,13 @@ def test_conditions_that_nothing_can_meet_are_refused(capfd, years_db, condition
     assert says in err
 
 
+def test_an_image_is_named_by_its_file_url(capfd, db, images):
+    """As file managers and other programs give it."""
+    image = sorted(images.rglob("*.jpg"))[0]
+    asked = ("search", "--db", db, "--model", "tiny", "--json", "-i")
+    assert run(capfd, *asked, image.as_uri())[:2] == run(capfd, *asked, image)[:2]
+
+
 def test_two_conditions_in_one_are_said(capfd, years_db):
     options = ("--db", years_db, "--model", "tiny", "-t", "mug", "--json")
     code, out, err = run(capfd, "search", *options, "--where", "title=a red mug and year>2000")

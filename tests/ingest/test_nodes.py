@@ -162,6 +162,14 @@ def test_a_text_may_have_a_digest_of_its_own(store, model):
     assert store.get_nodes(["note"])[0].metadata["digest"] == "mine"
 
 
+def test_a_sidecar_cannot_say_what_ingestion_says_of_a_file(folder, store, model):
+    """Results of a search, saved as JSON, name it: with the digest of another file, it was read in every run."""
+    report = ingest(folder, store, model, sidecar={"red.png": {"mm_digest": "x", "price": 3}})
+    assert own_value(node_of(store, folder / "cars" / "red.png").metadata, "digest") != "x"
+    assert any("'mm_digest'" in note for note in report.notes)
+    assert counts(ingest(folder, store, model, sidecar={"red.png": {"mm_digest": "x", "price": 3}})) == {"unchanged": 2}
+
+
 def test_nodes_from_one_store_go_into_another(folder, store, model, tmp_path):
     """They bring our keys along. Nothing is refused, and names of our own accounts are left out with a word."""
     ingest(folder, store, model, sidecar={"red.png": {"brand": "acme"}})

@@ -143,6 +143,17 @@ def test_the_analyzer_is_an_option_that_is_kept(tmp_path: Path) -> None:
         open_store(tmp_path / "c.db", MODEL, analyzer="mixed")
 
 
+def test_words_of_file_names_with_soft_hyphens_and_in_turkish(tmp_path: Path) -> None:
+    """Truth: a server's tokenizer, and the Turkish alphabet; rows that earlier versions wrote are found too."""
+    texts = {"file": "Red_Mug-1.jpg", "soft": "Fotoal\u00adbum", "turkish": "\u0130stanbul", "typed": "I\u0307zmir"}
+    with open_store(tmp_path / "a.db", MODEL, hybrid=True) as store:
+        store.write([TextNode(id_=name, text=text, embedding=[1.0, 0.0]) for name, text in texts.items()])
+        asks = {"mug": "file", "red_mug": "file", "fotoalbum": "soft", "istanbul": "turkish", "\u0130zmir": "typed"}
+        assert {words: asked(store, words) for words in asks} == {words: [name] for words, name in asks.items()}
+    assert query_words("red_mug") == "red mug red_mug"
+    assert query_words("\uff32ed\uff3fmug").split() == ["Red", "mug", "Red_mug"]
+
+
 def test_segments_of_a_text() -> None:
     """Truth: Lucene's CJKBigramFilter, with single characters in what is indexed."""
     assert indexed_words("a \u96e8\u4f1e\u7ea2 b").split() == [
