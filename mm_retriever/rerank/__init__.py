@@ -1,17 +1,17 @@
-"""Rerankers for LlamaIndex: `load_reranker` gives the one of a name.
+"""Rerankers for LlamaIndex; `load_reranker` returns one by name.
 
 `Phi3VisionRerank` runs on this machine, `VisionLLMRerank` asks any LLM that takes images, `RemoteRerank` a reranking
-model on a server, `CrossEncoderRerank` scores pairs by a model of sentence-transformers, and `ScorerRerank` ranks by a
-`Scorer` of your own. All are node postprocessors and return new nodes. Facts about the ranking are in their metadata,
+model on a server, `CrossEncoderRerank` scores pairs by a model of sentence-transformers, and `ScorerRerank` ranks by
+your own `Scorer`. All are node postprocessors and return new nodes. Facts about the ranking are in their metadata,
 hidden from embeddings and prompts:
 
-    retrieval_score     the score the node came with
-    retrieval_rank      its place before, from 1
-    rerank_rank         its place now, from 1
-    rerank_model_score  what the model alone gave it: log-likelihood, log-probability, log-odds or log of fused ranks
-    rerank_reason       why it fits, in the model's words
-    rerank_caption      what the model sees in the query image
-    rerank_wanted       what it takes the query to want
+    retrieval_score     the score of the retrieval
+    retrieval_rank      the rank in the retrieval, from 1
+    rerank_rank         the new rank, from 1
+    rerank_model_score  the model's own score: log-likelihood, log-probability, log-odds or log of fused ranks
+    rerank_reason       why the node fits, in the model's words
+    rerank_caption      the model's caption of the query image
+    rerank_wanted       the model's understanding of the query
     rerank_note         why the node is last, or was not judged
     rerank_repairs      what had to be repaired in the model's answer
 """

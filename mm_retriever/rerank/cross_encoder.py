@@ -1,6 +1,6 @@
 """Cross-encoders of sentence-transformers as a `Scorer`: for texts, or for texts and images; needs its extra.
 
-Owns what the library is told of a query and a candidate, and what its numbers mean. A model that reads texts alone
+Owns the library's inputs for a query and a candidate, and the meaning of its scores. A model that reads only texts
 ranks images by their captions.
 """
 
@@ -31,7 +31,7 @@ NO_CAPTION = "not judged: a text reranker cannot see its image, and it has no ca
 MODELS = CROSS_ENCODER
 DEFAULT_MODEL = next(iter(MODELS))
 PASS_ROWS = {"cpu": 4, "other": 16}
-"""Pairs that go through the model together at most, those with images; texts go in four times as many."""
+"""The most pairs with images in one pass of the model, by device; of pairs of texts four times as many."""
 
 
 def recognises(name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
@@ -48,15 +48,15 @@ def load(name: str, **options: Any) -> Reranker:
 
 
 class CrossEncoder:
-    """How well each candidate answers the query, from 0 to 1: the sigmoid of the model's logit.
+    """Scores how well each candidate answers the query, from 0 to 1: the sigmoid of the model's logit.
 
     Args:
         name: hub id, or a local folder.
         revision: of the hub repository.
         device: "cpu", "cuda", ...; default: the fastest there is.
-        dtype: of the computation; default: what the weights are stored in, but float32 for float16 on a CPU.
-        max_length: tokens of a pair of texts that count; None: as many as the model takes.
-        instruction: what a model that takes instructions is told; default: its own.
+        dtype: of the computation; default: that of the stored weights, but float32 for float16 on a CPU.
+        max_length: tokens after which a pair of texts is cut off; None: as many as the model takes.
+        instruction: for a model that takes instructions; default: its own.
         trust_remote_code: run the Python files of the model's repository.
 
     Raises:
@@ -107,10 +107,10 @@ class CrossEncoder:
         return bool(self._model.supports("image"))
 
     def score(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> list[float | None]:
-        """From 0 to 1 for each; None for one that the model cannot see, or that there was no time for.
+        """Return a score from 0 to 1 for each candidate; None where the model cannot see it, or the time was up.
 
         Raises:
-            QueryError: the query has no words, and the model reads nothing else.
+            QueryError: the query has no words, and the model reads only texts.
         """
         check_forked(self._loaded_in, self._model.device.type)
         if not self.sees_images and not query.text:
@@ -118,10 +118,10 @@ class CrossEncoder:
         query_input = self._input(query.text, query.image)
         scores: list[float | None] = [None] * len(candidates)
         shown = {
-            row: self._input("", each.image)
-            if each.image is not None and self.sees_images
-            else self._input(_words(each))
-            for row, each in enumerate(candidates)
+            row: self._input("", candidate.image)
+            if candidate.image is not None and self.sees_images
+            else self._input(_words(candidate))
+            for row, candidate in enumerate(candidates)
         }
         for rows in self._passes([row for row, given in shown.items() if given], candidates):
             if meter.out_of_time():
@@ -132,7 +132,7 @@ class CrossEncoder:
                     prompt=self._instruction,
                     batch_size=len(rows),
                     show_progress_bar=False,
-                    activation_fn=_as_they_are,
+                    activation_fn=_identity,
                 )
             meter.passes += 1
             meter.images += sum(self.sees_images and candidates[row].image is not None for row in rows)
@@ -141,9 +141,9 @@ class CrossEncoder:
         return scores
 
     def _input(self, text: str, image: Image.Image | None = None) -> Any:
-        """What the library takes: the image before the text, and a text never as what may be taken for a place.
+        """The library's input: the image before the text, in a form in which a text is never read as a path or URL.
 
-        None where there is nothing for this model.
+        None if there is nothing that this model can see.
         """
         from mm_retriever.embedders.sentence_encoder import bounded
         from mm_retriever.embedders.sentence_files import plain_text
@@ -169,8 +169,8 @@ class CrossEncoder:
 class CrossEncoderRerank(ScorerRerank):
     """Ranks by a cross-encoder; scores go from 0 to 1 and mean the same in every list.
 
-    A model that reads texts alone ranks images by their captions, leaves out the query's image, and says both in the
-    notes. Images without a caption are not judged and come last, with a note.
+    A model that reads only texts ranks images by their captions and ignores the query's image; the notes say so. Images
+    without a caption are not judged and come last, with a note.
 
     Args:
         model_name: hub id, or a local folder.
@@ -182,11 +182,11 @@ class CrossEncoderRerank(ScorerRerank):
     device: Name = None
     """"cpu", "cuda", ...; default: the fastest there is."""
     dtype: Name = None
-    """Default: what the weights are stored in, but float32 for float16 on a CPU."""
+    """Default: that of the stored weights, but float32 for float16 on a CPU."""
     max_length: int = 512
-    """Tokens of question and text together that count, in models that read texts alone."""
+    """Tokens after which question and text together are cut off, in models that read only texts."""
     instruction: str | None = None
-    """What a model that takes instructions is told; default: its own."""
+    """For a model that takes instructions; default: its own."""
     trust_remote_code: bool = False
     """Run the Python files of the model's repository."""
 
@@ -226,20 +226,20 @@ TextRerank = CrossEncoderRerank  # its earlier name
 
 
 def _words(candidate: Candidate) -> str:
-    """All of a candidate's text: of an image, its caption."""
+    """The whole text of a candidate; for an image, its caption."""
     return str(candidate.node.node.get_content(MetadataMode.NONE)).strip()
 
 
-def _as_they_are(scores: Any) -> Any:
+def _identity(scores: Any) -> Any:
     return scores
 
 
 def _sigmoid(logit: float) -> float:
-    """In double precision: two candidates that a model is sure of still differ."""
+    """The sigmoid in double precision, so that scores near 1 still differ."""
     return 1 / (1 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1 + math.exp(logit))
 
 
 def _ends_in_sigmoid(model: Any) -> bool:
-    """Whether the last module gives probabilities already."""
+    """Whether the model's last module returns probabilities already."""
     activation = getattr(list(model)[-1], "activation_function", None)
     return type(activation).__name__ == "Sigmoid"

@@ -1,8 +1,8 @@
-"""One request to a vision LLM: sent in bounded time, asked again where that helps, its answer checked.
+"""One request to a vision LLM: sent in bounded time, repeated where that helps, its answer checked.
 
-Owns the client for servers that speak OpenAI's protocol, and what is asked of it for one generated token in place of a
-written ranking: the log-probabilities of the candidates' numbers as that token (FIRST, arXiv:2406.15657). A number that
-the server says nothing of has none. Knows nothing of candidates.
+Owns the client for servers that speak OpenAI's protocol, and the request for one generated token in place of a written
+ranking: the log-probabilities of the candidates' numbers as that token (FIRST, arXiv:2406.15657). A number that the
+server does not report has no log-probability. Knows nothing of candidates.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FILTERED = frozenset({"content_filter", "refusal", "safety", "recitation", "blo
 
 
 class UnrankedError(RerankError):
-    """An answer that is no ranking: a refusal, a filter, or one that was cut off."""
+    """An answer without a ranking: a refusal, a filtered answer, or one that was cut off."""
 
 
 class Requests:
@@ -48,9 +48,9 @@ class Requests:
         llm: the model.
         name: of the model, for messages.
         meter: counts requests and tokens, and watches the time.
-        timeout_s: for one request, from sending to the last byte.
+        timeout_s: limit for one request, from sending to the last byte.
         attempts: most requests for one answer.
-        retry_wait_s: before the second attempt; doubles with each, up to a minute.
+        retry_wait_s: wait before the second attempt; doubles with each, up to a minute.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Requests:
         self.schema_refused = False
 
     def ask(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse:
-        """The answer; without the options, which hold a JSON schema, if the server refuses them."""
+        """Return the answer; if the server refuses the options, which hold a JSON schema, that of a request without."""
         try:
             response = self._retried(messages, options)
         except Exception as error:
@@ -69,11 +69,11 @@ class Requests:
                 raise
             logger.info("%s takes no JSON schema (%s); going on without", self._name, short(error))
             response = self._retried(messages, {})
-            self.schema_refused = True  # it was the schema, not the rest, that it did not like
+            self.schema_refused = True  # without it the request was accepted
         return self._counted(response)
 
     def first_token(self, messages: list[ChatMessage], options: Mapping[str, Any]) -> ChatResponse | None:
-        """The answer's first token with its log-probabilities; None if the server refuses such a request.
+        """Return the answer's first token with its log-probabilities; None if the server refuses such a request.
 
         Args:
             messages: of the request.
@@ -96,7 +96,7 @@ class Requests:
     def _retried(
         self, messages: list[ChatMessage], options: Mapping[str, Any], *, needed: bool = False
     ) -> ChatResponse:
-        """The answer to one request, asked again where that may help; without the options only if not `needed`."""
+        """The answer to one request, repeated where that may help; without the options only if not `needed`."""
         meter, server_failed = self._meter, False
 
         def once() -> ChatResponse:
@@ -131,10 +131,10 @@ def check_ending(response: ChatResponse, refusal: str, name: str, window: int, m
 
     Args:
         response: of the model.
-        refusal: the sentence of its text in which it refuses, "" if there is none.
+        refusal: the sentence of its text in which it refuses, "" without one.
         name: of the model.
-        window: candidates in one request, and
-        max_tokens: of an answer: what to change where it was cut off.
+        window: candidates in one request, for the message of an answer that was cut off.
+        max_tokens: limit of an answer, for the same message.
 
     Raises:
         UnrankedError: the model refused, a content filter stopped it, or the answer was cut off.
@@ -156,7 +156,7 @@ def check_ending(response: ChatResponse, refusal: str, name: str, window: int, m
 def openai_like(
     base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int
 ) -> tuple[LLM, Any]:
-    """LlamaIndex's client for servers that speak OpenAI's protocol, and its connections. Retrying is ours."""
+    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and its connections."""
     try:
         from llama_index.llms.openai_like import OpenAILike
 
@@ -180,7 +180,7 @@ def openai_like(
 
 
 def _ending(response: ChatResponse) -> tuple[str, str]:
-    """Why the answer ended, lower-cased, and in which words the model refused; "" where the client does not say."""
+    """Why the answer ended, lower-cased, and the words of a refusal; "" where the client does not say."""
     raw = response.raw
     choice = first(field(raw, "choices")) or first(field(raw, "candidates"))
     message = field(choice, "message")
@@ -194,17 +194,17 @@ def _ending(response: ChatResponse) -> tuple[str, str]:
 
 
 def field(holder: Any, name: str) -> Any:
-    """Return what an object or mapping has under a name; None if it has not."""
+    """Return an attribute of an object or an entry of a mapping; None if it is missing."""
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
 
 
 def first(items: Any) -> Any:
-    """Return the first of a list; None if there is none."""
+    """Return the first item of a list; None if there is none."""
     return items[0] if isinstance(items, list | tuple) and items else None
 
 
 def _token_counts(response: ChatResponse) -> tuple[int, int]:
-    """Tokens of prompt and answer, where the client says."""
+    """The numbers of tokens of prompt and answer, 0 where the client does not say."""
     usage = getattr(response.raw, "usage", None) or response.additional_kwargs
     counts = []
     for name in ("prompt_tokens", "completion_tokens"):
@@ -263,9 +263,9 @@ def number_ids(
     Args:
         base_url: of the server.
         model: the name it serves the model under.
-        api_key: if it wants one.
-        timeout_s: for one request.
-        left: seconds that are left for all of them; None: as many as it takes.
+        api_key: if the server needs one.
+        timeout_s: limit for one request.
+        left: returns the seconds left for all of them, or None without a limit.
     """
     from mm_retriever.servers.json_server import JSONServer
 
@@ -290,6 +290,6 @@ def _tokens(raw: Any) -> Iterator[tuple[str, float]]:
     tops = field(chosen, "top_logprobs")
     for item in [chosen, *(tops if isinstance(tops, list | tuple) else ())]:
         token, logprob = field(item, "token"), field(item, "logprob")
-        # -9999 is what servers write for a token that they know nothing of
+        # servers write -9999 for a token without a log-probability
         if isinstance(token, str) and type(logprob) in (int, float) and -9000 < logprob < 1e-3:
             yield token, float(logprob)

@@ -2,12 +2,12 @@
 
 A family of models is a module with three members, and a word in `FAMILIES`:
 
-    MODELS                                 names that people choose from, with what is known of each, or a short note
+    MODELS                                 published models by name, each with its facts or a short note
     recognises(name, config, base_url)     whether a model is of this family; `config` is its config.json, if it has
                                            one, with "sentence_transformers_class", if that library saved it
     load(name, **options)                  its reranker; for a `Scorer`: ``ScorerRerank(scorer, **options)``
 
-`load` is given `top_n`, what else the caller set, and of device, dtype, revision and base_url those that are not None.
+`load` gets `top_n`, the caller's options, and of device, dtype, revision and base_url those that are not None.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mm_retriever.rerank.remote import API
 from mm_retriever.rerank.reranker import Reranker
 
 FAMILIES: tuple[str, ...] = ("remote", "phi3_vision", "cross_encoder")
-"""A word is a module of `mm_retriever.rerank`; a dotted name is any module that can be imported. The first that
+"""A word is a module of `mm_retriever.rerank`; a dotted name is any module that can be imported. The first family that
 recognises a model loads it."""
 
 
@@ -62,11 +62,11 @@ def load_reranker(
             the name under which a server serves a model.
         top_n: how many nodes it keeps.
         device: "cpu", "cuda", ...; default: the fastest there is.
-        dtype: "float32", "bfloat16", ...; default: what the weights are stored in.
+        dtype: "float32", "bfloat16", ...; default: that of the stored weights.
         revision: of a hub repository.
         base_url: of a server that speaks OpenAI's protocol.
-        api: what is asked there: "chat" (default) asks a vision LLM for a ranking, "rerank" and "score" ask a
-            reranking model for scores.
+        api: of that server: "chat" (default) asks a vision LLM for a ranking, "rerank" and "score" ask a reranking
+            model for scores.
         options: of the reranker, for example `fusion_weight`, `on_error` or `image_policy`.
 
     Raises:
@@ -81,7 +81,7 @@ def load_reranker(
 
 
 def check_reranker(name: str, *, revision: str | None = None, base_url: str | None = None) -> None:
-    """Refuse a name that `load_reranker` would refuse, and load nothing.
+    """Refuse a name that `load_reranker` would refuse, without loading anything.
 
     Raises:
         ModelNotFoundError: no family knows the model, or the hub is out of reach.
@@ -92,14 +92,14 @@ def check_reranker(name: str, *, revision: str | None = None, base_url: str | No
 def as_postprocessors(
     rerank: str | BaseNodePostprocessor | Sequence[BaseNodePostprocessor], **options: Any
 ) -> tuple[BaseNodePostprocessor, ...]:
-    """Return the postprocessors that an argument names or holds; options are for one that is loaded by name."""
+    """Return the postprocessors of an argument that holds or names them; a named one is loaded with the options."""
     if isinstance(rerank, str):
         return (load_reranker(rerank, **options),)
     return (rerank,) if isinstance(rerank, BaseNodePostprocessor) else tuple(rerank)
 
 
 def _families() -> Iterator[Family]:
-    """The modules, imported one after the other as they are asked for."""
+    """Yield the families, each imported when it is needed."""
     for word in FAMILIES:
         yield cast(Family, import_module(word if "." in word else f"mm_retriever.rerank.{word}"))
 
@@ -141,14 +141,14 @@ def _config(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def published_rerankers() -> Iterator[tuple[str, ModelEntry]]:
-    """Every reranker that has a name, family by family."""
+    """Yield every published reranker, family by family."""
     for family in _families():
         for name, entry in family.MODELS.items():
             yield name, entry if isinstance(entry, ModelEntry) else ModelEntry(note=entry)
 
 
 def _saved_by(name: str, revision: str | None) -> str:
-    """The class of sentence-transformers that saved a folder or hub repository; empty if none did."""
+    """The class of sentence-transformers that saved a folder or hub repository; "" if none did."""
     from huggingface_hub.errors import HFValidationError
 
     from mm_retriever.checkpoint import hub_files, read_json

@@ -1,7 +1,7 @@
 """`RemoteRerank`: a reranking model on a server, over the protocol of Cohere, Jina and vLLM, which takes images.
 
-Owns what is sent to ``/rerank`` and ``/score`` and what is taken for an answer; `load` is how a name with a base_url
-becomes a reranker of any kind.
+Owns the requests to ``/rerank`` and ``/score`` and the reading of answers; `load` returns a reranker of any kind for a
+name with a base_url.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ API = Literal["chat", "rerank", "score"]
 CHAT_TEMPLATE = Path(__file__).parent / "qwen3_vl_reranker.jinja"
 """The chat template that vLLM needs to serve Qwen3-VL-Reranker; without it every score is about 0.5."""
 MODELS: Models = {}
-_LIKE_CHANCE = 0.02  # how far from 0.5 scores of a model without its template lie
+_LIKE_CHANCE = 0.02  # largest distance from 0.5 of the scores of a model without its template
 
 
 def recognises(name: str, config: Mapping[str, Any], base_url: str | None) -> bool:
@@ -80,10 +80,10 @@ class RemoteScorer:
         self._asking: dict[str, Any] = {"timeout_s": timeout_s, "attempts": attempts, "retry_wait_s": retry_wait_s}
 
     def score(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> list[float | None]:
-        """The server's score of each candidate; None for those that there was no time for.
+        """Return the server's score of each candidate; None where the time was up.
 
         Raises:
-            ModelServerError: no answer, or one that does not hold a score for each candidate.
+            ModelServerError: no answer, or one without a score for each candidate.
         """
         query_content = self._content(query.text, query.image)
         scores: list[float | None] = []
@@ -119,10 +119,10 @@ class RemoteScorer:
         if self._instruction:
             body["instruction"] = self._instruction
 
-        def asked() -> None:
+        def count() -> None:
             meter.passes += 1
 
-        answer = self._server.post(self._api, body, left=meter.left, asked=asked, **self._asking)
+        answer = self._server.post(self._api, body, left=meter.left, asked=count, **self._asking)
         meter.images += sum(candidate.image is not None for candidate in batch)
         meter.prefilled += _tokens(answer)
         try:
@@ -131,7 +131,7 @@ class RemoteScorer:
             raise ModelServerError(f"{self.name!r} gave no scores: {error}") from None
 
     def _content(self, text: str, image: Image.Image | None) -> Any:
-        """A text as it is, which every such server takes; an image, and what goes with it, as parts of a message."""
+        """A text as it is, which every such server takes; an image, and its text, as parts of a message."""
         if image is None:
             return text
         uri = thumbnail_data_uri(image, self._image_side, quality=95)
@@ -142,32 +142,32 @@ class RemoteScorer:
 class RemoteRerank(ScorerRerank):
     """Ranks by a reranking model on a server: Qwen3-VL-Reranker or jina-reranker-m0 on vLLM, Cohere's and Jina's own.
 
-    Images are sent as JPEG, as parts of a message, which vLLM takes; texts as they are, which all take.
+    Images are sent as JPEG in parts of a message, which vLLM takes; texts as they are, which all servers take.
 
     Args:
         base_url: of the server, e.g. "http://gpu:8000/v1".
-        model: the name it serves the model under.
-        api_key: if it wants one.
+        model: the name under which it serves the model.
+        api_key: if the server needs one.
         options: the fields below, and those of `Reranker`.
     """
 
     api: Literal["rerank", "score"] = "rerank"
-    """"rerank" is Cohere's, Jina's and vLLM's, "score" vLLM's alone."""
+    """The endpoint: "rerank" of Cohere, Jina and vLLM, or "score" of vLLM."""
     calibrated: bool = True
-    """Whether the server's scores lie from 0 to 1, as those of all named above do. False: they are logits, which order
-    a list and become shares of it."""
+    """Whether the server's scores lie from 0 to 1, as those of all models above do. False: they are logits, which order
+    a list and become softmax shares."""
     instruction: str = ""
-    """What makes a candidate fit, where the server's template has a place for it; default: the template's own."""
+    """The instruction to the model, if the server's template has a place for it; default: the template's own."""
     batch_size: int = Field(default=8, ge=1)
     """Candidates of one request."""
     image_side: int = Field(default=1024, ge=32)
     """Longest side in pixels of images that are sent."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """For one request, from sending to the last byte."""
+    """Limit for one request, from sending to the last byte."""
     attempts: int = Field(default=3, ge=1)
-    """At most, for one request, where the server is out of reach, overloaded or too slow."""
+    """Limit for one request, where the server is unreachable, overloaded or too slow."""
     retry_wait_s: float = Field(default=1.0, ge=0)
-    """Before the second attempt; doubles with each, up to a minute. A server's Retry-After is obeyed up to a minute."""
+    """Wait before the second attempt; doubles with each, up to a minute. Retry-After is obeyed up to a minute."""
 
     _server: JSONServer = PrivateAttr()
 
@@ -178,17 +178,8 @@ class RemoteRerank(ScorerRerank):
 
     @property
     def scorer(self) -> RemoteScorer:
-        """The model on the server, asked as the fields say now."""
-        names = (
-            "api",
-            "calibrated",
-            "instruction",
-            "batch_size",
-            "image_side",
-            "timeout_s",
-            "attempts",
-            "retry_wait_s",
-        )
+        """The model on the server, with the current values of the fields."""
+        names = RemoteRerank.model_fields.keys() - ScorerRerank.model_fields.keys()
         return RemoteScorer(self._server, **{name: getattr(self, name) for name in names})
 
     def _made_of(self) -> dict[str, Any]:
@@ -201,14 +192,14 @@ class RemoteRerank(ScorerRerank):
 
 
 def read_scores(answer: Any, count: int) -> list[float | None]:
-    """The score of each document, by its index.
+    """Return the score of each document, in the order they were sent.
 
     Args:
         answer: JSON of a server: Cohere's and Jina's ``results``, vLLM's ``data``, or a plain list.
         count: documents that were sent.
 
     Raises:
-        ValueError: it is anything else, or a document has no score, or two.
+        ValueError: the answer has another form, or a document has no score or two.
     """
     results = answer
     if isinstance(answer, dict):
@@ -230,7 +221,7 @@ def read_scores(answer: Any, count: int) -> list[float | None]:
 
 
 def _tokens(answer: Any) -> int:
-    """Tokens that the server read, where it says."""
+    """The number of tokens that the server read, 0 if it does not say."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     count = usage.get("total_tokens", usage.get("prompt_tokens")) if isinstance(usage, dict) else 0
     return count if type(count) is int and count >= 0 else 0

@@ -1,8 +1,8 @@
-"""LlamaIndex's side of reranking: options, events, prompts, and what happens on an error.
+"""LlamaIndex's side of reranking: options, events, prompts, and the handling of errors.
 
-`ScorerRerank` ranks by any `Scorer`; other subclasses of `Reranker` say themselves how candidates are ranked. Every
-candidate comes back exactly once before the best `top_n` are kept, as a new node; the caller's nodes stay as they were.
-Knows nothing of models.
+`ScorerRerank` ranks by any `Scorer`; other subclasses of `Reranker` rank candidates themselves. A ranking has every
+candidate exactly once; the best `top_n` come back as new nodes, and the caller's nodes stay as they were. Knows nothing
+of models.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class Reranking:
 
     Args:
         nodes: the best `top_n`, new nodes with facts in their metadata.
-        order: positions of all nodes that were given, best first; always a permutation.
-        caption: what the model sees in the query image.
-        wanted: what it takes the query to want.
-        repairs: what had to be repaired in its answer.
-        usage: what it cost.
-        error: why the order is that of retrieval, with ``on_error="keep_order"``.
+        order: positions of all given nodes, best first; always a permutation.
+        caption: the model's caption of the query image.
+        wanted: the model's understanding of the query.
+        repairs: what had to be repaired in the model's answer.
+        usage: tokens, passes, images and time.
+        error: why the order of retrieval was kept, with ``on_error="keep_order"``.
     """
 
     nodes: list[NodeWithScore]
@@ -87,17 +87,17 @@ REMOVED = {
     "passes": (1, "nothing showed that shuffled passes rank better: raise window to judge more candidates together"),
     "seed": (0, "it shuffled the passes, which are gone as well"),
 }
-"""Options of earlier versions: the value that changes nothing, and what to do instead of another."""
+"""Options of earlier versions: the value that is still accepted, and what to do in place of any other."""
 
 
 class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
-    """The part of a reranker that does not depend on the model: the superclass of all in this package.
+    """The superclass of all rerankers in this package: the part that does not depend on the model.
 
     Options are keywords, and can be changed later as attributes; None stands for the default. A pickle holds the
     options and prompts, and loads the model again; a copy shares it.
 
     Raises:
-        QueryError: an option that does not exist, or a value that it does not take.
+        QueryError: an unknown option, or a value that an option does not accept.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -110,9 +110,9 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     """"keep_order" keeps the order of retrieval where ranking fails, with a note and a warning in the log."""
     fusion_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Final value = the model's + weight * retrieval score, both with mean 0 and deviation 1 over the list; None: the
-    model's alone."""
+    model's value alone."""
     time_budget_s: float | None = Field(default=None, gt=0)
-    """What is not judged by then keeps the order of retrieval, after what was."""
+    """Candidates that are not judged by then follow the others, in the order of retrieval."""
     image_policy: ImagePolicy = Field(default_factory=ImagePolicy, exclude=True)
     """Which images may be read, the query's and the candidates', and how large."""
 
@@ -136,16 +136,16 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
 
     @property
     def llm(self) -> LLM | None:
-        """The model as one that can be asked about images; None: it only ranks."""
+        """The model as an LLM that answers questions about images; None if it only ranks."""
         return None
 
     @abstractmethod
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
-        """All candidates, at least one, in their new order."""
+        """Return all candidates, of which there is at least one, in their new order."""
 
     @property
     def last_usage(self) -> Usage | None:
-        """What the reranking that finished last cost; with several threads, read `Reranking.usage` instead."""
+        """The usage of the reranking that finished last; with several threads, read `Reranking.usage` instead."""
         return self._last_usage
 
     # ------------------------------------------------------------------ ranking
@@ -158,13 +158,13 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         query_image: ImageSource | None = None,
         meter: Meter | None = None,
     ) -> Reranking:
-        """The nodes in their new order, with what the model said and what it cost.
+        """Return the nodes in their new order, with the model's words and its usage.
 
         Args:
             nodes: as retrieved, best first; they are not changed.
             query: a text, or a bundle with a text, an ``image_path`` (a path or a data URI), or both.
-            query_image: the query image in any form that `load_image` takes; it goes before the bundle's.
-            meter: counts what it costs, for a caller who watches it or stops it; default: one of `time_budget_s`.
+            query_image: the query image in any form that `load_image` takes; default: the bundle's.
+            meter: counts the usage, for a caller who watches or stops the ranking; default: one with `time_budget_s`.
 
         Raises:
             QueryError: neither a text nor an image.
@@ -257,15 +257,15 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         calibrated: bool = False,
         unjudged: str = NO_TIME,
     ) -> Ranking:
-        """The ranking by the model's scores, fused with the retrieval's if that is wanted; the missing come last.
+        """The ranking by the model's scores, fused with those of the retrieval on request; missing candidates are last.
 
-        Where the model judged none at all, everything stays as it was retrieved.
+        If the model judged no candidate, the order of retrieval stays.
 
         Args:
             candidates: in the order of retrieval.
-            model_scores: of each; None: not judged.
-            calibrated: the scores are kept as they are, unless they are fused.
-            unjudged: the note for those that were not judged.
+            model_scores: one for each candidate; None: not judged.
+            calibrated: whether the scores are kept as they are, unless they are fused.
+            unjudged: the note for candidates that were not judged.
         """
         known = {i: value for i, value in enumerate(model_scores) if value is not None}
         notes = {i: unjudged for i, value in enumerate(model_scores) if value is None}
@@ -316,7 +316,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
     # ------------------------------------------------------------------ prompts
 
     def _say(self, prompt: str, **values: Any) -> str:
-        """A prompt with its blanks filled in; braces inside the values are plain characters."""
+        """A prompt with its placeholders filled in; braces inside the values are plain characters."""
         return self._prompts[prompt].format(**values)
 
     def _get_prompts(self) -> PromptDictType:
@@ -369,7 +369,7 @@ class ScorerRerank(Reranker):
 
 
 def _place_or_name(source: ImageSource) -> str:
-    """What events are told of the query image: where it is, never the image itself, which may have many megabytes."""
+    """The place or name of the query image, for events: the image itself may have many megabytes."""
     return os.fsdecode(source) if is_place(source) else source_name(source)
 
 

@@ -1,8 +1,8 @@
-"""The seam between reranking and the models that score: `Scorer`, what it is given, and what its scores become.
+"""The interface between reranking and models that score: `Scorer`, its inputs, and the use of its scores.
 
 A new model is one class with three members; `mm_retriever.rerank.registry` gives it a name, and
-`mm_retriever.rerank.reranker.ScorerRerank` makes it a node postprocessor of LlamaIndex. Below `Scorer`, in the order of
-one reranking: nodes become `Candidate`s, scores an order, and both together new nodes.
+`mm_retriever.rerank.reranker.ScorerRerank` makes it a node postprocessor of LlamaIndex. In a reranking, nodes become
+`Candidate`s, scores become an order, and both together become new nodes.
 
 An image is read by `opened_image` under an `ImagePolicy`, from the first of the node's places (`node_images`) that can
 be read, as the embedding reads it; ``resolve_image``, which would download any URL, is never called. Knows no model.
@@ -31,7 +31,7 @@ from mm_retriever.threads import in_threads
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked: a text, an image, or both."""
+    """A text, an image, or both."""
 
     text: str
     image: Image.Image | None
@@ -39,14 +39,15 @@ class Query:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a reranking cost.
+    """The cost of a reranking.
 
     Attributes:
         prefilled: tokens of prompts that were computed.
         generated: tokens that the model chose.
-        passes: runs of the model or calls of the server.
+        passes: runs of the model or requests to the server.
         images: images that went through the vision tower.
         images_kept: images whose features were still in memory.
+        seconds: wall clock.
     """
 
     prefilled: int = 0
@@ -58,7 +59,7 @@ class Usage:
 
 
 class Meter:
-    """Counts what one reranking costs, and knows when its time is up."""
+    """Counts the cost of one reranking, and limits its time."""
 
     def __init__(self, budget_s: float | None) -> None:
         self.prefilled = self.generated = self.passes = self.images = self.images_kept = 0
@@ -70,11 +71,11 @@ class Meter:
         return self.left() == 0
 
     def left(self) -> float | None:
-        """Seconds that are left of the budget; None: as many as it takes."""
+        """The seconds left of the budget; None: no limit."""
         return None if self._budget is None else max(0.0, self._budget - (time.monotonic() - self._started))
 
     def stop(self) -> None:
-        """Let the ranking end, as if its time were up; from any thread."""
+        """End the ranking as if its time were up; callable from any thread."""
         self._budget = 0.0
 
     def usage(self) -> Usage:
@@ -88,14 +89,14 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """For people: in messages, events and reports."""
+        """The name in messages, events and reports."""
         ...
 
     @property
     def calibrated(self) -> bool:
         """Whether a score means the same in every list, from 0 (does not fit) to 1 (fits).
 
-        Calibrated scores become the nodes' scores as they are; others only order a list, and become softmax shares.
+        Calibrated scores become the nodes' scores as they are; others only order a list and become softmax shares.
         """
         ...
 
@@ -140,7 +141,7 @@ _CARD = 300  # pixels
 
 @dataclass(frozen=True)
 class Candidate:
-    """A retrieved node as a model sees it: an image, or else a text, or else missing, with a note that says why."""
+    """A retrieved node as a model sees it: an image, else a text, else nothing, with a note that says why."""
 
     node: NodeWithScore
     image: Image.Image | None = None
@@ -153,7 +154,7 @@ class Candidate:
         return self.image is None and not self.text
 
     def tile(self) -> Image.Image | None:
-        """What stands for the candidate on a sheet of images: text is written on a card."""
+        """The candidate as an image for a sheet: a text becomes a card; None if there is nothing to show."""
         return self.image if self.image is not None or self.missing else text_card(self.text)
 
 
@@ -163,12 +164,12 @@ class Ranking:
 
     Args:
         order: positions of all candidates as retrieved, best first.
-        scores: of every position; higher is better.
-        model_scores: what the model alone gave each position, where it did.
-        caption: what the model sees in the query image.
-        wanted: what it takes the query to want.
-        reasons: by position.
-        notes: by position: why one is last or was not judged.
+        scores: one for each position; higher is better.
+        model_scores: the model's own scores, by position.
+        caption: the model's caption of the query image.
+        wanted: the model's understanding of the query.
+        reasons: why candidates fit, by position.
+        notes: why candidates are last or were not judged, by position.
         repairs: what had to be repaired in the model's answer; empty if nothing.
     """
 
@@ -185,15 +186,15 @@ class Ranking:
 def read_candidates(
     nodes: Sequence[NodeWithScore], policy: ImagePolicy, left: Callable[[], float | None] | None = None
 ) -> list[Candidate]:
-    """What can be seen of each node. Nothing is raised for an image that cannot be read: the candidate is missing.
+    """Return the candidate of each node; one whose image cannot be read is missing, and no error is raised.
 
     Args:
         nodes: as retrieved.
         policy: which images may be read.
-        left: how many seconds are left, None for as many as it takes; when there are none, reading ends.
+        left: returns the seconds left, or None without a limit.
 
     Raises:
-        TimeoutError: there was no time for all of them.
+        TimeoutError: the time was up before all images were read.
     """
 
     def read(node: NodeWithScore) -> Candidate:
@@ -208,7 +209,7 @@ def read_candidates(
 
 
 def ranked_nodes(candidates: Sequence[Candidate], ranking: Ranking, top_n: int) -> list[NodeWithScore]:
-    """The best `top_n` as new nodes; scores, ranks, reasons and notes are in their metadata under `METADATA_KEYS`."""
+    """Return the best `top_n` as new nodes, with scores, ranks, reasons and notes in the metadata (`METADATA_KEYS`)."""
     nodes: list[NodeWithScore] = []
     for rank, position in enumerate(ranking.order[:top_n], start=1):
         given = candidates[position].node
@@ -263,7 +264,7 @@ def _small(source: ImageSource, policy: ImagePolicy) -> Image.Image:
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
-    """The image, no larger than a model sees it."""
+    """A copy of the image, no larger than a model sees it."""
     if max(image.size) <= LONGEST_SIDE:
         return image.copy()
     scale = LONGEST_SIDE / max(image.size)
@@ -293,10 +294,10 @@ _LIMIT = 1e30
 
 
 def windows(count: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
-    """(start, end) of the windows over a list of `count`, from its end to its beginning, overlapping.
+    """Yield (start, end) of overlapping windows over a list of `count`, from its end to its beginning.
 
-    Each window's best move on into the next one, so that the best of all arrive at the front; windows differ by
-    `stride`, and `size - stride` move on. Source: RankGPT, arXiv:2304.09542.
+    Windows are `stride` apart: the best `size - stride` of each are in the next one too, so that the best of all reach
+    the front. Source: RankGPT, arXiv:2304.09542.
     """
     end = count
     while True:
@@ -308,17 +309,17 @@ def windows(count: int, size: int, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def rank_scores(order: Sequence[int]) -> dict[int, float]:
-    """A score for each position in an order: the log of its reciprocal rank, 1 / (60 + rank)."""
+    """Return the log of the reciprocal rank, 1 / (60 + rank), of each position in an order."""
     return {position: -math.log(RANK_CONSTANT + rank) for rank, position in enumerate(order, start=1)}
 
 
 def fuse(model: Sequence[float], retrieval: Sequence[float | None], weight: float) -> list[float]:
-    """Model score + `weight` times retrieval score, each with mean 0 and deviation 1 over the list.
+    """Return model score + `weight` times retrieval score, each with mean 0 and deviation 1 over the list.
 
     Args:
         model: any numbers; see `finite`.
-        retrieval: None or not finite: as little as the least.
-        weight: 0 leaves the retrieval score out.
+        retrieval: None and numbers that are not finite count as the lowest score.
+        weight: of the retrieval score.
     """
     known = [score for score in retrieval if score is not None and math.isfinite(score)]
     least = min(known, default=0.0)
@@ -333,9 +334,9 @@ def _normalised(values: Sequence[float]) -> list[float]:
 
 
 def best_first(values: Sequence[float | None], last: Sequence[bool]) -> list[int]:
-    """All positions: by value, higher first; then those without a value; then those that `last` names.
+    """Return all positions: by value, higher first; then those without a value; then those that `last` marks.
 
-    Equals stay in the order they came in.
+    Positions with equal values keep their order.
     """
 
     def key(position: int) -> tuple[bool, bool, float]:
@@ -346,7 +347,7 @@ def best_first(values: Sequence[float | None], last: Sequence[bool]) -> list[int
 
 
 def shares(values: Sequence[float | None], last: Sequence[bool]) -> list[float]:
-    """The softmax of the values: from 0 to 1, together 1, in the same order; 0 for those without one and the `last`."""
+    """Return the softmax of the values, together 1; 0 for positions without a value and those that `last` marks."""
     judged = [value for value, out in zip(values, last, strict=True) if value is not None and not out]
     top = max(judged, default=0.0)
     total = sum(math.exp(value - top) for value in judged) or 1.0
@@ -356,5 +357,5 @@ def shares(values: Sequence[float | None], last: Sequence[bool]) -> list[float]:
 
 
 def finite(value: float) -> float:
-    """The value, or a very large or small number where it is none: nothing a model emits may break an order."""
+    """Return the value as a finite number; NaN becomes a very small one, so that it cannot break an order."""
     return -_LIMIT if math.isnan(value) else min(max(value, -_LIMIT), _LIMIT)

@@ -1,6 +1,6 @@
-"""`VisionLLMRerank`: candidates ranked by any LLM of LlamaIndex that takes images, on whatever machine it runs.
+"""`VisionLLMRerank`: ranks candidates by any LLM of LlamaIndex that takes images, local or remote.
 
-Owns the prompt: texts, images, and the JSON schema where the server takes one. Loads no torch.
+Owns the prompt: texts, images, and the JSON schema if the server takes one. Loads no torch.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ _NOT_RANKED = "the model gave no ranking; the order is that of retrieval"
 
 
 class VisionLLMRerank(Reranker):
-    """Ranks candidates with a vision LLM of your choice, every one exactly once, whatever it answers.
+    """Ranks candidates with a vision LLM of your choice; the result is a permutation, whatever the LLM answers.
 
-    The LLM sees the query, its image and the candidates, and answers with a caption, a ranking and reasons as JSON.
-    Where it loses, repeats or invents candidates, the ranking is repaired: unknown ones and repeats are dropped, the
-    missing appended in the order of retrieval; what was repaired is in the metadata. An answer in which no number is
-    proven to name a candidate leaves the order as retrieved, with a note. A refusal, a content filter and an answer
-    that was cut off are errors. A node's new score is its share of reciprocal ranks, from 0 to 1, together 1.
+    The LLM sees the query, its image and the candidates, and answers with a caption, a ranking and reasons as JSON. A
+    ranking that omits, repeats or invents candidates is repaired: unknown and repeated numbers are dropped, missing
+    ones appended in the order of retrieval, and the repairs are in the metadata. If no number in the answer certainly
+    names a candidate, the order of retrieval stays, with a note. A refusal, a content filter and an answer that was cut
+    off are errors. A node's new score is its share of the reciprocal ranks; the shares sum to 1.
 
     Args:
         llm: any LlamaIndex LLM that takes image blocks; or else
         base_url: of a server that speaks OpenAI's protocol, e.g. vLLM's "http://gpu:8000/v1", with
-        model: the name it serves the model under, and
-        api_key: if it wants one. Needs ``pip install "mm-retriever[remote]"``.
+        model: the name under which it serves the model, and
+        api_key: if the server needs one. Needs ``pip install "mm-retriever[remote]"``.
         options: the fields below, and those of `Reranker`.
     """
 
@@ -89,26 +89,26 @@ class VisionLLMRerank(Reranker):
     caption: bool = True
     """Whether to ask what the query image shows."""
     reasons: Literal["first", "all", "none"] = "first"
-    """For which of the kept ones to ask why they fit."""
+    """Which of the kept nodes to ask reasons for."""
     single_pass: bool = False
     """Whether to ask for one token instead of an answer: candidates are ranked by the log-probabilities of their
-    numbers as that token. Takes a fraction of the time, and gives no caption and no reasons. Where a server does not
-    tell the log-probability of every number, that window is ranked by an answer, and the repairs say so."""
+    numbers as that token. Takes a fraction of the time, and gives no caption and no reasons. If a server omits the
+    log-probability of a number, the window is ranked by an answer, and the repairs say so."""
     structured: Literal["auto", "json_schema", "guided_json", "none"] = "auto"
     """How a JSON schema is sent: "json_schema" in OpenAI's ``response_format``, "guided_json" in older vLLM's field,
-    "none" not at all; "auto" tries the first with LLMs that speak OpenAI's protocol, and goes on without where the
-    server refuses."""
+    "none" not at all; "auto" tries "json_schema" with LLMs that speak OpenAI's protocol, and sends none if the server
+    refuses it."""
     window: int = Field(default=9, ge=2, le=99)
     """Candidates in one request. Longer lists are ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
-    """By how much windows differ; at most window - 1."""
+    """Candidates between the starts of two windows; at most window - 1."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """For one request, from sending to the last byte."""
+    """Limit for one request, from sending to the last byte."""
     attempts: int = Field(default=3, ge=1)
-    """At most, for one request, where the server is out of reach, overloaded or too slow."""
+    """Limit for one request, where the server is unreachable, overloaded or too slow."""
     retry_wait_s: float = Field(default=1.0, ge=0)
-    """Before the second attempt; doubles with each, up to a minute. A server's Retry-After is obeyed up to a minute;
-    one that asks for more is not asked again."""
+    """Wait before the second attempt; doubles with each, up to a minute. A server's Retry-After of up to a minute is
+    obeyed; after a longer one there is no further attempt."""
     image_side: int = Field(default=672, ge=32)
     """Longest side in pixels of images that are sent, as JPEG."""
     max_tokens: int = Field(default=1024, ge=16)
@@ -184,7 +184,7 @@ class VisionLLMRerank(Reranker):
             key = (self._server or {}).get("api_key")
             if not key or key not in str(error):
                 raise
-            # the server repeated the key; its own error, which does too, goes
+            # the server's answer contains the key, and so does the original error, which is not chained
             raise RerankError(str(error).replace(key, "***")) from None
 
     def _ranked(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
@@ -211,7 +211,10 @@ class VisionLLMRerank(Reranker):
     def _messages(
         self, query: Query, candidates: Sequence[Candidate], images: Sequence[ImageBlock | None], keys: Sequence[str]
     ) -> list[ChatMessage]:
-        """The messages; `images` are the query's and the candidates', None for a text; without keys for one token."""
+        """The messages of a request; without `keys`, one for a single token.
+
+        `images` are the query's and the candidates', with None for a text.
+        """
         blocks: list[ContentBlock] = []
         if images and images[0] is not None:
             blocks += [TextBlock(text=self._say("query_picture")), images[0]]
@@ -241,7 +244,7 @@ class VisionLLMRerank(Reranker):
         ]
 
     def _schema(self, query: Query, count: int) -> dict[str, Any]:
-        """JSON schema of an answer; what helps the model to think comes first."""
+        """The JSON schema of an answer; fields that help the model to decide come first."""
         text = {"type": "string"}
         numbers = {
             "type": "array",
@@ -264,13 +267,12 @@ class VisionLLMRerank(Reranker):
         return "openai" in type(self._llm).class_name().lower()
 
     def _first_token_ids(self, meter: Meter) -> tuple[int, ...]:
-        """The tokens of the numbers, for which the server is asked once; empty if it does not tell."""
+        """The token ids of the numbers, requested from the server once; empty if it does not give them."""
         if self._number_ids is None:
             server = self._server or {}
             base_url, model, key = (server.get(name) for name in ("base_url", "model", "api_key"))
             timing: dict[str, Any] = {"timeout_s": self.timeout_s, "left": meter.left}
-            known = number_ids(base_url, model, key, **timing) if base_url and model else ()
-            self._number_ids = known
+            self._number_ids = number_ids(base_url, model, key, **timing) if base_url and model else ()
         return self._number_ids
 
     def _schema_options(self, schema: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +287,7 @@ class VisionLLMRerank(Reranker):
 
 
 class _Windows:
-    """The requests of one reranking, and what was answered in all of them."""
+    """The requests of one reranking, and the collected answers."""
 
     def __init__(self, reranker: VisionLLMRerank, query: Query, candidates: Sequence[Candidate], meter: Meter) -> None:
         self._reranker, self._query, self._candidates, self._meter = reranker, query, candidates, meter
@@ -300,7 +302,7 @@ class _Windows:
         self._blocks: dict[int, ImageBlock] = {}
         self.caption = self.wanted = ""
         self.logprobs: dict[int, float] = {}
-        self._in_words = not reranker.single_pass
+        self._asks_for_answers = not reranker.single_pass
         self.reasons: dict[int, str] = {}
         self.repairs: list[str] = []
         self.proven = self.unproven = 0
@@ -325,7 +327,7 @@ class _Windows:
     def _ranked(self, items: list[int]) -> list[int]:
         if not items:
             return items
-        if not self._in_words and (logprobs := self._first_token(items)):
+        if not self._asks_for_answers and (logprobs := self._first_token(items)):
             self.proven += 1
             self.logprobs = logprobs
             return sorted(items, key=lambda i: (-logprobs[i], i))
@@ -352,7 +354,7 @@ class _Windows:
         return [*ranked, *(i for i in sorted(items) if i not in ranked)]
 
     def _first_token(self, items: Sequence[int]) -> dict[int, float]:
-        """The log-probability of each candidate's number as the first token; empty, with a note, if not of all."""
+        """The log-probability of each candidate's number as first token; empty, with a note, if any is missing."""
         reranker = self._reranker
         problem = "the client does not speak OpenAI's protocol" if not reranker._speaks_openai else ""
         if not problem:
@@ -361,7 +363,7 @@ class _Windows:
             for ask_ids in (False, True):
                 ids = reranker._number_ids or (reranker._first_token_ids(self._meter) if ask_ids else ())
                 if ask_ids and not ids:
-                    break  # this server has no more to say
+                    break  # the server gives no token ids to ask for
                 response = self._requests.first_token(messages, token_options(ids[: len(items)]))
                 logprobs = {} if response is None else number_logprobs(response.raw, len(items))
                 problem = logprobs_problem(logprobs, len(items))
@@ -369,12 +371,12 @@ class _Windows:
                     return {items[number - 1]: logprob for number, logprob in logprobs.items()}
                 if response is None or ids:
                     break
-        self._in_words = True  # the next window would fare no better
+        self._asks_for_answers = True  # the next window would fail too
         self._note(f"{problem}; ranked by a written answer instead")
         return {}
 
     def _answer(self, items: Sequence[int]) -> Answer:
-        """What the model says to these candidates, all of which can be shown."""
+        """The model's answer about these candidates, all of which can be shown."""
         reranker = self._reranker
         schema = reranker._schema(self._query, len(items))
         messages = reranker._messages(self._query, *self._shown(items), schema["required"])
@@ -386,12 +388,12 @@ class _Windows:
         return answer
 
     def _shown(self, items: Sequence[int]) -> tuple[list[Candidate], list[ImageBlock | None]]:
-        """The candidates, and their images after the query's; none of those on a sheet."""
+        """The candidates, and the images of the query and of each candidate; no images for a sheet."""
         images = [] if self._reranker.mode == "sheet" else [self._block(i) for i in (-1, *items)]
         return [self._candidates[i] for i in items], images
 
     def _block(self, position: int) -> ImageBlock | None:
-        """The image of a candidate, or of the query (-1), as it is sent; made once for all requests."""
+        """The image of a candidate, or of the query (-1), as it is sent; encoded once for all requests."""
         image = self._query.image if position < 0 else self._candidates[position].image
         if image is None:
             return None

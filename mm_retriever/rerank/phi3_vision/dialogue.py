@@ -1,4 +1,4 @@
-"""Phi-3 Vision as rerankings share it, and dialogues with it: prompts that grow, fork, and are answered.
+"""Phi-3 Vision as shared by rerankings, and dialogues with it: prompts that grow, fork and get answers.
 
 Owns the lock, the memory of image features, and the counting of tokens. Knows nothing of rankings.
 """
@@ -23,12 +23,12 @@ from mm_retriever.rerank.scorer import Meter
 from mm_retriever.threads import ForkLock
 
 IMAGES_AT_ONCE = 8  # through the processor: bounds the memory of their pixels
-NO_REPEAT = 6  # tokens: longer runs do not come twice in one sentence
+NO_REPEAT = 6  # tokens: no run of so many occurs twice in one sentence
 BEGINNINGS_KEPT = 4
 
 
 class FeatureMemory:
-    """Features of images by content, the latest of them, up to a number of bytes."""
+    """The latest image features, by content, up to a number of bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._features = LRUCache[tuple[str, int], Tensor](max_bytes, getsizeof=lambda features: features.nbytes)
@@ -40,7 +40,7 @@ class FeatureMemory:
             return self._features.get(key)
 
     def put(self, key: tuple[str, int], features: Tensor) -> None:
-        """Keep the features, unless they alone are too large; the oldest go where there is no room."""
+        """Keep the features, unless they alone exceed the limit; the oldest make room."""
         if features.nbytes > self._features.maxsize:
             return
         with self._lock:
@@ -52,12 +52,12 @@ class FeatureMemory:
 
 
 class SharedModel:
-    """A loaded model that any number of dialogues share; it takes one step at a time, whoever asks.
+    """A loaded model that any number of dialogues share; it computes one step at a time.
 
     Args:
         model: Phi-3 Vision.
         processor: of that model.
-        lock: held during each step; share it with whoever else uses the model.
+        lock: held during each step; to be shared by all users of the model.
         memory_bytes: for features of images.
     """
 
@@ -71,7 +71,7 @@ class SharedModel:
         self._processors = {processor.num_crops: processor}
 
     def with_crops(self, num_crops: int) -> Phi3VisionProcessor:
-        """The processor that cuts images into so many crops at most."""
+        """Return the processor that cuts images into at most `num_crops` crops."""
         if num_crops not in self._processors:
             other = copy.copy(self.processor)
             other.num_crops = num_crops
@@ -80,13 +80,13 @@ class SharedModel:
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image], num_crops: int, meter: Meter) -> list[Tensor]:
-        """Token embeddings of images, (tokens, D) each; those still in memory are not computed again."""
+        """Return token embeddings of images, (tokens, D) each, from memory where they are there."""
         keys = [(pixel_digest(image), num_crops) for image in images]
         features = {key: kept for key in set(keys) if (kept := self._memory.get(key)) is not None}
         meter.images_kept += len(features)
-        todo = list({key: image for key, image in zip(keys, images, strict=True) if key not in features}.items())
-        for start in range(0, len(todo), IMAGES_AT_ONCE):
-            batch = todo[start : start + IMAGES_AT_ONCE]
+        missing = list({key: image for key, image in zip(keys, images, strict=True) if key not in features}.items())
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            batch = missing[start : start + IMAGES_AT_ONCE]
             inputs = self.with_crops(num_crops).image_inputs([image for _, image in batch])
             with self.lock:
                 computed = self.model.image_features(inputs.pixel_values, inputs.image_sizes)
@@ -97,14 +97,14 @@ class SharedModel:
         return [features[key] for key in keys]
 
     def prefill(self, ids: Sequence[int], features: Sequence[Tensor], total_length: int, meter: Meter) -> Prefix:
-        """The beginning of a dialogue."""
+        """Compute the beginning of a dialogue."""
         meter.prefilled += len(ids)
         meter.passes += 1
         with self.lock:
             return self.model.prefill(list(ids), features, total_length=total_length)
 
     def beginning(self, ids: Sequence[int], total_length: int, meter: Meter) -> Prefix:
-        """A beginning of words only, which is kept for the next time."""
+        """Return the prefix of a beginning without images; the latest are kept."""
         short = self.model.config.short_context
         key = (int(short is not None and total_length > short), *ids)
         with self.lock:
@@ -114,7 +114,7 @@ class SharedModel:
             return kept
 
     def extend(self, prefix: Prefix, ids: Sequence[int] | Tensor, features: Sequence[Tensor], meter: Meter) -> Prefix:
-        """What follows a beginning; several rows (B, T) may follow one."""
+        """Compute what follows a prefix; several rows (B, T) may follow one."""
         meter.prefilled += ids.numel() if isinstance(ids, Tensor) else len(ids)
         meter.passes += 1
         with self.lock:
@@ -129,7 +129,7 @@ class SharedModel:
         targets: Sequence[Sequence[int]],
         meter: Meter,
     ) -> list[float]:
-        """Log P of each target after its prompt, all of which follow one beginning."""
+        """Return log P of each target after its prompt; all prompts follow one prefix."""
         meter.prefilled += sum(len(p) + len(t) - 1 for p, t in zip(prompts, targets, strict=True))
         meter.passes += 1
         with self.lock:
@@ -138,12 +138,12 @@ class SharedModel:
         return scores
 
     def following(self, text: str) -> list[int]:
-        """Ids of a text in the middle of a line."""
+        """Return the ids of a text in the middle of a line."""
         return ids_after(self.processor.encode_literal, "x", text)
 
 
 class Counted:
-    """The model for decoding. ``generated``: it is fed what it wrote itself, which does not count as prompt."""
+    """The model for decoding. ``generated``: its input is its own output, which does not count as prompt."""
 
     def __init__(self, shared: SharedModel, meter: Meter, *, generated: bool = False) -> None:
         self._shared, self._meter, self._generated = shared, meter, generated
@@ -158,12 +158,12 @@ class Counted:
 
 
 class Dialogue:
-    """One growing prompt. What has been said is computed once, for whatever is said next and for every fork.
+    """One growing prompt; each turn is computed once, for all later turns and for every fork.
 
     Args:
         shared: the model that answers.
-        meter: counts tokens and watches the time.
-        total_length: most tokens that it and its forks will have; see `Phi3Vision.prefill`.
+        meter: counts tokens and limits the time.
+        total_length: the most tokens that it and its forks will have; see `Phi3Vision.prefill`.
     """
 
     def __init__(self, shared: SharedModel, meter: Meter, total_length: int) -> None:
@@ -174,14 +174,14 @@ class Dialogue:
 
     @property
     def prefix(self) -> Prefix:
-        """All that has been said, computed."""
+        """The prefix of all turns so far."""
         if self._prefix is None or self._pending:
             self.say(())
         assert self._prefix is not None
         return self._prefix
 
     def say(self, ids: Iterable[int], features: Sequence[Tensor] = ()) -> None:
-        """Feed what follows."""
+        """Add the next ids to the dialogue."""
         new = [*self._pending, *ids]
         if self._prefix is None:
             self._prefix = self.shared.prefill(new, features, self.total_length, self.meter)
@@ -191,7 +191,7 @@ class Dialogue:
         self._pending, self._counted = [], 0
 
     def write(self, opening: Sequence[int], *, stop_ids: Collection[int], max_new_tokens: int) -> list[int]:
-        """Ids that the model writes after the opening; what stops it is not part of them."""
+        """Return the ids that the model writes after the opening, without the one that stops it."""
         self.say(opening)
         stream = self._stream(self.prefix, stop_ids, max_new_tokens)
         self._prefix, self._pending = stream.prefix, stream.pending[0].tolist()
@@ -206,9 +206,9 @@ class Dialogue:
         stop_ids: Collection[int],
         max_new_tokens: int,
     ) -> list[list[int]]:
-        """Ids that the model writes to each of several turns, any of which may come next.
+        """Return the ids that the model writes to each of several alternative next turns.
 
-        Turns of one length are answered side by side. The dialogue itself stays as it is.
+        Turns of equal length are answered in one batch. The dialogue itself stays as it is.
         """
         written: list[list[int]] = [[] for _ in turns]
         for length in sorted({len(turn) for turn in turns}):
@@ -226,7 +226,7 @@ class Dialogue:
         return written
 
     def _stream(self, prefix: Prefix, stop_ids: Collection[int], max_new_tokens: int) -> TextStream[Prefix]:
-        """What the model writes after each row of a prefix, to its end."""
+        """The finished text of the model after each row of a prefix."""
         control = sorted(self.shared.processor.special_ids - frozenset(stop_ids))
         stream = TextStream(
             Counted(self.shared, self.meter, generated=True),
@@ -245,11 +245,11 @@ class Dialogue:
         return stream
 
     def put(self, opening: Sequence[int], words: Sequence[int]) -> None:
-        """Take as the next turn of the model what it wrote another time; it is fed with what comes next."""
+        """Add a turn that the model wrote earlier; it is computed together with the next ids."""
         self._pending += [*opening, *words]
 
     def fork(self) -> Dialogue:
-        """Another dialogue with the same beginning; neither hears of what is said in the other."""
+        """Return another dialogue with the same beginning, independent of this one."""
         other = Dialogue(self.shared, self.meter, self.total_length)
         other._prefix = self.prefix
         return other

@@ -33,21 +33,21 @@ Model: TypeAlias = str | os.PathLike[str] | Phi3VisionLLM | tuple[Phi3Vision, Ph
 
 
 class Phi3VisionRerank(Options):
-    """Ranks candidates with Phi-3 Vision, every one exactly once, and says why the first one fits.
+    """Ranks candidates with Phi-3 Vision, each exactly once, and says why the first one fits.
 
     The model first says what the query image shows and what is wanted. Then, by `mode`:
 
     - "likelihood": each candidate scores log P(wanted description | candidate). Works with small models.
-    - "sheet": one look at a numbered sheet of the candidates, as published. The cheapest.
-    - "pointwise": one look at each candidate, and the odds that it fits.
+    - "sheet": the model sees a numbered sheet of the candidates, as published. The cheapest.
+    - "pointwise": the model sees each candidate, which scores the odds that it fits.
 
-    A node's new score is the softmax over all candidates of the model's value (fused with the retrieval score, if
-    `fusion_weight` is given): from 0 to 1, together 1; 0 for those that could not be judged. Metadata of the nodes
-    that come back (see `mm_retriever.rerank`) has the model's value, ranks, retrieval score, caption, reason and notes.
+    A node's new score is the softmax over all candidates of the model's value, fused with the retrieval score if
+    `fusion_weight` is given; it is 0 for candidates that could not be judged. The metadata of the new nodes (see
+    `mm_retriever.rerank`) have the model's value, ranks, retrieval score, caption, reason and notes.
 
     Args:
-        model: hub id, local folder, "tiny" (the small model that comes with the package), a `Phi3VisionLLM` to share
-            its model, or a loaded model and its processor.
+        model: a hub id, a local folder, "tiny" (the small model in this package), a `Phi3VisionLLM` to share its model,
+            or a loaded model and its processor.
         options: the fields of `Options`, and those of `Reranker`.
     """
 
@@ -76,17 +76,17 @@ class Phi3VisionRerank(Options):
 
     @property
     def llm(self) -> Phi3VisionLLM:
-        """The same model as an LLM that can be asked about images."""
+        """The model as an LLM that answers questions about images."""
         return self._llm
 
     @property
     def model(self) -> Phi3Vision:
-        """The model, to share it."""
+        """The loaded model, for sharing."""
         return self._llm.model
 
     @property
     def processor(self) -> Phi3VisionProcessor:
-        """Of the model."""
+        """The processor of the model."""
         return self._llm.processor
 
     def _made_of(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Phi3VisionRerank(Options):
         return replace(ranking, caption=session.caption, wanted=session.wanted, reasons=reasons)
 
     def _understand(self, session: RerankSession, meter: Meter) -> None:
-        """Have the query understood, with the caption of its image from memory where it is there."""
+        """Let the session read the query, with a kept caption of its image if there is one."""
         image = session.query.image
         if image is None or not self.caption:
             session.understand()

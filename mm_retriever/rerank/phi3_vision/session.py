@@ -1,7 +1,7 @@
-"""One query put to Phi-3 Vision: it says what is wanted, judges the candidates, and says why one fits.
+"""One query to Phi-3 Vision: the model says what is wanted, judges the candidates, and says why they fit.
 
 The dialogue about the query is computed once; captions, every window of candidates and every reason continue it.
-Whatever logits the model emits, each way to judge gives every candidate it saw one finite value.
+Each way of judging gives every candidate that it saw one finite value, whatever logits the model emits.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ class Options(Reranker):
 
     mode: Literal["likelihood", "sheet", "pointwise"] = "likelihood"
     ranking: Literal["single_pass", "generated"] = "single_pass"
-    """Of "sheet": "single_pass" reads the order off one step, "generated" lets the model write it, as published."""
+    """For "sheet": "single_pass" ranks by the logits of one step, "generated" lets the model write the order."""
     caption: bool = True
-    """Whether the model first says what the query image shows; remembered by content."""
+    """Whether the model first captions the query image; captions are kept by content."""
     reasons: Literal["first", "all", "none"] = "first"
-    """For which of the kept ones the model says why they fit; left out when the time budget is spent."""
+    """Which of the kept nodes get a reason; none when the time budget is spent."""
     window: int = Field(default=9, ge=2, le=99)
     """Candidates on one sheet. Longer lists are ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
-    """By how much windows differ; at most window - 1."""
+    """Candidates between the starts of two windows; at most window - 1."""
     num_crops: int = Field(default=1, ge=0)
-    """Most crops of the query image and of separate candidates, beside the whole image: more see more and cost more; 0
-    costs half of 1, in a form of input that Phi-3 Vision was not trained on."""
+    """Most crops of the query image and of single candidates, beside the whole image. More show more detail and cost
+    more; 0 costs half of 1, but Phi-3 Vision was not trained on that form of input."""
     sheet_crops: int = Field(default=4, ge=1)
-    """Most crops of a sheet."""
+    """The most crops of a sheet."""
     max_new_tokens: int = Field(default=60, ge=1)
-    """Of each sentence."""
+    """Limit of each sentence."""
     revision: str | None = None
     """Of a hub repository."""
     device: Name = None
     """"cpu", "cuda", ...; by default the fastest there is."""
     dtype: Name = None
-    """"float32", "bfloat16", ...; by default what the weights are stored in."""
+    """"float32", "bfloat16", ...; by default that of the stored weights."""
     image_memory: int = Field(default=256 * 2**20, ge=0)
     """Bytes of features of images that are kept for the next query."""
 
@@ -63,9 +63,9 @@ class RerankSession:
     Args:
         shared: the model.
         options: how to judge.
-        say: a prompt by name, with its blanks filled in.
-        meter: tokens and time.
-        query: what is asked.
+        say: returns a prompt by name, with its placeholders filled in.
+        meter: counts tokens and limits the time.
+        query: a text, an image, or both.
         candidates: in the order of retrieval.
     """
 
@@ -96,7 +96,7 @@ class RerankSession:
     # ------------------------------------------------------------------ the query
 
     def _question(self) -> list[int]:
-        """The question and the first word of the answer."""
+        """The ids of the question and of the beginning of the answer."""
         image, text = self.query.image, self.query.text
         if image is None:
             parts: list[str | Slot] = [self._say("ask_text", query=text)]
@@ -108,7 +108,7 @@ class RerankSession:
         return self.encode([Message("user", parts)], answer=answer)
 
     def understand(self, known_caption: Sequence[int] | None = None) -> list[int]:
-        """Fill in `caption` and `wanted`; ids of the caption come back, to be given as `known_caption` another time."""
+        """Set `caption` and `wanted`, and return the ids of the caption, to be passed as `known_caption` later."""
         image, limit = self.query.image, self.options.max_new_tokens
         features = [] if image is None else self.shared.features([image], self.options.num_crops, self.meter)
         self.dialogue.say(self._ask, features)
@@ -129,7 +129,7 @@ class RerankSession:
     # ------------------------------------------------------------------ judging
 
     def judge(self) -> list[float | None]:
-        """A value for every candidate that could be shown and for which there was time; higher is better."""
+        """Return a value for each candidate, higher is better; None if it has nothing to show, or the time was up."""
         values: list[float | None] = [None] * len(self.candidates)
         for position, value in self._judged():
             values[position] = value
@@ -143,7 +143,7 @@ class RerankSession:
         return self._sheets()
 
     def _likelihoods(self) -> Iterator[tuple[int, float]]:
-        """Log P(wanted description | candidate), images and texts each after a shared beginning."""
+        """Log P(wanted description | candidate); images share one beginning of the prompt, texts another."""
         images = [i for i, candidate in enumerate(self.candidates) if candidate.image is not None]
         texts = [i for i, candidate in enumerate(self.candidates) if candidate.text]
         for group in (images, texts):
@@ -187,7 +187,7 @@ class RerankSession:
             yield from zip(group[batch], scores, strict=True)
 
     def _yes_or_no(self) -> Iterator[tuple[int, float]]:
-        """Log-odds that the model answers yes; candidates whose prompts are equally long go in one batch."""
+        """Log-odds that the model answers yes; candidates with prompts of equal length form a batch."""
         group = [i for i, candidate in enumerate(self.candidates) if not candidate.missing]
         if not group:
             return
@@ -212,7 +212,7 @@ class RerankSession:
                 yield from zip([group[k] for k in batch], odds.tolist(), strict=True)
 
     def _answers(self) -> tuple[list[int], list[int], int]:
-        """Ids that decide for yes and for no, in any case, and how many ids of a "yes" come from there on."""
+        """The ids that decide for yes and for no, in any case, and the number of ids of a "yes" from there on."""
         words = {word: self.encode([Message("user", [""])], first=False, answer=word) for word in YES + NO}
         fork = _common(words[YES[0]], words[NO[0]])
         start = words[YES[0]][:fork]
@@ -228,7 +228,7 @@ class RerankSession:
     # ------------------------------------------------------------------ sheets
 
     def _sheets(self) -> Iterator[tuple[int, float]]:
-        """The model's values from one look at all, or the ranks after looks at overlapping windows."""
+        """The model's values from one sheet of all candidates, or ranks from sheets of overlapping windows."""
         shown = [not candidate.missing for candidate in self.candidates]
         count, size = len(self.candidates), self.options.window
         if sum(shown) < 2:
@@ -250,7 +250,7 @@ class RerankSession:
         yield from ((i, value) for i, value in rank_scores(order).items() if shown[i])
 
     def _window(self, items: Sequence[int]) -> dict[int, float]:
-        """A value for each of these candidates that can be shown, from one look at a sheet of all of them."""
+        """A value for each of these candidates that can be shown, from one sheet of all of them."""
         sheet = contact_sheet([self.candidates[i].tile() for i in items], self.query.image)
         slot = Slot(self.shared.with_crops(self.options.sheet_crops).image_tokens(*sheet.size))
         ask = Message("user", [slot, self._say("rank_sheet", count=len(items))])
@@ -268,13 +268,13 @@ class RerankSession:
             return dict(zip(positions, scores, strict=True))
         ranked = rank_by_generation(model, dialogue.prefix, sequences)
         self.meter.generated += ranked.chosen
-        self.meter.prefilled -= max(0, ranked.chosen - 1)  # all but the last were fed, and counted as prompt
+        self.meter.prefilled -= max(0, ranked.chosen - 1)  # all but the last became input, and counted as prompt
         return {positions[k]: float(-rank) for rank, k in enumerate(ranked.order)}
 
     # ------------------------------------------------------------------ reasons
 
     def reasons(self, positions: Sequence[int]) -> dict[int, str]:
-        """Why candidates fit, in one sentence each; none for what cannot be shown, or where there is no time."""
+        """Return a sentence for each candidate on why it fits; none without something to show, or when time is up."""
         explained = [i for i in positions if not self.candidates[i].missing]
         if not explained or self.meter.out_of_time():
             return {}
@@ -292,10 +292,10 @@ class RerankSession:
         return candidate.text if candidate.image is None else Slot(self.processor.image_tokens(*candidate.image.size))
 
     def _show(self, positions: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """Features of each candidate that is an image, computed together and once; none for a text."""
-        todo = {i: image for i in positions if i not in self._features and (image := self.candidates[i].image)}
-        computed = self.shared.features(list(todo.values()), self.options.num_crops, self.meter)
-        self._features |= {i: (features,) for i, features in zip(todo, computed, strict=True)}
+        """The features of each candidate that is an image, computed once and together; none for a text."""
+        missing = {i: image for i in positions if i not in self._features and (image := self.candidates[i].image)}
+        computed = self.shared.features(list(missing.values()), self.options.num_crops, self.meter)
+        self._features |= {i: (features,) for i, features in zip(missing, computed, strict=True)}
         return [self._features.get(i, ()) for i in positions]
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -305,7 +305,7 @@ class RerankSession:
         """The most tokens that any prompt will have.
 
         Raises:
-            PromptError: more than fit into the model.
+            PromptError: they do not fit into the model.
         """
         options, most = self.options, int(self.shared.model.config.max_position_embeddings)
         costs = [self._cost(candidate) for candidate in self.candidates]
@@ -331,19 +331,19 @@ class RerankSession:
         return len(self.processor.encode_literal(candidate.text))
 
     def _words(self, *prompts: str) -> int:
-        """Tokens of the longest of these prompts and what surrounds it."""
+        """The tokens of the longest of these prompts, with its surrounding tokens."""
         return 16 + max(len(self.processor.encode_literal(self._say(name, count=99))) for name in prompts)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of what two runs of ids start with."""
+    """The length of the common beginning of two runs of ids."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )
 
 
 def _beginning(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of what all start with, before the first image and leaving something of each."""
+    """The length of the common beginning of all prompts, which ends before the first image and before any prompt."""
     length = min(_common(prompts[0], prompt) for prompt in prompts)
     slots = [i for i, token in enumerate(prompts[0]) if token < 0]
     return min([length, len(prompts[0]) - 1, *slots[:1], *(len(prompt) - 1 for prompt in prompts)])
