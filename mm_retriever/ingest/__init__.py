@@ -1,16 +1,16 @@
-"""Images from a folder, a list or LlamaIndex documents into the store; a run may be broken off and repeated at will.
+"""Ingestion of images from a folder, a list or LlamaIndex documents; a run may be interrupted and repeated at will.
 
 One image goes through the files in this order:
 
-- `sources.py`, `folder.py`, `remote.py`: what there is, and the id that it keeps; what else a folder holds, by type.
+- `sources.py`, `folder.py`, `remote.py`: the items of a source and their ids; counts of the other files in a folder.
 - `sidecar.py`, `sidecar_columns.py`, `sidecar_match.py`: metadata from a file beside the images.
-- `reading.py`, `exif.py`: read and decoded ahead of the model, in flat memory.
-- `vectors.py`: embedded; what happens when the model fails; vectors that the store has of the same file contents.
-- `nodes.py`: the node that is stored, and what tells that it changed.
-- `pipeline.py`: `ingest_images`, which embeds and stores what is new or changed.
-- `removal.py`: which files are provably gone, and rows out of the store.
+- `reading.py`, `exif.py`: reading and decoding ahead of the model, in bounded memory.
+- `vectors.py`: embedding, failures of the model, and reuse of stored vectors of the same file contents.
+- `nodes.py`: the node that is stored, and whether it changed.
+- `pipeline.py`: `ingest_images`, which embeds and stores new and changed images.
+- `removal.py`: removal of rows, and of those whose files are provably gone.
 - `reindexing.py`: the rows of a collection under another model.
-- `report.py`: how far it is, whether it goes on, and what was done.
+- `report.py`: progress, stopping, and the report of a run.
 """
 
 from mm_retriever.ingest.folder import IgnoredFiles

@@ -1,7 +1,7 @@
-"""When, with what and where a photograph was taken, from its EXIF block.
+"""Date, camera and location of a photograph, from its EXIF block.
 
-Owns a small reader of that block: it looks at a dozen entries, follows no offset twice, copies nothing of unknown
-length and gives up without an error, because the block is untrusted input and never a reason to refuse an image.
+Owns a small reader of that block. It reads a dozen entries, follows no offset twice, copies nothing of unknown length
+and gives up without an error: the block is untrusted input and never a reason to refuse an image.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _camera(main: Mapping[int, Any]) -> str:
 
 
 def _degrees(value: Any, side: Any, sides: str, most: int) -> float | None:
-    """Degrees with the sign of the side, "NS" or "EW"; without a side nobody knows the sign."""
+    """Degrees with the sign of the side, "NS" or "EW"; None without a side, which leaves the sign unknown."""
     letter = _text(side)[:1].upper()
     if not isinstance(value, list) or any(below == 0 for _, below in value) or not letter or letter not in sides:
         return None

@@ -1,6 +1,6 @@
-"""The images below a folder, in a fixed order; everything else in it is counted by type, each with what can be done.
+"""The images below a folder, in a fixed order; all other files are counted by type, each with advice.
 
-Opens only files whose suffix says nothing, to see whether they begin like an image.
+Opens only files of unknown suffix, to see whether they begin like an image.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _REASONS = {f".{suffix}": reason for reason, suffixes in _TYPES.items() for suff
 _OTHER = "not an image"
 
 Ignore: TypeAlias = Callable[[str, str, str], None]
-"""Called with type, reason and path of what is left out."""
+"""Called with type, reason and path of each file left out."""
 
 
 @dataclass(frozen=True)
 class IgnoredFiles:
-    """The files of one type that a folder holds and that were left out."""
+    """The files of one type in a folder that were left out."""
 
     kind: str  # the suffix in small letters, or what they are instead
     count: int
@@ -71,10 +71,10 @@ class IgnoredFiles:
 
 
 class IgnoredCounts:
-    """Collects what a walk leaves out.
+    """Counts the files that a walk leaves out.
 
     Args:
-        used: paths of files that are used for something else, such as sidecars: they are not left out.
+        used: paths of files with another use, such as sidecars, which are not counted.
     """
 
     def __init__(self, used: Collection[str] = ()) -> None:
@@ -102,7 +102,7 @@ def not_counted(kind: str, reason: str, path: str) -> None:
 
 
 def why_ignored(path: str) -> tuple[str, str] | None:
-    """Return type and reason of a file without an image suffix; None if its contents are an image all the same.
+    """Return type and reason of a file without an image suffix; None if it begins like an image.
 
     Files of well-known types are not opened.
     """
@@ -124,7 +124,7 @@ def why_ignored(path: str) -> tuple[str, str] | None:
 
 
 Skip: TypeAlias = Callable[[str, str], None]
-"""Called with the name of what cannot be ingested, and the reason."""
+"""Called with the name of an item that cannot be ingested, and the reason."""
 
 
 def local_path(place: str) -> str:
@@ -139,12 +139,12 @@ def local_path(place: str) -> str:
 
 
 def given_path(given: str | os.PathLike[str]) -> str:
-    """Return what somebody calls a path as Python's functions take it: no `file:` URL, and no `~`."""
+    """Return a path as Python's functions take it, from one that may be a `file:` URL or begin with `~`."""
     return os.path.expanduser(local_path(os.fspath(given)))  # noqa: PTH111 - Path's fails for an unknown user
 
 
 def existing_path(given: str | os.PathLike[str]) -> Path | None:
-    """Return a path as the disk has it, in composed or decomposed letters; None if nothing is there."""
+    """Return a path as the disk spells it, in composed or decomposed letters; None if nothing is there."""
     text = given_path(given)
     for path in map(Path, spellings(text)):
         try:
@@ -160,9 +160,9 @@ def existing_path(given: str | os.PathLike[str]) -> Path | None:
 def walk(folder: str, skip: Skip, ignore: Ignore = not_counted) -> Iterator[str]:
     """Yield the images below a folder, sorted by name; memory holds the names of one branch.
 
-    Hidden files and folders are left out. Links to files are followed. Links to folders are followed once, after
-    everything in the folder itself, so that no path depends on which links exist: a folder that was walked already,
-    or that contains this one, is not walked again.
+    Hidden files and folders are left out. Links to files are followed. Links to folders are followed once, after the
+    contents of the folder itself, so that no path depends on which links exist. A folder that was walked already, or
+    that contains this one, is not walked again.
     """
     walked: set[tuple[int, int]] = set()
     links: list[str] = []
@@ -218,7 +218,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         if entry.is_dir(follow_symlinks=False):
             return "folder"
         return "link" if entry.is_symlink() and entry.is_dir() else "file"
-    except OSError:  # a stale mount; whoever opens the file says so
+    except OSError:  # a stale mount; opening the file will report it
         return "file"
 
 

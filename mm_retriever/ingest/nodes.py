@@ -1,7 +1,7 @@
-"""What is stored of one item: its node, and what tells that it changed.
+"""The node that is stored for one item, and how a change of the item is noticed.
 
 Metadata come in layers: from the caller's node, from a sidecar, and from the EXIF block of the file. A layer is
-replaced by the next one of its kind, and stays where a run brings none: absence is not deletion.
+replaced by the next one of its kind, and stays if a run brings none: absence is not deletion.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BOOKKEEPING = [*own_columns(*STAMP_KEYS, "label"), OLD_LAYERS_KEY, LAYERS_KEY]
 """The columns of a row that tell whether anything changed."""
 
 Kind: TypeAlias = Literal["earlier", "exif", "node", "sidecar"]
-"""Where metadata come from; "earlier" is what a version stored that did not note it. The later kind counts."""
+"""The sources of metadata; "earlier" is for rows of versions that did not note the source. Later kinds win."""
 
 _KINDS: tuple[Kind, ...] = ("earlier", "exif", "node", "sidecar")
 
@@ -49,7 +49,7 @@ SETTLED_NS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Layer:
-    """Text and metadata from one place, with the digest of both as they were given; "" for one to be computed."""
+    """Text and metadata from one source, and the digest of both as they were given, "" if not computed yet."""
 
     text: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -82,12 +82,12 @@ class Task:
 
     @property
     def same(self) -> bool:
-        """Whether the row is certainly of the thing as it is now; or else the file has to be read."""
+        """Whether the row is certainly up to date; otherwise the file has to be read."""
         return self.same_stamp and (self.item.path is None or FILE_STAMP in self.stamp)
 
     @property
     def same_stamp(self) -> bool:
-        """Whether the row has the current stamp; the device of a file may have got another number."""
+        """Whether the row has the current stamp, apart from the device number, which may change."""
         stored = self.stored
         return stored is not None and all(
             _without_device(key, value) == _without_device(key, own_value(stored, key))
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def same_metadata(self) -> bool:
-        """Whether the row has the metadata that it would get now."""
+        """Whether the row has the metadata that it would get from this run."""
         stored = self.stored
         if stored is None or self.label != _stored_label(stored):
             return False
@@ -110,12 +110,12 @@ class Task:
 
     @property
     def known_digest(self) -> str:
-        """Of the file that the row was made of; "" if there is none."""
+        """The digest of the file that the row was made from, "" without one."""
         return str(own_value(self.stored, "digest") or "") if self.stored is not None else ""
 
     @property
     def label(self) -> str:
-        """The folders it lies in, seen from the widest folder that it was ever indexed from."""
+        """The folders that the image lies in, below the topmost folder that it was ever indexed from."""
         stored = _stored_label(self.stored) if self.stored is not None else ""
         label = self.item.label
         if stored and stored != label and (not label or not f"/{label}".endswith(f"/{stored}")):
@@ -124,18 +124,18 @@ class Task:
 
     @property
     def layers(self) -> dict[Kind, Layer]:
-        """All metadata of the row to be written, those from the file itself excepted."""
+        """All metadata of the row to be written, except those from the file itself."""
         return {**self.kept, **self.given}
 
     def keeping(self, node: BaseNode | None) -> Task:
-        """Return the task with what the node of its row has and this run says nothing about."""
+        """Return the task with the layers of its stored node that this run does not give."""
         if self.stored is None or node is None:
             return self
         width, height = (int(own_value(node.metadata, side) or 0) for side in ("width", "height"))
         return replace(self, kept=self._kept_of(node), size=(width, height))
 
     def moved(self, node: BaseNode) -> Task:
-        """Return the task of a new item that takes the place of another row, with what the node of that row has."""
+        """Return the task of a new item that replaces another row, with the layers of that row's node."""
         item = replace(self.item, relationships=self.item.relationships or dict(node.relationships))
         return replace(self, item=item, kept=self._kept_of(node), moved_from=node.node_id)
 
@@ -150,7 +150,7 @@ class Task:
 
 
 def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer], list[str]]:
-    """Return what a run says about an item, and the keys that are left out: too long, or reserved for bookkeeping."""
+    """Return the layers that a run gives to an item, and the keys left out as too long or reserved."""
     if row is None and not item.text and not item.metadata:
         return {}, []
     reserved = [key for key in item.metadata if key in RESERVED_KEYS]
@@ -164,7 +164,7 @@ def given_layers(item: Item, row: SidecarRow | None) -> tuple[dict[Kind, Layer],
 
 
 def with_items(layers: Layers, column: str) -> tuple[dict[Kind, Layer], str]:
-    """Return the layers with what a column of theirs holds as the item, and what should be known about that, or ""."""
+    """Return the layers with the values of a column as the item, and a remark for the report, or ""."""
     named = {kind: layer.columns[column] for kind, layer in layers.items() if column in layer.columns}
     changed = dict(layers)
     remark = "" if named else f"images have no column {column!r} to name their item"
@@ -200,7 +200,7 @@ def text_node(task: Task, vector: Vector) -> TextNode:
 
 
 def lost_columns(task: Task) -> list[str]:
-    """Return the columns that the row had and will not have, since this run replaces or drops what held them."""
+    """Return the columns that the row loses because this run replaces or drops their layers."""
     if task.stored is None:
         return []
     now = {key for layer in task.layers.values() for key in layer.columns}
@@ -218,7 +218,7 @@ def write_each(
     write: Callable[[Sequence[tuple[Task, Any]]], None],
     refuse: Callable[[Task, str], None],
 ) -> None:
-    """Write nodes together; where Milvus cannot hold one, nothing was written, and each is written by itself."""
+    """Write nodes together; if Milvus cannot hold one of them, write each by itself, and refuse the bad ones."""
     try:
         write(nodes)
     except NodeError as error:
@@ -230,7 +230,7 @@ def write_each(
 
 
 def _fields(task: Task, layers: Layers, own: Mapping[str, Any], vector: Vector) -> tuple[str, dict[str, Any]]:
-    """The text of all layers, and the fields that nodes of images and texts have in common."""
+    """The text of the layers, and the fields common to image nodes and text nodes."""
     text = ""
     columns: dict[str, Any] = {}
     owners: dict[str, Kind] = {}
@@ -273,7 +273,7 @@ def _stored_layers(node: BaseNode) -> dict[Kind, Layer]:
 
 
 def _account(stored: Mapping[str, Any]) -> dict[Kind, tuple[str, bool, Sequence[str]]]:
-    """Digest, whether the text is its own, and keys of each stored layer; none if another program spoiled them."""
+    """Digest, ownership of the text, and keys of each stored layer; {} if another program damaged the account."""
     if not stored.get(LAYERS_KEY):
         return {}
     try:
@@ -295,10 +295,10 @@ def _stored_label(stored: Mapping[str, Any]) -> str:
 
 
 def current_stamp(item: Item) -> Mapping[str, Any]:
-    """Return what says that a thing is the same as before; a URL is taken to be unchanging.
+    """Return the stamp of an item, by which a change is noticed; a URL is taken to be constant.
 
     Raises:
-        ImageLoadError: it is a file that cannot be read.
+        ImageLoadError: the file cannot be accessed.
     """
     if item.path is not None:
         try:
@@ -311,10 +311,10 @@ def current_stamp(item: Item) -> Mapping[str, Any]:
 
 
 def file_stamp(path: str) -> dict[str, int | str]:
-    """Size, time, and where there is certainty ctime and inode of a regular file: equal stamps, equal contents.
+    """Return size, time and, for a file at rest, ctime and inode of a regular file: equal stamps, equal contents.
 
-    ctime changes where size and time are kept: by `cp -p`, `rsync -t`, `exiftool -P`, and by renaming. A file that
-    changed a moment ago may change again within the same tick of its clocks, so it gets no such stamp yet.
+    `cp -p`, `rsync -t`, `exiftool -P` and renaming keep size and time, but change ctime. A file that changed a moment
+    ago may change again within the same tick of the clock, so its stamp has no ctime yet.
     """
     status = os.stat(path)  # noqa: PTH116 - ten times Path's speed
     if stat.S_ISDIR(status.st_mode):

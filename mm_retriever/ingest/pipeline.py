@@ -1,7 +1,7 @@
-"""`ingest_images`: whatever is new or changed goes through the model and into the store.
+"""`ingest_images`: embeds and stores what is new or changed.
 
-Owns the order of things, so that a run may die at any point and the next one goes on: a row is written whole under an
-id that does not change, nothing is removed before what replaces it is there, and what was written is not done again.
+Owns the order of steps, so that a run may die at any point and the next one goes on: a row is written whole under an id
+that does not change, nothing is removed before its replacement is stored, and stored items are not embedded again.
 
     items -> stored already? -> read and decode (threads) -> embed (this thread, in batches) -> store
 """
@@ -98,52 +98,52 @@ def ingest_images(
 
     Each image becomes an `ImageNode` whose metadata are `file_path`, `file_name`, `label` (the folders it lies in),
     `width`, `height`, `bytes`, `digest` (SHA-256 of the file), `mtime_ns`, the columns of the sidecar, and `taken`,
-    `camera`, `latitude` and `longitude` from the EXIF block. Where a node or a sidecar has one of our names, its value
+    `camera`, `latitude` and `longitude` from the EXIF block. If a node or a sidecar has one of these names, its value
     stays and ours is stored as `mm_width` and so on. An image that cannot be read is skipped and listed. Memory does
     not grow with the number of images.
 
-    Absence is not deletion: images about which a run says nothing keep the columns and the caption that they have, and
-    so does a file whose pixels changed. What a sidecar says about an image replaces what a sidecar said before.
+    Absence is not deletion: an image for which a run gives no columns or caption keeps those that it has, even if its
+    pixels changed. The columns of a sidecar replace those of an earlier sidecar.
 
-    Whatever the report counts as indexed, replaced or updated is stored: in a Milvus Lite file it is on the disk and
-    survives a power cut, and so is what an error says was stored. A server keeps rows by its own rules.
+    Images that the report counts as indexed, replaced or updated are stored, and so are those that an error counts as
+    stored: in a Milvus Lite file they are on the disk and survive a power cut; a server keeps rows by its own rules.
 
     Args:
-        source: a folder (recursive; links to folders followed once, hidden files left out; what is not an image is
-            counted by type in the report), a file, or any iterable of paths, URLs (`image_policy` must allow them;
-            taken to be unchanging) and LlamaIndex documents or nodes: images by their pixels, others by their text. Of
-            a document that carries an image as bytes and names no place, vector, digest and metadata are stored and not
-            the bytes: what shows or reranks results needs a file, so save it and set `image_path`.
+        source: a folder (recursive; links to folders are followed once, hidden files left out, files that are not
+            images counted by type in the report), a file, or any iterable of paths, URLs (`image_policy` must allow
+            them; their contents are taken to be constant) and LlamaIndex documents or nodes, which are embedded by
+            their pixels or else their text. The bytes of a document without a path or URL are not stored, only their
+            vector, digest and metadata; showing or reranking such results needs a file: save it and set `image_path`.
         store: from `open_store`, for the same model.
         embed_model: a `ComposedEmbedding` such as `VisualizedBGEEmbedding`.
         batch_size: images that go through the model together.
-        prune: also remove the rows of images below the folder whose files are gone, or are images no longer; what
-            cannot be looked at or read keeps its row. The folder itself may be gone.
-        force: with `prune`: also where more than a fifth of the folder's rows would go, or a drive seems to be missing.
+        prune: also remove the rows of images below the folder whose files are gone, or are no longer images; files
+            that cannot be accessed or read keep their rows. The folder itself may be gone.
+        force: with `prune`: also if more than a fifth of the folder's rows would go, or a drive seems to be missing.
         verify: read every file, and fetch every URL, whatever size and times say.
         sidecar: a JSON, JSON Lines, CSV or TSV file, or a mapping, with more metadata by path below the folder or by
-            file name; a column `text` or `caption` becomes the text of the node. Where columns changed, a row is
+            file name; a column `text` or `caption` becomes the text of the node. Rows with changed columns are
             written again, not embedded again. None: the `metadata.jsonl` and `metadata.csv` files in the folder, if
             there are any; False: none.
-        drop_columns: remove the columns and captions that this call does not give.
+        drop_columns: remove columns and captions that this call does not give.
         item: a column of the sidecar or of the nodes whose value the images of one item share, such as "sku"; it is
             stored as the column `item` too, for `ComposedRetriever(group_by="item")`. A column `item` needs no naming.
         exif: read the EXIF block of images that are new or changed.
         exact_pixels: False: a large JPEG is decoded at a half, a quarter or an eighth of its size, never below twice
-            what the model sees, which is several times as fast and changes vectors a little. True: never. None: only
-            where the model computes in 8 bits.
+            the model's input size, which is several times as fast and changes vectors a little. True: always at full
+            size. None: False if the model computes in 8 bits, else True.
         report_path: write the report there as JSON too.
         show_progress: a progress bar with rate and time left.
-        progress: asked before each image that is to be embedded, with how many are done, and of how many. It may wait;
-            where it returns False the run ends early, prunes nothing, and the report says so.
+        progress: called before each image that is to be embedded, with the number done and the total. It may wait; if
+            it returns False, the run ends early, prunes nothing, and the report says so.
         image_policy: what may be read, and how large.
         fs: a file system of fsspec (S3, GCS, memory, ...) in which `source` and paths are looked for. Documents that
             `SimpleDirectoryReader(..., fs=...)` has read are found without it in the file systems that are open,
             unless `image_policy` names folders.
 
     Raises:
-        IngestError: a source or sidecar that cannot be used at all, or a folder without images to prune by.
-        StoreError: the store failed, for good or for longer than the retries; what was stored stays.
+        IngestError: the source or sidecar cannot be used at all, or the folder to prune by has no images.
+        StoreError: the store failed for longer than the retries; stored images stay stored.
     """
     if batch_size < 1:
         raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
@@ -221,7 +221,7 @@ class _Run:
         self.known = KnownVectors(self.store, _retried)
 
     def report_of(self, source: Source, prune_folder: str | None, *, force: bool) -> IngestReport:
-        """Do everything and return the report."""
+        """Run all steps and return the report."""
         start = time.perf_counter()
         try:
             self._ingest(self._tasks(source))
@@ -248,10 +248,10 @@ class _Run:
             notes=(*self.bar.notes, *self.sidecar.notes, *self.reader.notes, *remarks),
         )
 
-    # ------------------------------------------------------------------------------------------ what is to be done
+    # ------------------------------------------------------------------------------------------ tasks
 
     def _tasks(self, source: Source) -> Iterator[Task]:
-        """Yield what is new or may have changed; what is stored as it is needs no task."""
+        """Yield the items that are new or may have changed."""
         everything = items(source, self._skip, self.ignored, self.fs, search_open=self.reader.policy.roots is None)
         while self.bar.goes_on() and (window := list(islice(everything, _WINDOW))):
             by_id = by_ids(window, self.under_way, self.remarks)
@@ -328,7 +328,7 @@ class _Run:
         self._rewrite(rewritten)
 
     def _without_texts(self, tasks: Iterator[Task]) -> Iterator[Task]:
-        """Yield the images; texts need no reading and are embedded on the way."""
+        """Yield the images; texts, which need no reading, are embedded here."""
         texts: list[Task] = []
         for task in tasks:
             if task.item.is_image:
@@ -341,7 +341,7 @@ class _Run:
         self._embed_texts(texts)
 
     def _embed_images(self, images: Sequence[Read]) -> None:
-        """Store images; contents that the store or this batch has already are not embedded again."""
+        """Store images; contents that are in the store or in this batch already are not embedded again."""
         known = self.known.rows({image.digest for _, image in images})
         fresh = {image.digest: image.prepared for _, image in images if image.digest not in known}
         vectors = dict(zip(fresh, self.vectors.of_images(list(fresh.values())), strict=True))
@@ -362,7 +362,7 @@ class _Run:
         return np.asarray(row[self.store.embedding_field], dtype=np.float32)
 
     def _moved(self, task: Task, rows: Sequence[Mapping[str, Any]]) -> Task | None:
-        """The task with what the row of a vanished file of the same contents has; None where nothing moved."""
+        """The task with the metadata of the row of a vanished file of the same contents; None if nothing moved."""
         item = task.item
         if task.stored is not None or item.id != (path_id(item.path) if item.path is not None else url_id(item.place)):
             return None
@@ -374,7 +374,7 @@ class _Run:
         return None
 
     def _is_former(self, item: Item, row: Mapping[str, Any], node: BaseNode) -> bool:
-        """Whether a row is of the same thing under a name that it no longer has: a file that is gone, an old URL."""
+        """Whether a row is of the same image under a former name: the path of a vanished file, or an old URL."""
         if item.path is None:
             url = getattr(node, "image_url", None)
             return url is not None and stable_url(str(url)) == item.url
@@ -391,7 +391,7 @@ class _Run:
         self._write(nodes)
 
     def _rewrite(self, images: Sequence[Read]) -> None:
-        """Store again what has the same pixels and other metadata, under the vector that it has."""
+        """Store rows with new metadata and the same pixels again, under their stored vectors."""
         rows = _retried(self.store.columns, [task.item.id for task, _ in images], (self.store.embedding_field,))
         nodes = []
         for task, image in images:
@@ -435,7 +435,7 @@ class _Run:
         self.counts["removed"] += pruned.removed
         self.counts["kept"] += pruned.kept
 
-    # ------------------------------------------------------------------------------------------ accounts
+    # ------------------------------------------------------------------------------------------ counts
 
     def _done(self, count: str) -> None:
         self.counts[count] += 1

@@ -48,7 +48,7 @@ def read_image(
     with_exif: bool = False,
     least_side: int = 0,
 ) -> ReadImage:
-    """Read an image file once, for its digest and for the model; one of the known digest is not decoded.
+    """Read an image file once, for its digest and for the model; a file with the known digest is not decoded.
 
     `least_side`: see `opened_image`.
     """
@@ -66,20 +66,20 @@ def read_image(
             unread = _blames_machine(error.__cause__)
             spoiled = not unread and _blames_bytes(error)
             return ReadImage(error=error.reason or str(error), spoiled=spoiled, unread=unread, length=len(data))
-    except ImageLoadError as error:  # reports have the name of the source beside it
+    except ImageLoadError as error:  # reports name the source themselves
         return ReadImage(error=error.reason or str(error), unread=_blames_machine(error.__cause__))
-    except Exception as error:  # one image, whatever is wrong with it, must not end the run
+    except Exception as error:  # no single image may end the run
         return ReadImage(error=reason_of(error), unread=_blames_machine(error))
 
 
 class ImageReader:
-    """What reads images for a model.
+    """Reads images for a model.
 
     Args:
         embed_model: the model.
         policy: what may be read.
         exif: whether to read EXIF blocks.
-        exact_pixels: as `ingest_images` takes it; a model that computes in 8 bits has no use for exact pixels.
+        exact_pixels: see `ingest_images`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ImageReader:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a report says of it."""
+        """The notes for the report."""
         reduced = "large JPEG files were decoded at a part of their size, never below twice what the model sees"
         return (reduced,) if self._least_side else ()
 
@@ -108,7 +108,7 @@ def _blames_machine(cause: BaseException | None) -> bool:
 
 
 def _blames_bytes(error: ImageLoadError) -> bool:
-    """Whether the bytes themselves are at fault, and not a limit of ours or a missing decoder."""
+    """Whether the bytes themselves are at fault, and not one of our limits or a missing decoder."""
     missing = isinstance(error.__cause__, ImportError)
     return not missing and "ImagePolicy." not in str(error) and "not supported" not in str(error)
 

@@ -1,7 +1,8 @@
-"""`reindex`: a collection's rows under vectors of another model.
+"""`reindex`: changes the model of a collection.
 
-Owns what the new vector of a row is made of. Every row keeps id, text, metadata and relationships. The rows are written
-beside the old ones and switched to in one step (`store/succession.py`): a run may die at any point, the next goes on.
+Owns the input for the new vector of each row. Every row keeps id, text, metadata and relationships. The rows are
+written to a new collection, which replaces the old one in one step (`store/succession.py`): a run may die at any point,
+and the next one goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mm_retriever.store.succession import RowsState, Succession
 Row = Mapping[str, Any]
 
 _PASSES = 5
-"""Over rows that others write meanwhile, before that is an error."""
+"""Passes over rows that others write meanwhile, before that becomes an error."""
 
 _REMOTE = re.compile(r"(?!https?:|data:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _COMPARED = ("text", "_node_content", "_node_type")
@@ -52,15 +53,15 @@ def reindex(
     image_policy: ImagePolicy = DEFAULT_POLICY,
     fs: Any | None = None,
 ) -> ReindexReport:
-    """Change the model of a collection, and return what was done.
+    """Change the model of a collection, and return a report.
 
-    Every image is read once, from the path or URL that its row names. The rows are written to a collection beside the
-    old one, which answers as before until the switch at the end; then it is removed. A run that ends before the switch
-    is gone on with by the same call. Rows that others write to the collection meanwhile are taken along. Stores that
-    have the collection open for the old model raise a StoreMismatchError after the switch.
+    Every image is read once, from the path or URL in its row. The rows are written to a new collection; the old one
+    answers as before until the switch at the end, and is then removed. If a run ends before the switch, the same call
+    continues it. Rows that others write to the collection meanwhile are included. Stores that have the collection open
+    for the old model raise a StoreMismatchError after the switch.
 
-    An image is embedded by its pixels, as `ingest_images` and `ImageStore.add` do it. A text that `ingest_images` has
-    stored is embedded alone, any other with the metadata that LlamaIndex shows an embedding model.
+    An image is embedded by its pixels, as by `ingest_images` and `ImageStore.add`. A text that `ingest_images` stored
+    is embedded alone, any other with the metadata that LlamaIndex shows an embedding model.
 
     Args:
         store_uri: a Milvus Lite file, or the URI of a Milvus server.
@@ -69,13 +70,13 @@ def reindex(
         token: `user:password` or an API key, for servers that ask for one.
         timeout: seconds for connecting, and for each request.
         batch_size: images that go through the model together.
-        drop_missing: leave out rows whose image cannot be read; otherwise nothing is switched where there are any.
+        drop_missing: leave out rows whose image cannot be read; otherwise such rows prevent the switch.
         show_progress: a progress bar with rate and time left.
         image_policy: what may be read, and how large; URLs only if it allows them.
-        fs: a file system of fsspec, for images that are in none of this machine.
+        fs: a file system of fsspec, for images that are not on this machine.
 
     Raises:
-        ReindexError: images cannot be read, or the rows do not stop changing. The collection is as it was.
+        ReindexError: images cannot be read, or rows keep changing. The collection is as it was.
         StoreError: the store failed, or another process reindexes the same collection.
     """
     if batch_size < 1:
@@ -127,7 +128,7 @@ class _Task:
 
     @property
     def name(self) -> str:
-        """Its image or id, for people."""
+        """The place of its image, or its id, for people."""
         return str(self.images[0])[:300] if self.images else str(self.row["id"])
 
 
@@ -152,7 +153,7 @@ class _Run:
         self.vectors = Vectors(self.embed_model)
 
     def finish(self, *, drop_missing: bool) -> None:
-        """Copy until nothing has changed meanwhile, then switch."""
+        """Copy rows until none has changed meanwhile, then switch."""
         for _ in range(_PASSES):
             state = self._copy()
             self.first = False
@@ -169,7 +170,7 @@ class _Run:
         )
 
     def _copy(self) -> str:
-        """Write every row that the new collection lacks; return the state of the old one."""
+        """Write every row that the new collection lacks, and return the state of the old one."""
         self.rows = 0
         self.unreadable.clear()
         plain, exact = RowsState(exact=False), RowsState(exact=True)
@@ -195,7 +196,7 @@ class _Run:
         return str(exact if lacking else plain)
 
     def _tasks(self, plain: RowsState, exact: RowsState, lacking: list[str]) -> Iterator[_Task]:
-        """Yield the rows to copy; `lacking` gets an id if rows have no checksum."""
+        """Yield the rows to copy; `lacking` gets the id of a row without a checksum, if there is one."""
         known = self.succession.count_new() > 0
         for page in self.succession.old_rows():
             plain.add(page)
@@ -223,7 +224,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------ reading, embedding
 
     def _read(self, task: _Task) -> ReadImage:
-        """The image of a row from the first place where it can be read; nothing for a text."""
+        """The image of a row, from the first place where it can be read; an empty result for a text."""
         if isinstance(task.node, ImageNode) and not task.images and own_value(task.node.metadata, "width"):
             return ReadImage(error="it came as bytes, which no store keeps: ingest it again under the new model")
         outcome = ReadImage()
@@ -250,7 +251,7 @@ class _Run:
         self._write(rows)
 
     def _changed_node(self, task: _Task, image: ReadImage) -> BaseNode | None:
-        """The node to store where the file is not the one that was indexed; the next `index` sees to the rest of it."""
+        """The node to store if the file changed since it was indexed; the next `index` updates its other metadata."""
         known = own_value(task.node.metadata, "digest")
         if known in (None, "", image.digest):
             return None

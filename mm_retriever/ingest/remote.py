@@ -1,7 +1,7 @@
 """Images in file systems of fsspec (S3, GCS, memory): their stamps, and the file system that a document came from.
 
-fsspec has no public way to a path without its protocol, which ids are made of, nor to the file systems that are open;
-hence `_strip_protocol` and `_cache`.
+fsspec has no public way to strip the protocol from a path, which ids need, and none to list open file systems; hence
+`_strip_protocol` and `_cache`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mm_retriever.ingest.folder import Ignore
 
 
 class RemoteFile:
-    """A file that is opened at the first read and closed at its end; for one thread."""
+    """A file that the first read opens and its end closes; for one thread."""
 
     def __init__(self, file_system: Any, path: str) -> None:
         self._file_system, self._path = file_system, str(file_system._strip_protocol(path))
@@ -47,7 +47,7 @@ class RemoteFile:
 
 
 def remote(file_system: Any | None) -> Any | None:
-    """Return the file system, or None for that of this machine: `fsspec.core.url_to_fs` gives one for plain paths."""
+    """Return the file system, None for this machine's own, which `fsspec.core.url_to_fs` returns for plain paths."""
     if file_system is None:
         return None
     from fsspec.implementations.local import LocalFileSystem
@@ -56,7 +56,7 @@ def remote(file_system: Any | None) -> Any | None:
 
 
 def files_below(file_system: Any, path: str, ignore: Ignore) -> Iterator[str]:
-    """Yield the images below a folder, by suffix, sorted; the path itself if it is no folder."""
+    """Yield the files with image suffixes below a folder, sorted; the path itself if it is not a folder."""
     if not file_system.isdir(path):
         yield path
         return
@@ -68,13 +68,13 @@ def files_below(file_system: Any, path: str, ignore: Ignore) -> Iterator[str]:
 
 
 def file_of_node(node: BaseNode, path: str) -> RemoteFile | None:
-    """Return the file that a node names in the file system that a reader has read it from; None if it is a local one.
+    """Return the file of a node in the file system from which a reader read it; None for a local file.
 
-    A reader does not note the file system. Those that are open in this process are asked for a file of that path and,
-    where the reader noted it, that size.
+    A reader does not note the file system. So the file is looked up, by path and, if noted, size, in all file systems
+    that are open in this process.
 
     Raises:
-        NodeError: several have it.
+        NodeError: several file systems have it.
     """
     size = node.metadata.get("file_size")
     try:
@@ -104,7 +104,7 @@ def _open_file_systems() -> Iterator[Any]:
 def _has(file_system: Any, path: str, size: Any) -> bool:
     try:
         facts = file_system.info(path)
-    except Exception:  # whatever a file system raises for a path that it cannot have
+    except Exception:  # file systems raise anything for paths that they cannot have
         return False
     return facts.get("type") == "file" and size in (None, facts.get("size"))
 

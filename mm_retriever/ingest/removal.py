@@ -1,9 +1,9 @@
-"""Rows out of the store: those of files that are gone, or those that someone names.
+"""Removes rows from the store: those of files that are gone, and those that a caller names.
 
-Owns how many rows may go at once without being asked for twice, and when a file is gone. The proof is that the file
-system knows no such file, or has something else in its place. A file that cannot be looked at (no permission, a stale
-mount, a bad disk, too few descriptors) is no proof, and neither is an empty folder on another device than the file was
-on: a missing mount leaves one. When in doubt it is not gone.
+Owns how many rows may go at once without `force`, and when a file counts as gone: if the file system has no such file,
+or something else in its place. A file that cannot be accessed (no permission, a stale mount, a bad disk, too few
+descriptors) does not count, and neither does one below an empty folder on another device than the file was on, which a
+missing mount leaves. In case of doubt a file is not gone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mm_retriever.store import ImageStore
 from mm_retriever.store.filters import id_list
 
 LARGEST_SHARE = 5
-"""More than one row in so many at once has to be asked for: a missing drive looks the same."""
+"""Removing more than one row in so many at once needs `force`, because a missing drive looks the same."""
 
 FREE_ROWS = 4
-"""So few may always go: in a small album they are more than a fifth."""
+"""So few rows may always go: in a small album they are more than a fifth."""
 
 _KEPT_LISTED = 100
 
@@ -60,13 +60,13 @@ def prune_images(
 ) -> PruneReport:
     """Remove the rows of images below a folder whose files are gone; the folder itself may be gone too.
 
-    Only rows that ingestion made of files may go, and only where the file is provably gone: one that cannot be looked
-    at, or whose drive seems not to be mounted, keeps its row.
+    Only rows that ingestion made from files may go, and only if the file is provably gone. A file that cannot be
+    accessed, or whose drive seems not to be mounted, keeps its row.
 
     Args:
         folder: its links are followed.
         store: from `open_store` or `open_stored`.
-        force: also where more than a fifth of the folder's rows go at once, and where a drive seems to be missing.
+        force: also if more than a fifth of the folder's rows go at once, or a drive seems to be missing.
         spoiled: ids of rows whose files exist and are images no longer.
         unread: ids of rows whose files exist and could not be read; they count as kept.
 
@@ -122,7 +122,7 @@ def remove_images(
     ids: Iterable[str] = (),
     filters: MetadataFilters | None = None,
 ) -> int:
-    """Remove rows by files, folders and URLs, by ids, and by metadata, and return how many there were.
+    """Remove rows by files, folders and URLs, by ids, and by metadata, and return their number.
 
     The files are left alone; the next ingestion of their folder stores them again.
 
@@ -133,7 +133,7 @@ def remove_images(
         filters: matched by all rows to remove.
 
     Raises:
-        IngestError: nothing is named, or something of which the store holds nothing; nothing was removed.
+        IngestError: nothing is named, or something that the store does not hold; nothing was removed.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     ids = id_list(ids)
@@ -181,7 +181,7 @@ def _rows(store: ImageStore, filters: MetadataFilters, *columns: str) -> Iterato
 
 
 def _below(folder: str, *others: MetadataFilter) -> MetadataFilters:
-    """Paths below the folder, or what meets another condition."""
+    """The filter for paths below the folder, or for rows that meet another condition."""
     start = folder.rstrip("/") + "/"
     end = start[:-1] + chr(ord("/") + 1)
     ranges = [
@@ -200,7 +200,7 @@ def _below(folder: str, *others: MetadataFilter) -> MetadataFilters:
 
 
 def fate(path: str, stored: Mapping[str, Any]) -> Literal["there", "gone", "unknown"]:
-    """Return what has become of a file, given the row that was made of it."""
+    """Return the state of a file, given the row that was made from it."""
     try:
         return "there" if stat.S_ISREG(os.stat(path).st_mode) else "gone"  # noqa: PTH116 - ten times Path's speed
     except (FileNotFoundError, NotADirectoryError):
@@ -210,7 +210,7 @@ def fate(path: str, stored: Mapping[str, Any]) -> Literal["there", "gone", "unkn
 
 
 def _is_missing(path: str) -> bool:
-    """Whether the file system says that there is no such file, and does not only fail."""
+    """Whether the file system reports that there is no such file; other failures do not count."""
     try:
         os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
@@ -221,7 +221,7 @@ def _is_missing(path: str) -> bool:
 
 
 def _may_be_unmounted(path: str, stamp: str) -> bool:
-    """Whether there is a link that leads nowhere, or the nearest existing folder is empty and on another device."""
+    """Whether the path has a broken link, or its nearest existing folder is empty and on another device."""
     device = stamp.rpartition("-")[2]
     try:
         for place in (Path(path), *Path(path).parents):

@@ -1,4 +1,4 @@
-"""What a run of ingestion did, how far it is, and whether it goes on."""
+"""The reports of ingestion and reindexing, progress, and stopping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mm_retriever.notebook import shown_facts
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image or document that is not in the store, by path, URL or node id, and why."""
+    """An image or document that was not stored, by path, URL or node id, and the reason."""
 
     path: str
     reason: str
@@ -27,7 +27,7 @@ class SkippedImage:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What one call of `ingest_images` did."""
+    """The result of `ingest_images`."""
 
     indexed: int  # new in the store
     replaced: int  # changed since they were stored, embedded again
@@ -45,12 +45,12 @@ class IngestReport:
 
     @property
     def embedded(self) -> int:
-        """How many went through the model: 0 in a second run."""
+        """The number that went through the model: 0 in a second run."""
         return self.indexed + self.replaced - self.reused
 
     @property
     def images_per_second(self) -> float:
-        """Embedded images (and texts) per second of the whole call."""
+        """Embedded images and texts per second of the whole call."""
         return self.embedded / self.seconds if self.seconds > 0 else 0.0
 
     pictures_per_second = images_per_second
@@ -101,7 +101,7 @@ class IngestReport:
         """Write the report as JSON; a reader sees the old file or the whole new one.
 
         Raises:
-            IngestError: it cannot be written; the message says what was done all the same.
+            IngestError: it cannot be written; the message holds the report.
         """
         target = Path(os.path.expanduser(path))  # noqa: PTH111
         try:
@@ -114,7 +114,7 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class ReindexReport:
-    """What one call of `reindex` did."""
+    """The result of `reindex`."""
 
     collection: str
     model: str  # that it has now, for people
@@ -149,18 +149,18 @@ class ReindexReport:
 
 
 Progress: TypeAlias = Callable[[int, int | None], bool]
-"""Asked with how many are done, and of how many; it may wait. False ends the run."""
+"""Called with the number done and the total; it may wait. False ends the run."""
 
 STOPPED = "stopped before its end: the same call goes on from there"
 
 
 class Meter:
-    """Counts what is done, for a progress bar and for a caller who may stop the run.
+    """Counts finished items, for a progress bar and for a caller who may stop the run.
 
     Args:
-        bar: shows it.
-        ask: None: nobody stops it.
-        total: how many there are; None: nobody knows.
+        bar: the progress bar.
+        ask: the caller's function, None without one.
+        total: the number of items, None if unknown.
     """
 
     def __init__(self, bar: tqdm[Any], ask: Progress | None, total: int | None) -> None:
@@ -170,16 +170,16 @@ class Meter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a report says of it."""
+        """The notes for the report."""
         return (STOPPED,) if self.is_stopped else ()
 
     def update(self, count: int = 1) -> None:
-        """Count so many more."""
+        """Count `count` more items."""
         self._done += count
         self._bar.update(count)
 
     def goes_on(self) -> bool:
-        """Whether the run goes on; once stopped, it does not."""
+        """Whether the run goes on; a stopped run never does."""
         if not self.is_stopped and self._ask is not None:
             self.is_stopped = not self._ask(self._done, self._total)
         return not self.is_stopped

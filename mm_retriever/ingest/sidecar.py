@@ -1,6 +1,6 @@
-"""Metadata files beside the images: JSON, JSON Lines, CSV and TSV, whose rows name an image and say something about it.
+"""Metadata files beside the images: JSON, JSON Lines, CSV and TSV, whose rows name an image and hold its metadata.
 
-What is not used is counted and reported. Opens no image.
+Unused rows are counted and reported. Opens no image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]] | Sequen
 """A file, or the same as a mapping or as a list of rows; False: none, not even one that lies in the folder."""
 
 FOUND_NAMES = ("metadata.jsonl", "metadata.csv")
-"""What Hugging Face image folders call their sidecar; found without being named."""
+"""Names of sidecars in Hugging Face image folders, which are found without being given."""
 
 Columns: TypeAlias = dict[str, dict[str, Any]]
 """Columns by the name of the image."""
@@ -70,7 +70,7 @@ class Sidecar:
         return len(self.rows)
 
     def columns(self, *names: str) -> dict[str, Any]:
-        """Return the columns under the first of the names that has any; the names are compared as they are."""
+        """Return the columns of the first of the names that has any; names must match exactly."""
         return next((self.rows[key].columns for key in map(image_key, names) if key in self.rows), {})
 
 
@@ -119,8 +119,8 @@ def _of_rows(source: object) -> Sidecar:
 def find_sidecars(folder: str) -> Sidecar:
     """Return the rows of the `metadata.jsonl` and `metadata.csv` files in a folder and up to two levels below it.
 
-    Names are taken from where each file lies; what several say of one image is joined. One that names no images, or
-    cannot be read, is named in the notes.
+    Names in a file are relative to its folder; rows of several files for one image are joined. The notes name files
+    that name no images or cannot be read.
     """
     rows: Columns = {}
     notes: list[str] = []

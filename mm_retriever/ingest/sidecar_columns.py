@@ -1,6 +1,6 @@
-"""The columns of a sidecar: the one that names the image, the one that is its text, and what their values become.
+"""The columns of a sidecar: which one names the image, which one is its text, and how values are stored.
 
-Of CSV and TSV also which sign separates the cells, what the columns are called, and which of them are numbers.
+For CSV and TSV also the delimiter, the names of the columns, and which of them are numbers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from urllib.parse import unquote
 from mm_retriever.errors import IngestError, shown
 
 NAME_COLUMNS = ("file_path", "file_name", "filename", "file", "path", "image_path", "image")
-"""The usual names of the column that says which image a row is about; a few more are understood."""
+"""The usual names of the column that names the image; a few more are understood."""
 
 TEXT_COLUMNS = ("text", "caption")
 """The first of these that a row has becomes the text of its node."""
 
 MAX_ROW_BYTES = 60_000
-"""Of the columns of one image, and of its text: what Milvus holds, less what ingestion adds."""
+"""Limit of the columns of one image, and of its text: Milvus' own, less the metadata that ingestion adds."""
 
 LONGEST_INTEGER = 2**63 - 1
 
-# The first that a row has names its image. `SourceFile` is exiftool's, which writes a bare `FileName` too.
+# The first of these in a row names its image. exiftool writes `SourceFile`, and a bare `FileName` too.
 NAMES = (
     *("sourcefile", "filepath", "filename", "file", "path", "imagepath", "image", "imagefile", "imagename"),
     *("imagefilename", "filelocation", "img", "imgpath", "imgname", "url", "imageurl", "imgurl"),
@@ -79,7 +79,7 @@ def make_row(values: Mapping[str, Any], where: str, left_out: Counter[str]) -> S
 
 
 def within_bounds(columns: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the columns that Milvus can hold together, and the names of the largest, which are left out for that."""
+    """Return the columns that Milvus can hold together, and the names of the largest ones, which are left out."""
     kept = dict(columns)
     left_out: list[str] = []
     sizes = {key: _size(key) + _size(value) + 4 for key, value in kept.items()}
@@ -100,7 +100,7 @@ def _size(value: object) -> int:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A value as JSON has it: numbers and text for what numpy, pandas, dates and decimals bring; None for missing."""
+    """A value of numpy, pandas, dates or decimals as a JSON value; None for a missing one."""
     if depth > 16:
         raise IngestError(f"{where}: nested more than 16 deep")
     if value is None or isinstance(value, bool):
@@ -132,7 +132,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def header(key: str) -> str:
-    """Return a column's name in its compared form: `File Name`, `file_name` and exiftool's `File:FileName` are one."""
+    """Return a column's name for comparison: `File Name`, `file_name` and exiftool's `File:FileName` are equal."""
     return re.sub(r"[\s_-]", "", key.rsplit(":", 1)[-1]).casefold()
 
 
@@ -143,7 +143,7 @@ def name_column(row: Mapping[str, Any]) -> str | None:
 
 
 def guessed_name_column(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the column whose values all look like image files, or else one called `id`."""
+    """Return the column whose values all look like names of image files, or else one called `id`."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     for key in keys:
         values = [row[key] for row in rows if row.get(key) is not None]
@@ -160,7 +160,7 @@ def repeats_name(key: str, value: object, image: str) -> bool:
 
 
 def image_key(name: str) -> str:
-    """Return the name of an image in its compared form: a file URL as a path, '/' between folders, no './'."""
+    """Return the name of an image for comparison: a file URL as a path, '/' between folders, no './'."""
     name = name.strip()
     if name[:7].lower() == "file://":
         name = unquote(name[7:])
@@ -176,7 +176,7 @@ def image_key(name: str) -> str:
 
 
 def folded(key: str) -> str:
-    """Return a key without differences of case and Unicode form."""
+    """Return a key in one case and Unicode form."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", key).casefold())
 
 
@@ -201,7 +201,7 @@ _CSV_LIMIT = threading.Lock()
 def table_rows(text: str, name: str, delimiters: str, notes: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """Return the rows of a table below its header, each with the number of its line; missing cells are left out.
 
-    `delimiters` may separate the cells, the likeliest first; `notes` takes what should be known about the result.
+    `delimiters` may separate the cells, the likeliest first; notes on the result are added to `notes`.
     """
     first, _, rest = text.partition("\n")
     if separator := re.fullmatch(r"sep=(.)\r?", first, re.IGNORECASE):  # Excel's own way to name it
@@ -241,7 +241,7 @@ def table_rows(text: str, name: str, delimiters: str, notes: list[str]) -> list[
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Let fields of any length through the csv module, whose limit is one for the whole process."""
+    """Lift the csv module's limit of field sizes, which is global to the process."""
     with _CSV_LIMIT:
         before = csv.field_size_limit(2**31 - 1)
         try:
@@ -251,14 +251,14 @@ def _long_fields() -> Iterator[None]:
 
 
 def _has_spaces(text: str, delimiter: str) -> bool:
-    """Whether each name in the header but the first comes after a space: then those before cells say nothing either."""
+    """Whether each name in the header but the first follows a space; spaces before cells then mean nothing either."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     _, *others = first.split(delimiter)
     return bool(others) and all(cell[:1] == " " for cell in others)
 
 
 def _delimiter(text: str, candidates: str) -> str:
-    """The sign that splits the first line into the most columns, first of all one that names the image."""
+    """The delimiter that splits the first line into the most columns, preferably one of which names the image."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     scores: dict[str, tuple[bool, int]] = {}
     for sign in candidates:
@@ -271,7 +271,7 @@ def _delimiter(text: str, candidates: str) -> str:
 
 
 def _column_names(cells: Sequence[str], name: str, notes: list[str]) -> list[str]:
-    """Names of the columns, "" for one without; of two equal names the second gets a number."""
+    """The names of the columns, "" for a column without one; a repeated name gets a number."""
     keys: list[str] = []
     for cell in cells:
         key = " ".join(cell.split())
@@ -287,7 +287,7 @@ def _column_names(cells: Sequence[str], name: str, notes: list[str]) -> list[str
 
 
 def _texts(cells: Sequence[str], where: str, notes: list[str]) -> list[str | None]:
-    """The cells of a column of text; None for what is missing."""
+    """The cells of a column of text; None for missing ones."""
     missing = [cell.strip().casefold() in _MISSING for cell in cells]
     if count := sum(absent and bool(cell.strip()) for absent, cell in zip(missing, cells, strict=True)):
         notes.append(f"{where}: {count} cells such as N/A, null, None or - are taken as missing")
@@ -295,9 +295,9 @@ def _texts(cells: Sequence[str], where: str, notes: list[str]) -> list[str | Non
 
 
 def _numbers(cells: Sequence[str], *, comma: bool) -> list[int | float | None] | None:
-    """The cells of a column as numbers, None for what is missing; None if some are not, or would lose digits.
+    """The cells of a column as numbers, None for missing ones; None if a cell is not a number, or would lose digits.
 
-    With `comma`, "1,234" is one thousand and more; otherwise another cell has to show what a comma means.
+    With `comma`, "1,234" is above one thousand; otherwise another cell has to show the meaning of a comma.
     """
     stripped = [cell.strip() for cell in cells]
     given = [cell for cell in stripped if cell.casefold() not in _MISSING_NUMBERS]

@@ -13,7 +13,7 @@ from mm_retriever.ingest.sources import Source, items
 
 
 def match_sidecar(sidecar: SidecarSource | None, source: Source, folder: str | None) -> SidecarMatch:
-    """Match a sidecar (None: those that lie in the folder) to the images of a source, if that can be iterated twice."""
+    """Match a sidecar (None: those in the folder) to the images of a source, if that can be iterated twice."""
     if sidecar is None:
         rows = find_sidecars(folder) if folder is not None else Sidecar({})
     else:
@@ -26,10 +26,10 @@ def match_sidecar(sidecar: SidecarSource | None, source: Source, folder: str | N
 class SidecarMatch:
     """Finds the row of each image, and knows at the end which rows were not used.
 
-    A row belongs to the image of that path; or else, where only one image fits, to the one whose path ends like it,
-    has that file name, or that name without its suffix. Case, Unicode form, backslashes and `./` make no difference
-    there. `images` are names and path of everything that will be asked for; None if nobody knows yet, and then a name
-    that fits several images is given to the first.
+    A row belongs to the image of that path or else, if only one image fits, to the one whose path ends with it, or that
+    has that file name, with or without its suffix. Case, Unicode form, backslashes and `./` make no difference there.
+    `images` are the names and the path of every image that will be looked up; None if they are not known yet, and then
+    a name that fits several images goes to the first.
     """
 
     def __init__(self, sidecar: Sidecar, images: Iterable[tuple[Sequence[str], str | None]] | None) -> None:
@@ -69,12 +69,12 @@ class SidecarMatch:
 
     @property
     def has_rows(self) -> bool:
-        """Whether there is a sidecar that says anything."""
+        """Whether there is a sidecar with rows."""
         return bool(self._sidecar.rows)
 
     @property
     def unused(self) -> list[str]:
-        """Names of the rows that belong to no image that was asked for."""
+        """Names of the rows that belong to no image that was looked up."""
         return [key for key in self._sidecar.rows if key not in self._used]
 
     @property
@@ -108,14 +108,14 @@ class SidecarMatch:
             self._shared.add(key)
 
     def _best(self, names: Sequence[str], path: str | None) -> tuple[int, str | None]:
-        """How well the best row fits, 0 is best, and that row; (-1, None) if none fits, (n, None) if several do."""
+        """The fit of the best row, 0 is best, and that row; (-1, None) if none fits, (n, None) if several do."""
         for fit, keys in self._candidates(names, path):
             if keys:
                 return fit, keys[0] if len(keys) == 1 else None
         return -1, None
 
     def _candidates(self, names: Sequence[str], path: str | None) -> Iterator[tuple[int, list[str]]]:
-        """Rows for the image and how well they fit, the best first."""
+        """Yield rows for the image with their fit, the best first."""
         below, name = image_key(names[0]), image_key(names[-1])
         whole = image_key(path) if path is not None else below
         folded_below, folded_name = folded(below), folded(name)

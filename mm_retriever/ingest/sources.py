@@ -1,6 +1,6 @@
-"""What to ingest: a folder, paths and URLs, or LlamaIndex nodes, one item at a time in a fixed order.
+"""The items to ingest, from a folder, paths and URLs, or LlamaIndex nodes, one at a time in a fixed order.
 
-Owns the id that an image keeps from one run to the next. Decodes only image bytes that a node carries.
+Owns the ids of rows, which are the same in every run. Decodes only image bytes that a node carries.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Item:
 
     @property
     def content(self) -> tuple[object, ...]:
-        """What it is and what is said about it: equal for the same thing named twice."""
+        """The item and its metadata, equal for the same item named twice."""
         return self.place, self.text, self.metadata, self.stamp
 
     @property
@@ -90,8 +90,9 @@ def items(
 ) -> Iterator[Item]:
     """Yield the items of a folder, path or URL, or of an iterable of paths, URLs and nodes, lazily.
 
-    Paths are looked for in the given fsspec file system, or else on this machine; with `search_open`, a node's file
-    that is not there also in the file systems that are open, where `SimpleDirectoryReader(..., fs=...)` has read it.
+    Paths are looked up in the given fsspec file system, or else on this machine. With `search_open`, the file of a node
+    that is not found there is also looked up in the open file systems, where `SimpleDirectoryReader(..., fs=...)` may
+    have read it.
     """
     root = source_folder(source) if file_system is None else None
     entries: Iterable[object]
@@ -115,9 +116,9 @@ def items(
 
 
 def by_ids(window: Iterable[Item], under_way: Mapping[str, Item], remarks: Counter[str]) -> dict[str, Item]:
-    """Return the items that are not under way yet, the later of two with one id; remarks count what says other things.
+    """Return the items that are not under way yet, by id; of two with one id the later counts.
 
-    A thing that is named twice is the same thing.
+    `remarks` counts items with the id of another one and different content.
     """
     kept: dict[str, Item] = {}
     for item in window:
@@ -146,7 +147,7 @@ def source_folder(source: Source) -> str | None:
 
 
 def count_items(source: Source, folder: str | None) -> int | None:
-    """Return how many items a source has, None if it does not say; a folder is walked for it."""
+    """Return the number of items of a source, None if unknown; a folder is walked to count."""
     if folder is not None:
         return sum(1 for _ in walk(folder, lambda name, reason: None))
     if isinstance(source, str | os.PathLike):
@@ -155,7 +156,7 @@ def count_items(source: Source, folder: str | None) -> int | None:
 
 
 def missing_folder(source: Source) -> str | None:
-    """Return the absolute path of a source that is a path with nothing there; None for any other source."""
+    """Return the absolute path of a source that is a path to nothing; None for any other source."""
     if not isinstance(source, str | os.PathLike) or scheme_of(os.fspath(source)):
         return None
     try:
@@ -169,17 +170,17 @@ def _real(path: str | os.PathLike[str]) -> str:
 
 
 def path_id(path: str) -> str:
-    """Return the id of the row of an image file: a name-based UUID of its absolute path."""
+    """Return the id of an image file's row: a name-based UUID of its absolute path."""
     return _name_id(f"file://{path if _is_posix(path) else Path(path).as_posix()}")
 
 
 def _is_posix(path: str) -> bool:
-    """Whether `Path` would leave it as it is."""
+    """Whether `Path` would not change the path."""
     return os.sep == "/" and path[:1] == "/" and "//" not in path and "/." not in path and path[-1] != "/"
 
 
 def url_id(url: str) -> str:
-    """Return the id of the row of an image at a URL; the same under any signature."""
+    """Return the id of the row of an image at a URL, whatever its signature."""
     return _name_id(stable_url(url))
 
 
@@ -192,7 +193,7 @@ def _name(entry: object) -> str:
 
 
 def scheme_of(place: str) -> str:
-    """Return the scheme of what is in no file system of this machine, "" for a path."""
+    """Return the scheme of a place outside this machine's file systems, "" for a path."""
     scheme = _SCHEME.match(local_path(place))
     return scheme[1].lower() if scheme else ""
 
@@ -233,7 +234,7 @@ def _path_item(path: str) -> Item:
 
 
 def _walked_item(path: str, root: str) -> Item:
-    """An image below the real folder that a walk started from."""
+    """The item of an image below `root`, the real path of the folder where a walk started."""
     id_ = path_id(path)
     below = path[len(root.rstrip(os.sep)) + 1 :].replace(os.sep, "/")
     folder, _, name = below.rpartition("/")
@@ -267,9 +268,9 @@ def _bytes_item(data: bytes, name: str) -> Item:
 
 
 def _node_item(node: BaseNode, file_system: Any | None, search_open: bool) -> Item:
-    """An image by its file, URL or bytes, anything else by its text.
+    """The item of a node: an image by its file, URL or bytes, any other node by its text.
 
-    An id that someone chose is kept. The random one that LlamaIndex gives is replaced, or every run would store the
+    An id that someone chose is kept. A random id of LlamaIndex is replaced, because every run would otherwise store the
     same document anew.
     """
     plain = storable_node(node, drop_bytes=True)
@@ -287,7 +288,7 @@ def _node_item(node: BaseNode, file_system: Any | None, search_open: bool) -> It
 
 
 def _node_place(node: BaseNode, plain: BaseNode, file_system: Any | None, search_open: bool) -> Item:
-    """The item of a node without what the caller says about it."""
+    """The item of a node without the caller's metadata."""
     text, given_path = plain.get_content(), str(node.metadata.get("file_path") or "")
     carried = next((image for image in node_images(node) if str(image)[:5].lower() == "data:"), None)
     path, url = (plain.image_path, plain.image_url) if isinstance(plain, ImageNode) else (None, None)
@@ -317,7 +318,7 @@ def _is_random(node_id: str) -> bool:
         return False
 
 
-# Parameters that never name the object.
+# Parameters that never identify the object.
 _SECRET = re.compile(
     r"x-(amz|goog|oss|cos|obs|bce|tos|qs|ms)-.*|q-(sign-.*|ak|signature|header-list|url-param-list)"
     r"|(aws|oss|google|obs)?access_?key_?id|googleaccessid|access-?key|security-?token|sign(ature)?|sig|hmac|jwt"
@@ -325,7 +326,7 @@ _SECRET = re.compile(
     r"|key-pair-id|hdn(ts|tl|ea)|__token__|sas|wssecret|verify",
     re.IGNORECASE,
 )
-# Parameters that belong to a signature if there is one, and may mean anything if there is none.
+# Parameters that belong to a signature if there is one, and may identify the object otherwise.
 _WITH_SIGNATURE = re.compile(
     r"e|expir(es?|y)|exp|policy|x-id|wstime|nonce|timestamp|ts|credential|algorithm|signedheaders"
     r"|s[terpvs]|srt|spr|sip?|sdd|skoid|sktid|sk[test]|skv|scid",
@@ -336,9 +337,9 @@ _DISCORD = frozenset(("ex", "is", "hm"))
 
 
 def stable_url(url: str) -> str:
-    """Return a URL of the web without signature, credentials and fragment; any other unchanged.
+    """Return a web URL without signature, credentials and fragment; any other URL unchanged.
 
-    Scheme and host are in small letters, and the usual port is left out: RFC 3986, section 6.2.
+    Scheme and host are in lower case, and the default port is left out: RFC 3986, section 6.2.
     """
     if not _HTTP.match(url):
         return url
@@ -361,7 +362,7 @@ def stable_url(url: str) -> str:
 
 
 def url_file_name(url: str) -> str:
-    """Return the last part of a URL's path, decoded, or its host where the path is empty; of a bucket's as it is."""
+    """Return the last part of a web URL's path, decoded, or its host; of other URLs the last part as it is."""
     if not _HTTP.match(url):
         return url.rstrip("/").rpartition("/")[2]
     try:

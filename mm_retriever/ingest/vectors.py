@@ -1,7 +1,7 @@
-"""Vectors of images and texts, and what happens when the model fails.
+"""Vectors of images and texts, failures of the model, and reuse of stored vectors.
 
-One image that the model cannot take does not cost its batch; a model that is broken ends the run. Of file contents that
-the store knows, by their digest, the vector is there already; the digests of a whole store are not kept in memory.
+An image that the model cannot take does not cost its batch; a broken model ends the run. For file contents whose digest
+is in the store, the stored vector is used; the digests of a whole store are not kept in memory.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mm_retriever.own_keys import FILE_STAMP, own_columns, own_value
 from mm_retriever.store import ImageStore
 
 _NEVER_WORKED = 3
-"""Failures without one success, after which the model is broken and not the images."""
+"""Failures without any success after which the model counts as broken, and not the images."""
 
 _BROKEN = 32
-"""Failures in a row that say the same of a model that has worked before: a device that is lost."""
+"""Failures in a row after which a model that has worked counts as broken, as when a device is lost."""
 
 T = TypeVar("T")
 Vector = npt.NDArray[np.float32]
 
 
 class Vectors:
-    """A vector for each input, or the reason why there is none."""
+    """Embeds inputs; gives a vector or the reason of the failure for each."""
 
     def __init__(self, embed_model: ComposedEmbedding) -> None:
         self._embed_model = embed_model
@@ -55,7 +55,7 @@ class Vectors:
             vectors = embed(inputs)
         except Exception as error:  # whatever a model raises
             if isinstance(error, ModelServerError) and error.passing:
-                raise  # asked again often enough: it is not the images
+                raise  # after all retries: the server is at fault, not the images
             if len(inputs) > 1:
                 return [self._embed([item], embed)[0] for item in inputs]
             self._failures += 1
@@ -68,15 +68,15 @@ class Vectors:
 
 
 REQUESTS = 8
-"""Batches that are looked up one by one, each with a pass over the collection, before all digests are fetched."""
+"""Batches that are looked up singly, each with a pass over the collection, before all digests are fetched."""
 
 _COLUMNS = own_columns("digest", "file_path", "width", "height", FILE_STAMP)
 _DIGESTS = own_columns("digest")
-_PLACES = 64  # rows of one digest that are read; further copies are all the same
+_PLACES = 64  # rows of one digest that are read; further copies add nothing
 
 
 class KnownVectors:
-    """Rows of a store by the contents of their files; `retried` calls the store. Close it at the end."""
+    """Finds rows of a store by the digest of their files; `retried` calls the store. Close it at the end."""
 
     def __init__(self, store: ImageStore, retried: Callable[..., Any]) -> None:
         self._store = store
@@ -86,12 +86,12 @@ class KnownVectors:
         self._ids: sqlite3.Connection | None = None
 
     def close(self) -> None:
-        """Remove the digests from the disk."""
+        """Remove the temporary file of digests."""
         if self._ids is not None:
             self._ids.close()
 
     def rows(self, digests: Collection[str]) -> dict[str, list[Mapping[str, Any]]]:
-        """Return the rows of each known digest, with vector, place and size."""
+        """Return the rows of each known digest, with vector, path and size."""
         wanted = sorted(set(digests))
         if not wanted:
             return {}
@@ -131,7 +131,7 @@ class KnownVectors:
         return [row[0] for digest in digests for row in database.execute(query, (digest, _PLACES))]
 
     def _database(self) -> sqlite3.Connection:
-        """A temporary file, because the digests of millions of rows do not fit into memory."""
+        """The digests, in a temporary file, because those of millions of rows do not fit into memory."""
         if self._ids is None:
             self._ids = sqlite3.connect("", isolation_level=None)
             self._ids.execute("CREATE TABLE known (id TEXT PRIMARY KEY, digest TEXT) WITHOUT ROWID")
