@@ -57,16 +57,14 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         backend: "torch"; "openvino", which is faster on CPUs; or "auto", the fastest that keeps the vectors.
         calibration: a folder of images that "int8" is calibrated and measured on, once; default: drawn ones.
         revision: of the hub repository.
-        base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1", with the name it serves the model
-            under as `model_name`.
+        base_url: of a server that embeds, such as vLLM's "http://gpu:8000/v1"; `model_name` is its name there.
         api_key: if the server wants one; it is in no pickle, dict or event.
         options: of the model's family.
         embed_batch_size: inputs from one event and progress step to the next; the model takes as many as fit.
         cache_dir: a folder that keeps vectors by content, model and dtype; default: none are kept.
         cache_bytes: how large its file may become; beyond that, the vectors that were unused for longest are removed.
         image_policy: which images may be read: folders, sizes, network.
-        compose_nodes: as a transformation, embed a node that has image and text as both together; default: an image
-            node is its image.
+        compose_nodes: as a transformation, embed a node of image and text as both together; default: as its image.
 
     Raises:
         ModelNotFoundError: the name leads to no files, or the hub is out of reach.
@@ -123,12 +121,11 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
             "options": dict(options or {}),
             "embed_batch_size": embed_batch_size,
             "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
-            "image_policy": image_policy,
             "calibration": None if calibration is None else portable_name(calibration),
             "callback_manager": callback_manager or CallbackManager([]),
             "embeddings_cache": embeddings_cache,
         }
-        fields |= {"revision": revision, "base_url": base_url, "cache_bytes": cache_bytes}
+        fields |= {"revision": revision, "base_url": base_url, "cache_bytes": cache_bytes, "image_policy": image_policy}
         fields |= {"compose_nodes": compose_nodes, "num_workers": num_workers, "rate_limiter": rate_limiter}
         super().__init__(**fields)
         self._given = given
@@ -141,11 +138,6 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
             self.backend, self.dtype = chosen_backend(self._embedder)
         if self.cache_dir is not None:
             self._cache = VectorCache(self.cache_dir, self.dimension, unit=True, max_bytes=self.cache_bytes)
-
-    @classmethod
-    def class_name(cls) -> str:
-        """The name under which LlamaIndex serialises this class."""
-        return cls.__name__
 
     @property
     def embedder(self) -> Embedder:
@@ -235,8 +227,16 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
 
     _aget_text_embedding = in_thread(_get_text_embedding)  # type: ignore[arg-type]
     _aget_query_embedding = in_thread(_get_query_embedding)  # type: ignore[arg-type]
-
     _aget_text_embeddings = in_thread(_get_text_embeddings)  # type: ignore[arg-type]
+
+    def get_query_embedding(self, query: str) -> Embedding:
+        """Vector of a text to search with; LlamaIndex's cache would give that of an equal text that is stored."""
+        is_as_stored = cache_identity(self.embedder, query=True) == cache_identity(self.embedder, query=False)
+        if self.embeddings_cache is None or is_as_stored:
+            return super().get_query_embedding(query)
+        return self._single(Request(query), query=True)
+
+    aget_query_embedding = in_thread(get_query_embedding)
 
     def get_text_embedding_batch(self, texts: list[str], show_progress: bool = False, **kwargs: Any) -> list[Embedding]:
         """Vectors of texts, in the order given."""

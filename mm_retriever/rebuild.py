@@ -36,6 +36,11 @@ class Rebuilt:
     A pickle holds the arguments and loads the model again where it is opened; a copy shares the model.
     """
 
+    @classmethod
+    def class_name(cls) -> str:
+        """LlamaIndex's name for the class, under which it is serialised."""
+        return cls.__name__
+
     def _made_of(self) -> dict[str, Any]:
         """The constructor's arguments for an equal object in another process.
 

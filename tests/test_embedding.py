@@ -10,7 +10,7 @@ import multiprocessing
 import pickle
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -33,12 +33,14 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from mm_retriever.devices import PASS_VALUES
+from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.registry import convert_model
-from mm_retriever.embedding import VisualizedBGEEmbedding, node_image
+from mm_retriever.embedding import ComposedEmbedding, VisualizedBGEEmbedding, node_image
 from mm_retriever.errors import CheckpointError, ImageLoadError, ModelNotFoundError, QueryError, VectorCacheError
 from mm_retriever.images import ImagePolicy, read_image_bytes
 from mm_retriever.vector_cache import VectorCache
 from tests.support.golden import small_model, word_tokenizer
+from tests.support.mean_colour import MeanColour
 
 WORDS = ["red", "blue", "shoe", "mug", "with", "stars"]
 TEXTS = ["red shoe", "mug", "", "blue mug with stars " * 4, "red", "red shoe", "unknown words"]
@@ -642,6 +644,26 @@ def test_the_embeddings_cache_of_llama_index_is_honoured(folder: Path) -> None:
     passes = counted(model)
     assert model.get_text_embedding_batch(["red", "blue"]) == first
     assert passes == []
+
+
+class TellsQueriesApart(MeanColour):
+    """Another vector for a text that is searched with, as of a model with instructions."""
+
+    def encode(self, contents: Sequence[Content], *, query: bool = False) -> np.ndarray:
+        return super().encode(contents, query=query)[:, :: -1 if query else 1]
+
+
+async def test_that_cache_keeps_no_vector_of_a_document_for_an_equal_query() -> None:
+    """LlamaIndex keeps both under the text: whichever came first was the vector of the other."""
+    for first in ("query", "text"):
+        model = ComposedEmbedding(TellsQueriesApart(), embeddings_cache=SimpleKVStore())
+        plain = ComposedEmbedding(TellsQueriesApart())
+        if first == "query":
+            assert model.get_query_embedding("red") == plain.get_query_embedding("red")
+        assert model.get_text_embedding("red") == plain.get_text_embedding("red")
+        assert model.get_query_embedding("red") == plain.get_query_embedding("red")
+        assert await model.aget_query_embedding("red") == await plain.aget_query_embedding("red")
+        assert plain.get_query_embedding("red") != plain.get_text_embedding("red")
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

@@ -129,11 +129,6 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
             raise QueryError(wrong_options(type(self), error)) from None
         self._prompts = {name: PromptTemplate(text) for name, text in self.default_prompts.items()}
 
-    @classmethod
-    def class_name(cls) -> str:
-        """LlamaIndex's name for the class."""
-        return cls.__name__
-
     @property
     def llm(self) -> LLM | None:
         """The model as an LLM that answers questions about images; None if it only ranks."""
@@ -359,7 +354,11 @@ class ScorerRerank(Reranker):
         calibrated = scorer.calibrated
         for score in given:
             if score is not None and not (0 <= score <= 1 if calibrated else math.isfinite(score)):
-                expected = "calibrated scores go from 0 to 1" if calibrated else "a score is a finite number or None"
+                expected = (
+                    "calibrated scores go from 0 to 1; calibrated=False takes others"
+                    if calibrated
+                    else "a score is a finite number or None"
+                )
                 raise RerankError(f"{self.model_name!r} gave the score {score!r}; {expected}")
         scores: list[float | None] = [None] * len(candidates)
         for i, score in zip(visible, given, strict=True):

@@ -240,6 +240,8 @@ def named_image(
     Raises:
         QueryError: nothing that is known; the message says what is.
     """
+    if isinstance(image, float) and image.is_integer():  # as some clients write numbers
+        image = int(image)
     if isinstance(image, int) and not isinstance(image, bool):
         image = str(image)
     if not isinstance(image, str) or not image.strip():

@@ -27,7 +27,7 @@ def test_an_image_is_known_by_attachment_result_id_data_uri_and_allowed_path(sto
     assert by_attachment == by_uri == by_path
     by_result = search.describe("result 1 of search 1", conversation=talk)
     assert by_result.id == search.describe(node_id).id == node_id
-    for spelling in ("#1", "1", "Result 1", "picture 1", "no. 1 of search 1"):
+    for spelling in ("#1", "1", "Result 1", "picture 1", "no. 1 of search 1", 1, 1.0):
         search.search("phone case", conversation=talk)
         assert search.describe(spelling, conversation=talk).id == node_id
 
