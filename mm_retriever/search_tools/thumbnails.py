@@ -51,7 +51,8 @@ class Thumbnails:
             ImageLoadError: the image cannot or must not be read, or is not the one that was indexed.
         """
         digest = own_value(node.metadata, "digest")
-        kept = self._path(str(digest), side) if digest else None
+        roots = "" if policy.roots is None else f" in {':'.join(map(str, policy.roots))}"  # others may not be shown
+        kept = self._path(str(digest), f"{side}{roots}") if digest else None
         if kept is not None:
             try:
                 return kept.read_bytes()
@@ -65,10 +66,12 @@ class Thumbnails:
             self._keep(kept, data)
         return data
 
-    def _path(self, digest: str, side: int) -> Path | None:
+    def _path(self, digest: str, form: str) -> Path | None:
         if self._folder is None:
             return None
-        name = hashlib.sha256(f"{digest} {side}".encode()).hexdigest()  # a digest from the store may be any text
+        name = hashlib.sha256(
+            f"{digest} {form}".encode("utf-8", "surrogatepass")
+        ).hexdigest()  # a digest from the store may be any text
         return self._folder / name[:2] / f"{name[2:]}.jpg"
 
     def _keep(self, path: Path, data: bytes) -> None:

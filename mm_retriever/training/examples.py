@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,12 +108,13 @@ def _digests(images: Iterable[Path]) -> dict[Path, str]:
 
 
 def _merged(queries: Iterable[LabelledQuery], same: Mapping[Path, Path]) -> list[LabelledQuery]:
-    """The queries by distinct words and image: what is right for one line is right for the other."""
+    """The queries by distinct words (in any case and spacing) and image: what is right for one line is for others."""
     by_query: dict[tuple[Path | None, str], LabelledQuery] = {}
     for query in queries:
         image = None if query.image is None else same[query.image]
         targets, negatives = (tuple(same[name] for name in part) for part in (query.targets, query.negatives))
-        known = by_query.get((image, query.text))
+        words = unicodedata.normalize("NFC", " ".join(query.text.split()).casefold())
+        known = by_query.get((image, words))
         if known is not None:
             targets, negatives = (*known.targets, *targets), (*known.negatives, *negatives)
         if image in targets:
@@ -120,8 +122,8 @@ def _merged(queries: Iterable[LabelledQuery], same: Mapping[Path, Path]) -> list
         targets = tuple(dict.fromkeys(targets))
         if both := set(targets) & set(negatives):
             raise QueryError(f"{query.place}: {str(min(both))!r} is right by one line, and wrong by another")
-        by_query[image, query.text] = replace(
-            query, image=image, targets=targets, negatives=tuple(dict.fromkeys(negatives))
+        by_query[image, words] = replace(
+            known or query, image=image, targets=targets, negatives=tuple(dict.fromkeys(negatives))
         )
     return list(by_query.values())
 

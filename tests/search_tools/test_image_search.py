@@ -27,6 +27,7 @@ from mm_retriever.ingest import ingest_images
 from mm_retriever.rerank import load_reranker
 from mm_retriever.search_tools import Conversation, ImageSearch, SearchLimits, read_filters
 from mm_retriever.search_tools.results import one_line
+from mm_retriever.search_tools.thumbnails import Thumbnails
 from mm_retriever.store import ImageStore, open_store
 from tests.support.drawn_store import ScriptedLLM, draw_leopard, drawn_store, images_of, says, texts_of
 
@@ -232,6 +233,17 @@ def test_a_vision_model_describes_the_image_that_it_is_shown(store, embed_model,
     assert search.describe("photo.png", "Is it red?", conversation=talk).description == "Yes."
     assert [len(images_of(messages)) for messages in llm.asked] == [1, 1]
     assert "Is it red?" in texts_of(llm.asked[1])
+
+
+def test_a_thumbnail_that_was_kept_is_not_shown_where_its_image_must_not_be_read(search, tmp_path):
+    """A server that was started again with roots showed what it had kept of images outside of them."""
+    node = search.indexed(search.search("a mug").results[0].id)
+    kept = Thumbnails(tmp_path / "kept")
+    small = kept.of(node, 256, ImagePolicy())
+    with pytest.raises(ImageLoadError, match="outside the folders"):
+        kept.of(node, 256, ImagePolicy(roots=(tmp_path,)))
+    assert kept.of(node, 256, ImagePolicy(roots=(Path("/"),))) == small
+    assert len(list((tmp_path / "kept").rglob("*.jpg"))) == 2
 
 
 class Preacher(BaseNodePostprocessor):

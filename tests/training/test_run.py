@@ -120,6 +120,18 @@ def test_no_image_is_trained_on_and_evaluated_on(tmp_path: Path) -> None:
         assert examples.counts["copies of images"] == 1
 
 
+def test_lines_of_the_same_words_are_one_query_in_any_case_and_spacing(tmp_path: Path) -> None:
+    """Apart, each made the right image of the other a wrong one."""
+    for number in range(6):
+        coloured(tmp_path / f"{number}.png", "red", number)
+    words = ["a mug", "A  mug ", "a mug\u00a0", "another", "a third", "a fourth"]
+    lines = [{"text": text, "targets": [f"{number}.png"]} for number, text in enumerate(words)]
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    examples = read_examples(tmp_path, share=0.3, seed=0)
+    by_words = {query.text: len(query.targets) for query in (*examples.train, *examples.held_out)}
+    assert by_words == {"a mug": 3, "another": 1, "a third": 1, "a fourth": 1}
+
+
 def test_queries_that_hang_together_cannot_be_split(tmp_path: Path) -> None:
     coloured(tmp_path / "one.png", "red", 0)
     lines = [{"text": f"mug {number}", "targets": ["one.png"]} for number in range(9)]
