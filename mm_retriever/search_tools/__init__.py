@@ -1,16 +1,15 @@
-"""Image search for a model that talks: what it may ask for and name, and what it gets to see, whatever the host.
+"""Image search as tools for language models, in any host: the arguments they give, and the answers they see.
 
 LlamaIndex's tools, LangChain's and MCP's are thin layers over `ImageSearch`, whose answers are plain dataclasses. The
-arguments come from a language model, which repeats untrusted text: paths are read only inside given folders, URLs
-only where a policy allows it, filters go through the store's safe translation, and everything that goes out is bounded.
-Knows nothing of agents. In this order:
+arguments come from a language model, which repeats untrusted text: paths are read only inside given folders, URLs only
+if a policy allows them, filters go through the store's safe translation, and everything that goes out is bounded. Knows
+nothing of agents. In this order:
 
-- `arguments.py`: what a model says to what is meant; the descriptions that it reads.
+- `arguments.py`: reading the arguments of a model; the descriptions of arguments that it sees.
 - `results.py`: answers, as text on single lines, thumbnails and JSON.
-- `conversation.py`: what one conversation can refer to: its attachments and its earlier results; what an image argument
-  names, and its bytes.
+- `conversation.py`: the attachments and results of one conversation; the image that an argument names, and its bytes.
 - `image_search.py`: `ImageSearch`, on those above.
-- `reranking.py`: results that were shown already, in the order of a reranker.
+- `reranking.py`: reranking of results that were shown already.
 """
 
 from mm_retriever.search_tools.arguments import (

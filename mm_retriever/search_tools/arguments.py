@@ -1,8 +1,8 @@
-"""What a language model gives as arguments, to what it means: filters, numbers of results, texts.
+"""Reads the arguments of a language model: filters, numbers of results, texts.
 
 Owns the descriptions of the arguments that every host shows to its model. Models send numbers as text, JSON inside
-strings and a mapping where a list is asked for: what can be meant in one way only is taken, the rest is refused with an
-error that shows what to write. Knows nothing of conversations.
+strings, and a mapping in place of a list. An argument with exactly one meaning is accepted; any other is refused with
+an error that shows what to write. Knows nothing of conversations.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ TopKArgument: TypeAlias = Annotated[
         json_schema_extra={"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]},
     ),
 ]
-"""Those of type Any are shown to a model with their true type, and read with patience; see `read_filters`."""
+"""Arguments of type Any are shown to a model with their true type, and read leniently; see `read_filters`."""
 
 _JOINED = {"$and": FilterCondition.AND, "$or": FilterCondition.OR}
 _FORM = '[{"key": "label", "operator": "==", "value": "mug"}]'
 _MAX_CONDITIONS = 64
 _MAX_DEPTH = 4
-_LONGEST_RESULT = 64  # characters; the pattern looks at blanks again and again
+_LONGEST_RESULT = 64  # characters; the pattern backtracks over blanks
 _RESULT = re.compile(
     r"(?:(?:result|picture|image|number|no\.?|nr\.?)\s*)?#?\s*(?P<rank>\d{1,4})"
     r"(?:\s*(?:of|from|in)\s*search\s*#?\s*(?P<search>\d{1,6}))?",
@@ -96,7 +96,7 @@ def read_result_number(text: str) -> tuple[int, int | None] | None:
 
 
 def read_count(value: object, *, default: int, most: int) -> int:
-    """Return a number of results; no number means the default, and more than the most means the most.
+    """Return a number of results: the default without one, and at most `most`.
 
     Raises:
         QueryError: not a whole number of 1 or more.
@@ -113,7 +113,7 @@ def read_count(value: object, *, default: int, most: int) -> int:
 
 
 def read_text(value: object, name: str, *, most: int) -> str:
-    """Return a text without white space round it, "" for none.
+    """Return a text without surrounding white space, "" for None.
 
     Raises:
         QueryError: not a text, or longer than `most` characters.
@@ -128,11 +128,11 @@ def read_text(value: object, name: str, *, most: int) -> str:
 
 
 def read_filters(value: object) -> MetadataFilters | None:
-    """Return the filters that a model gave as JSON; None for none.
+    """Return the filters that a model gave as JSON; None without any.
 
-    Taken are a list of conditions, all of which must hold; one condition; ``{"label": "mug", "year": 2020}``;
+    Accepted are a list of conditions, all of which must hold; one condition; ``{"label": "mug", "year": 2020}``;
     ``{"condition": "or", "filters": [...]}``, also inside a list; ``{"year": {"$gte": 2020}}`` and ``{"$or": [...]}``;
-    any of them as a JSON text; and LlamaIndex's own filters.
+    each of these as a JSON text; and LlamaIndex's own filters.
 
     Raises:
         FilterError: anything else; the message shows the form.
@@ -209,7 +209,7 @@ def _condition(value: Mapping[str, Any]) -> MetadataFilter | MetadataFilters:
 
 
 def but_not(node: BaseNode | None, filters: MetadataFilters | None) -> MetadataFilters | None:
-    """Return the filters, and that it is not this node; copies of it are left out by the retriever."""
+    """Return the filters, extended to leave out this node; the retriever leaves out its copies."""
     if node is None:
         return filters
     itself = MetadataFilters(filters=[MetadataFilter(key="id", operator=FilterOperator.NE, value=node.node_id)])

@@ -1,8 +1,8 @@
-"""What one conversation can refer to: the images attached to it, and the results of its searches.
+"""The images that a conversation can refer to: its attachments, and the results of its searches.
 
-Owns their names and how many are kept, the order in which the name of an image is understood, and the refusal of a file
-that is not the one that was indexed. One object per conversation, never shared between two: "result 3" means the
-third of the last search of this one. Knows nothing of stores and models.
+Owns their names and how many are kept, the order of lookup of an image's name, and the refusal of a file that is not
+the one that was indexed. One object per conversation, never shared: "result 3" means the third of this conversation's
+last search. Knows nothing of stores and models.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LATEST = frozenset({"attachment", "the attachment", "attached picture", "attach
 
 @dataclass(frozen=True)
 class Attachment:
-    """An image that the host attached: the bytes of its file, and the policy it was read under."""
+    """An image that the host attached: the bytes of its file, and the policy for reading it."""
 
     name: str
     data: bytes = field(repr=False)
@@ -74,19 +74,19 @@ class Conversation:
         self.__dict__.update(state, _lock=ForkLock())
 
     def attach(self, name: str, image: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
-        """Let the model refer to an image by a name, and return the name. Another of that name is replaced.
+        """Let the model refer to an image by a name, and return the name. An attachment of that name is replaced.
 
-        The host calls this, so a path is read from anywhere unless `policy` says otherwise. The image is read now:
-        the file may be gone afterwards.
+        The host calls this, so a path is read from anywhere unless `policy` says otherwise. The image is read now, so
+        that its file may be removed afterwards.
 
         Raises:
-            QueryError: a name that could be taken for something else ("result 3", a number, a URL) or is too long.
+            QueryError: the name could be read as something else ("result 3", a number, a URL), or is too long.
             ImageLoadError: the image cannot or must not be read.
         """
         name = _checked_name(name)
         data = lossless_bytes(image, policy=policy)
         with opened_image(data, policy=policy):
-            pass  # refused now, by its host, rather than later, by a tool
+            pass  # a bad image is refused now, to the host, and not later by a tool
         attached = Attachment(name, data, policy)
         with self._lock:
             self._attachments.pop(_folded(name), None)
@@ -100,33 +100,33 @@ class Conversation:
             return tuple(attached.name for attached in self._attachments.values())
 
     def attachment(self, name: str) -> Attachment | None:
-        """The attachment of that name, in capitals or not; None if there is none."""
+        """Return the attachment of that name in any case; None if there is none."""
         with self._lock:
             return self._attachments.get(_folded(name.strip()))
 
     def latest(self, text: str) -> Attachment | None:
-        """The attachment that came last, if the text says no more than "attachment"; else None."""
+        """Return the latest attachment if the text is just "attachment" or the like; else None."""
         with self._lock:
             if text.strip().casefold() not in _LATEST or not self._attachments:
                 return None
             return list(self._attachments.values())[-1]
 
     def remember(self, node_ids: Sequence[str]) -> int:
-        """Keep the ids of what a search found, best first, and return the number of the search."""
+        """Keep the ids of a search's results, best first, and return the number of the search."""
         with self._lock:
             self._count += 1
             self._searches[self._count] = tuple(node_ids)
             return self._count
 
     def has_result(self, rank: int, search: int | None = None) -> bool:
-        """Whether `result` would return one."""
+        """Whether `result` would return an id."""
         try:
             return self.result(rank, search) is not None
         except QueryError:
             return False
 
     def result(self, rank: int, search: int | None = None) -> str:
-        """The id of a result of the last search that found anything, or of the search of that number.
+        """Return the id of a result of search `search`, by default of the last search with results.
 
         Raises:
             QueryError: there was no such search, or it has no such result.
@@ -148,12 +148,12 @@ class Conversation:
 
 
 def _folded(name: str) -> str:
-    """The name without differences of case and Unicode form: a Mac uploads names in decomposed letters."""
+    """The name in one case and Unicode form; a Mac uploads names in decomposed letters."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _weight(attached: Attachment) -> int:
-    """Its bytes; at least a share that bounds the number of attachments, and at most all, so that the latest stays."""
+    """Its size in bytes, within limits that bound the number of attachments and always let the latest stay."""
     return min(max(len(attached.data), MAX_ATTACHED_BYTES // MAX_ATTACHMENTS), MAX_ATTACHED_BYTES)
 
 
@@ -168,9 +168,9 @@ def _checked_name(name: object) -> str:
 
 T = TypeVar("T")
 ONLY_NAMED = ImagePolicy(roots=(), max_bytes=20 * 2**20, max_pixels=25_000_000)
-"""What arguments may name by default: no path and no URL; ids, results, attachments and data URIs remain.
+"""The default policy for image arguments: ids, results, attachments and data URIs, but no path and no URL.
 
-25 megapixels: an untrusted caller can send a hundred in a few kilobytes, and many at once.
+25 megapixels, because an untrusted caller can send a hundred in a few kilobytes, and many at once.
 """
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -178,12 +178,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class NamedImage:
-    """What an image argument names, unread.
+    """The image that an argument names, not read yet.
 
     Attributes:
         name: for people.
         images: its places; none for a text.
-        policy: what may be read there.
+        policy: for reading them.
         node: its node, if it is indexed.
         must_be_known: whether a file without a digest in the store is refused.
     """
@@ -195,17 +195,17 @@ class NamedImage:
     must_be_known: bool = False
 
     def read(self, use: Callable[[bytes], T]) -> T:
-        """What `use` makes of the first place that can be read."""
+        """Return the result of `use` on the bytes of the first place that can be read."""
         return first_readable(self.images, lambda source: use(self._bytes(source)))
 
     def _bytes(self, source: ImageSource) -> bytes:
-        """The bytes of an image; of an indexed one only if they are those that were indexed.
+        """The bytes of an image; for an indexed image only if they are those that were indexed.
 
-        A file may have been changed, or swapped for a link to one that nobody indexed.
+        A file may have been changed, or replaced by a link to a file that was never indexed.
         """
         data = read_image_bytes(source, policy=self.policy)
         digest = None if self.node is None else own_value(self.node.metadata, "digest")
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):  # what somebody else calls a digest
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):  # a caller's column of that name
             if not (self.must_be_known and isinstance(source, str)):  # a text source is a path or a URL
                 return data
             reason = (
@@ -228,17 +228,17 @@ def named_image(
     image_policy: ImagePolicy,
     stored_policy: ImagePolicy,
 ) -> NamedImage:
-    """Return what an image argument names: an attachment goes before an id, an id before the number of a result.
+    """Return the image that an argument names: first by attachment, then by id, then by the number of a result.
 
     Args:
         image: as a model gave it.
-        conversation: what it may refer to.
-        stored: the node of an id, None if there is none.
-        image_policy: what data URIs, paths and URLs may be read.
-        stored_policy: what may be read of what the store names.
+        conversation: for attachments and results.
+        stored: returns the node of an id, None if there is none.
+        image_policy: for data URIs, paths and URLs.
+        stored_policy: for the places in the store.
 
     Raises:
-        QueryError: nothing that is known; the message says what is.
+        QueryError: the image is unknown; the message lists what is known.
     """
     if isinstance(image, float) and image.is_integer():  # as some clients write numbers
         image = int(image)
@@ -267,7 +267,7 @@ def named_image(
 
 
 def _known(conversation: Conversation | None) -> str:
-    """What could have been named, for an error that a model reads."""
+    """The images that can be named, for an error that a model reads."""
     ways = 'give an id of an earlier result, "result 3" of the last search, an attachment, or a data: URI'
     names = conversation.attachments if conversation else ()
     if not names:

@@ -1,6 +1,6 @@
-"""Which values the columns of a collection have, and how many rows have each: what a person narrows a search by.
+"""The values of the columns of a collection, with their numbers of rows, by which a person narrows a search.
 
-Counts are of rows that match the filters, not of results: the nearest of a search by vector have no end.
+Counts are of rows that match the filters, not of results: a search by vector ranks every row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_ROWS = 20_000
 MOST_VALUES = 20
 MOST_FACETS = 12
 KEPT_SECONDS = 60.0
-_MOST_KINDS = 200  # different texts; a column of more is a description and nothing to choose from
+_MOST_KINDS = 200  # different texts; a column with more is a description, and not offered
 _LONGEST = 80
 _NOT_OFFERED = frozenset((OWN_KEYS - {"label"}) | {"description", "caption", "title"})
 
@@ -37,10 +37,10 @@ class Facet:
 
     Attributes:
         key: its name.
-        count: how many of the rows have it.
+        count: number of rows that have it.
         values: its most frequent values, each with its count, the most frequent first.
-        least: of a column of numbers.
-        most: the same.
+        least: the smallest value of a column of numbers.
+        most: the largest value of a column of numbers.
     """
 
     key: str
@@ -55,9 +55,9 @@ class Facets:
     """The columns of the rows that match.
 
     Attributes:
-        facets: those that more rows have come first.
-        rows: how many rows were counted.
-        complete: whether these are all that match.
+        facets: the columns, those of most rows first.
+        rows: number of rows that were counted.
+        complete: whether all matching rows were counted.
     """
 
     facets: tuple[Facet, ...]
@@ -66,12 +66,12 @@ class Facets:
 
 
 def count_facets(store: ImageStore, filters: MetadataFilters | None = None, *, most_rows: int = MOST_ROWS) -> Facets:
-    """Return the columns that a search can be narrowed by.
+    """Return the columns by which a search can be narrowed.
 
     Args:
         store: from `open_store`.
         filters: only rows that match these count.
-        most_rows: how many rows are looked at.
+        most_rows: limit of the rows that are counted.
     """
     texts: dict[str, Counter[Any]] = {}
     numbers: dict[str, list[float]] = {}
@@ -99,23 +99,23 @@ def count_facets(store: ImageStore, filters: MetadataFilters | None = None, *, m
 
 
 class KeptFacets:
-    """Counts of one store, kept for a while: everyone who looks at it asks for the same ones, and each takes a second.
+    """Counts of one store, kept for a while: all users ask for the same ones, and each takes a second.
 
     Args:
         store: from `open_store`.
-        seconds: how old a count may be; what was stored or removed since then is not in it.
+        seconds: the age up to which a count is used; later changes of the store are not in it.
     """
 
     def __init__(self, store: ImageStore, *, seconds: float = KEPT_SECONDS) -> None:
         self._store, self._seconds = store, seconds
         self._kept: LRUCache[str, tuple[float, Facets]] = LRUCache(256)
-        self._turn = ForkLock()  # who asks while another counts waits for that count
+        self._turn = ForkLock()  # concurrent callers wait for one count
 
     def count(self, filters: MetadataFilters | None = None) -> Facets:
-        """Return what `count_facets` returned not long ago, or returns now.
+        """Return a kept or new result of `count_facets`.
 
         Raises:
-            FilterError: filters that no row can meet as they are written, for example on a column that does not exist.
+            FilterError: no row can meet the filters, for example because a column does not exist.
         """
         if problems := self._store.filter_problems(filters):  # as a search refuses them
             raise FilterError(f"filters: {'; '.join(problems)}")

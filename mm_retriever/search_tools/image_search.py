@@ -1,7 +1,7 @@
-"""`ImageSearch`: search, find similar and describe, as an agent asks for them.
+"""`ImageSearch`: search, find similar and describe, for agents.
 
-Owns how a request becomes a retrieval, a reranking and an answer. Knows nothing of agents, and nothing of the host that
-shows the answer.
+Owns the steps from a request to a retrieval, a reranking and an answer. Knows nothing of agents, and nothing of the
+host that shows the answer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mm_retriever.store import ImageStore
 from mm_retriever.threads import in_thread, in_threads
 
 Progress: TypeAlias = Callable[[int, int, str], None]
-"""Told how many steps of how many are done, and what comes next; in the thread that searches."""
+"""Called in the searching thread with the number of finished steps, the number of all, and the next step."""
 
 DESCRIBE = (
     "Describe this image in a few sentences: what it shows, its colours, pattern, shape and material. "
@@ -57,22 +57,22 @@ _ANY_NUMBER = 10**9
 
 
 class ImageSearch:
-    """Image search for a model that talks; one object serves any number of threads and conversations.
+    """Image search for a language model; one object serves any number of threads and conversations.
 
     Every method takes the `Conversation` it is part of; without one, only ids, data URIs and allowed paths can be
-    named. What a model may do wrong raises an `MMRetrieverError` whose message says what to do instead.
+    named. A mistake of the model raises an `MMRetrieverError` whose message says what to do instead.
 
     Args:
         store: from `open_store`.
         embed_model: the model that the store was opened for.
         rerank: the name of a reranker, as `load_reranker` takes it; or node postprocessors, in order, whose own
-            `top_n` is the most results there are.
-        llm: a LlamaIndex LLM that takes images, to describe them; without one, `describe` gives what is stored.
-        image_policy: what arguments may name: folders that paths must lie in, and whether URLs are fetched.
-        stored_policy: the same for the places that the store names; a store that others can write to needs `roots`.
-        limits: bounds of what goes in and out.
-        group_by: the metadata column that names the item of an image: results are items then, each with the ids of
-            its other images, as `ComposedRetriever` groups them.
+            `top_n` limits the results.
+        llm: a LlamaIndex LLM that takes images, to describe them; without one, `describe` returns stored facts only.
+        image_policy: for image arguments: folders that paths must lie in, and whether URLs are fetched.
+        stored_policy: for places in the store; a store that others can write to needs `roots`.
+        limits: bounds of arguments and answers.
+        group_by: the metadata column that names the item of an image; results are then items, each with the ids of its
+            other images, as `ComposedRetriever` groups them.
 
     Raises:
         StoreMismatchError: the store was opened for another model.
@@ -97,19 +97,19 @@ class ImageSearch:
         self._embed_model = embed_model
         self._llm = llm
         self._group_by = group_by
-        self._retriever(None, 1)  # says now if these do not belong together
-        from mm_retriever.rerank.registry import as_postprocessors  # and what speaks to servers
+        self._retriever(None, 1)  # raises now if store and model do not match
+        from mm_retriever.rerank.registry import as_postprocessors  # imports clients of servers
 
         self._rerank = as_postprocessors(rerank, top_n=self.limits.max_top_k, image_policy=stored_policy)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a pickle: all, or an error where LlamaIndex would leave out a part of the model or of a postprocessor."""
+        """The state for a pickle; an error if LlamaIndex would leave out a part of the model or a postprocessor."""
         for component in (*self._rerank, self._llm):
             check_whole(component)
         return dict(self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """With the same models, and a store that is closed by itself."""
+        """Return a copy with the same models, and a store that is closed separately."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__, _store=copy.deepcopy(self._store, memo))
         return copied
@@ -131,27 +131,27 @@ class ImageSearch:
         conversation: Conversation | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
-        """Return what is nearest to a text, an image, or an image and a text about it.
+        """Return the images nearest to a text, an image, or an image and a text about it.
 
-        The query image itself is left out where a text says what should be different about it.
+        The query image itself is left out if a text says what should be different about it.
 
         Args:
             text: what to look for, or to change.
             image: an image argument: attachment, result, id, data URI or allowed path.
             filters: conditions as `read_filters` takes them.
-            top_k: how many; by default and at most what `limits` say.
-            unique: of copies of one file only the best, which says how many others there are.
-            refinement: what else moves the query; its images are image arguments, and it may be all of the query.
-            skip: leave out so many of the best, which an earlier call gave.
-            hybrid: search by the words of the text too, in a store that has an index of them.
-            exclude: leave out the query image itself, or not; None: where there is a text.
-            conversation: what the image argument may refer to; the results are remembered in it.
-            progress: is told the steps.
+            top_k: number of results; default and maximum are those of `limits`.
+            unique: return only the best of several copies of one file, with the number of the others.
+            refinement: further changes of the query; its images are image arguments, and it may be the whole query.
+            skip: leave out so many of the best results, which an earlier call returned.
+            hybrid: also search by the words of the text, in a store with a full-text index.
+            exclude: whether to leave out the query image itself; None: if there is a text.
+            conversation: for the image argument; keeps the results.
+            progress: called at each step.
 
         Raises:
-            QueryError: nothing to search for, an image that nobody knows, or a number out of range.
-            FilterError: filters that are no filters, that cannot be expressed, or that no stored image can meet as
-                they are written, for example on a column that does not exist.
+            QueryError: nothing to search for, an unknown image, or a number out of range.
+            FilterError: the filters cannot be read or expressed, or no stored image can meet them, for example because
+                a column does not exist.
             ImageLoadError: the image cannot or must not be read.
         """
         words = read_text(text, "text", most=self.limits.query_text)
@@ -172,7 +172,7 @@ class ImageSearch:
         conversation: Conversation | None = None,
         progress: Progress | None = None,
     ) -> SearchResult:
-        """Return what is like an image, but for a change ("in red"); the image itself is left out.
+        """Return images like a given one, with a change ("in red"); the image itself is left out.
 
         Args and errors are those of `search`; `result` is its `image`, and `change` its `text`.
         """
@@ -189,20 +189,20 @@ class ImageSearch:
         conversation: Conversation | None = None,
         progress: Progress | None = None,
     ) -> ImageDescription:
-        """Return what is known about an image, and what a vision model says about it if there is one.
+        """Return the stored facts about an image, and a description by the vision model if there is one.
 
         Args:
             image: an image argument, as in `search`.
-            question: what to find out; by default a general description is asked for.
-            conversation: what the image argument may refer to.
-            progress: is told the steps.
+            question: what to find out; default: a general description.
+            conversation: for the image argument.
+            progress: called at each step.
 
         Raises:
-            QueryError: an image that nobody knows.
+            QueryError: an unknown image.
             ImageLoadError: an image that is not in the store cannot or must not be read.
         """
         question_text = read_text(question, "question", most=self.limits.query_text)
-        tell, steps = progress or _nobody, 3 if self._llm else 2
+        tell, steps = progress or _no_progress, 3 if self._llm else 2
         tell(0, steps, "reading the image")
         named = self.named(image, conversation)
         facts: dict[str, Any] = {}
@@ -233,12 +233,12 @@ class ImageSearch:
         return answer
 
     def original(self, node_id: str) -> Original:
-        """Return the file of an indexed image, as it was indexed; never anything that is not an image in the store.
+        """Return the file of an indexed image, exactly as it was indexed.
 
         Raises:
             QueryError: there is no image of that id.
-            ImageLoadError: its file cannot or must not be read, is no image, is larger than `limits` allow, or is not
-                the one that was indexed: its digest is another, or the store has none of it.
+            ImageLoadError: its file cannot or must not be read, is not an image, is larger than `limits` allow, or is
+                not the one that was indexed: its digest differs, or the store has no digest of it.
         """
         node = self.indexed(node_id)
         policy = replace(self.stored_policy, max_bytes=self.limits.original_bytes)
@@ -294,7 +294,7 @@ class ImageSearch:
     ) -> SearchResult:
         count = read_count(top_k, default=self.limits.top_k, most=self.limits.max_top_k)
         conditions = read_filters(filters)
-        tell, steps = progress or _nobody, 4 if self._rerank else 3
+        tell, steps = progress or _no_progress, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
         named = self.named(image, conversation) if image else None
         if refinement is not None:
@@ -320,7 +320,7 @@ class ImageSearch:
                 nodes = postprocessor.postprocess_nodes(nodes, query_bundle=query)
         tell(steps - 1, steps, "making thumbnails")
         ranks, shown = range(skip + 1, skip + count + 1), nodes[:count]
-        read = self.limits.thumbnails > 0  # a thread for each of nothing would take longer than the search
+        read = self.limits.thumbnails > 0  # without images to read, threads would take longer than the search
         results = tuple(in_threads(self._result, ranks, shown) if read else map(self._result, ranks, shown))
         number = conversation.remember([node.node.node_id for node in nodes[:count]]) if conversation else 0
         tell(steps, steps, "done")
@@ -330,7 +330,7 @@ class ImageSearch:
         return SearchResult(number, " and ".join(names), results, hint, self._note(top_k, len(results), matching))
 
     def _query(self, words: str, named: NamedImage | None) -> QueryBundle:
-        if named is None and not words:  # all of the query is in its refinement
+        if named is None and not words:  # the refinement is the whole query
             return QueryBundle(query_str="", embedding=[0.0] * self._embed_model.dimension)
         if named is None:
             return self._embed_model.get_query_bundle(words)
@@ -339,7 +339,7 @@ class ImageSearch:
         return self._embed_model.get_query_bundle(words, named.read(bytes), image_policy=named.policy)
 
     def _note(self, top_k: object, count: int, matching: int) -> str:
-        """Why there are fewer results than were asked for, and where their thumbnails end."""
+        """A note on missing results and thumbnails."""
         requested = read_count(top_k, default=0, most=_ANY_NUMBER)
         most, thumbnails = self.limits.max_top_k, self.limits.thumbnails
         notes = [f"{requested} were asked for; one search gives at most {most}"] if requested > most else []
@@ -389,7 +389,7 @@ class ImageSearch:
         )
 
     def _facts(self, node: BaseNode) -> tuple[dict[str, Any], int]:
-        """What the store says of a node, and how many of its metadata are too many to be shown."""
+        """The shown facts of a node, and the number of its metadata that are not shown."""
         known = node.metadata
         used = next((key for key in _LABELS if isinstance(known.get(key), str) and known[key].strip()), "")
         hidden = frozenset({used, *METADATA_KEYS})
@@ -404,7 +404,7 @@ class ImageSearch:
         return facts, max(0, len(shown_keys(known, without=hidden)) - self.limits.metadata)
 
     def _hint(self, query: QueryBundle, filters: MetadataFilters | None) -> str:
-        """What helps a model that found nothing: the keys that there are to filter by."""
+        """A hint for a model without results: the keys that it can filter by."""
         nearest = self._retriever(None, 1).retrieve(query)
         if not nearest:
             return "The store is empty."
@@ -414,7 +414,7 @@ class ImageSearch:
     # ------------------------------------------------------------------------------------------ images
 
     def named(self, image: object, conversation: Conversation | None = None) -> NamedImage:
-        """Return what an image argument names; errors are those of `search`."""
+        """Return the image that an argument names; errors are those of `search`."""
         return named_image(
             image, conversation, self._stored, image_policy=self.image_policy, stored_policy=self.stored_policy
         )
@@ -431,8 +431,8 @@ class ImageSearch:
         return one_line(without_thoughts(answer.message.content or ""), self.limits.long_text)
 
 
-def _nobody(done: int, steps: int, doing: str) -> None:
-    """Where nobody wants to know."""
+def _no_progress(done: int, steps: int, doing: str) -> None:
+    """The progress function where the caller gives none."""
 
 
 def _unreadable(error: ImageLoadError) -> str:

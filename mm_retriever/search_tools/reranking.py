@@ -1,6 +1,6 @@
-"""Results that were shown already, in the order of a reranker: for hosts that rank when they are asked to.
+"""Reranking of results that were shown already, for hosts that rank on request.
 
-Owns which results may be ranked and what is said of each. Leaves out nothing: every result that is given comes back.
+Owns which results may be ranked, and the facts about each. Every given result comes back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mm_retriever.store import ImageStore
 
 @dataclass(frozen=True)
 class RerankedResult:
-    """One result in its new place.
+    """One result at its new rank.
 
     Attributes:
         id: in the store.
-        score: what the model gave it; None: it was not judged, or the model gives no scores.
+        score: the model's; None: it was not judged, or the model gives no scores.
         reason: in the model's words; "" if it gives none.
         note: why it was not judged.
     """
@@ -48,21 +48,21 @@ def rerank_results(
     image: str | None = None,
     meter: Meter | None = None,
 ) -> list[RerankedResult]:
-    """Return results of a search in the order of a reranker, best first: all that are given, each once.
+    """Return all given results of a search in the order of a reranker, best first.
 
     Args:
-        search: whose image arguments and limits hold.
+        search: reads the image argument, with its limits.
         store: of the search.
-        reranker: the model; what it keeps no place for (`top_n`) follows after what it keeps.
-        ids: of the results, each once, as they were ranked before.
+        reranker: the model; results beyond its `top_n` follow after the others.
+        ids: of the results, each once, in their former order.
         scores: of the results, in that order, for a reranker that is fused with the retrieval; none: it ranks alone.
         text: of the query.
         image: of the query, an image argument of the search.
-        meter: counts what it costs, and stops it.
+        meter: counts the usage, and can stop the reranker.
 
     Raises:
-        QueryError: an id that is not in the store or named twice, another number of scores than of ids, or neither a
-            text nor an image.
+        QueryError: an id is not in the store or occurs twice, the numbers of scores and ids differ, or there is neither
+            a text nor an image.
         ImageLoadError: the query image cannot or must not be read.
         RerankError: the model gave no ranking.
     """

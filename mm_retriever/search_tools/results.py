@@ -1,7 +1,7 @@
-"""What a search answers: dataclasses that say themselves as text for a model, and as JSON for a program.
+"""The answers of a search: dataclasses with a text form for a model, and a JSON form for a program.
 
-Owns what of a stored image is shown and how long it may be. Text from the store (names, labels, sidecars, what a model
-read off an image) is untrusted: it comes out on one line, quoted as JSON where it could be taken for ours.
+Owns what is shown of a stored image, and its bounds. Text from the store (names, labels, sidecars, descriptions by a
+model) is untrusted: it is shown on one line, quoted as JSON where it could be mistaken for ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mm_retriever.own_keys import BOOKKEEPING_KEYS, PREFIX
 from mm_retriever.retriever import ITEM_IMAGES
 
 NOT_SHOWN = frozenset({"file_path", ITEM_IMAGES, *BOOKKEEPING_KEYS})
-"""Metadata that says something about the machine or the index, and nothing about the image."""
+"""Metadata about the machine or the index, and not about the image."""
 
 # an absolute path in quotes, which may hold spaces, and one without
 _QUOTED_PATH = re.compile(r"""(?P<quote>['"])(?:/|[A-Za-z]:[/\\])[^'"]*[/\\](?P<name>[^'"/\\]*)(?P=quote)""")
@@ -26,11 +26,11 @@ _BARE_PATH = re.compile(r"""(?<![\w:/.~'"])(?:/|[A-Za-z]:\\)(?:[^\s/\\,;:)'"]+[/
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """Bounds of what one call takes and gives.
+    """Bounds of the arguments and answers of one call.
 
     Args:
-        top_k: results where no number is asked for.
-        max_top_k: most results; who asks for more gets as many.
+        top_k: default number of results.
+        max_top_k: most results; larger numbers are lowered to it.
         candidates: images that are retrieved for a reranker to choose from.
         thumbnails: most images in one answer; 0: none, for models that take no images.
         thumbnail_side: longest side of a thumbnail in pixels.
@@ -39,9 +39,9 @@ class SearchLimits:
         value_text: most characters of one metadata value.
         long_text: most characters of a node's text, a reason or a description.
         metadata: most metadata keys of one result.
-        original_bytes: largest original file that is handed out.
-        view_side: longest side of a view in pixels: what vision models look at.
-        view_bytes: largest view; in base64, a third is added to it.
+        original_bytes: largest original file that is returned.
+        view_side: longest side of a view in pixels; vision models see no more.
+        view_bytes: largest view; base64 adds a third.
     """
 
     top_k: int = 9
@@ -59,7 +59,7 @@ class SearchLimits:
     view_bytes: int = 700_000
 
     def __post_init__(self) -> None:
-        """Refuse what can only be a mistake."""
+        """Refuse values that can only be mistakes."""
         for name, value in vars(self).items():
             least = 0 if name in ("thumbnails", "metadata") else 1
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -67,7 +67,7 @@ class SearchLimits:
 
 
 class Part(NamedTuple):
-    """A piece of an answer, as a host shows it: a line of words, and the thumbnail that belongs to it."""
+    """A piece of an answer, as a host shows it: a line of text, and its thumbnail."""
 
     text: str
     thumbnail: bytes | None = None
@@ -78,14 +78,14 @@ class ImageResult:
     """One result.
 
     Args:
-        rank: 1 is the best; what "result 3" means.
+        rank: 1 is the best; the number in "result 3".
         id: of the indexed image, in the store.
         score: higher is better: similarity from -1 to 1, or the reranker's score.
-        label: what it is, in a word or two; "" if nobody said.
-        text: what is stored with the image, or the whole of a text node.
-        reason: why a reranker put it here; "" if it did not say.
-        metadata: what else is known, bounded.
-        thumbnail: a small JPEG; None if there is none, and `note` says why.
+        label: a word or two for the image; "" without one.
+        text: the text stored with the image, or that of a text node.
+        reason: the reranker's reason for the rank; "" without one.
+        metadata: further metadata, bounded.
+        thumbnail: a small JPEG; None without one, and `note` says why.
         item_images: ids of the other images of its item, in a search per item.
         file_type: media type of its file, by the name of the file.
         file_bytes: size of its file when it was indexed.
@@ -120,20 +120,20 @@ class ImageResult:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as JSON, without its thumbnail; what is empty is left out."""
+        """Return the result as JSON, without its thumbnail and empty fields."""
         return _filled(vars(self))
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What one search found.
+    """The results of one search.
 
     Args:
-        number: of the search in its conversation, from 1; 0: nobody remembers it.
-        query: what was asked, in words.
+        number: of the search in its conversation, from 1; 0 without a conversation.
+        query: the query in words.
         results: best first.
-        hint: what to do about it, where nothing was found.
-        note: why there are fewer results or thumbnails than were asked for.
+        hint: what to do if there are no results.
+        note: why results or thumbnails are missing.
     """
 
     number: int
@@ -166,11 +166,11 @@ class SearchResult:
 
     @property
     def text(self) -> str:
-        """The whole answer in words, one line for each result."""
+        """The whole answer as text, one line for each result."""
         return "\n".join(part.text for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON, without thumbnails."""
+        """Return the answer as JSON, without thumbnails."""
         results = [result.to_dict() for result in self.results]
         return {
             "search": self.number,
@@ -182,16 +182,16 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class ImageDescription:
-    """What is known about one image.
+    """The facts about one image.
 
     Args:
-        name: how it was called.
-        id: in the store; "" if it is not an indexed one.
+        name: the name in the request.
+        id: in the store; "" if it is not indexed.
         description: in a vision model's words; "" without a model.
         size: width and height in pixels; None if it could not be read.
-        label: what it is, in a word or two; "" if nobody said.
-        stored_text: what is stored with it.
-        metadata: what the store knows, bounded.
+        label: a word or two for the image; "" without one.
+        stored_text: the text stored with it.
+        metadata: from the store, bounded.
         thumbnail: a small JPEG; None if it could not be read, and `note` says why.
         file_type: media type of its file, by the name of the file.
         file_bytes: size of its file when it was indexed.
@@ -212,7 +212,7 @@ class ImageDescription:
 
     @property
     def text(self) -> str:
-        """The answer in words."""
+        """The answer as text."""
         facts = _joined(
             _named("id", self.id),
             f"{self.size[0]}x{self.size[1]} pixels" if self.size else "",
@@ -229,13 +229,13 @@ class ImageDescription:
         return [Part(self.text, self.thumbnail)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON, without the thumbnail; what is empty is left out."""
+        """Return the answer as JSON, without the thumbnail and empty fields."""
         return _filled({"text" if name == "stored_text" else name: value for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Original:
-    """The file of an indexed image, as it is, or a view of it."""
+    """The file of an indexed image, or a view of it."""
 
     id: str
     name: str
@@ -244,29 +244,29 @@ class Original:
 
 
 def shown_metadata(metadata: Mapping[str, Any], limits: SearchLimits, *, without: frozenset[str]) -> dict[str, Any]:
-    """Return flat metadata without bookkeeping, at most so many keys and each value at most so long."""
+    """Return flat metadata without bookkeeping, with as many keys and as long values as the limits allow."""
     keys = shown_keys(metadata, without=without)[: limits.metadata]
     return {one_line(key, 60): _bounded(metadata[key], limits.value_text) for key in keys}
 
 
 def shown_keys(metadata: Mapping[str, Any], *, without: frozenset[str]) -> list[str]:
-    """Return the keys that say something about the image."""
+    """Return the keys that describe the image."""
     return [key for key in metadata if key not in without and not _is_bookkeeping(key, metadata)]
 
 
 def _is_bookkeeping(key: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether the value is ours: a caller may have a column `bytes` or `digest`, and that is shown."""
+    """Whether the value is ingestion's own; a caller's column `bytes` or `digest` is shown."""
     return key in NOT_SHOWN and (key == "file_path" or f"{PREFIX}{key}" not in metadata)
 
 
 def without_folders(text: str) -> str:
-    """Return a message whose paths are file names only: where files lie is nothing for a client or a model."""
+    """Return a message with paths cut to file names: clients and models must not see folders."""
     text = _QUOTED_PATH.sub(r"\g<quote>\g<name>\g<quote>", text)
     return _BARE_PATH.sub(r"\g<name>", text)
 
 
 def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that are not empty and are no bytes, in types that JSON has."""
+    """The facts without empty ones and the thumbnail, as JSON types."""
     kept = {name: value for name, value in facts.items() if name != "thumbnail" and value not in ("", None, {}, ())}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 

@@ -1,4 +1,4 @@
-"""The search of the command line, the same in its own process and in a server that it asks: options to rows."""
+"""The search of the command line, from options to rows; the same in its own process and in a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mm_retriever.store.conditions import where_filters, where_notes
 
 @dataclass(frozen=True)
 class RowsQuery:
-    """What `mm-retriever search` was given; see its options."""
+    """The options of `mm-retriever search`."""
 
     text: str | None = None
     image: str | None = None
@@ -39,12 +39,12 @@ class RowsQuery:
 
 @dataclass(frozen=True)
 class FoundRows:
-    """What was found.
+    """The results of a search.
 
     Attributes:
         query: with its vector and its image.
         nodes: best first.
-        notes: what a person should know: why there are fewer, what a condition was taken for.
+        notes: for the user: why results are missing, and how a condition was read.
     """
 
     query: QueryBundle
@@ -53,7 +53,7 @@ class FoundRows:
 
 
 def check_rows(store: ImageStore, request: RowsQuery) -> None:
-    """Refuse what a store cannot answer, whatever its model is.
+    """Refuse a search that a store cannot answer, without its model.
 
     Raises:
         QueryError: in the words of the command line.
@@ -76,7 +76,7 @@ def check_rows(store: ImageStore, request: RowsQuery) -> None:
 
 
 def check_items(store: ImageStore, group_by: str | None) -> None:
-    """Refuse to search per item where no row has the column that names items."""
+    """Refuse to search per item if no row has the column that names items."""
     if group_by is not None and (problems := item_problems(store, group_by)):
         way = "mm-retriever index FOLDER --item COLUMN names the one that has the items"
         raise QueryError(f"--per-item: {'; '.join(problems)}. {way}")
@@ -90,14 +90,14 @@ def find_rows(
     opened: Sequence[Image.Image] = (),
     image_policy: ImagePolicy | None = None,
 ) -> FoundRows:
-    """Return what `mm-retriever search` shows.
+    """Return the results that `mm-retriever search` shows.
 
     Args:
-        store: that is searched.
+        store: to search.
         embed_model: of the store.
         request: the options of the command.
-        opened: the images of the query, decoded, where that was done already.
-        image_policy: which images may be read; None: all that the user may read, and URLs, but no private addresses.
+        opened: the images of the query, if they are decoded already.
+        image_policy: which images may be read; None: all that the user may read, and URLs except private addresses.
 
     Raises:
         QueryError: nothing to search for, or an option that this store cannot serve; in the words of the command line.
@@ -105,7 +105,7 @@ def find_rows(
     """
     filters = where_filters(request.where)
     check_rows(store, request)
-    # whoever types a URL wants it fetched; addresses in a private network stay closed
+    # a URL that the user typed is to be fetched; private addresses stay closed
     policy = image_policy or replace(embed_model.image_policy, allow_urls=True)
     more: tuple[ImageSource, ...] = tuple(opened[1:]) or tuple(
         load_image(image, policy=policy, keep_mode=True) for image in request.images
@@ -148,9 +148,9 @@ def _query(
 
 
 def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
-    """The results as ``--json`` prints them: rank, id, score, text if there is one, and all metadata.
+    """Return the results as ``--json`` prints them: rank, id, score, text if there is one, and all metadata.
 
-    Metadata under one of these names, such as a column `id` or `rank`, are in an object `metadata` of their own.
+    Metadata with one of these names, such as a column `id` or `rank`, are in a separate object `metadata`.
     """
     rows = []
     for rank, node in enumerate(nodes, 1):
@@ -165,7 +165,7 @@ def result_rows(nodes: Sequence[NodeWithScore]) -> list[dict[str, Any]]:
 
 
 def without_places(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without where their files lie, for a user of another machine."""
+    """Return the rows without the paths of files, for a user of another machine."""
     hidden = ("file_path", f"{PREFIX}file_path")
     shown = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
     for row in shown:

@@ -1,7 +1,7 @@
-"""`Thumbnails`: small copies of indexed images, kept on disk for those who look at many.
+"""`Thumbnails`: small copies of indexed images, kept on disk.
 
-A thumbnail is kept by the digest of its file, so that one of another state of the file is never shown, and so that the
-file need not be read again. Others cannot read the folder.
+A thumbnail is kept by the digest of its file, so that one of an earlier state of the file is never shown, and the file
+need not be read again. Other users cannot read the folder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Thumbnails:
     """JPEGs by digest and side; may be used by many threads.
 
     Args:
-        folder: where they are kept; made if it is missing. None: none are kept.
-        max_bytes: how much; beyond that the oldest go.
+        folder: where they are kept; created if missing. None: they are not kept.
+        max_bytes: the limit of the folder, beyond which the oldest are removed.
     """
 
     def __init__(self, folder: Path | None, *, max_bytes: int = MAX_BYTES) -> None:
@@ -45,7 +45,7 @@ class Thumbnails:
             self._make_room()
 
     def of(self, node: BaseNode, side: int, policy: ImagePolicy) -> bytes:
-        """The JPEG of the image of a node, its longer side at most `side` pixels.
+        """Return a JPEG of a node's image, its longer side at most `side` pixels.
 
         Raises:
             ImageLoadError: the image cannot or must not be read, or is not the one that was indexed.
@@ -78,7 +78,7 @@ class Thumbnails:
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write_atomically(path, data, mode=0o600)
-        except OSError as error:  # a full disk is no reason to show nothing
+        except OSError as error:  # such as a full disk; the thumbnail is shown anyway
             logger.warning("a thumbnail is not kept: %s", error)
             return
         with self._turn:
@@ -87,7 +87,7 @@ class Thumbnails:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Remove the oldest until a tenth of the room is free again."""
+        """Remove the oldest thumbnails until a tenth of the limit is free."""
         with self._turn:
             if self._bytes <= self._most:
                 return
