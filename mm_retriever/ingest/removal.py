@@ -75,7 +75,10 @@ def prune_images(
     """
     if not os.fspath(folder).strip():  # the working directory, to Python
         raise IngestError(f"the folder is {folder!r}: name it; the one that you are in is '.'")
-    place = os.path.realpath(given_path(folder))
+    places = [os.path.realpath(spelled) for spelled in spellings(given_path(folder))]
+    place = places[0]
+    if len(places) > 1 and not store.count(_below(place)):
+        place = next((other for other in places[1:] if store.count(_below(other))), place)
     gone: list[str] = []
     kept: list[str] = []
     rows = 0
@@ -130,13 +133,14 @@ def remove_images(
         store: from `open_store` or `open_stored`.
         paths: files, folders (with everything below them) or URLs, whether they exist or not; or one of them.
         ids: of rows.
-        filters: matched by all rows to remove.
+        filters: matched by all rows to remove; without a condition they name none.
 
     Raises:
         IngestError: nothing is named, or something that the store does not hold; nothing was removed.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     ids = id_list(ids)
+    filters = filters if filters is not None and filters.filters else None
     if not paths and not ids and filters is None:
         raise IngestError("nothing is named to be removed: give paths, ids or filters; clear() removes everything")
     wanted: set[str] = set()

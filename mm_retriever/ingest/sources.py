@@ -21,7 +21,7 @@ from llama_index.core.schema import BaseNode, Document, ImageNode, NodeRelations
 
 from mm_retriever.errors import ImageLoadError, IngestError, NodeError, one_line, shown
 from mm_retriever.images import ImageSource, read_image_bytes
-from mm_retriever.images.source import is_url
+from mm_retriever.images.source import is_url, spellings
 from mm_retriever.ingest.folder import Ignore, Skip, existing_path, given_path, local_path, not_counted, walk
 from mm_retriever.ingest.remote import RemoteFile, file_of_node, files_below
 from mm_retriever.request import node_images
@@ -242,7 +242,10 @@ def _walked_item(path: str, root: str) -> Item:
 
 
 def _absolute(path: str) -> str:
-    folder, name = os.path.split(given_path(path))
+    given = given_path(path)
+    if not given.isascii():  # the disk may have its letters and accents apart, or together
+        given = next(filter(os.path.lexists, spellings(given)), given)
+    folder, name = os.path.split(given)
     return f"{os.path.realpath(folder or os.curdir).rstrip(os.sep)}{os.sep}{name}"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from llama_index.core.vector_stores.types import MetadataFilters
 
 from mm_retriever.errors import ImageLoadError, IngestError
 from mm_retriever.images import ImagePolicy
@@ -196,6 +197,8 @@ def test_rows_are_removed_by_file_folder_id_and_metadata(folder, store, model):
         remove_images(store, [folder / "green.JPEG"], ids=["x"])
     with pytest.raises(IngestError, match="nothing is named"):
         remove_images(store)
+    with pytest.raises(IngestError, match="nothing is named"):
+        remove_images(store, filters=MetadataFilters(filters=[]))
     assert store.count() == 3
     (folder / "green.JPEG").unlink()
     assert remove_images(store, [os.path.relpath(folder / "green.JPEG")]) == 1
@@ -254,3 +257,14 @@ def test_a_name_in_decomposed_letters_is_removed_by_its_composed_form(tmp_path, 
     ingest(tmp_path, store, model)
     assert remove_images(store, [tmp_path / composed]) == 1
     assert store.count() == 1
+
+
+def test_a_name_in_either_unicode_form_is_ingested_and_pruned(tmp_path, store, model):
+    """What is typed composed, and is decomposed on the disk: a file by itself, and a folder, also one that is gone."""
+    composed, decomposed = (unicodedata.normalize(form, "M\u00fcller") for form in ("NFC", "NFD"))
+    paint(tmp_path / decomposed / f"{decomposed}.png", "red")
+    assert counts(ingest([tmp_path / composed / f"{composed}.png"], store, model)) == {"indexed": 1}
+    assert counts(ingest(tmp_path / composed, store, model)) in ({"unchanged": 1}, {"updated": 1})
+    (tmp_path / decomposed / f"{decomposed}.png").unlink()
+    assert prune_images(tmp_path / composed, store).removed == 1
+    assert store.count() == 0
