@@ -1,7 +1,7 @@
-"""`EmbedderAside`: a model in a process of its own, which imports torch while this one imports all else.
+"""`EmbedderAside`: a model in a separate process, which imports torch while this process imports the rest.
 
-A command that answers one query spends nearly all of its time in imports, of which a process runs one at a time. Loads
-nothing itself, so that the other process starts at once.
+A command that answers one query spends nearly all of its time in imports, and a process runs one import at a time. This
+module loads nothing itself, so that the other process starts at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def model_aside() -> Iterator[EmbedderAside | None]:
-    """A process for a model until the end; None where it would gain nothing, or could not be made by a fork."""
+    """Start a process for a model and end it on exit; yields None if it would gain nothing, or cannot be forked."""
     is_young = "torch" not in sys.modules and threading.active_count() == 1
     if not is_young or (os.cpu_count() or 1) < 2 or "fork" not in get_all_start_methods():
         yield None
@@ -58,7 +58,7 @@ class EmbedderAside:
         self.cache_identity: str | None = None
 
     def load(self, name: str, **options: Any) -> EmbedderAside:
-        """This, as the model of a name; arguments and errors are those of `load_embedder`."""
+        """Load a model by name and return self; arguments and errors are those of `load_embedder`."""
         self.__dict__.update(self._ask("load", name, **options))
         return self
 
@@ -85,11 +85,11 @@ class EmbedderAside:
 
 
 def _serve(connection: Any, other: Any) -> None:
-    """In the process of the model: answer until the one that asks ends."""
+    """In the process of the model: answer requests until the other process ends."""
     other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which says so
-    with suppress(ImportError):  # which loading says again
-        import mm_retriever.embedders.visualized_bge.encoder  # noqa: F401 - and torch, while nobody asks yet
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself handles Ctrl-C
+    with suppress(ImportError):  # loading reports it
+        import mm_retriever.embedders.visualized_bge.encoder  # noqa: F401 - imports torch before the first request
     embedder: Any = None
     while True:
         try:
@@ -111,7 +111,7 @@ def _serve(connection: Any, other: Any) -> None:
 
 
 def _loaded(name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model, and what `EmbedderAside` says of it."""
+    """The model, and the attributes of its `EmbedderAside`."""
     from mm_retriever.embedders.registry import load_embedder
 
     embedder: Any = load_embedder(name, **options)

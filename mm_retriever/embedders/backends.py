@@ -1,4 +1,4 @@
-"""What computes a model: torch, OpenVINO, or whichever is faster here and still gives the model's vectors."""
+"""The backends of a model: torch, OpenVINO, or the faster of the two on this machine that keeps the vectors."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ Calibration: TypeAlias = str | os.PathLike[str] | Sequence[Image.Image] | None
 
 
 def load_with(backend: str, load: Load, *, dtype: str | None, device: Any, calibration: Calibration) -> Embedder:
-    """A model, computed by a backend.
+    """Return a model with a backend.
 
     Args:
         backend: "openvino" or "auto".
-        load: loads it by torch.
+        load: loads the model in torch.
         dtype: default: float32; with "auto", the fastest.
-        device: OpenVINO computes on the CPU; with "auto", another device is torch's.
+        device: OpenVINO computes on the CPU; with "auto", any other device means torch.
         calibration: as of `samples`.
 
     Raises:
-        QueryError: they do not go together.
+        QueryError: the options do not go together.
         MissingExtraError: OpenVINO is not installed.
-        CheckpointError: the model cannot be computed so, or its vectors would be too far from its own.
+        CheckpointError: the backend cannot compute the model, or its vectors are too far from the model's own.
     """
     if backend not in BACKENDS:
         raise QueryError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
@@ -63,11 +63,11 @@ def load_with(backend: str, load: Load, *, dtype: str | None, device: Any, calib
 
 def _by_openvino(embedder: Embedder, dtype: str, made: Callable[[], Samples]) -> Embedder:
     gate = with_openvino(embedder, dtype, made)
-    return embedder if gate is None else _saying(embedder, f"{embedder.name} in int8 by OpenVINO: {gate}")
+    return embedder if gate is None else _with_remark(embedder, f"{embedder.name} in int8 by OpenVINO: {gate}")
 
 
-def _saying(embedder: Any, words: str) -> Embedder:
-    """The embedder, with what a command tells people of it."""
+def _with_remark(embedder: Any, words: str) -> Embedder:
+    """The embedder, with a remark that commands print."""
     embedder.remark = words
     logger.info("%s", words)
     result: Embedder = embedder
@@ -77,13 +77,13 @@ def _saying(embedder: Any, words: str) -> Embedder:
 def _fastest(load: Load, dtype: str | None, device: Any, calibration: Calibration) -> Embedder:
     plain = load("float32", device)
     if torch.device(getattr(plain, "device", "cpu")).type != "cpu":
-        return _saying(load(dtype, device) if dtype else plain, f"backend auto: torch, on {device or 'the GPU'}")
+        return _with_remark(load(dtype, device) if dtype else plain, f"backend auto: torch, on {device or 'the GPU'}")
     choices = _choices(dtype)
     place = _note(plain, choices)
     made = cache(partial(samples, plain, calibration))
     if (known := _remembered(place, choices)) is not None:
         with suppress(CheckpointError, QueryError):
-            return _saying(_made(load, *known, made), f"backend auto: {' '.join(known)}, as measured here before")
+            return _with_remark(_made(load, *known, made), f"backend auto: {' '.join(known)}, as measured here before")
     reference = plain.encode(made().held_out)
     images = [content for content in made().held_out if content.image is not None and not content.text][:_TIMED]
     rates: dict[tuple[str, str], float] = {}
@@ -106,15 +106,15 @@ def _fastest(load: Load, dtype: str | None, device: Any, calibration: Calibratio
         raise CheckpointError(f"backend auto: nothing computes {plain.name!r} here: {'; '.join(facts)}")
     best = max(rates, key=rates.__getitem__)
     _remember(place, best)
-    return _saying(fastest, f"backend auto: {' '.join(best)} is the fastest here ({'; '.join(facts)})")
+    return _with_remark(fastest, f"backend auto: {' '.join(best)} is the fastest here ({'; '.join(facts)})")
 
 
 def _choices(dtype: str | None) -> list[tuple[str, str]]:
-    """Backends and dtypes that are tried, in this order."""
+    """The backends and dtypes to try, in order."""
     choices = [("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16")]
     choices = [choice for choice in choices if choice[1] == (dtype or choice[1]) and (dtype or choice[1] != "float16")]
     if find_spec("openvino") is not None:
-        choices += [("openvino", each) for each in DTYPES if dtype in (None, each)]
+        choices += [("openvino", choice) for choice in DTYPES if dtype in (None, choice)]
     if not choices:
         raise QueryError(
             f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, or needs OpenVINO, which is not installed"
@@ -127,16 +127,16 @@ def _made(load: Load, backend: str, dtype: str, made: Callable[[], Samples]) -> 
 
 
 def _rate(embedder: Embedder, images: Sequence[Content]) -> float:
-    """Images a second: the median of some rounds, after one to warm up."""
-    taken = []
+    """Images per second: the median of some rounds, after one to warm up."""
+    seconds = []
     for _ in range(1 + _ROUNDS):
         start = time.perf_counter()
         embedder.encode(images)
-        taken.append(time.perf_counter() - start)
-    return len(images) / statistics.median(taken[1:])
+        seconds.append(time.perf_counter() - start)
+    return len(images) / statistics.median(seconds[1:])
 
 
-# ------------------------------------------------------------------------------------------ what was measured before
+# ------------------------------------------------------------------------------------------ earlier measurements
 
 
 def _note(embedder: Embedder, choices: Sequence[tuple[str, str]]) -> Path:

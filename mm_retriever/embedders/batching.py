@@ -1,7 +1,7 @@
-"""`BatchedEmbedder`: calls of many threads go through the model together.
+"""`BatchedEmbedder`: computes the calls of many threads together.
 
-The first call runs at once. Those that arrive while the model works wait, and the next of them takes all of them
-along: no call waits for company, and a busy model gets full batches.
+The first call runs at once. Calls that arrive while the model works wait, and then form the next batch: no call waits
+for others to arrive, and a busy model gets full batches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mm_retriever.embedders.embedder import Content, Embedder
 from mm_retriever.threads import ForkLock
 
 MOST_CONTENTS = 64
-"""In one pass; the model itself splits what does not fit into memory."""
+"""Contents of one pass; the model itself splits batches that do not fit into memory."""
 
 
 _SECONDS: ContextVar[list[float] | None] = ContextVar(
@@ -32,7 +32,7 @@ _SECONDS: ContextVar[list[float] | None] = ContextVar(
 
 @contextmanager
 def model_seconds() -> Iterator[list[float]]:
-    """The seconds that each call of `encode` in this context takes: its pass through the model, and the wait for it."""
+    """Collect the seconds that each call of `encode` in this context takes: the wait for its pass, and the pass."""
     seconds: list[float] = []
     token = _SECONDS.set(seconds)
     try:
@@ -44,12 +44,12 @@ def model_seconds() -> Iterator[list[float]]:
 class BatchedEmbedder:
     """An `Embedder` around another, for one process that answers many users at once.
 
-    The vectors are those of single calls, up to the rounding of another batch size. Where a pass fails, each of its
-    calls is tried alone, so that only the call at fault gets the error.
+    The vectors are those of single calls, up to the rounding of another batch size. If a pass fails, each of its calls
+    is tried alone, so that only the call at fault gets the error.
 
     Args:
         embedder: the model.
-        most: how many contents go through it together; a larger call goes alone.
+        most: contents of one pass; a larger call goes alone.
     """
 
     def __init__(self, embedder: Embedder, *, most: int = MOST_CONTENTS) -> None:
@@ -62,7 +62,7 @@ class BatchedEmbedder:
 
     @property
     def name(self) -> str:
-        """That of the model, as are all of these."""
+        """See `Embedder`; these attributes are the model's."""
         return self._embedder.name
 
     @property
@@ -82,17 +82,17 @@ class BatchedEmbedder:
 
     @property
     def device(self) -> Any:
-        """Where the model is; None where it does not say."""
+        """The model's device; None if it has no such attribute."""
         return getattr(self._embedder, "device", None)
 
     @property
     def cache_identity(self) -> Any:
-        """That of the model, if it has one of its own."""
+        """The model's own, None without one."""
         return getattr(self._embedder, "cache_identity", None)
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for their turn, besides the one that the model works on."""
+        """The number of calls that wait, besides those in the current pass."""
         with self._arrival:
             return len(self._waiting)
 
@@ -101,7 +101,7 @@ class BatchedEmbedder:
         return self._embedder.prepare(image)
 
     def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
-        """(B, D), as the model gives them; the calls of other threads may share the pass.
+        """Return (B, D) vectors of the model; calls of other threads may share the pass.
 
         Raises:
             QueryError: the model cannot embed this kind of content.
@@ -121,9 +121,9 @@ class BatchedEmbedder:
         return call.result()
 
     def _arrive(self, call: _Call) -> None:
-        """Wait behind the others, or lead the next pass where nobody does."""
+        """Join the waiting calls, or lead the next pass if no call leads."""
         with self._arrival:
-            if self._process != os.getpid():  # in a forked child, the calls of the parent are the parent's
+            if self._process != os.getpid():  # a forked child has no use for the parent's calls
                 self._process, self._waiting, self._is_led = os.getpid(), [], False
             if self._is_led:
                 self._waiting.append(call)
@@ -132,7 +132,7 @@ class BatchedEmbedder:
                 call.lead()
 
     def _leave(self, call: _Call) -> None:
-        """Go, also when interrupted: nobody computes this call any more, and those of a pass that failed wait again."""
+        """End the call, also if it was interrupted; unfinished calls of its pass wait again."""
         with self._arrival:
             if call in self._waiting:
                 self._waiting.remove(call)
@@ -144,7 +144,7 @@ class BatchedEmbedder:
                 self._waiting.pop(0).lead()
 
     def _gather(self, first: _Call) -> None:
-        """Take along the others that go with this call, in the order of their arrival."""
+        """Add waiting calls that can share this pass to it, in the order of their arrival."""
         batch, size = [first], len(first.contents)
         with self._arrival:
             for call in self._waiting:
@@ -171,16 +171,16 @@ class BatchedEmbedder:
 
 
 class _Call:
-    """One call of `encode`, and what became of it.
+    """One call of `encode`, and its result.
 
-    Each has an event of its own: a lock that all wait for would wake them one after another, the model idle meanwhile.
+    Each call has its own event: a lock for all would wake them one after another, with the model idle meanwhile.
     """
 
     def __init__(self, contents: Sequence[Content], query: bool) -> None:
         self.contents = list(contents)
         self.query = query
         self.leads = False
-        self.batch: Sequence[_Call] = ()  # that it takes along, itself first
+        self.batch: Sequence[_Call] = ()  # the calls of its pass, itself first
         self.woken = threading.Event()
         self._vectors: NDArray[np.float32] | None = None
         self._error: Exception | None = None

@@ -22,14 +22,14 @@ _FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "sentencepiece*", _HE
 
 
 class BGEM3SparseEmbedding:
-    """Texts to weights of tokens, as `open_store(..., hybrid=...)` takes it; may be used by many threads.
+    """Learned sparse vectors of texts for `open_store(..., hybrid=...)`; may be used by many threads.
 
     Args:
         model_name: hub id, or a local folder.
         revision: of the hub repository.
         device: "cpu", "cuda", ...; default: the fastest there is.
         batch_size: texts that go through the model together.
-        max_length: tokens of a text that count, at most 8192.
+        max_length: tokens after which a text is cut off, at most 8192.
 
     Raises:
         MissingExtraError: FlagEmbedding is not installed.
@@ -52,7 +52,7 @@ class BGEM3SparseEmbedding:
             raise MissingExtraError.of(error, "FlagEmbedding", "hybrid") from error
 
         folder = flag_model_folder(model_name, revision, _FILES)
-        if not (folder / _HEAD).is_file():  # FlagEmbedding would go on with random numbers
+        if not (folder / _HEAD).is_file():  # FlagEmbedding would use random weights
             raise CheckpointError(f"{os.fspath(model_name)!r} has no {_HEAD}: it is no BGE-M3, or not all of one")
         self._model: Any = BGEM3FlagModel(str(folder), use_fp16=False, devices=device or default_device())
         self._load_again = partial(
@@ -67,7 +67,7 @@ class BGEM3SparseEmbedding:
         self._model_id = f"{name}@{fingerprint(weights)}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For other processes: the options; they load the model themselves."""
+        """Pickle the options; other processes load the model themselves."""
         return self._load_again, ()
 
     @property

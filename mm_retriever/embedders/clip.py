@@ -1,6 +1,6 @@
-"""CLIP as the families that are built on it use it: transformers' own model, its tokenizer, both towers in passes.
+"""CLIP for the families that are built on it: transformers' own model, its tokenizer, both towers in passes.
 
-The model runs one pass at a time, whichever thread asks: its products use every core anyway, and memory stays flat.
+The model runs one pass at a time for all threads: matrix products use every core anyway, and memory stays bounded.
 
 Source: CLIP (arXiv:2103.00020) as in transformers' ``CLIPModel``.
 """
@@ -50,10 +50,10 @@ _PROBES = ("Phone case with this, in RED", "déjà vu – 50 €\n\tnaïve", "�
 
 
 def clip_config(content: Mapping[str, Any], source: str | os.PathLike[str]) -> CLIPConfig:
-    """The shape that a CLIP's `config.json` describes; what else stands there changes nothing.
+    """Return the shape that a CLIP's `config.json` describes; its other fields are ignored.
 
     Raises:
-        CheckpointError: it describes no CLIP.
+        CheckpointError: it does not describe a CLIP.
     """
     sides: dict[str, dict[str, Any]] = {}
     for side, own in (("text", _TEXT), ("vision", _VISION)):
@@ -80,7 +80,7 @@ def clip_config(content: Mapping[str, Any], source: str | os.PathLike[str]) -> C
 
 
 def check_sizes(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for a size that no model has."""
+    """Raise ValueError for a size that no model has."""
     for name, value in given.items():
         if name in ("hidden_act", "layer_norm_eps"):
             continue
@@ -90,7 +90,7 @@ def check_sizes(given: Mapping[str, Any]) -> None:
 
 
 def config_content(config: CLIPConfig) -> dict[str, Any]:
-    """What `clip_config` reads."""
+    """Return the content of `config.json` for `clip_config`."""
     text = {name: getattr(config.text_config, name) for name in sorted(_TEXT | _BOTH)}
     vision = {name: getattr(config.vision_config, name) for name in sorted(_VISION | _BOTH)}
     return {
@@ -101,7 +101,7 @@ def config_content(config: CLIPConfig) -> dict[str, Any]:
 
 
 def fill_positions(clip: nn.Module, device: torch.device) -> None:
-    """Makes the tables of positions that no checkpoint holds, of a model that was on the meta device."""
+    """Create the tables of positions, which no checkpoint holds, for a model that was on the meta device."""
     for module in clip.modules():
         if isinstance(table := getattr(module, "position_ids", None), Tensor):
             module.position_ids = torch.arange(table.shape[-1], device=device).expand((1, -1))
@@ -115,7 +115,7 @@ def filled(
     device: torch.device | str | None,
     dtype: torch.dtype | str | None,
 ) -> M:
-    """The model that `build` makes with these tensors in it, ready for inference."""
+    """Return the model of `build` with these tensors, ready for inference."""
     to = as_device(device)
     model = skeleton(build, files.weights)
     load_strict(model, state, source=files.weights, device=to, dtype=as_dtype(dtype))
@@ -135,17 +135,17 @@ def convert_clip(
     tokenizer: str | os.PathLike[str] | None,
     dtype: torch.dtype | str | None,
 ) -> Path:
-    """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``.
+    """Write the files of a model as a folder and return it; without ``dtype`` the floats keep their format.
 
     Args:
-        build: makes the model that the tensors are checked against.
+        build: returns the model that the tensors are checked against.
         state: tensors by name.
-        files: where they come from.
+        files: the files that they were read from.
         out: the folder.
-        config: what the tensors do not say.
+        config: the facts that the tensors do not tell.
         original: fingerprint of the weights before any rounding.
         tokenizer: if not beside the weights.
-        dtype: to be stored in.
+        dtype: of the stored floats.
     """
     load_strict(skeleton(build, files.weights), state, source=files.weights, device="meta")
     if dtype is not None:
@@ -156,10 +156,10 @@ def convert_clip(
 
 
 def clip_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
-    """The tokenizer in a file, checked against the model.
+    """Return the tokenizer in a file, checked against the model.
 
     Raises:
-        CheckpointError: it is no tokenizer, or one of another model.
+        CheckpointError: it is not a tokenizer, or that of another model.
     """
     tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()  # a file may carry both
@@ -178,7 +178,7 @@ def clip_tokenizer(path: Path, config: CLIPConfig) -> Tokenizer:
 
 
 class ClipEncoder(ABC):
-    """An `Embedder` whose vectors are made of the features of a CLIP's two towers.
+    """An `Embedder` whose vectors are computed from the features of a CLIP's two towers.
 
     Args:
         clip: ready for inference.
@@ -186,7 +186,7 @@ class ClipEncoder(ABC):
         name: for people.
         family: the first word of `space`.
         fingerprint: of the weights, before any rounding.
-        facts: what else decides what the weights make of their inputs.
+        facts: further facts that decide the outputs, besides the weights.
     """
 
     def __init__(
@@ -218,12 +218,12 @@ class ClipEncoder(ABC):
 
     @property
     def torch_model(self) -> CLIPModel:
-        """Whose weights the parts compute with."""
+        """The module whose weights the parts use."""
         return self.clip
 
     @property
     def device(self) -> str:
-        """Where the model is."""
+        """The device of the model."""
         return str(self._device)
 
     @property
@@ -236,19 +236,19 @@ class ClipEncoder(ABC):
 
     @abstractmethod
     def pixel_values(self, images: Sequence[NDArray[Any]]) -> Tensor:
-        """(B, 3, H, W) float32 of what `prepare` made of images."""
+        """(B, 3, H, W) float32 of prepared images."""
 
     @abstractmethod
     def texts_and_images(self, contents: Sequence[Content]) -> tuple[list[str | None], list[NDArray[Any] | None]]:
-        """The text and the image of each content that a vector is made of; None where there is none."""
+        """The text and the image of each content that its vector is computed from; None where there is none."""
 
     @abstractmethod
     def compose(self, text_features: Tensor, image_features: Tensor) -> Tensor:
-        """(B, D), not normalised, of the features of both towers; zeros stand for what is not there."""
+        """(B, D), not normalised, of the features of both towers; zeros stand for a missing text or image."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """What `config.json` of a folder of ours says."""
+        """The content of `config.json` in a folder of this package."""
 
     def encode(self, contents: Sequence[Content], *, query: bool = False) -> NDArray[np.float32]:
         """(B, D), L2-normalised, row by row.
@@ -282,7 +282,7 @@ class ClipEncoder(ABC):
         return F.normalize(self.compose(*features).float(), dim=-1)
 
     def _of_present(self, inputs: Sequence[T | None], features: Callable[[list[T]], Tensor]) -> Tensor:
-        """(B, D) with gradients; zeros where there is no input."""
+        """(B, D) with gradients; zeros for missing inputs."""
         present = {row: given for row, given in enumerate(inputs) if given is not None}
         computed = torch.zeros((len(inputs), self.dimension), device=self._device)
         if present:
@@ -290,13 +290,13 @@ class ClipEncoder(ABC):
         return computed
 
     def save(self, folder: Path) -> None:
-        """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
+        """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
         state = self.network.state_dict()
         write_folder(folder, state, self.config(), original=fingerprint_of(state))
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of every text, start and end included; of a text too long for the model the end token stays.
+        """Return the ids of every text, start and end included; a text too long is cut, but keeps its end token.
 
         The originals crash on such a text. The first cut is logged.
         """
@@ -311,7 +311,7 @@ class ClipEncoder(ABC):
         return [ids if len(ids) <= self.room else [*ids[: self.room - 1], ids[-1]] for ids in rows]
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """(B, D) float32, not normalised; short texts go through the model with short ones."""
+        """(B, D) float32, not normalised; texts of similar length share a pass."""
         ids = self.token_ids(texts)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         features = torch.empty((len(ids), self.dimension), device=self._device)
@@ -335,7 +335,7 @@ class ClipEncoder(ABC):
         return rows.to(self._device)
 
     def _text_pass(self, input_ids: Tensor) -> Tensor:
-        # attention is causal, and a text is pooled at its end token: padding after that is never seen
+        # attention is causal, and a text is pooled at its end token, so padding after it has no effect
         pooled = self.clip.text_model(input_ids=input_ids, attention_mask=self._text_mask(input_ids)).pooler_output
         projected: Tensor = self.clip.text_projection(pooled)
         return projected
@@ -344,7 +344,7 @@ class ClipEncoder(ABC):
         return None
 
     def image_features(self, images: Sequence[NDArray[Any]]) -> Tensor:
-        """(B, D) float32 of what `prepare` made of images, not normalised."""
+        """(B, D) float32 of prepared images, not normalised."""
         features = torch.empty((len(images), self.dimension), device=self._device)
         patches = (self.side // int(self._vision.patch_size)) ** 2 + 1
 
@@ -366,7 +366,7 @@ class ClipEncoder(ABC):
     def _both_features(
         self, texts: Sequence[str | None], images: Sequence[NDArray[Any] | None]
     ) -> tuple[Tensor, Tensor]:
-        """(B, D) of texts and of images, zeros where there is none; equal ones are computed once."""
+        """(B, D) of texts and of images, zeros for missing ones; equal inputs are computed once."""
         check_forked(self._loaded_in, self._device.type)
         return (
             self._once(texts, lambda text: text, self.text_features),

@@ -1,4 +1,4 @@
-"""What an embedding model is to the rest of the package: the one interface of every family."""
+"""The interface of every embedding model to the rest of the package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Pixels: TypeAlias = NDArray[Any]
-"""(H, W, 3): uint8, or, for a model that was made for finer steps, float32 in 0..1."""
+"""(H, W, 3): uint8, or float32 in 0..1 for a model that distinguishes finer steps."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What one vector stands for: a text, an image, or both.
+    """The content of one vector: a text, an image, or both.
 
     Args:
         text: the text.
@@ -32,7 +32,7 @@ class Content:
     image: Pixels | None = None
 
     def key(self, model: str) -> bytes:
-        """A digest that is equal for equal content and model only; vector caches on disk keep vectors by it."""
+        """Return a digest that is equal only for equal content and model; vector caches on disk use it as key."""
         kind = "text" if self.image is None else f"picture {self.image.shape} {self.image.dtype}"
         digest = hashlib.sha256(f"{model}\0{kind}\0".encode())
         if self.image is not None:
@@ -59,7 +59,7 @@ class Embedder(Protocol):
 
     @property
     def note(self) -> str:
-        """How exactly it computes: its float format or quantisation; kept with a collection, and part of cache keys."""
+        """The float format or quantisation; stored with a collection, and a part of cache keys."""
         ...
 
     @property
@@ -86,7 +86,7 @@ class Embedder(Protocol):
 
 @runtime_checkable
 class Trainable(Embedder, Protocol):
-    """An embedder in torch whose vectors have gradients: what `mm_retriever.training` asks of a family."""
+    """An embedder in torch whose vectors have gradients, for `mm_retriever.training`."""
 
     @property
     def network(self) -> nn.Module:
@@ -99,17 +99,17 @@ class Trainable(Embedder, Protocol):
         ...
 
     def vectors(self, contents: Sequence[Content], *, query: bool = False) -> Tensor:
-        """(B, D) float32, rows of length 1 with gradients, in one pass: what `encode` gives, for training."""
+        """(B, D) float32, rows of length 1 with gradients, in one pass: the vectors of `encode`, for training."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the model, as its weights are now, as a folder that `load_embedder` loads."""
+        """Write the model with its current weights to a folder that `load_embedder` loads."""
         ...
 
 
 def cache_identity(embedder: Embedder, *, query: bool) -> str:
-    """The model as keys of a vector cache name it: two calls with equal identities give equal numbers."""
-    own = getattr(embedder, "cache_identity", None)  # of a family that caches were written for before there was `space`
+    """Return the identity of a model in keys of a vector cache; equal identities give equal numbers."""
+    own = getattr(embedder, "cache_identity", None)  # of a family whose caches are older than `space`
     if own is not None:
         return str(own)
     return f"{embedder.space}/{embedder.note}" + ("/query" if query else "")

@@ -1,4 +1,4 @@
-"""Models as folders of ours: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
+"""Models as folders of this package: ``config.json``, ``model.safetensors``, ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mm_retriever.files import cache_folder, drafted
 
 
 def original_fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
-    """The fingerprint of these weights, or, of a rounded copy that is unchanged since, of what it was rounded from."""
+    """Return the fingerprint of these weights; for an unchanged rounded copy, that of the original weights."""
     own, rounded = fingerprint(state), config.get("rounded")
     return str(rounded.get(own, own)) if isinstance(rounded, Mapping) else own
 
@@ -29,13 +29,13 @@ def original_fingerprint(state: Mapping[str, Tensor], config: Mapping[str, Any])
 def write_folder(
     out: str | os.PathLike[str], state: Mapping[str, Tensor], config: Mapping[str, Any], *, original: str
 ) -> Path:
-    """Writes ``config.json`` and ``model.safetensors`` into the folder ``out`` and returns it.
+    """Write ``config.json`` and ``model.safetensors`` into the folder ``out`` and return it.
 
     Args:
-        out: made if it is not there.
+        out: created if missing.
         state: tensors by name, in the float format to be stored.
-        config: what the tensors do not say.
-        original: fingerprint of the weights before any rounding; a rounded copy remembers it.
+        config: the facts that the tensors do not tell.
+        original: fingerprint of the weights before any rounding, which is stored with a rounded copy.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_folder(
 
 
 def find_tokenizer(files: ModelFiles, given: str | os.PathLike[str] | None, repo: str) -> Path:
-    """``tokenizer.json``: given, else beside the weights, else the published one of a hub repository.
+    """Return ``tokenizer.json``: the given one, else that beside the weights, else that of a hub repository.
 
     Raises:
         ModelNotFoundError: there is none, and the hub is out of reach.
@@ -68,7 +68,7 @@ def find_tokenizer(files: ModelFiles, given: str | os.PathLike[str] | None, repo
 
 
 def copy_tokenizer(folder: Path, files: ModelFiles, given: str | os.PathLike[str] | None, repo: str) -> None:
-    """Puts ``tokenizer.json`` into the folder; warns where there is none to be had."""
+    """Copy ``tokenizer.json`` into the folder; warn if none is available."""
     try:
         source = find_tokenizer(files, given, repo)
     except ModelNotFoundError as error:
@@ -79,7 +79,7 @@ def copy_tokenizer(folder: Path, files: ModelFiles, given: str | os.PathLike[str
 
 
 def warn_if_not_published(weights: Path, models: Models) -> None:
-    """Warns when a file that bears a published name is not, byte for byte, the file that was published."""
+    """Warn if a file with a published name differs from the published file."""
     published = next((entry for entry in models.values() if entry.file == weights.name and entry.sha256), None)
     if published is None:
         return
@@ -94,7 +94,7 @@ def warn_if_not_published(weights: Path, models: Models) -> None:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file's content; remembered in the user's cache by place, size and time of change."""
+    """The SHA-256 of a file, kept in the user's cache by path, size and time of change."""
     status = path.stat()
     identity = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     cache = cache_folder("sha256")
@@ -107,7 +107,7 @@ def _sha256(path: Path) -> str:
         while block := file.read(2**22):
             running.update(block)
     digest = running.hexdigest()
-    with suppress(OSError):  # a read-only home costs a second, no more
+    with suppress(OSError):  # with a read-only home it is computed again each time
         cache.mkdir(parents=True, exist_ok=True)
         remembered.write_text(digest, encoding="ascii")
     return digest

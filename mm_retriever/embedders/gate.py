@@ -1,6 +1,6 @@
-"""Whether a faster form of a model still gives the model's vectors: the images that it is tried on, and the measure.
+"""Checks that a faster form of a model keeps the model's vectors: the sample images, and the measure.
 
-Half of the images calibrate a quantisation; the measure is taken on the others, which it never saw.
+Half of the images calibrate a quantisation; the others, which it never saw, measure it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mm_retriever.images import is_image_path, load_image
 CALIBRATED = 120
 HELD_OUT = 128
 LEAST_IMAGES = 64
-"""Of each half; a folder with fewer is filled up with drawn images."""
+"""Images in each half; a folder with fewer is filled up with drawn images."""
 MOST_LISTED = 100_000  # files of a folder that are chosen from
 LEAST_COSINE = 0.995
 LEAST_SAME = 0.98
@@ -33,12 +33,12 @@ TOP = 10
 
 @dataclass(frozen=True)
 class Samples:
-    """Contents as a model sees them.
+    """Contents for calibration and measurement, prepared for a model.
 
     Args:
-        calibration: texts, images and pairs that a quantisation may look at.
-        held_out: those that it is measured on.
-        source: where the images are from, for people.
+        calibration: texts, images and pairs that calibrate a quantisation.
+        held_out: those that measure it.
+        source: the origin of the images, for people.
     """
 
     calibration: list[Content]
@@ -48,14 +48,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Gate:
-    """How far vectors are from those in float32, over texts, images and pairs that no calibration saw.
+    """The distance of vectors from those in float32, over held-out texts, images and pairs.
 
     Args:
-        least_cosine: of a vector with that in float32.
-        mean_cosine: the same on average.
+        least_cosine: the least cosine of a vector with the same vector in float32.
+        mean_cosine: the mean cosine.
         same_top: share of each query's nearest images that are its nearest in float32 too.
-        images: how many were searched.
-        source: where they are from.
+        images: number of images that were searched.
+        source: the origin of the images.
     """
 
     least_cosine: float
@@ -80,7 +80,7 @@ class Gate:
 def measure(
     reference: NDArray[np.float32], vectors: NDArray[np.float32], held_out: Sequence[Content], source: str
 ) -> Gate:
-    """The gate of (B, D) vectors of the held-out contents against (B, D) in float32."""
+    """Return the gate of (B, D) vectors of the held-out contents against (B, D) in float32."""
     cosines = np.sum(reference.astype(np.float64) * vectors, axis=1)
     images = [row for row, content in enumerate(held_out) if content.image is not None and not content.text]
     same = np.mean(
@@ -93,7 +93,7 @@ def measure(
 
 
 def _nearest(vectors: NDArray[np.float32], images: Sequence[int]) -> Iterator[set[int]]:
-    """The nearest images of every content, itself left out."""
+    """Yield the nearest images of every content, without the content itself."""
     scores = vectors @ vectors[images].T
     for place, row in enumerate(images):
         scores[row, place] = -np.inf
@@ -102,14 +102,14 @@ def _nearest(vectors: NDArray[np.float32], images: Sequence[int]) -> Iterator[se
 
 
 def samples(embedder: Embedder, calibration: str | os.PathLike[str] | Sequence[Image.Image] | None) -> Samples:
-    """What a model is quantised and measured on.
+    """Return the contents on which a model is quantised and measured.
 
     Args:
-        embedder: the model; what it cannot embed is left out.
+        embedder: the model; kinds of content that it cannot embed are left out.
         calibration: a folder of images, or images; default: the drawn catalogue.
 
     Raises:
-        QueryError: it is no folder.
+        QueryError: `calibration` is a path, but not a folder.
     """
     wanted = CALIBRATED + HELD_OUT
     images, source = _own(embedder, calibration, wanted)
@@ -132,7 +132,7 @@ def samples(embedder: Embedder, calibration: str | os.PathLike[str] | Sequence[I
 
 
 def _kinds(embedder: Embedder, image: Any) -> set[str]:
-    """What a model embeds besides images."""
+    """The kinds of content that a model embeds besides images."""
     trials = {"text": Content("a mug"), "pair": Content("a mug", image)}
     kinds = set()
     for kind, content in trials.items():
@@ -147,7 +147,7 @@ def _kinds(embedder: Embedder, image: Any) -> set[str]:
 def _own(
     embedder: Embedder, given: str | os.PathLike[str] | Sequence[Image.Image] | None, wanted: int
 ) -> tuple[list[Any], str]:
-    """Different images as the model sees them, and what to call them."""
+    """Distinct prepared images of the caller, and the name of their source."""
     if given is None:
         return [], ""
     if not isinstance(given, str | os.PathLike):
@@ -157,7 +157,7 @@ def _own(
         raise QueryError(f"calibration={os.fspath(given)!r} is no folder: give one of images, or the images")
     below = (Path(place, name) for place, _, names in os.walk(folder) for name in names if is_image_path(name))
     listed = sorted(islice(below, MOST_LISTED))
-    # of the whole folder, with some to spare for those that cannot be read or are copies
+    # from the whole folder, with spares for files that cannot be read or are copies
     chosen = [listed[row] for row in np.random.default_rng(0).permutation(len(listed))[: 2 * wanted]]
     failed: list[Path] = []
     images = list(_different(embedder, _read(chosen, failed), wanted))

@@ -1,8 +1,8 @@
-"""Any torch embedder computed by OpenVINO on the CPU: in float32, bfloat16, or 8-bit integers by NNCF.
+"""Computes any torch embedder by OpenVINO on the CPU: in float32, bfloat16, or 8-bit integers by NNCF.
 
-An embedder offers the functions of tensors that its vectors are made of as its `parts`. Each is traced once; the graphs
-are kept in the user's cache, by the identity of the model, and take the places of the functions. Only files that this
-module wrote are read back. Neither library may send what it calls telemetry.
+The `parts` of an embedder are the functions of tensors that compute its vectors. Each is traced once; the graphs
+replace the functions, and are kept in the user's cache by the identity of the model. Only files that this module wrote
+are read back. Telemetry of both libraries is off.
 
 Needs the extra ``[openvino]``.
 """
@@ -51,18 +51,18 @@ Graphs: TypeAlias = dict[str, Any]
 
 
 def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]) -> Gate | None:
-    """Has an embedder computed by OpenVINO from now on, and returns how near its vectors are to those in float32.
+    """Let OpenVINO compute an embedder from now on; return the gate of an 8-bit form, else None.
 
     Args:
-        embedder: on the CPU in float32. Its ``parts`` are functions of tensors alone by name, rows in and rows out,
-            that `encode` calls; ``torch_model`` is whose weights they compute with.
+        embedder: on the CPU in float32. Its ``parts`` are the functions that `encode` calls, by name, from tensors
+            with one row for each input to a tensor of rows; ``torch_model`` has their weights.
         dtype: one of `DTYPES`.
-        samples: makes what an 8-bit form is calibrated and measured on; called only where the cache has none.
+        samples: returns the contents that calibrate and measure an 8-bit form; called only if the cache has none.
 
     Raises:
         MissingExtraError: OpenVINO, or NNCF for "int8", is not installed.
-        QueryError: the dtype is not one of those, or this processor does not have it.
-        CheckpointError: the model cannot be exported, or in 8 bits it is too far from itself.
+        QueryError: the dtype is unknown, or this processor does not support it.
+        CheckpointError: the model cannot be exported, or its 8-bit vectors are too far from its own.
     """
     if dtype not in DTYPES:
         raise QueryError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}, which OpenVINO computes in")
@@ -94,7 +94,7 @@ def with_openvino(embedder: Embedder, dtype: str, samples: Callable[[], Samples]
         )
     _take(model, core, graphs, rest)
     _release(model)
-    # another calibration has other vectors, which a cache must not take for these
+    # the vectors depend on the calibration, so a vector cache must tell calibrations apart
     model.note = f"int8 openvino {hashlib.sha256(json.dumps(asdict(gate)).encode()).hexdigest()[:6]}"
     return gate
 
@@ -112,9 +112,9 @@ def _exportable(embedder: Embedder) -> Any:
 
 
 def _openvino() -> Any:
-    """OpenVINO, which may not send anything."""
+    """OpenVINO, with telemetry off."""
     if "openvino_telemetry" not in sys.modules:
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # both libraries go on without it
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # both libraries work without it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -138,19 +138,19 @@ def _nncf() -> Any:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Let the libraries neither warn about their own insides, print, nor send anything."""
+    """Silence the libraries: no warnings about their own code, no output, no telemetry."""
     telemetry = getattr(sys.modules.get("openvino_telemetry"), "Telemetry", None)  # the program imported OpenVINO first
     names = ("send_event", "start_session", "end_session", "send_error", "send_stack_trace")
     kept = {name: getattr(telemetry, name) for name in names} if telemetry is not None else {}
-    chatty = [logging.getLogger(name) for name in ("nncf", "openvino")]
-    levels = [each.level for each in chatty]
+    loggers = [logging.getLogger(name) for name in ("nncf", "openvino")]
+    levels = [library.level for library in loggers]
     rich = sys.modules.get("rich")  # draws NNCF's progress bars
     console: Any = SimpleNamespace(quiet=False) if rich is None else rich.get_console()
     was_quiet, console.quiet = console.quiet, True
     for name in kept:
         setattr(telemetry, name, lambda *_, **__: None)
-    for each in chatty:
-        each.setLevel(logging.ERROR)
+    for library in loggers:
+        library.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -159,15 +159,15 @@ def _alone() -> Iterator[None]:
         console.quiet = was_quiet
         for name, method in kept.items():
             setattr(telemetry, name, method)
-        for each, level in zip(chatty, levels, strict=True):
-            each.setLevel(level)
+        for library, level in zip(loggers, levels, strict=True):
+            library.setLevel(level)
 
 
 # ------------------------------------------------------------------------------------------ export and quantisation
 
 
 class _Traced(nn.Module):
-    """A part with the weights that it computes with, as tracing wants it."""
+    """A part and its weights as one module, which tracing needs."""
 
     def __init__(self, model: nn.Module, part: Part) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _Traced(nn.Module):
 
 
 def _exported(model: Any) -> Graphs:
-    """Every part as a graph that takes any number of rows, and texts of any length."""
+    """Every part as a graph for any number of rows, and texts of any length."""
     openvino = _openvino()
     graphs: Graphs = {}
     for name, examples in _recorded(model, _probes(model)).items():
@@ -188,7 +188,7 @@ def _exported(model: Any) -> Graphs:
             with _alone(), torch.no_grad():
                 graph = openvino.convert_model(_Traced(model.torch_model, model.parts[name]), example_input=example)
                 graph.reshape({place: _shape(tensor) for place, tensor in enumerate(example)})
-        except Exception as error:  # the converter has a dozen kinds
+        except Exception as error:  # the converter raises a dozen kinds
             raise CheckpointError(
                 f"{model.name!r} cannot be computed by OpenVINO ({one_line(error, 200)}); take backend torch"
             ) from error
@@ -197,7 +197,7 @@ def _exported(model: Any) -> Graphs:
 
 
 def _shape(tensor: Tensor) -> Any:
-    """Rows are any number, and so are the tokens of ids and masks, and of what stands beside them stays."""
+    """The shape of an input with any number of rows and, for ids and masks, of tokens; other sizes are fixed."""
     sizes = [-1, *tensor.shape[1:]]
     if not tensor.is_floating_point():
         sizes[1:] = [-1] * (len(sizes) - 1)
@@ -215,7 +215,7 @@ def _probes(model: Any) -> list[Content]:
 
 
 def _recorded(model: Any, contents: Sequence[Content]) -> dict[str, list[tuple[Tensor, ...]]]:
-    """What the parts are called with while contents are embedded, kind by kind."""
+    """The inputs of the parts while contents are embedded, kind by kind."""
     inputs: dict[str, list[tuple[Tensor, ...]]] = {}
     parts = dict(model.parts)
 
@@ -240,7 +240,7 @@ def _recorded(model: Any, contents: Sequence[Content]) -> dict[str, list[tuple[T
 
 
 def _quantised(model: Any, core: Any, rest: str, samples: Samples) -> tuple[Graphs, Gate]:
-    """The parts in 8 bits, and how good they are; where all of a model is too coarse, its outliers stay in float."""
+    """The parts in 8 bits, and their gate; if a whole model is too coarse, its outliers stay in float."""
     nncf = _nncf()
     logger.warning(
         "%s is quantised for OpenVINO on %d contents, with images of %s: once, for some minutes",
@@ -289,18 +289,18 @@ _RUNGS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (_OUTLIERS, ()),
     (_OUTLIERS, ("text", "beside")),
 )
-"""Layers by the names of the graph, and parts, that stay in float: first what reads the pixels, which costs nothing;
-then what reads the widest layer of each block, where the outliers are; then the whole text side too."""
+"""Layers, by names in the graph, and parts that stay in float: first the layer that reads the pixels, which costs
+nothing; then those that read the widest layer of each block, which has the outliers; then the whole text side too."""
 
 
 # ------------------------------------------------------------------------------------------ computing
 
 
 class _Compiled:
-    """A graph in the place of a part; its callers take turns.
+    """A graph that replaces a part; it computes one call at a time.
 
-    A few rows are computed by all threads together. Many are cut into shares, each with threads of its own: threads
-    that wait for each other after every layer lose a quarter of their time where images are decoded beside them.
+    A few rows are computed by all threads together. Many rows are split into shares with separate threads: threads that
+    synchronise after every layer lose a quarter of their time while images are decoded in parallel.
     """
 
     def __init__(self, graph: Any, core: Any, precision: str) -> None:
@@ -326,7 +326,7 @@ class _Compiled:
             self._requests[shares] = self._compiled_for(shares)
         requests = self._requests[shares]
         parts = [np.array_split(tensor.contiguous().numpy(), shares) for tensor in inputs]
-        with ExitStack() as ends:  # whatever fails, none is left at work
+        with ExitStack() as ends:  # waits for all requests, also after a failure
             for request, given in zip(requests, zip(*parts, strict=True), strict=True):
                 request.start_async(dict(enumerate(given)))
                 ends.callback(request.wait)
@@ -334,23 +334,23 @@ class _Compiled:
         return torch.from_numpy(np.concatenate(computed))
 
     def _compiled_for(self, shares: int) -> list[Any]:
-        """A request for each share that is computed at the same time."""
+        """One request for each of `shares` parallel shares."""
         compiled = self._core.compile_model(self._graph, "CPU", {**self._settings, "NUM_STREAMS": shares})
         return [compiled.create_infer_request() for _ in range(shares)]
 
 
 _MOST_SHARES = 4
 _LEAST_ROWS = 4
-"""Rows of a share from which on it pays to cut."""
+"""The least rows of a share for which splitting pays."""
 
 
 def _take(model: Any, core: Any, graphs: Mapping[str, Any], precision: str) -> None:
-    """Puts graphs in the places of the parts."""
+    """Replace the parts by graphs."""
     model.parts.update({name: _Compiled(graph, core, precision) for name, graph in graphs.items()})
 
 
 def _release(model: Any) -> None:
-    """Frees the weights that torch holds beside those of the graphs; what needs them fails from now on."""
+    """Free torch's weights, which the graphs duplicate; functions that need them fail from now on."""
     if not getattr(model, "keeps_weights", False):
         model.torch_model.to("meta")
 
@@ -359,9 +359,9 @@ def _release(model: Any) -> None:
 
 
 def _identity(model: Any, kind: str) -> str:
-    """The name of a model's file: equal for equal weights, inputs and libraries only."""
+    """The name of a model's file; equal only for equal weights, inputs and libraries."""
     libraries = [version("openvino"), *([version("nncf")] if kind.startswith("int8") else ())]
-    # integers saturate on some processors, so that a gate holds for those of its kind
+    # integers saturate on some processors, so a gate holds only for its kind of processor
     facts = [_FORMAT, model.space, kind, *libraries, processor_name() if kind.startswith("int8") else ""]
     return f"{kind.split()[0]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}"
 
@@ -371,7 +371,7 @@ def _place(key: str) -> Path:
 
 
 def _cached(core: Any, key: str, name: str) -> tuple[Graphs, Gate | None] | None:
-    """The graphs and the gate of a model that was exported before; what is not our own work is not read."""
+    """The graphs and the gate of a model that was exported before; files of other origin are not read."""
     place = _place(key)
     if not place.exists():
         return None
@@ -397,7 +397,7 @@ def _cached(core: Any, key: str, name: str) -> tuple[Graphs, Gate | None] | None
 
 
 def _keep(key: str, graphs: Graphs, gate: Gate | None) -> None:
-    """Writes a model's graphs into the cache; where that cannot be, says so."""
+    """Write a model's graphs into the cache; log a failure."""
     openvino = _openvino()
     arrays: dict[str, NDArray[Any]] = {}
     facts = {"key": key, "gate": None if gate is None else asdict(gate)}

@@ -13,15 +13,15 @@ from mm_retriever.embedders.embedder import Embedder
 from mm_retriever.errors import CheckpointError, QueryError
 
 FAMILIES: tuple[str, ...] = ("visualized_bge", "bge_vl", "magiclens", "sentence_transformers")
-"""Modules: of `mm_retriever.embedders`, or, with dots, of anywhere. A model on a server is of none: see `remote`."""
+"""Modules of `mm_retriever.embedders`, or dotted names of any modules. Models on a server have none: see `remote`."""
 
 
 class Family(Protocol):
-    """What the module of a model family holds.
+    """The module of a model family.
 
-    Where files can be converted, also ``convert(files, out, tokenizer=, dtype=)``: it writes ``config.json``,
-    ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it; without ``dtype`` the floats
-    keep the format that they have in the file.
+    A family whose files can be converted also has ``convert(files, out, tokenizer=, dtype=)``: it writes
+    ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into the folder ``out`` and returns it; without
+    ``dtype`` the floats keep the format of the file.
     """
 
     MODELS: Models
@@ -31,7 +31,7 @@ class Family(Protocol):
         ...
 
     def load(self, files: ModelFiles, *, device: Any = None, dtype: Any = None, **options: Any) -> Embedder:
-        """The model of these files as an `Embedder`.
+        """Return the model of these files as an `Embedder`.
 
         Args:
             files: from `locate`.
@@ -58,24 +58,24 @@ def load_embedder(
     calibration: Any = None,
     **options: Any,
 ) -> Embedder:
-    """The model of a name, of any family.
+    """Return the model with a name, of any family.
 
     Args:
-        name: a name of `published_models`, a local folder or weight file, or the id of a hub repository; with a
+        name: a name from `published_models`, a local folder or weight file, or the id of a hub repository; with
             `base_url` the name under which the server serves the model.
         device: "cpu", "cuda", "mps", ...; default: the fastest there is.
         dtype: "float32" (default), "bfloat16" or "float16"; with OpenVINO "float32", "bfloat16" or "int8".
         revision: of the hub repository.
         base_url: of a server that embeds, for example vLLM's "http://gpu:8000/v1"; options are then those of
             `RemoteEmbedding`.
-        families: which may be considered; default: all.
+        families: the families to consider; default: all.
         backend: "torch"; "openvino", which is faster on CPUs; or "auto", the fastest that keeps the vectors.
         calibration: a folder of images, or images, that "int8" is calibrated and measured on; default: drawn ones.
         **options: of the family.
 
     Raises:
         QueryError: an option that does not go with the model.
-        ModelNotFoundError: the name leads to no files, or the hub is out of reach.
+        ModelNotFoundError: there are no files of that name, or the hub is out of reach.
         CheckpointError: the files are damaged, unsafe, or of no known family.
     """
     if base_url is not None:
@@ -100,10 +100,10 @@ def load_embedder(
 
 
 def check_embedder(name: str | os.PathLike[str], *, revision: str | None = None) -> None:
-    """Refuse a name that `load_embedder` would refuse, and load nothing; files that are not here are downloaded.
+    """Refuse a name that `load_embedder` would refuse, without loading the model; missing files are downloaded.
 
     Raises:
-        ModelNotFoundError: the name leads to no files, or the hub is out of reach.
+        ModelNotFoundError: there are no files of that name, or the hub is out of reach.
         CheckpointError: the files are of no known family.
     """
     _resolve(name, revision=revision, families=FAMILIES)
@@ -117,19 +117,19 @@ def convert_model(
     dtype: Any = None,
     revision: str | None = None,
 ) -> Path:
-    """Writes a model as ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into ``out``, and returns it.
+    """Write a model as ``config.json``, ``model.safetensors`` and ``tokenizer.json`` into ``out``, and return ``out``.
 
-    The folder is the same model: its `space` is that of the original.
+    The folder holds the same model: its `space` is that of the original.
 
     Args:
         name: as of `load_embedder`.
-        out: a folder; made if it is not there.
+        out: a folder, created if missing.
         tokenizer: ``tokenizer.json``, its folder or a hub name; default: beside the weights, else as published.
-        dtype: of the floats; default: as they are.
+        dtype: of the floats; default: that of the file.
         revision: of the hub repository.
 
     Raises:
-        CheckpointError: as of `load_embedder`; and for a family that has no weights to convert.
+        CheckpointError: as of `load_embedder`, or the family has no weights to convert.
     """
     family, files = _resolve(name, revision=revision, families=FAMILIES)
     convert = getattr(family, "convert", None)
@@ -166,17 +166,17 @@ def server_options(
     *,
     loads: bool = False,
 ) -> dict[str, Any]:
-    """The address and key of a server as `load_embedder` takes them; empty where there is no address.
+    """Return the address and key of a server as options of `load_embedder`; empty without an address.
 
     Args:
         given: a model that is loaded already.
         base_url: of the server.
-        api_key: for it.
-        options: of the family, which are written down and so hold no key.
-        loads: whether something is asked of how a model is loaded.
+        api_key: of the server.
+        options: of the family; they are written to files, so they must not hold the key.
+        loads: whether there are options about how the model is loaded.
 
     Raises:
-        QueryError: they do not go together.
+        QueryError: the arguments do not go together.
     """
     if "api_key" in options or "base_url" in options:
         raise QueryError("give base_url and api_key as arguments of their own, not among the options")
@@ -194,7 +194,7 @@ def server_options(
 
 
 def chosen_backend(embedder: Embedder) -> tuple[str, str]:
-    """Backend and dtype by which another process loads an equal model."""
+    """Return backend and dtype with which another process loads an equal model."""
     dtype, _, by = embedder.note.partition(",")[0].partition(" ")
     return "openvino" if by.startswith("openvino") else "torch", dtype
 
@@ -213,7 +213,7 @@ def _served(
 
 
 def published_models() -> Iterator[tuple[str, ModelEntry]]:
-    """Every model that has a name, family by family."""
+    """Yield every published model, family by family."""
     for module in FAMILIES:
         yield from _family(module).MODELS.items()
 

@@ -1,7 +1,7 @@
-"""`RemoteEmbedding`: a model that a server embeds with, over OpenAI's protocol as vLLM extends it to images.
+"""`RemoteEmbedding`: a model on a server, over OpenAI's protocol as vLLM extends it to images.
 
-One content is one request of `messages`, as a chat model would get it: the instruction as the system's message, then
-the image and the text as the user's. Source: vLLM's own client of ``/v1/embeddings`` for multimodal models.
+One content is one request with `messages`, as for a chat model: the instruction as the system's message, then the image
+and the text as the user's. Source: vLLM's own client of ``/v1/embeddings`` for multimodal models.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mm_retriever.servers.json_server import JSONServer
 from mm_retriever.threads import ForkLock
 
 MAX_PIXELS = 1280 * 1440
-"""As many as Qwen3-VL-Embedding looks at; larger images are shrunk before they are sent."""
-_TEXTS = 32  # of one request
+"""The limit of Qwen3-VL-Embedding; larger images are shrunk before they are sent."""
+_TEXTS = 32  # in one request
 _LONGEST_VECTOR = 65_536
 
 
@@ -37,7 +37,7 @@ def load(name: str, *, base_url: str, device: Any = None, dtype: Any = None, **o
     """Return the model that a server serves under a name.
 
     Raises:
-        QueryError: a device or dtype, which are the server's own, or an option that there is not.
+        QueryError: a device or dtype, which the server chooses, or an unknown option.
     """
     if device is not None or dtype is not None:
         raise QueryError(f"{name!r} runs on a server, which chooses its device and dtype: leave both out here")
@@ -52,29 +52,29 @@ def load(name: str, *, base_url: str, device: Any = None, dtype: Any = None, **o
 class RemoteEmbedding:
     """A model on a server as an `Embedder`. The first answer tells its dimension.
 
-    The name stands for the weights: the caller vouches that every server means the same ones by it. `space` holds the
-    name, dimension and instructions, and not the address.
+    The name identifies the weights: the caller ensures that all servers use it for the same model. `space` holds the
+    name, dimension and instructions, but not the address.
 
     Args:
         base_url: of the server, for example vLLM's "http://gpu:8000/v1".
-        model: the name it serves the model under.
-        api_key: if it wants one.
-        dimensions: shorter vectors of a Matryoshka model; default: the model's own.
-        query_instruction: what a vector to search with is for, as the model was trained; default: the template's own.
-        document_instruction: the same of a vector to be stored.
-        batch_texts: send texts without an instruction as one list of `input`. Right only where the server's model has
-            no chat template: `input` goes past it, and the vectors are others.
-        extra_body: further fields of each request; they go before ours.
-        image_format: "png" sends the very pixels, "jpeg" (quality 95) a tenth of the bytes.
-        max_pixels: of an image; larger ones are shrunk.
-        concurrency: requests of one call that are on their way together.
-        timeout_s: for one request, from sending to the last byte.
-        attempts: most requests for one answer, where the server is out of reach, overloaded or too slow.
-        retry_wait_s: before the second attempt; doubles with each, up to a minute. A server's Retry-After is obeyed up
-            to a minute.
+        model: the name under which it serves the model.
+        api_key: if the server needs one.
+        dimensions: for shorter vectors of a Matryoshka model; default: the model's own.
+        query_instruction: the instruction for queries that the model was trained with; default: the template's own.
+        document_instruction: the same for stored contents.
+        batch_texts: send texts without an instruction as one list of `input`. Correct only for a model without a chat
+            template: `input` bypasses the template, which changes the vectors.
+        extra_body: further fields of each request; they override ours.
+        image_format: "png" keeps the exact pixels, "jpeg" (quality 95) needs a tenth of the bytes.
+        max_pixels: limit of an image; larger ones are shrunk.
+        concurrency: simultaneous requests of one call.
+        timeout_s: limit for one request, from sending to the last byte.
+        attempts: most requests for one answer, where the server is unreachable, overloaded or too slow.
+        retry_wait_s: wait before the second attempt; doubles with each, up to a minute. A server's Retry-After is
+            obeyed up to a minute.
 
     Raises:
-        QueryError: the address is none, or a number is out of range.
+        QueryError: the address is invalid, or a number is out of range.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RemoteEmbedding:
 
     @property
     def dimension(self) -> int:
-        """Length of every vector, for which the server is asked once."""
+        """Length of every vector, requested from the server once."""
         if self._dimension is None:
             self.encode([Content("dimension")])
         assert self._dimension is not None
@@ -166,7 +166,7 @@ class RemoteEmbedding:
             query: whether the vectors are searched with, rather than stored.
 
         Raises:
-            ModelServerError: the server gave no answer, or one that is not these vectors.
+            ModelServerError: the server gave no answer, or one without these vectors.
         """
         if not contents:
             return np.empty((0, self.dimension), dtype=np.float32)
@@ -181,7 +181,7 @@ class RemoteEmbedding:
         others = sorted(set(range(len(contents))) - set(plain))
         jobs += [([row], partial(self._messages, contents[row], instruction)) for row in others]
         results = [np.empty(0, dtype=np.float32)] * len(contents)
-        over = threading.Event()  # one failed: the others try no more
+        over = threading.Event()  # set when one request failed, so that the others stop retrying
         with ThreadPoolExecutor(min(self._concurrency, len(jobs)), thread_name_prefix="embed") as senders:
             try:
                 ask = partial(self._ask, over)
@@ -227,7 +227,7 @@ class RemoteEmbedding:
         messages = [{"role": "user", "content": parts}]
         if instruction:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": instruction}]})
-        # the end of a prompt is where such models put the vector: the tokenizer's last token belongs to it
+        # such models take the vector at the end of the prompt, which includes the tokenizer's last token
         return {"messages": messages, "add_generation_prompt": True, "add_special_tokens": True}
 
     def _data_uri(self, pixels: NDArray[np.uint8]) -> str:
@@ -242,14 +242,14 @@ def _is_text(content: Content) -> bool:
 
 
 def read_vectors(answer: Any, count: int) -> NDArray[np.float32]:
-    """(count, D), rows of length 1: the vectors of an answer, by their index.
+    """Return (count, D), rows of length 1: the vectors of an answer, in the order of their indices.
 
     Args:
         answer: JSON of a server.
-        count: vectors that were asked for.
+        count: number of requested vectors.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the answer has another form.
     """
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list) or len(data) != count:
@@ -281,5 +281,5 @@ def _vector(numbers: Any) -> NDArray[np.float64]:
         raise ValueError("a vector with NaN or infinity in it")
     if largest == 0:
         raise ValueError("a vector of zeros, which has no direction")
-    vector = vector / largest  # squares of very large and very small numbers are none
+    vector = vector / largest  # squares of very large or very small numbers are not finite or zero
     return vector / np.linalg.norm(vector)

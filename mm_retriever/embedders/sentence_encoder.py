@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 PASS_PIXELS = {"cpu": 2_000_000, "other": 32_000_000}
 PASS_ROWS = {"cpu": 8, "other": 64}
-"""What goes through the model together at most."""
-_CHARACTER = 256  # pixels that cost a model of patches as much as a character of text: 1024 to a token of four
+"""The most pixels and rows in one pass of the model, by device."""
+_CHARACTER = 256  # pixels as costly as one character of text: a patch of 1024 is a token, and so are 4 characters
 MAX_ASPECT = 200  # of an image for Qwen's models, whose processor refuses more; narrower ones are widened
 _PROBES = ("a photo of a red shoe", "XK-2041", "Ein Foto, 日本語, مرحبا")
 
@@ -43,13 +43,13 @@ class SentenceTransformersEncoder:
         name: for people.
         weights: their fingerprint.
         dimension: of the vectors; None: the model's.
-        text_weight: of the text in the sum, for models that take no image and text together.
+        text_weight: weight of the text in the sum, for models that do not take image and text together.
 
     Raises:
         QueryError: the dimension is longer than the model's.
     """
 
-    keeps_weights = True  # sentence-transformers sends inputs to where the weights are
+    keeps_weights = True  # sentence-transformers reads the device of inputs from the weights
 
     def __init__(self, model: Any, *, name: str, weights: str, dimension: int | None, text_weight: float) -> None:
         self.model = model
@@ -72,7 +72,7 @@ class SentenceTransformersEncoder:
 
     @property
     def torch_model(self) -> Any:
-        """Whose weights the parts compute with."""
+        """The module whose weights the parts use."""
         return self.model[0].model
 
     @property
@@ -82,12 +82,12 @@ class SentenceTransformersEncoder:
 
     @property
     def device(self) -> str:
-        """Where the model is."""
+        """The device of the model."""
         return str(self.model.device)
 
     @property
     def note(self) -> str:
-        """Float format; what queries are told; and how an image with a text is embedded."""
+        """The float format, the instruction for queries, and how an image with a text is embedded."""
         facts = [self._short_note or str(self.model.dtype).removeprefix("torch.")]
         if instruction := self.model.prompts.get("query"):
             facts.append(f"queries told {instruction!r}")
@@ -97,7 +97,7 @@ class SentenceTransformersEncoder:
 
     @note.setter
     def note(self, how: str) -> None:
-        """How it computes, in place of the float format of its weights."""
+        """Replace the float format."""
         self._short_note = how
 
     @property
@@ -119,7 +119,7 @@ class SentenceTransformersEncoder:
 
         Args:
             contents: what to embed.
-            query: with the model's instruction for queries, in place of the one for documents.
+            query: use the model's instruction for queries, and not the one for documents.
 
         Raises:
             QueryError: the model cannot embed this kind of content.
@@ -157,7 +157,7 @@ class SentenceTransformersEncoder:
         options: dict[str, Any] = {} if self._pixels is None else {"processing_kwargs": self._pixels.call}
         vectors = np.empty((len(contents), self._dimension), dtype=np.float32)
         sizes = [_size(content) for content in contents]
-        self._say_cut([content.text for content in contents if "text" in kind])
+        self._log_cut([content.text for content in contents if "text" in kind])
         for rows in self._passes(sizes):
             inputs = [self._input(contents[row], kind) for row in rows]
             with self._turn:
@@ -212,7 +212,7 @@ class SentenceTransformersEncoder:
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
     def _pass(self, contents: Sequence[Content], kind: tuple[str, ...], query: bool) -> Tensor:
-        """(B, D) with gradients of contents of one kind, told as `SentenceTransformer.encode` tells the model."""
+        """(B, D) with gradients of contents of one kind, with the inputs of `SentenceTransformer.encode`."""
         import torch.nn.functional as F
 
         names = ("query",) if query else ("document", "passage", "corpus")
@@ -226,14 +226,14 @@ class SentenceTransformersEncoder:
         return F.normalize(vectors[:, : self._dimension], dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Writes the folder as sentence-transformers does, in safetensors."""
+        """Write the folder as sentence-transformers does, in safetensors."""
         from mm_retriever.from_pretrained import without_progress_bar, without_video_processor
 
         with without_progress_bar(), without_video_processor():
             self.model.save_pretrained(str(folder), create_model_card=False)
 
     def _input(self, content: Content, kind: tuple[str, ...]) -> dict[str, Any]:
-        """What the library takes; the order of its keys is the order in the model's prompt."""
+        """The library's input; the order of the keys is the order in the model's prompt."""
         given: dict[str, Any] = {}
         if "image" in kind and content.image is not None:
             given["image"] = Image.fromarray(content.image)
@@ -243,7 +243,7 @@ class SentenceTransformersEncoder:
         return given
 
     def _passes(self, sizes: Sequence[int]) -> Iterator[list[int]]:
-        """Rows that go through the model together, small ones with small ones."""
+        """Yield the rows of each pass; rows of similar size form a pass."""
         machine = "cpu" if self.model.device.type == "cpu" else "other"
         part: list[int] = []
         for row in sorted(range(len(sizes)), key=sizes.__getitem__):
@@ -254,8 +254,8 @@ class SentenceTransformersEncoder:
         if part:
             yield part
 
-    def _say_cut(self, texts: Sequence[str]) -> None:
-        """Say once in the log that a text is longer than the model reads."""
+    def _log_cut(self, texts: Sequence[str]) -> None:
+        """Log once that a text is longer than the model reads."""
         most, tokenizer = self.model.max_seq_length, self.model.tokenizer
         long = [text for text in texts if most and len(text) >= most] if not self._cut_is_said else []
         if not long or tokenizer is None:
@@ -268,7 +268,7 @@ class SentenceTransformersEncoder:
             self._cut_is_said = True
 
     def _inputs(self) -> str:
-        """Six hex digits of what decides, beside the weights, which vector a document gets."""
+        """Six hex digits of all that decides a document's vector besides the weights."""
         prompts = self.model.prompts
         instruction = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
         facts: list[Any] = [instruction]
@@ -285,7 +285,7 @@ class SentenceTransformersEncoder:
 
 
 class Pixels:
-    """How images become what a model sees: as squares of one size, as patches of their own shape, or as they are.
+    """Prepares images for a model: as squares of one size, as patches in their own shape, or unchanged.
 
     Args:
         model: a model of sentence-transformers that takes images.
@@ -298,7 +298,7 @@ class Pixels:
         self._factor = _patch_factor(self._processor)
         self._squares = self._factor is None and self._makes_squares()
         self.call: dict[str, Any] = {}
-        """What the library's processor is told about images that were prepared."""
+        """Options of the library's processor for prepared images."""
         if self._squares:
             self.call = {"image": {"do_resize": False, "do_center_crop": False}}
         elif self._factor is not None:
@@ -321,7 +321,7 @@ class Pixels:
         return np.asarray(image.resize((width, height), self._processor.resample))
 
     def facts(self) -> list[Any]:
-        """What tells processors apart: shapes, and the mean of a plain image's values."""
+        """Facts that differ between processors: shapes, and the mean of a plain image's values."""
         facts: list[Any] = []
         for size in ((1700, 1300), (40, 60)):
             prepared = self.prepare(Image.new("RGB", size, (200, 90, 30)))
@@ -351,7 +351,7 @@ class Pixels:
 
 
 def bounded(image: Image.Image) -> Image.Image:
-    """The image with at most `MAX_PIXELS`."""
+    """Return the image, shrunk to `MAX_PIXELS` if it is larger."""
     if (pixels := image.width * image.height) <= MAX_PIXELS:
         return image
     scale = math.sqrt(MAX_PIXELS / pixels)
@@ -360,7 +360,7 @@ def bounded(image: Image.Image) -> Image.Image:
 
 
 def _patch_factor(processor: Any) -> int | None:
-    """The multiple of pixels that sides are rounded to; None for other processors than those of Qwen's models."""
+    """The number to whose multiples sides are rounded; None for processors other than those of Qwen's models."""
     patch, merge = getattr(processor, "patch_size", None), getattr(processor, "merge_size", None)
     size = getattr(processor, "size", None)
     if not isinstance(patch, int) or not isinstance(merge, int) or size is None:
@@ -369,9 +369,9 @@ def _patch_factor(processor: Any) -> int | None:
 
 
 def _pad_as_trained(model: Any) -> None:
-    """Pad texts of SigLIP to the length it was trained with, unmasked; it reads the text at the last place.
+    """Pad texts of SigLIP to its training length, unmasked, because it takes the vector at the last position.
 
-    sentence-transformers pads to the longest text of a batch, where a vector depends on the texts beside it.
+    sentence-transformers pads to the longest text of a batch, which makes a vector depend on the other texts.
     """
     first = model[0]
     config: Any = getattr(getattr(first, "model", None), "config", None)
@@ -386,7 +386,7 @@ def _pad_as_trained(model: Any) -> None:
 
 
 def _towers(model: Any) -> dict[str, Callable[..., Any]]:
-    """The two towers of a CLIP or SigLIP as functions of tensors, which the model asks from now on; else nothing."""
+    """The two towers of a CLIP or SigLIP as functions of tensors, which the model calls from now on; else {}."""
     inner: Any = getattr(model[0], "model", None)
     if getattr(getattr(inner, "config", None), "model_type", "") not in ("clip", "siglip"):
         return {}
@@ -402,14 +402,14 @@ def _towers(model: Any) -> dict[str, Callable[..., Any]]:
         given = (input_ids,) if attention_mask is None else (input_ids, attention_mask)
         return {"pooler_output": parts["text"](*given)}
 
-    # sentence-transformers asks the model by these names
+    # the names that sentence-transformers calls
     inner.get_text_features = text
     inner.get_image_features = lambda pixel_values: {"pooler_output": parts["image"](pixel_values)}
     return parts
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """The middle of a very long image, from which the model's square is cut; resized whole it would fill memory."""
+    """The middle of a very long image, which contains the model's square; resizing the whole would fill memory."""
     short = min(image.size)
     long = min(max(image.size), LONGEST * short)
     if long == max(image.size):

@@ -1,7 +1,7 @@
-"""A model of sentence-transformers: its files, what in them is refused, and how it is loaded.
+"""Loads models of sentence-transformers safely, for embedders and rerankers.
 
-Embedders and rerankers share it. A folder is untrusted: its pickles are read as tensors alone, its Python files only
-where the caller says so by the name of the option, and it cannot send the loader to another folder or to a hub.
+A folder is untrusted: its pickles are read only as tensors, its Python files run only if the caller allows it by
+`trust_remote_code`, and it cannot send the loader to another folder or to a hub.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 MODULES = "modules.json"
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 MAX_PIXELS = 1800 * 32 * 32
-"""Of an image that a model of many patches sees: the bound of Qwen3-VL-Embedding's and -Reranker's own scripts."""
+"""Limit of an image for a model of many patches, from the scripts of Qwen3-VL-Embedding and -Reranker."""
 
 
 def model_folder(files: ModelFiles) -> Path:
-    """The folder that holds all of the model; its weights may be in a folder of their own in it."""
+    """Return the folder of the whole model; its weights may be in a folder inside it."""
     folder = files.weights.parent
     return folder.parent if not (folder / MODULES).is_file() and (folder.parent / MODULES).is_file() else folder
 
 
 def library_kind(folder: Path) -> str:
-    """Which class of sentence-transformers saved the folder; empty if none did."""
+    """Return the class of sentence-transformers that saved the folder; "" if none did."""
     if (folder / LIBRARY_CONFIG).is_file():
         return str(read_json(folder / LIBRARY_CONFIG).get("model_type", "SentenceTransformer"))
     return "SentenceTransformer" if (folder / MODULES).is_file() else ""
 
 
 def model_tensors(files: ModelFiles) -> dict[str, Tensor]:
-    """Every tensor of every module, by the module's folder and its own name; mapped, not read."""
+    """Return every tensor of every module, by the module's folder and the tensor's name; memory-mapped."""
     folder = model_folder(files)
     places = _module_folders(folder) or [""]
     tensors: dict[str, Tensor] = {}
@@ -60,19 +60,19 @@ def load_model(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """The model of a folder, ready to be asked.
+    """Return the model of a folder, ready for inference.
 
     Args:
         kind: the class of sentence-transformers.
         files: from `locate`.
         device: where it computes.
         dtype: of the computation.
-        trust_remote_code: run the Python files that the folder brings.
+        trust_remote_code: run the Python files in the folder.
         **options: of the class.
 
     Raises:
         MissingExtraError: sentence-transformers is not installed.
-        CheckpointError: the files are damaged, unsafe, or not all of a model.
+        CheckpointError: the files are damaged, unsafe, or incomplete.
     """
     try:
         import sentence_transformers
@@ -96,15 +96,15 @@ def load_model(
             )
         except MMRetrieverError:
             raise
-        except Exception as error:  # configs and weights of every kind of damage
+        except Exception as error:  # damaged configs and weights raise anything
             raise CheckpointError(_why_not(files.name, error)) from error
     return model.eval()
 
 
 def plain_text(text: str, tokenizer: Any) -> str:
-    """The text without the power of a model's control tokens: their names in a user's words get a space.
+    """Return the text with a space inside the names of control tokens, so that they are plain words to the model.
 
-    A text that held ``<|image_pad|>`` or ``<|im_end|>`` would otherwise end its own message, or claim an image.
+    A text with ``<|image_pad|>`` or ``<|im_end|>`` could otherwise claim an image, or end its own message.
     """
     tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and len(str(token)) > 1]
     if not any(token in text for token in tokens):
@@ -114,7 +114,7 @@ def plain_text(text: str, tokenizer: Any) -> str:
 
 
 def _module_folders(folder: Path) -> list[str]:
-    """The places of the modules in the folder, "" for the folder itself."""
+    """The folders of the modules, "" for the folder itself."""
     if not (folder / MODULES).is_file():
         return []
     try:
@@ -131,7 +131,7 @@ def _module_folders(folder: Path) -> list[str]:
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """Refuse what would make the loader read another place."""
+    """Refuse files that would make the loader read other places."""
     for place in _module_folders(folder) or [""]:
         if (folder / place / "adapter_config.json").is_file():
             raise CheckpointError(

@@ -1,8 +1,8 @@
-"""Any embedding model of sentence-transformers: Qwen3-VL-Embedding, SigLIP2, CLIP, and models that are made like them.
+"""Any embedding model of sentence-transformers: Qwen3-VL-Embedding, SigLIP2, CLIP, and similar models.
 
-Vectors are those of ``SentenceTransformer.encode_query`` and ``encode_document``, of length 1. A model that embeds an
-image and a text only apart gets their weighted sum for both together. Images reach the library as pixels and texts
-under the key "text": a text that looks like a URL or a path is embedded as text.
+Vectors are those of ``SentenceTransformer.encode_query`` and ``encode_document``, with length 1. For a model that
+embeds images and texts only separately, an image with a text is their weighted sum. The library gets images as pixels
+and texts under the key "text", so that a text that looks like a URL or a path is embedded as text.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ MODELS: Models = {
 }
 
 _TWO_TOWERS = frozenset(("clip", "siglip", "siglip2"))
-"""Model types that are an embedder without a list of modules: text features and image features of one space."""
+"""Types of models that are embedders without a list of modules: text and image features in one space."""
 
 
 def recognises(files: ModelFiles) -> bool:
-    """Whether the files are an embedder of sentence-transformers, or a model that it makes one of."""
+    """Whether the files are an embedder of sentence-transformers, or a model that it can use as one."""
     folder = model_folder(files)
     if kind := library_kind(folder):
         return kind == "SentenceTransformer"
@@ -85,7 +85,7 @@ def load(
     text_weight: float = 0.5,
     trust_remote_code: bool = False,
 ) -> SentenceTransformersEncoder:
-    """The model of these files as an `Embedder`.
+    """Return the model of these files as an `Embedder`.
 
     Args:
         files: from `locate`.
@@ -93,9 +93,9 @@ def load(
         dtype: of the computation; default float32.
         dimension: of the vectors; a shorter one than the model's keeps the first numbers, for models that were trained
             for it (Matryoshka); default: the model's.
-        query_instruction: what the model is told beside a query; default: the model's own.
-        document_instruction: beside what is stored; default: the model's own.
-        text_weight: of the text, from 0 to 1, where an image with a text is the sum of both.
+        query_instruction: the instruction for queries; default: the model's own.
+        document_instruction: the instruction for stored contents; default: the model's own.
+        text_weight: weight of the text, from 0 to 1, if an image with a text is the sum of both.
         trust_remote_code: run the Python files of the model's repository.
 
     Raises:

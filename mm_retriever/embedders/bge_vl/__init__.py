@@ -1,4 +1,4 @@
-"""BGE-VL: CLIP trained on made-up triplets for composed image retrieval (MegaPairs, arXiv:2412.14475)."""
+"""BGE-VL: CLIP trained on synthetic triplets for composed image retrieval (MegaPairs, arXiv:2412.14475)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _MARKS = ("mmret", "bge-vl", "bge_vl")
 def recognises(files: ModelFiles) -> bool:
     """Whether a CLIP is a BGE-VL: by its config, which names the authors' code or our conversion, or by its name.
 
-    The tensors do not tell: they are those of any CLIP.
+    The tensors cannot tell, because they are those of any CLIP.
     """
     if files.config is None:
         return False

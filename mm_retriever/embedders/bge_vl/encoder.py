@@ -52,7 +52,7 @@ class BGEVLEncoder(ClipEncoder):
         return np.asarray(middle_square(image.convert("RGB"), self.side, lambda excess: excess // 2))
 
     def pixel_values(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-        """(B, 3, H, W) float32 of what `prepare` made of images."""
+        """(B, 3, H, W) float32 of prepared images."""
         pixels = np.stack(images)  # (B, H, W, 3)
         return torch.from_numpy(np.stack([_NORMALISED[pixels[..., channel], channel] for channel in range(3)], axis=1))
 
@@ -66,7 +66,7 @@ class BGEVLEncoder(ClipEncoder):
         return text_features + image_features
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` of a folder of ours says."""
+        """The content of `config.json` in a folder of this package."""
         return _folder_config(self.clip.config)
 
 
@@ -102,7 +102,7 @@ def convert_files(
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Path:
-    """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
+    """Write the files of a model as a folder and return it; without ``dtype`` the floats keep their format."""
     content, config, state = _read(files)
     written = {**_folder_config(config), "rounded": content.get("rounded")}
     original = original_fingerprint(state, content)

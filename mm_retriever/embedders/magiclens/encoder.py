@@ -72,7 +72,7 @@ class MagicLensConfig:
 
 
 class Attention(nn.Module):
-    """Attention with capped logits; with ``per_dim_scale`` a query's scale is learned, number by number."""
+    """Attention with capped logits; with ``per_dim_scale`` each number of a query has a learned scale."""
 
     def __init__(self, width: int, inner: int, heads: int, *, per_dim_scale: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.per_dim_scale = nn.Parameter(torch.ones(self.head_width)) if per_dim_scale else None
 
     def forward(self, queries: Tensor, hidden_states: Tensor) -> Tensor:
-        """(B, Q, D) that look at (B, T, D) -> (B, Q, D)."""
+        """(B, Q, D) that attend to (B, T, D) -> (B, Q, D)."""
         query, key, value = self.query(queries), self.key(hidden_states), self.value(hidden_states)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         if self.per_dim_scale is None:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The MLP of a layer, with its LayerNorm and the way around it."""
+    """The MLP of a layer, with its LayerNorm and residual connection."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Pooler(nn.Module):
 
 
 class MagicLens(nn.Module):
-    """CLIP, and what makes one vector of its two."""
+    """CLIP, and the layers that join its two vectors into one."""
 
     def __init__(self, config: MagicLensConfig) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class MagicLens(nn.Module):
 
 
 def config_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What a `config.json` of ours says, told from the shapes of a flax checkpoint; its files come without a config.
+    """Return the content of `config.json`, inferred from the shapes of a flax checkpoint, which has no config.
 
     Raises:
         KeyError: a tensor is missing.
@@ -224,9 +224,9 @@ class MagicLensEncoder(ClipEncoder):
         )
 
     def prepare(self, image: Image.Image) -> NDArray[np.float32]:
-        """(H, W, 3) in 0..1: the whole image squashed to the square that the model sees, by its own maximum.
+        """(H, W, 3) in 0..1: the whole image resized to the model's square, divided by its own maximum.
 
-        Floats, because the model was made for values that lie between those of 8 bits.
+        Floats, because the model was trained on values between the steps of 8 bits.
         """
         # Pillow's bilinear filter widens where it shrinks, as jax.image.resize(antialias=True) does
         channels = image.convert("RGB").split()
@@ -236,7 +236,7 @@ class MagicLensEncoder(ClipEncoder):
         return np.stack(squares, axis=-1).astype(np.float32, copy=False) / np.float32(most or 1)
 
     def pixel_values(self, images: Sequence[NDArray[np.float32]]) -> Tensor:
-        """(B, 3, H, W) float32 of what `prepare` made of images."""
+        """(B, 3, H, W) float32 of prepared images."""
         values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         mean, std = (torch.tensor(channel).view(3, 1, 1) for channel in (CLIP_MEAN, CLIP_STD))
         return (values - mean) / std
@@ -261,7 +261,7 @@ class MagicLensEncoder(ClipEncoder):
         return self.model.compose(image_features, text_features)
 
     def config(self) -> dict[str, Any]:
-        """What `config.json` of a folder of ours says."""
+        """The content of `config.json` in a folder of this package."""
         return _folder_config(self.model.config)
 
     @property
@@ -295,7 +295,7 @@ def convert_files(
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Path:
-    """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
+    """Write the files of a model as a folder and return it; without ``dtype`` the floats keep their format."""
     content, config, state = _read(files)
     original = original_fingerprint(state, content)
     return convert_clip(

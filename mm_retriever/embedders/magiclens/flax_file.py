@@ -52,7 +52,7 @@ def read_flax_file(path: Path) -> dict[str, Tensor]:
 
 
 class _RefusedError(Exception):
-    """What a file holds that none of MagicLens does."""
+    """The error for contents that no file of MagicLens has."""
 
 
 def _pickled_bytes(whole: memoryview) -> memoryview:

@@ -69,7 +69,7 @@ class VisualizedBGEEncoder:
 
     @property
     def cache_identity(self) -> str:
-        """As caches have always named it."""
+        """The identity that vector caches have always used for this model."""
         return f"{self.torch_model.fingerprint}/{self.note}"
 
     @property
@@ -94,7 +94,7 @@ class VisualizedBGEEncoder:
 
     @property
     def device(self) -> str:
-        """Where the model is."""
+        """The device of the model."""
         return str(self.torch_model.input_device)
 
     def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
@@ -171,7 +171,7 @@ class VisualizedBGEEncoder:
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
     def save(self, folder: Path) -> None:
-        """Writes ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
+        """Write ``config.json``, ``model.safetensors`` and ``tokenizer.json``."""
         model = self.model
         model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
         state = model.state_dict()
@@ -271,7 +271,7 @@ def convert_files(
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Path:
-    """Writes the files of a model as a folder and returns it; the floats keep their format without ``dtype``."""
+    """Write the files of a model as a folder and return it; without ``dtype`` the floats keep their format."""
     from mm_retriever.embedders.visualized_bge.model import VisualizedBGE, VisualizedBGEConfig
 
     shape, state = read_checkpoint(files)
