@@ -9,7 +9,7 @@ import codecs
 import json
 import os
 import posixpath
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -35,6 +35,8 @@ SidecarSource: TypeAlias = str | Path | Mapping[str, Mapping[str, Any]] | Sequen
 
 FOUND_NAMES = ("metadata.jsonl", "metadata.csv")
 """Names of sidecars in Hugging Face image folders, which are found without being given."""
+
+_COCO_KEYS = ("id", "name", "image_id", "category_id")
 
 Columns: TypeAlias = dict[str, dict[str, Any]]
 """Columns by the name of the image."""
@@ -79,9 +81,9 @@ def read_sidecar(source: str | Path | Mapping[str, Mapping[str, Any]] | Sequence
 
     Args:
         source: a `.json` file (an object of objects by file name, or a list of objects that name their file, such as
-            exiftool writes), a `.jsonl` file with such an object on each line, a `.csv` or `.tsv` file with a header,
-            or a mapping or a list like those of JSON. In CSV a column is numeric where every cell is a number or
-            missing (empty, N/A, null, None, NaN, "-").
+            exiftool writes, also inside an object as in COCO), a `.jsonl` file with such an object on each line, a
+            `.csv` or `.tsv` file with a header, or a mapping or a list like those of JSON. In CSV a column is numeric
+            where every cell is a number or missing (empty, N/A, null, None, NaN, "-").
 
     Raises:
         IngestError: the file cannot be read, or names no images.
@@ -222,11 +224,47 @@ def _from_json(text: str, name: str, notes: list[str]) -> Columns:
         if rest and first.strip().startswith("{") and first.strip().endswith("}"):
             return _from_json_lines(text, name, notes)
         raise
+    if isinstance(content, Mapping) and (rows := _dataset_rows(content)) is not None:
+        content = rows
     if isinstance(content, Mapping):
         return _by_name(content, name, notes)
     if isinstance(content, list) and all(isinstance(row, Mapping) for row in content):
         return _by_image(list(enumerate(content, start=1)), name, notes, "row")
     raise IngestError(f"{name}: needs an object of objects by file name, or a list of objects that name their file")
+
+
+def _dataset_rows(content: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a list of images beside other facts, None for other JSON.
+
+    Source: COCO's data format (cocodataset.org/#format-data), whose captions and categories are lists of their own.
+    """
+    lists = {key: rows for key, rows in content.items() if isinstance(rows, list) and rows}
+    named = [key for key, rows in lists.items() if all(isinstance(row, Mapping) and name_column(row) for row in rows)]
+    if "images" not in named and len(named) != 1:
+        return None
+    images = lists["images" if "images" in named else named[0]]
+    names = {row.get("id"): row.get("name") for row in _mappings(content.get("categories"))}
+    captions: dict[Any, list[str]] = defaultdict(list)
+    categories: dict[Any, dict[Any, None]] = defaultdict(dict)
+    for row in _mappings(content.get("annotations")):
+        image, caption, category = row.get("image_id"), row.get("caption"), names.get(row.get("category_id"))
+        if isinstance(caption, str):
+            captions[image].append(caption)
+        if category is not None:
+            categories[image][category] = None  # a set that keeps its order
+    rows = []
+    for row in images:
+        key = row.get("id")
+        said = {"caption": "\n".join(captions[key])} if key in captions else {}
+        rows.append({**said, **({"categories": list(categories[key])} if key in categories else {}), **row})
+    return rows
+
+
+def _mappings(rows: object) -> Iterator[Mapping[str, Any]]:
+    """The objects in a list whose values may be keys."""
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, Mapping) and not any(isinstance(row.get(key), list | Mapping) for key in _COCO_KEYS):
+            yield row
 
 
 def _from_json_lines(text: str, name: str, notes: list[str]) -> Columns:

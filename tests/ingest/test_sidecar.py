@@ -40,6 +40,30 @@ def test_json_as_a_list_of_objects(tmp_path):
     assert read_sidecar(path).columns("x/b.png", "b.png") == {"year": 2020}
 
 
+def test_the_images_of_a_coco_file_with_their_captions_and_categories(tmp_path):
+    """Source: the format of COCO's annotations; files of other tools have their rows in a list, too."""
+    content = {
+        "info": {"year": 2017},
+        "licenses": [{"id": 1, "url": "http://host", "name": "CC"}],
+        "images": [{"id": 7, "file_name": "a.png", "license": 1}, {"id": 8, "file_name": "b.png"}],
+        "annotations": [
+            {"image_id": 7, "caption": "a mug"},
+            {"image_id": 7, "caption": "red", "category_id": 3},
+            {"image_id": 7, "category_id": 4, "bbox": [0, 0, 1, 1]},
+            {"image_id": 7, "category_id": 3},
+            {"image_id": [8], "caption": "damaged"},
+        ],
+        "categories": [{"id": 3, "name": "mug"}, {"id": 4, "name": "cup"}],
+    }
+    sidecar = read_sidecar(write(tmp_path, "a.json", json.dumps(content)))
+    assert {key: (row.text, row.columns) for key, row in sidecar.rows.items()} == {
+        "a.png": ("a mug\nred", {"categories": ["mug", "cup"], "id": 7, "license": 1}),
+        "b.png": ("", {"id": 8}),
+    }
+    rows = {"version": 2, "data": [{"file": "a.png", "n": 1}]}
+    assert read_sidecar(write(tmp_path, "a.json", json.dumps(rows))).columns("a.png") == {"n": 1}
+
+
 def test_the_path_below_the_folder_wins_over_the_bare_name():
     sidecar = read_sidecar({"b.png": {"n": 1}, "./a\\b.png": {"n": 2}})
     assert sidecar.columns("a/b.png", "b.png") == {"n": 2}
