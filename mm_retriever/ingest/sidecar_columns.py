@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from mm_retriever.errors import IngestError, shown
+from mm_retriever.ingest.sources import stable_url
 
 NAME_COLUMNS = ("file_path", "file_name", "filename", "file", "path", "image_path", "image")
 """The usual names of the column that names the image; a few more are understood."""
@@ -156,6 +157,8 @@ def repeats_name(key: str, value: object, image: str) -> bool:
     """Whether a column names the image again, as exiftool's `FileName` does beside `SourceFile`."""
     if header(key) not in NAMES or not isinstance(value, str):
         return False
+    if "://" in value:  # where else the image is
+        return image_key(value) == image_key(image)
     return folded(posixpath.basename(image_key(value))) == folded(posixpath.basename(image_key(image)))
 
 
@@ -166,7 +169,7 @@ def image_key(name: str) -> str:
         name = unquote(name[7:])
         name = name[name.index("/") :] if "/" in name else name
     if "://" in name:
-        return name
+        return stable_url(name)
     name = name.replace("\\", "/")
     if "./" in name or "//" in name:
         name = posixpath.normpath(name)

@@ -14,7 +14,8 @@ import pytest
 from mm_retriever.errors import IngestError
 from mm_retriever.ingest import read_sidecar
 from mm_retriever.ingest.sidecar import Sidecar, find_sidecars
-from mm_retriever.ingest.sidecar_match import SidecarMatch
+from mm_retriever.ingest.sidecar_match import SidecarMatch, match_sidecar
+from mm_retriever.ingest.sources import items
 
 
 def write(tmp_path, name: str, content: str, encoding: str = "utf-8"):
@@ -377,6 +378,30 @@ def test_rows_that_fit_one_image_equally_well_are_not_guessed():
     assert found == {}
     assert any("several rows fit" in note for note in match.notes)
     assert owners(["A.png", "a.png"], ["a.png"])[0] == {"a.png": "a.png"}, "the exact name is better than another case"
+
+
+def test_a_row_by_url_is_of_the_image_under_any_signature():
+    """Presigned anew in each export; what is said of a row that fits nothing tells no signature."""
+    plain = "https://cdn.example.com/a.png"
+    for written, fetched in (
+        (plain, f"{plain}?sig=1"),
+        (f"{plain}?sig=2", plain),
+        (f"{plain}?sig=2", f"{plain}?sig=1"),
+    ):
+        match = match_sidecar({written: {"n": 1}}, [fetched], None)
+        [item] = items([fetched], lambda name, reason: None)
+        assert match.row(item.sidecar_names, item.path).columns == {"n": 1}
+        assert not match.notes
+    [note] = match_sidecar({f"{plain}?sig=2": {"n": 1}}, [], None).notes
+    assert "sig" not in note
+
+
+def test_a_url_beside_the_file_name_is_a_column(tmp_path):
+    """Where the image is on the web is no repetition of its name, as exiftool's FileName beside SourceFile is."""
+    rows = [{"file_name": "a.png", "url": "https://cdn.example.com/a.png", "path": "x/a.png"}]
+    assert read_sidecar(rows).columns("x/a.png", "a.png") == {"url": "https://cdn.example.com/a.png"}
+    rows = [{"url": "https://cdn.example.com/a.png", "image_url": "https://cdn.example.com/a.png"}]
+    assert read_sidecar(rows).columns("https://cdn.example.com/a.png") == {}
 
 
 def test_another_path_is_not_a_match_by_name():
