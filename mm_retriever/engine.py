@@ -25,7 +25,7 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index.core.vector_stores.types import MetadataFilters
 
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import ImageLoadError, QueryError
+from mm_retriever.errors import ImageLoadError, QueryError, shown
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, first_readable, image_thumbnail
 from mm_retriever.rebuild import check_whole
 from mm_retriever.request import node_images
@@ -132,6 +132,8 @@ class ImageSynthesizer(BaseSynthesizer):
     ) -> None:
         if max_images < 0 or image_side < 1:
             raise QueryError(f"max_images {max_images!r}, image_side {image_side!r}: at least 0, at least 1")
+        if llm is not None and not getattr(getattr(llm, "metadata", None), "is_chat_model", False):
+            raise QueryError(f"llm={_named(llm)}: give a chat model of LlamaIndex, which takes messages")
         # without a model, LlamaIndex would look for a remote one
         model = MockLLM(is_chat_model=True) if llm is None else llm
         super().__init__(
@@ -277,6 +279,10 @@ def _with_sources(
     response.source_nodes = [*nodes, *(additional or ())]
     response.metadata = {node.node.node_id: node.node.metadata for node in response.source_nodes}
     return response
+
+
+def _named(llm: object) -> str:
+    return shown(llm) if isinstance(llm, str) else type(llm).__name__
 
 
 def _messages(texts: Sequence[str]) -> list[ChatMessage]:

@@ -12,6 +12,7 @@ from llama_index.core import QueryBundle, StorageContext, VectorStoreIndex, load
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, CondenseQuestionChatEngine, ContextChatEngine
 from llama_index.core.chat_engine.multi_modal_context import MultiModalContextChatEngine
+from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.prompts import PromptTemplate, RichPromptTemplate
@@ -175,6 +176,9 @@ def test_numbers_and_filters_are_checked_when_the_engine_is_made(store, embed_mo
         image_query_engine(store, embed_model, top_k=0)
     with pytest.raises(QueryError, match="image_side"):
         image_query_engine(store, embed_model, image_side=0)
+    for llm, name in (("default", "'default'"), (MockLLM(), "MockLLM")):
+        with pytest.raises(QueryError, match=f"llm={name}: give a chat model"):
+            image_query_engine(store, embed_model, llm=llm)
     with pytest.raises(FilterError):
         image_query_engine(store, embed_model, filters=read_filters([{"key": "a b;", "value": 1}]))
 

@@ -100,7 +100,7 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         QueryError: an unknown option, or a value that an option does not accept.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
     default_prompts: ClassVar[Mapping[str, str]] = {}
 
     model_name: str
@@ -128,6 +128,12 @@ class Reranker(Rebuilt, BaseNodePostprocessor, PromptMixin):
         except ValidationError as error:
             raise QueryError(wrong_options(type(self), error)) from None
         self._prompts = {name: PromptTemplate(text) for name, text in self.default_prompts.items()}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise QueryError(wrong_options(type(self), error)) from None
 
     @property
     def llm(self) -> LLM | None:
@@ -348,7 +354,7 @@ class ScorerRerank(Reranker):
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
         scorer = self.scorer
-        given = scorer.score(query, [candidates[i] for i in visible], meter) if visible else []
+        given = list(scorer.score(query, [candidates[i] for i in visible], meter)) if visible else []
         if len(given) != len(visible):
             raise RerankError(f"{self.model_name!r} gave {len(given)} scores for {len(visible)} candidates")
         calibrated = scorer.calibrated

@@ -244,6 +244,28 @@ def test_a_name_that_no_family_knows_names_those_there_are(tmp_path: Path) -> No
         assert "\n" not in str(caught.value)
 
 
+def test_an_option_that_is_changed_later_is_checked_as_one_that_is_given(tmp_path: Path) -> None:
+    """A top_n of -1 left out the last of the candidates, unsaid."""
+    nodes = colours(tmp_path, "white", "grey", "black")
+    reranker = ScorerRerank(Wrong([0.1, 0.2, 0.3], True), top_n=2)
+    for option, value, message in (
+        ("top_n", -1, "top_n=-1: input should be greater"),
+        ("on_error", "ignore", "on_error='ignore': input should be 'raise' or 'keep_order'"),
+        ("topn", 1, "topn=1: object has no attribute"),
+    ):
+        with pytest.raises(QueryError, match=message):
+            setattr(reranker, option, value)
+    assert len(reranker.rerank(nodes, "which").nodes) == 2
+    reranker.top_n = 1
+    assert [node.node.metadata["rerank_model_score"] for node in reranker.rerank(nodes, "which").nodes] == [0.3]
+
+
+def test_scores_may_come_from_a_generator_and_as_numpy_arrays(tmp_path: Path) -> None:
+    nodes = colours(tmp_path, "white", "grey", "black")
+    for scores in ((score for score in (0.25, 0.5, 0.75)), np.float32([0.25, 0.5, 0.75])):
+        assert ScorerRerank(Wrong(scores, True)).rerank(nodes, "which").order == (2, 1, 0)  # type: ignore[arg-type]
+
+
 def test_an_option_that_a_reranker_lacks_is_named() -> None:
     with pytest.raises(QueryError, match=r"ScorerRerank has no option 'window'; there are .*fusion_weight"):
         load_reranker("mean-colour", window=3)
