@@ -1,10 +1,10 @@
 """The command line: ``mm-retriever index | search | prune | remove | clear | embed | import | ...``.
 
-What begins with no command is a search: `mm-retriever "red dress"` is `mm-retriever search "red dress"`. What looks
-like a command with a slip of the finger, or like a file, is an error that says so, and is not searched for.
+Without a command, the arguments are those of `search`: `mm-retriever "red dress"` is `mm-retriever search "red dress"`.
+A mistyped command, or the name of a file, is an error, and is not searched for.
 
-Commands live in modules by topic. Each imports the work that it calls inside the command, so that ``--help`` answers at
-once; what a command shows is `mm_retriever.terminal`'s. Errors of the package are one line on stderr and exit code 2.
+Commands live in modules by topic. Each imports its code inside the command, so that ``--help`` answers at once; output
+is in `mm_retriever.terminal`. Errors of the package are one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from mm_retriever.errors import MMRetrieverError, QueryError, one_line
 __all__ = ["app", "command", "main"]
 
 _CLOSE = 0.7
-"""Of difflib's ratio: `serch`, `indx` and `serve-` are commands; `red` and `mug` are words."""
+"""The difflib ratio from which a word counts as a mistyped command: `serch` and `indx`, but not `red` and `mug`."""
 
 
 class SearchingGroup(TyperGroup):
     """A group whose default command is `search`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `search` before arguments that begin with no command and no option of the group."""
+        """Put `search` before arguments that begin with neither a command nor an option of the group."""
         own = {option for parameter in self.get_params(ctx) for option in parameter.opts}
         if args and args[0] not in self.commands and args[0].partition("=")[0] not in own:
             if not ctx.resilient_parsing:  # completion
@@ -53,7 +53,7 @@ def refuse_slips(word: str, commands: Sequence[str]) -> None:
     """Refuse to search for one bare word that is close to a command, or for the name of a file.
 
     Raises:
-        QueryError: says what may be meant, and how to search for the word all the same.
+        QueryError: names the likely command, and how to search for the word anyway.
     """
     if word.startswith("-") or any(map(str.isspace, word)):
         return
@@ -65,7 +65,7 @@ def refuse_slips(word: str, commands: Sequence[str]) -> None:
         )
     try:
         exists = Path(word).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # no path at all
+    except (OSError, RuntimeError, ValueError):  # not a path
         return
     if exists:
         raise QueryError(
@@ -75,7 +75,7 @@ def refuse_slips(word: str, commands: Sequence[str]) -> None:
 
 
 class _Commands(SearchingGroup):
-    """The commands, the options of which are read for the one that runs: for all of them that takes a while."""
+    """The commands; reads the options of the one that runs, because reading all of them takes a while."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The command that the arguments begin with, and the arguments after it."""
@@ -135,10 +135,10 @@ _EXAMPLES = {
     "search": search.EXAMPLES,
 }
 _RARELY = (200_000, 20, 100)
-"""Thresholds of the garbage collector: importing torch and LlamaIndex makes a million objects, and hardly any garbage;
-looking through them again and again takes a tenth of the time of a search."""
+"""Thresholds of the garbage collector: importing torch and LlamaIndex creates a million objects and hardly any garbage;
+scanning them repeatedly takes a tenth of the time of a search."""
 _WORKING = COMMANDS.keys() - {"search", "models"}
-"""Commands that run long enough to make garbage; the others, what begins with no command among them, answer and end."""
+"""Commands that run long enough to make garbage; the others, a search without a command included, answer and end."""
 _CONTINUED = ("index", "reindex", "embed", "import", "train")
 for _name, _command in COMMANDS.items():
     _group = next((group for group, names in _GROUPS.items() if _name in names), None)
@@ -146,7 +146,7 @@ for _name, _command in COMMANDS.items():
 
 
 def command(name: str) -> Any:
-    """A command as click has it, with its options."""
+    """Return click's object of a command, with its options."""
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     alone.command(name, epilog=_EXAMPLES.get(name))(COMMANDS[name])
     return typer.main.get_command(alone)
@@ -170,12 +170,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _end(code: Sequence[int]) -> None:
-    """End the process when all that others do at its end is done.
+    """End the process after all other exit handlers.
 
-    Python would then take a million objects apart, for half a second and longer. What it has to say something about it
-    does itself: an exception that nobody expected, output that nobody takes.
+    Python itself would then free a million objects, which takes half a second and longer. It still ends by itself after
+    an unexpected exception, or if output cannot be written, because it reports these.
     """
-    gc.freeze()  # else Python looks through all objects, several times
+    gc.freeze()  # otherwise Python scans all objects, several times
     logging.shutdown()
     with suppress(OSError, ValueError):
         for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -204,10 +204,10 @@ def _run(arguments: list[str]) -> NoReturn:
             raise
         command_path = getattr(getattr(error, "ctx", None), "command_path", "mm-retriever")
         usage_text = str(usage()).rstrip(".")
-        if not usage_text:  # of a call without arguments, which has shown the help
+        if not usage_text:  # a call without arguments, which has printed the help
             sys.exit(EXIT_USAGE)
         fail(f"{usage_text}; `{command_path} --help` says what it takes")
-    if code == EXIT_INTERRUPTED:  # by us above, or by typer, which says nothing
+    if code == EXIT_INTERRUPTED:  # set above, or by typer, which prints nothing
         goes_on = arguments[:1] and arguments[0] in _CONTINUED
         message = "stopped; what is done stays: run the same command again to go on" if goes_on else "stopped"
         fail(message, EXIT_INTERRUPTED)

@@ -115,7 +115,7 @@ def evaluate(
     }
     _check(parts, prompts, names, chosen, submit)
     runs = _runs(parts, names, prompts, embedding, loads, rerank_depth, show_progress=not as_json)
-    _tell(runs, chosen, html=html, submit=submit, as_json=as_json)
+    _report(runs, chosen, html=html, submit=submit, as_json=as_json)
 
 
 # ------------------------------------------------------------------------------------------ before a model is loaded
@@ -215,7 +215,7 @@ def _runs(
     *,
     show_progress: bool,
 ) -> list[Run]:
-    """Models one after the other, then rerankers one after the other: memory holds one at a time."""
+    """Run all models, then all rerankers, with one in memory at a time."""
     import gc
 
     from mm_retriever.evaluation.runs import model_runs, reranked
@@ -235,7 +235,7 @@ def _runs(
     return [run for first in alone for run in (first, *(late for late in after if late.follows(first)))]
 
 
-def _tell(
+def _report(
     runs: Sequence[Run], weights: Sequence[float], *, html: Path | None, submit: Path | None, as_json: bool
 ) -> None:
     from mm_retriever.evaluation.results import results_of, write_submissions
@@ -340,7 +340,7 @@ def _health(
 
 
 def _health_of(place: Path, *, split: str | None, images: Path | None) -> Callable[[ComposedEmbedding, bool], Any]:
-    """What looks at a data set, or, where there are no queries, at a folder of images."""
+    """A function that measures the health of a data set or, without queries, of a folder of images."""
     from mm_retriever.evaluation.datasets import is_evaluation, read_evaluation
     from mm_retriever.evaluation.health import folder_health, set_health
 

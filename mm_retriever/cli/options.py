@@ -31,7 +31,7 @@ KEPT = "their files cannot be looked at or read now, so nobody knows what they a
 
 
 def home(path: Any) -> Any:
-    """A path option with "~" expanded: clients that start commands from JSON have no shell that does it."""
+    """Return a path option with "~" expanded, for clients that start commands without a shell."""
     if path is None:
         return None
     if isinstance(path, list | tuple):
@@ -49,7 +49,7 @@ def home(path: Any) -> Any:
 
 
 def named_path(text: str) -> Path:
-    """A path that is there to be read: an unset variable of the shell is not the working directory."""
+    """Return a path; an empty one, as of an unset shell variable, is refused, and not the working directory."""
     if not text.strip():
         raise QueryError(f"{text!r} names no folder and no image; the folder that you are in is '.'")
     return Path(text)
@@ -64,14 +64,14 @@ Token = Annotated[
 
 
 def model_names(incomplete: str) -> list[str]:
-    """The names that `--model` completes to; loads no model and no torch."""
+    """Return the completions of `--model`, without loading a model or torch."""
     from mm_retriever.embedders.registry import published_models
 
     return [name for name, _ in published_models() if name.startswith(incomplete)]
 
 
 def reranker_names(incomplete: str) -> list[str]:
-    """The names that `--rerank-model` completes to."""
+    """Return the completions of `--rerank-model`."""
     from mm_retriever.rerank.published import NAMES
 
     return [name for name in NAMES if name.startswith(incomplete)]
@@ -161,10 +161,10 @@ def embed_model(
     calibration: Path | None = None,
     aside: EmbedderAside | None = None,
 ) -> ComposedEmbedding:
-    """The model that `--model` names, on this machine (`aside`, in a process of its own) or on that of `--model-url`.
+    """Return the model of `--model`, on this machine (in the process of `aside`, if given) or on that of `--model-url`.
 
-    No model is calibrated on a single image: the drawn catalogue takes its place, as without `calibration`. How a
-    backend was chosen, or how good its quantisation is, is said.
+    A single image is no calibration: the drawn catalogue is used, as without `calibration`. Prints how a backend was
+    chosen, or the quality of its quantisation.
     """
     from mm_retriever.embedding import ComposedEmbedding
 
@@ -198,7 +198,7 @@ def embed_model(
 def check_places(
     files: Mapping[str, Path | None] | None = None, folders: Mapping[str, Path | None] | None = None
 ) -> None:
-    """Refuse, before any work, a folder where a file is to be written, and a file where a folder is."""
+    """Refuse, before any work, a folder as the place of a file to write, and a file as that of a folder."""
     for option, path in (files or {}).items():
         if path is not None and path.is_dir():
             raise QueryError(f"{option} {str(path)!r} is a folder: give the name of a file in it")
@@ -208,7 +208,7 @@ def check_places(
 
 
 def confirm(question: str) -> None:
-    """Go on after a yes."""
+    """Ask a question; return after a yes, abort otherwise."""
     try:
         agreed = typer.confirm(question)
     except typer.Abort:
@@ -220,13 +220,13 @@ def confirm(question: str) -> None:
 
 
 def served_by(url: str | None, api: str | None, key: str | None, option: str) -> dict[str, Any]:
-    """The server of a reranker as `load_reranker` takes it; empty where there is none.
+    """Return the server of a reranker as options of `load_reranker`; empty without a server.
 
     Args:
         url: of the server.
         api: "chat", "rerank", "score" or None.
-        key: that it wants.
-        option: what the options of the three begin with.
+        key: of the server.
+        option: the prefix of the three options.
     """
     if api not in (None, "chat", "rerank", "score"):
         raise QueryError(f"--{option}-api {api}: there are chat, rerank and score")
@@ -243,9 +243,9 @@ def served_by(url: str | None, api: str | None, key: str | None, option: str) ->
 def reranker(
     model: str, rerank_model: str | None, server: Mapping[str, Any], *, top_n: int, device: str | None, **more: Any
 ) -> Callable[[], Reranker]:
-    """What loads the reranker that `--rerank-model` or `--rerank-url` names, or the one that goes with `model`.
+    """Return a function that loads the reranker of `--rerank-model` or `--rerank-url`, or the one that suits `model`.
 
-    A wrong name is an error now, before any model is loaded. More options go to `load_reranker`.
+    An unknown name is an error now, before any model is loaded. More options go to `load_reranker`.
     """
     from mm_retriever.phi3_vision.config import DEFAULT_MODEL
     from mm_retriever.rerank.registry import check_reranker, load_reranker
@@ -258,7 +258,7 @@ def reranker(
 
 
 def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] | None:
-    """`--sidecar` and `--no-sidecar` as one value."""
+    """Return `--sidecar` and `--no-sidecar` as one value."""
     if path is not None and no_sidecar:
         raise QueryError("--sidecar and --no-sidecar exclude each other: choose one")
     return False if no_sidecar else path
@@ -266,7 +266,7 @@ def sidecar_of(path: Path | None, *, no_sidecar: bool) -> Path | Literal[False] 
 
 def fail(message: str, code: int = EXIT_USAGE) -> NoReturn:
     """End the process with one line on stderr; the message may repeat untrusted text."""
-    print(f"mm-retriever: {one_line(message)}", file=sys.stderr)  # noqa: T201 - the command line's own voice
+    print(f"mm-retriever: {one_line(message)}", file=sys.stderr)  # noqa: T201 - output of the command line
     if code == EXIT_USAGE and os.environ.get("MM_RETRIEVER_DEBUG"):
         traceback.print_exc()
     sys.exit(code)
@@ -278,7 +278,7 @@ _NOTE = re.compile(
 
 
 class Wanted(NamedTuple):
-    """What loads a model: its name; dtype and backend where they are said."""
+    """The model to load: its name; dtype and backend if they are given."""
 
     name: str
     dtype: str | None
@@ -295,19 +295,19 @@ def model_to_load(
     collection: str,
     token: str | None,
 ) -> Wanted:
-    """The model to load, and how: as is given, else as the collection was made.
+    """Return the model to load: that of the options, else that of the collection.
 
     Args:
-        model: of `--model`; it wins, and is checked when the store is opened.
-        dtype: of `--dtype`; it wins.
-        backend: of `--backend`; it wins.
+        model: of `--model`; checked against the collection when the store is opened.
+        dtype: of `--dtype`.
+        backend: of `--backend`.
         url: of `--model-url`; the server chooses the dtype.
-        db: the store, which may not be there yet.
-        collection: its collection, likewise.
+        db: the store, which may not exist yet.
+        collection: its collection, which may not exist yet.
         token: of the store's server.
 
     Raises:
-        QueryError: the collection's model has no name by which this command may load it.
+        QueryError: the collection's model cannot be loaded by its name.
     """
     if model is not None:
         return Wanted(model, dtype, backend)
@@ -329,13 +329,13 @@ def model_to_load(
             "give --model, a name or a folder"
         )
     held = "openvino" if kept["openvino"] else "torch"
-    if backend is None and dtype != "float16":  # which OpenVINO does not take here
+    if backend is None and dtype != "float16":  # which our OpenVINO backend does not support
         backend = held
     return Wanted(name, dtype or (kept["dtype"] if backend in (None, held) else None), backend)
 
 
 def _may_be_loaded(name: str) -> bool:
-    """Whether it is a published model or on this machine: what a store says fetches nothing else from the hub."""
+    """Whether a model is published or on this machine; a store must not make this process download others."""
     from mm_retriever.embedders.registry import published_models
 
     if name in dict(published_models()) or (name and Path(name).exists()):
@@ -350,7 +350,7 @@ def _may_be_loaded(name: str) -> bool:
 
 
 def _held(db: str, collection: str, token: str | None) -> tuple[str, str]:
-    """The model id and the note of a collection; "" where there is none, or it does not say."""
+    """The model id and the note of a collection; "" if it is missing, or does not name them."""
     from mm_retriever.errors import StoreError
     from mm_retriever.store import check_exists, describe_store
 

@@ -146,12 +146,12 @@ def search(
         from mm_retriever.terminal import search_report, show_rows
 
         query = RowsQuery(**{**request, "where": tuple(request["where"]), "images": tuple(images[1:])})
-        where_filters(query.where)  # what cannot be read is refused before a store is opened
+        where_filters(query.where)  # refuses unreadable conditions before a store is opened
         check_exists(db)
         load_ranker = None
-        # open until the end of the search: a Milvus Lite file is checked and read once, and not for every step
+        # open until the end of the search, so that a Milvus Lite file is checked and read only once
         with open_stored(db, collection=collection, token=token) as stored:
-            check_rows(stored, query)  # what cannot be answered, before a model is loaded
+            check_rows(stored, query)  # refuses unanswerable searches before a model is loaded
             carried, opened = _opened(images)
             query = replace(query, image=carried[0] if carried else None, images=tuple(carried[1:]))
             wanted = options.model_to_load(
@@ -169,7 +169,7 @@ def search(
             )
             with open_store(db, embedding, collection=collection, token=token, create=False) as store:
                 rows_found = find_rows(store, embedding, query, opened=opened)
-    _say(rows_found.notes)
+    _print_notes(rows_found.notes)
     reranking = None
     if load_ranker is not None:
         reranking = load_ranker().rerank(rows_found.nodes, rows_found.query, query_image=opened[0] if opened else None)
@@ -191,7 +191,7 @@ def _words(words: list[str] | None, text: str | None) -> str | None:
 
 
 def _with_stdin(images: list[str]) -> list[str]:
-    """The images, with the bytes of stdin as a data URI in the place of "-"."""
+    """The images, with the bytes of stdin as a data URI in place of "-"."""
     if "-" not in images:
         return images
     if images.count("-") > 1:
@@ -208,17 +208,17 @@ def _with_stdin(images: list[str]) -> list[str]:
 
 
 def _opened(images: list[str]) -> tuple[list[str], list[Image.Image]]:
-    """Each image as what carries it (a path, or a data URI), and decoded: once, for the model and the reranker."""
+    """Each image as a path or data URI, and decoded once for the model and the reranker."""
     if not images:
         return [], []
     from mm_retriever.images import ImagePolicy, load_image, portable_image
 
-    policy = ImagePolicy(allow_urls=True)  # whoever types a URL wants it fetched
+    policy = ImagePolicy(allow_urls=True)  # a URL that the user typed is to be fetched
     carried = [portable_image(image, policy=policy) for image in images]
     return carried, [load_image(image, policy=policy, keep_mode=True) for image in carried]
 
 
-def _say(notes: Any) -> None:
+def _print_notes(notes: Any) -> None:
     for note in notes:
         typer.echo(one_line(note), err=True)
 
@@ -226,7 +226,7 @@ def _say(notes: Any) -> None:
 def _of_running_server(
     db: str, collection: str, model: str | None, request: dict[str, Any]
 ) -> list[dict[str, Any]] | None:
-    """The rows that a running server of the same file finds; None: there is none, or it is gone, which is said."""
+    """The rows from a running server of the same file; None if there is none, or it ended, which is printed."""
     from mm_retriever.running import NoServerError, ask_note, read_note
 
     note = read_note(Path(options.home(db))) if sys.platform != "win32" else None
@@ -240,14 +240,14 @@ def _of_running_server(
 
 
 def _placed(request: dict[str, Any], place: Callable[[str | None], str | None]) -> dict[str, Any]:
-    """What is asked, with each image as a server finds it."""
+    """The request, with each image in the form of `place`."""
     more = {"images": [place(image) for image in request["images"]]} if "images" in request else {}
     return {**request, "image": place(request["image"]), **more}
 
 
 def _rows(answer: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a server's answer; its notes are said."""
-    _say(answer.get("notes", ()))
+    """The rows of a server's answer; prints its notes."""
+    _print_notes(answer.get("notes", ()))
     rows: list[dict[str, Any]] = answer["rows"]
     return rows
 
@@ -257,13 +257,13 @@ def _serves(note: Note, collection: str, model: str | None) -> bool:
 
 
 def _absolute(image: str | None) -> str | None:
-    """The path of an image as a server understands it, which runs elsewhere; URLs and data URIs stay."""
-    # not Path's, which raises an error about a data URI: it is too long for a name
+    """The absolute path of an image, for a server with another working directory; URLs and data URIs stay."""
+    # not Path's methods, which raise an error for a data URI, because it is too long for a name
     return os.path.abspath(image) if image and os.path.exists(image) else image  # noqa: PTH100, PTH110
 
 
 def _via(url: str, request: dict[str, Any], token: str | None) -> list[dict[str, Any]]:
-    """The rows that a server at a URL finds, which tells nothing about where its files lie."""
+    """The rows from a server at a URL, which does not tell where its files lie."""
     from mm_retriever.running import NoServerError, ask_url
 
     body = _placed(request, _data_uri)
@@ -274,7 +274,7 @@ def _via(url: str, request: dict[str, Any], token: str | None) -> list[dict[str,
 
 
 def _data_uri(image: str | None) -> str | None:
-    """An image as text, read here: the server can read neither this machine's files nor what only this one reaches."""
+    """An image as a data URI, read here: the server cannot read files of this machine, or URLs that only it reaches."""
     if image is None or image[:5].lower() == "data:":
         return image
     from mm_retriever.images import ImagePolicy, portable_image, read_image_bytes

@@ -1,4 +1,4 @@
-"""Errors of the library in the words of the command line: options in place of Python's arguments."""
+"""Rewrites errors of the library for the command line: options in place of Python's arguments."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _PATTERNS = tuple((re.compile(pattern), words) for pattern, words in _WORDS)
 
 
 def in_cli_words(message: object) -> str:
-    """Return a message in which every argument of Python that an option stands for is that option."""
+    """Return a message with options in place of the Python arguments that they stand for."""
     text = str(message)
     for pattern, words in _PATTERNS:
         text = pattern.sub(words, text)

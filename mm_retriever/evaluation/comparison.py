@@ -1,6 +1,6 @@
-"""Figures of runs side by side, what one has over another, and the fusion weight that suits a reranker.
+"""Figures of runs, differences between runs, and the best fusion weight of a reranker.
 
-Every figure is a mean over queries with its 95% bootstrap interval; every difference is paired, query by query. Of a
+Every figure is a mean over queries with its 95% bootstrap interval; every difference is paired, query by query. For a
 data set of several parts it is the mean of their means.
 """
 
@@ -18,7 +18,7 @@ from mm_retriever.evaluation.metrics import Figure, figure, query_values
 from mm_retriever.evaluation.runs import PartRun, Run, main_way
 
 FEWEST = 20
-"""Queries that are needed to choose a weight on one half of them and to say something on the other."""
+"""The least number of queries for choosing a weight on one half of them and measuring it on the other."""
 
 Values = list[NDArray[np.float64]]
 """(Q,) of one measure, for each part."""
@@ -26,7 +26,7 @@ Values = list[NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Difference:
-    """What one run has over another, in one way, by the first measure of the data set."""
+    """The difference of two runs, for one way of ranking, by the first measure of the data set."""
 
     before: str
     after: str
@@ -36,7 +36,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Whether the interval leaves a doubt."""
+        """Whether the interval excludes 0: "better", "worse", or else "no difference shown"."""
         if self.figure.low > 0:
             return "better"
         return "worse" if self.figure.high < 0 else "no difference shown"
@@ -52,17 +52,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fusion weight that was chosen on one half of the queries, and what it reaches on the other.
+    """A fusion weight chosen on one half of the queries, and its figures on the other half.
 
     Args:
-        run: the run whose reranker it is for.
+        run: the run of the reranker.
         way: of its rankings.
-        measure: by which it was chosen.
+        measure: by which the weight was chosen.
         weight: the best one.
-        chosen_on: queries that chose it.
-        retrieval: the figure of retrieval alone on the other half.
-        model: of the reranker's scores alone, weight 0.
-        fused: of both with the weight.
+        chosen_on: number of queries in the first half.
+        retrieval: the figure of retrieval alone.
+        model: the figure of the reranker's scores alone, with weight 0.
+        fused: the figure of both with the weight.
         gain: of `fused` over `retrieval`.
     """
 
@@ -99,9 +99,8 @@ def part_values(
     Args:
         part: of a run.
         way: of its rankings.
-        measure: one that `metrics.evaluate` knows; of a data set with a single target that recall counts, recall is
-            that target's.
-        rankings: others than the part's own, of the same queries.
+        measure: of `metrics.evaluate`; if a data set names a single target for recall, recall counts only that one.
+        rankings: of the same queries; default: the part's own.
     """
     ranked: Mapping[str, Sequence[str]] = part.rankings[way] if rankings is None else rankings
     queries = part.data.queries
@@ -118,23 +117,23 @@ def part_values(
 
 
 def mean_figure(values: Values) -> Figure:
-    """Return the mean over queries of each part, and over parts; queries with the same number are no pairs."""
+    """Return the mean over parts of the mean over their queries; queries of different parts are not paired."""
     return figure(*((part, [(number, row) for row in range(len(part))]) for number, part in enumerate(values)))
 
 
 def differences(runs: Sequence[Run]) -> list[Difference]:
-    """Return what each reranker has over its own retrieval, and each other model and prompt over the first one."""
+    """Return the differences of each reranker from its retrieval, and of each model and prompt from the first."""
     alone = {(run.model, run.prompt): run for run in runs if not run.rerank}
-    made: list[Difference] = []
+    all_differences: list[Difference] = []
     for run in runs:
         before = alone[run.model, run.prompt] if run.rerank else runs[0]
         if before is not run:
-            made += [difference_of(before, run, way) for way in run.ways]
-    return made
+            all_differences += [difference_of(before, run, way) for way in run.ways]
+    return all_differences
 
 
 def difference_of(before: Run, after: Run, way: str) -> Difference:
-    """Return what `after` has over `before`, by the first measure of the data set."""
+    """Return the gain of `after` over `before`, by the first measure of the data set."""
     measure = after.parts[0].data.measures[0]
     pairs = zip(before.parts, after.parts, strict=True)
     gains = [part_values(new, way, measure) - part_values(old, way, measure) for old, new in pairs]
@@ -145,10 +144,10 @@ def difference_of(before: Run, after: Run, way: str) -> Difference:
 
 
 def check_halves(data: Sequence[EvaluationSet]) -> None:
-    """Refuse to choose a weight on queries that are too few.
+    """Refuse to choose a weight on too few queries.
 
     Raises:
-        QueryError: says how many there are.
+        QueryError: there are fewer than `FEWEST`.
     """
     count = sum(len(part.queries) for part in data)
     if count < FEWEST:
@@ -158,11 +157,11 @@ def check_halves(data: Sequence[EvaluationSet]) -> None:
 def chosen_weight(run: Run, retrieval: Run, weights: Sequence[float]) -> Fusion:
     """Return the weight of the retrieval score that is best on one half, with its figures on the other.
 
-    Queries are halved by chance (fixed seed), part by part. Of weights that are equally good the smallest is taken.
+    Queries are halved at random (fixed seed), part by part. Of equally good weights the smallest wins.
 
     Args:
         run: of a reranker.
-        retrieval: the same run before it.
+        retrieval: the same run without the reranker.
         weights: at least one; 0 leaves the retrieval score out.
     """
     data = [part.data for part in run.parts]
@@ -199,7 +198,7 @@ def chosen_weight(run: Run, retrieval: Run, weights: Sequence[float]) -> Fusion:
 
 
 def fused_rankings(part: PartRun, way: str, weight: float) -> dict[str, list[str]]:
-    """Return the rankings that a reranker with this `fusion_weight` would have made; it is not asked again."""
+    """Return the rankings of a reranker with this `fusion_weight`, computed from its stored scores."""
     from mm_retriever.rerank.scorer import best_first, fuse
 
     rankings = {}

@@ -1,4 +1,4 @@
-"""What can be said of a collection of images without any labels: copies, hubs, dead files, and shortcuts of queries."""
+"""The state of a collection of images, without labels: copies, hubs, unreadable files, and shortcuts of queries."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from mm_retriever.embedding import ComposedEmbedding
 
 NEAR_DUPLICATE = 0.98
-"""Cosine from which two images are said to be near duplicates. Our choice; models differ."""
+"""The cosine from which two images count as near duplicates. Our choice; models differ."""
 NEIGHBOURS = 10
-"""Of each image, for hubness."""
+"""Nearest neighbours of each image, for hubness."""
 _LISTED = 20
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """How much of a query is needed.
+    """How far one part of a query answers it alone.
 
     Args:
         use: "text" or "image": the part that was searched with alone.
         same_first: share of queries whose first image is that of the whole query; needs no labels.
-        reached: the data set's first measure with that part alone; None: there are no labels.
-        whole: the same measure with the whole query.
+        reached: the data set's first measure with that part alone; None without labels.
+        whole: the same measure with the whole query; None without labels.
     """
 
     use: str
@@ -49,14 +49,14 @@ class Health:
     """The state of a collection.
 
     Args:
-        images: how many could be read.
+        images: number of images that could be read.
         dead: files that cannot be read, with the reason.
-        near_duplicates: how many pairs have a cosine of at least `NEAR_DUPLICATE`.
+        near_duplicates: number of pairs with a cosine of at least `NEAR_DUPLICATE`.
         nearest_pairs: the first of them, the nearest first.
-        hubness: skewness of how often images are among the nearest 10 of others; above 1 a few are found for
-            everything. Source: Radovanović, Nanopoulos and Ivanović, Hubs in Space, JMLR 11 (2010).
-        hubs: images that are found most often, and how often.
-        never_found: share of images that are among the nearest 10 of no other.
+        hubness: skewness of the numbers of images among whose nearest 10 an image is; above 1 a few images are found
+            for everything. Source: Radovanović, Nanopoulos and Ivanović, Hubs in Space, JMLR 11 (2010).
+        hubs: the images with the highest of these numbers, with the number.
+        never_found: share of images that are among the nearest 10 of no other image.
         shortcuts: for queries of text and image.
     """
 
@@ -70,7 +70,7 @@ class Health:
     shortcuts: tuple[Shortcut, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON holds it."""
+        """Return all fields as JSON takes them."""
         return asdict(self)
 
 
@@ -87,7 +87,7 @@ def nearest(vectors: NDArray[np.float32], count: int) -> tuple[NDArray[np.intp],
 def _compared(
     vectors: NDArray[np.float32], count: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float32], int, list[tuple[int, int, float]]]:
-    """The rows and cosines of `nearest`, how many pairs are near duplicates, and the nearest of these."""
+    """The rows and cosines of `nearest`, the number of near duplicate pairs, and the nearest of these."""
     rows = np.zeros((len(vectors), count), np.intp)
     cosines = np.zeros((len(vectors), count), np.float32)
     number = 0
@@ -197,7 +197,7 @@ def health_of(names: Sequence[str], vectors: NDArray[np.float32], dead: Sequence
 
 
 def shortcuts_of(model: ComposedEmbedding, data: EvaluationSet, gallery: NDArray[np.float32]) -> tuple[Shortcut, ...]:
-    """Return how far the text alone, and the image alone, answer queries that have both; (): there are none.
+    """Return how far the text alone, and the image alone, answer queries that have both; () if there are none.
 
     Args:
         model: loaded.

@@ -1,11 +1,11 @@
-"""How good rankings are: recall, mAP, nDCG and their like, with intervals, and what one run has over another.
+"""Measures of rankings: recall, mAP, nDCG and others, with intervals, and differences of two runs.
 
     before = evaluate(run, wanted, ["Recall@1", "mAP@5"], references=references)
     after = evaluate(reranked, wanted, ["Recall@1", "mAP@5"], references=references)
     print(after.figures["Recall@1"], difference(before, after, "Recall@1"))
 
-The values of each query come from ir-measures (`pip install "mm-retriever[evaluate]"`). Of equal scores the one that
-the run names first is first, and `Evaluation.tied` says in how many queries there were any.
+The values of each query come from ir-measures (`pip install "mm-retriever[evaluate]"`). Documents with equal scores are
+ranked in the order of the run, and `Evaluation.tied` counts the queries with such scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Run: TypeAlias = Mapping[str, Mapping[str, float]]
 """Scores of the documents that were found, by query; higher is better."""
 
 Wanted: TypeAlias = Mapping[str, Mapping[str, int]]
-"""Gains of the right documents, whole numbers above 0, by query. Only nDCG tells one gain from another."""
+"""Gains of the right documents, whole numbers above 0, by query. Only nDCG distinguishes gains."""
 
 KEPT, REMOVED = "query image in the ranking", "query image removed"
 """The two ways of a ranking."""
@@ -44,7 +44,7 @@ class Figure:
         mean: over queries.
         low: lower end of the 95% bootstrap interval over queries, or over groups of them.
         high: its upper end.
-        queries: how many.
+        queries: their number.
     """
 
     mean: float
@@ -58,13 +58,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one run reached.
+    """The measures of one run.
 
     Args:
         figures: by measure; "Recall@1" has the query image in the ranking, "Recall@1, query image removed" has not.
         values: (Q,) of each query, by measure.
         queries: their names, in that order.
-        groups: what each query belongs to; queries of one group are drawn together.
+        groups: the group of each query; queries of one group are drawn together.
         tied: queries with equal scores in their ranking.
     """
 
@@ -87,7 +87,7 @@ def evaluate(
     """Return the measures of a run.
 
     Args:
-        run: scores of every query in `wanted`; {} for one that found nothing.
+        run: scores of every query in `wanted`; {} for a query without results.
         wanted: the right documents, at least one for each query.
         measures: "Recall@k"; "Hit@k" (any right one among k); "mAP@k" (divided by the right ones or k, whichever is
             less, as CIRCO does it); "nDCG@k" (linear gains); "MRR"; "R_subset@k" (recall among the members of a subset
@@ -95,10 +95,11 @@ def evaluate(
         references: the query image of each query that is itself a document. Every measure is then taken twice: with it
             in the ranking, and with it removed.
         subsets: members of the subset of each query, for "R_subset@k".
-        groups: what queries depend on each other, such as those for one product: intervals draw groups.
+        groups: the group of each query, for queries that depend on each other, such as those for one product;
+            intervals then draw groups.
 
     Raises:
-        QueryError: another measure, queries that do not match, no right document, or a score that is no number.
+        QueryError: an unknown measure, queries that do not match, no right document, or a score that is not a number.
     """
     _check(run, wanted)
     names = tuple(wanted)
@@ -124,10 +125,10 @@ def evaluate(
 
 
 def difference(before: Evaluation, after: Evaluation, measure: str) -> Figure:
-    """Return how much more `after` reached, query by query; its interval says whether that could be chance.
+    """Return the mean gain of `after` over `before`, paired by query; its interval shows whether it may be chance.
 
     Raises:
-        QueryError: they were not evaluated on the same queries, or not by this measure.
+        QueryError: the two were not evaluated on the same queries, or not by this measure.
     """
     if before.queries != after.queries or before.groups != after.groups:
         raise QueryError("the two runs were evaluated on different queries or groups: there are no pairs to compare")
@@ -143,10 +144,10 @@ def figure(*parts: tuple[NDArray[np.floating[Any]], Sequence[Hashable]], resampl
     Args:
         parts: (Q,) values and the group of each; the mean of several parts is that of their means, and the same groups
             are drawn for all of them.
-        resamples: how often groups are drawn.
+        resamples: number of draws.
 
     Raises:
-        QueryError: no values, or not as many groups.
+        QueryError: there are no values, or not a group for each.
     """
     if not parts or any(not len(values) or len(values) != len(groups) for values, groups in parts):
         raise QueryError("give values, and the group of each: there are none, or not as many")
@@ -166,7 +167,7 @@ def figure(*parts: tuple[NDArray[np.floating[Any]], Sequence[Hashable]], resampl
 
 
 def ranked(scores: Mapping[str, float]) -> list[str]:
-    """Return the documents best first; of equal scores the one that is named first."""
+    """Return the documents best first, those with equal scores in the given order."""
     return sorted(scores, key=lambda document: -scores[document])
 
 
@@ -194,8 +195,8 @@ def query_values(rankings: Mapping[str, Sequence[str]], wanted: Wanted, measure:
         raise QueryError(f"measure {measure!r}: give Recall@k, Hit@k, mAP@k, nDCG@k, R_subset@k or MRR")
     name = "RR" if match is None else f"{_MEASURES[match['kind']]}@{match['depth']}"
     parsed = ir_measures.parse_measure(name)
-    # trec_eval sorts equal scores by name; ranks are never equal. It ends the process for a name that is no valid
-    # Unicode, as of a file: it is given numbers
+    # ranks as scores, since trec_eval sorts equal scores by name; numbers as names, since it ends the process for a
+    # name that is not valid Unicode, as a file may have
     numbers: defaultdict[str, str] = defaultdict(lambda: str(len(numbers)))
     scores = {
         numbers[query]: {numbers[document]: float(-rank) for rank, document in enumerate(ranking)}

@@ -1,4 +1,4 @@
-"""Everything that an evaluation says: figures, differences, costs, the worst queries; and answers to test splits."""
+"""The results of an evaluation: figures, differences, costs, the worst queries; and submissions for test splits."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class WorstQuery:
-    """A query that few runs answered.
+    """A query with a low mean over runs.
 
     Args:
         data: its part of the data set.
         query: the query.
-        worth: its measure, the mean over runs.
-        wanted: the right images, and the rank at which each run has them; None: not found.
-        found: the first images of each run, with whether they are right.
+        worth: the mean of its measure over runs.
+        wanted: the right images, with their rank in each run; None: not found.
+        found: the first images of each run, and whether they are right.
     """
 
     data: EvaluationSet
@@ -57,15 +57,15 @@ class WorstQuery:
 
 @dataclass(frozen=True)
 class Results:
-    """What runs over a data set reached.
+    """The results of runs over a data set.
 
     Args:
         data: the parts of the data set.
         runs: of models alone, and of rerankers after them.
-        figures: by way, run and measure; empty where the answers are not published.
-        differences: what each has over another.
-        fusions: weights that were chosen.
-        notes: what was left out, failed, or is not plain.
+        figures: by way, run and measure; empty if the answers are not published.
+        differences: between runs.
+        fusions: the chosen weights.
+        notes: on what was left out or failed.
     """
 
     data: Sequence[EvaluationSet]
@@ -86,7 +86,7 @@ class Results:
         return self.data[0].measures[0]
 
     def worst(self, count: int) -> list[WorstQuery]:
-        """Return the queries with the least mean over runs of the first measure; of equals the first."""
+        """Return the queries with the lowest mean over runs of the first measure."""
         ranked: list[tuple[float, int, int]] = []
         for number in range(len(self.data)):
             values = np.mean([part_values(run.parts[number], self.way, self.measure) for run in self.runs], axis=0)
@@ -107,10 +107,10 @@ class Results:
         return WorstQuery(self.data[number], query, value, wanted, top)
 
     def to_dict(self, worst: int = 12) -> dict[str, Any]:
-        """Return all of it as JSON holds it.
+        """Return the results as JSON takes them.
 
         Args:
-            worst: how many of the worst queries.
+            worst: number of worst queries.
         """
         parts = [
             {"name": part.name, "queries": len(part.queries), "images": len(part.gallery), "labelled": part.labelled}

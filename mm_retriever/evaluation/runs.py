@@ -1,7 +1,7 @@
-"""Runs over a data set: what a model retrieves, what a reranker makes of it, and what an answer costs.
+"""Runs over a data set: retrieval by a model, reranking, and the cost of an answer.
 
 The search is exact: inner products with every image of the gallery. Each ranking is kept in both ways, with the query
-image in it and with the query image removed; they are never mixed.
+image in it and with the query image removed; the two are never mixed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Cost:
     """The cost of the queries of a run.
 
     Attributes:
-        embedding: seconds of each query that was timed, embedded alone and without a cache.
-        searching: seconds of each part's search, divided by its queries.
+        embedding: seconds of each timed query, embedded alone and without a cache.
+        searching: seconds of each part's search, divided by its number of queries.
         reranking: seconds of each query.
-        tokens: read and written by a reranker, of each query.
-        peak_mib: memory of this process at its height; 0: this system does not tell.
-        gpu_peak_mib: of the GPU, likewise.
+        tokens: tokens of each query that a reranker read and wrote.
+        peak_mib: peak memory of this process; 0 if the system does not report it.
+        gpu_peak_mib: peak memory of the GPU.
     """
 
     embedding: list[float] = field(default_factory=list)
@@ -53,21 +53,21 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """For one query: the medians of its steps together."""
+        """Seconds for one query: the sum of the medians of its steps."""
         return sum(median(step) for step in (self.embedding, self.searching, self.reranking) if step)
 
     @property
     def tokens_a_query(self) -> float:
-        """The mean."""
+        """The mean tokens of a query."""
         return sum(self.tokens) / len(self.tokens) if self.tokens else 0.0
 
     @contextmanager
     def peak(self) -> Iterator[None]:
-        """Take note of the memory while a block runs."""
+        """Record the peak memory of a block."""
         cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
         gpu = cuda is not None and cuda.is_available()
         with suppress(OSError):
-            _RESET.write_text("5", encoding="ascii")  # the height is what is held now
+            _RESET.write_text("5", encoding="ascii")  # resets the peak to the current memory
         if gpu:
             cuda.reset_peak_memory_stats()
         yield
@@ -77,7 +77,7 @@ class Cost:
 
 
 def _peak_mib() -> int:
-    """Of this process: since the reset on Linux, elsewhere since its beginning."""
+    """The peak memory of this process, on Linux since the reset, elsewhere since its start."""
     with suppress(OSError):
         lines = dict(line.split(":", 1) for line in _STATUS.read_text(encoding="ascii").splitlines() if ":" in line)
         if "VmHWM" in lines:
@@ -91,7 +91,7 @@ def _peak_mib() -> int:
 
 
 DEPTH = 100
-TIMED = 16  # queries that are embedded one by one, to time them
+TIMED = 16  # queries that are embedded one by one for timing
 _BLOCK = 256
 
 Scores = dict[str, float]
@@ -100,14 +100,14 @@ Scores = dict[str, float]
 
 @dataclass
 class PartRun:
-    """What a run found in one part of a data set.
+    """The rankings of a run for one part of a data set.
 
     Attributes:
         data: the part.
         found: scores as retrieved, by way and query.
         rankings: images best first, by way and query.
-        judged: a reranker's own scores of those that it ranked; None: it did not judge one.
-        tied: queries with images of equal scores among those found.
+        judged: a reranker's own scores, by way, query and image; None: not judged.
+        tied: number of queries with equal scores among their images.
     """
 
     data: EvaluationSet
@@ -123,8 +123,8 @@ class Run:
 
     Attributes:
         model: its name.
-        prompt: what was asked, "{text}" for the words as they are.
-        rerank: the name of the reranker; "": none.
+        prompt: the template of the query's text, "{text}" for the words as they are.
+        rerank: the name of the reranker; "" without one.
         parts: of the data set.
         cost: of its queries.
         failures: queries that a reranker left as retrieved, with its reason.
@@ -140,7 +140,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The name for tables."""
         prompt = f" {self.prompt!r}" if self.prompted else ""
         return f"{self.model}{prompt}" + (f" + {self.rerank}" if self.rerank else "")
 
@@ -150,12 +150,12 @@ class Run:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """The ways in which its rankings are there."""
+        """The ways of its rankings."""
         return tuple(self.parts[0].rankings)
 
 
 def ways_of(data: Sequence[EvaluationSet]) -> tuple[str, ...]:
-    """Return both ways if any query image lies in the gallery; else the two would be the same."""
+    """Return both ways if any query image lies in the gallery, else the first: the two would be the same."""
     galleries = [set(part.gallery) for part in data]
     both = any(
         query.image in (query.among or gallery)
@@ -180,7 +180,7 @@ def model_runs(
     """Return the runs of a model, one for each prompt; the gallery is embedded once.
 
     Args:
-        model: loaded; with a `cache_dir` it embeds nothing twice.
+        model: loaded; with a `cache_dir` every content is embedded once.
         data: the parts of a data set.
         prompts: as of `EvaluationQuery.asked`.
         show_progress: draw progress bars.
@@ -207,7 +207,7 @@ def model_runs(
 def gallery_vectors(
     model: ComposedEmbedding, data: EvaluationSet, *, show_progress: bool = False
 ) -> NDArray[np.float32]:
-    """Return (G, D): the gallery as it would be stored."""
+    """Return (G, D): the vectors of the gallery."""
     return model.embed(images=[data.source(name) for name in data.gallery], show_progress=show_progress)
 
 
@@ -219,13 +219,13 @@ def query_vectors(
     use: str = "both",
     show_progress: bool = False,
 ) -> NDArray[np.float32]:
-    """Return (Q, D): the queries as they are searched with.
+    """Return (Q, D): the vectors of the queries.
 
     Args:
         model: loaded.
         data: a part of a data set.
         prompt: as of `EvaluationQuery.asked`.
-        use: "both", "text" or "image": what of a query with both is used.
+        use: "both", "text" or "image": the part of a query with both that is used.
         show_progress: draw a progress bar.
     """
     pairs = [_parts_of(query, data, prompt, use) for query in data.queries]
@@ -240,7 +240,7 @@ def _parts_of(query: EvaluationQuery, data: EvaluationSet, prompt: str, use: str
 
 
 def _timed(model: ComposedEmbedding, data: EvaluationSet, prompt: str) -> list[float]:
-    """Seconds of some queries as a person waits for them: one by one, image read, nothing from a cache."""
+    """The seconds of some queries as a user sees them: one by one, reading the image, without a cache."""
     from mm_retriever.embedding import Request
 
     seconds = []
@@ -256,9 +256,9 @@ def _timed(model: ComposedEmbedding, data: EvaluationSet, prompt: str) -> list[f
 def retrieved(
     data: EvaluationSet, gallery: NDArray[np.float32], queries: NDArray[np.float32], ways: Sequence[str]
 ) -> PartRun:
-    """Return the nearest 100 of each query; of equal scores the image that the gallery names first is first.
+    """Return the nearest 100 images of each query, those with equal scores in the order of the gallery.
 
-    Members of a query's subset come after them, in their order, so that they can be ranked among themselves.
+    The members of a query's subset follow, best first, so that they can be ranked among themselves.
 
     Args:
         data: a part of a data set.
@@ -288,7 +288,7 @@ def ranked_rows(
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.intp]]]:
     """Yield for each query its scores (G,) and the rows of the gallery, best first; of equal scores the first row.
 
-    All scores may not fit in memory: there is a block of them at a time.
+    Scores are computed block by block, since all of them may not fit in memory.
 
     Args:
         queries: (Q, D).
@@ -305,17 +305,17 @@ def ranked_rows(
 def reranked(run: Run, ranker: Reranker, name: str, depth: int) -> Run:
     """Return the run with the first `depth` images of every ranking in the order of a reranker.
 
-    Where it fails, the order of retrieval stays, and `Run.failures` says so. A ranking that has the same beginning in
+    If it fails, the order of retrieval stays, and `Run.failures` has the reason. A ranking with the same beginning in
     both ways is reranked once.
 
     Args:
         run: of a model alone.
-        ranker: keeps at least `depth`, with ``on_error="keep_order"``.
+        ranker: with a `top_n` of at least `depth`, and ``on_error="keep_order"``.
         name: of the reranker, for tables.
-        depth: how many images of each ranking are reranked.
+        depth: number of images of each ranking that are reranked.
 
     Raises:
-        RerankError: it ranked for no query at all.
+        RerankError: it failed for every query.
     """
     done = Run(run.model, run.prompt, [], Cost(), name, prompted=run.prompted)
     done.cost.embedding, done.cost.searching = run.cost.embedding, run.cost.searching

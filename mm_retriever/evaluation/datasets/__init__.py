@@ -1,7 +1,7 @@
 """Data sets for evaluation and training, from local folders; nothing is downloaded.
 
-- `queries.py`: a user's own `queries.jsonl` and the set of it, the web page's ratings, MegaPairs' triplets.
-- `evaluation_set.py`: what every layout becomes: queries, a gallery, and the right answers.
+- `queries.py`: a user's own `queries.jsonl`, the web page's ratings, MegaPairs' triplets.
+- `evaluation_set.py`: the common form of all layouts: queries, a gallery, and the right answers.
 - `published.py`: CIRR, FashionIQ, CIRCO and GeneCIS.
 - `jsonfiles.py`: annotation files, checked key by key.
 """
@@ -30,15 +30,15 @@ _LAYOUTS = (
 def read_evaluation(
     place: str | os.PathLike[str], *, split: str | None = None, images: str | os.PathLike[str] | None = None
 ) -> tuple[EvaluationSet, ...]:
-    """Return the parts of a data set, whose layout is told by its files; their figures are averaged.
+    """Return the parts of a data set, whose layout is recognised by its files; figures are averaged over parts.
 
     Args:
         place: a `queries.jsonl` or a folder with one, or a folder of CIRR, FashionIQ, CIRCO or GeneCIS.
         split: of a published data set; default: "val".
-        images: the folder of images, where it is not beside the annotations.
+        images: the folder of images, if it is not beside the annotations.
 
     Raises:
-        QueryError: no layout that is known, or missing or wrong files, each by name.
+        QueryError: the layout is unknown, or files are missing or wrong, each by name.
     """
     path, home = Path(place).expanduser(), None if images is None else Path(images).expanduser()
     if home is not None and not home.is_dir():

@@ -1,4 +1,4 @@
-"""`EvaluationSet`: queries, the images that answer them, and the gallery that is searched; whatever the layout was."""
+"""`EvaluationSet`: queries, the images that answer them, and the searched gallery, for every layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DILATION = 0.7
 
 @dataclass(frozen=True)
 class Crop:
-    """A region of an image, with surroundings, in a black square: GeneCIS asks about objects so.
+    """A region of an image with its surroundings in a black square, the form of objects in GeneCIS.
 
     Source: `VAWDataset.load_cropped_image` of facebookresearch/genecis.
 
@@ -54,17 +54,17 @@ Picture: TypeAlias = Path | Crop
 
 @dataclass(frozen=True)
 class EvaluationQuery:
-    """A query, and by which names of the gallery it is answered.
+    """A query, and the names of the images that answer it.
 
     Args:
         id: unique in its set.
-        words: what a prompt may say, by name; "text" is what is asked without one.
-        image: name of the query image; "": there is none.
+        words: the words for a prompt, by name; "text" is the query without a prompt.
+        image: name of the query image; "" without one.
         targets: the right images; none in a test split, whose answers are not published.
-        recall_target: the one target that recall counts, where a data set has its own rule for that; "": all.
+        recall_target: the only target that recall counts, if the data set has one; "": all.
         negatives: images that look right and are wrong.
         subset: members of the subset in which CIRR ranks again.
-        among: all that this query searches; (): the gallery.
+        among: the images that this query searches; (): the gallery.
     """
 
     id: str
@@ -80,7 +80,7 @@ class EvaluationQuery:
         """Return the words of the query, in a prompt such as "Find an image that is {text}".
 
         Raises:
-            QueryError: the prompt has a blank for which the data set has no words.
+            QueryError: the prompt has a placeholder for which the data set has no words.
         """
 
         def filled(blank: re.Match[str]) -> str:
@@ -100,11 +100,11 @@ class EvaluationSet:
         name: of the data set, split and part.
         layout: a word for the layout, for files.
         queries: at least one.
-        pictures: where each image is, query images too, by name.
-        gallery: the names that are searched.
-        measures: what is published of it, the most important first.
+        pictures: the place of each image, query images included, by name.
+        gallery: the names of the searched images.
+        measures: the published measures, the most important first.
         removed: whether published figures have the query image removed from the ranking.
-        notes: what was left out, or done that is not plain.
+        notes: on what was left out or treated specially.
     """
 
     name: str
@@ -125,17 +125,17 @@ class EvaluationSet:
         """Return the image of a name as a path or a data URI.
 
         Raises:
-            ImageLoadError: an image that a region is cut out of cannot be read.
+            ImageLoadError: the image of a region cannot be read.
         """
         picture = self.pictures[name]
         return picture.data_uri() if isinstance(picture, Crop) else str(picture)
 
 
 def checked(data: EvaluationSet) -> EvaluationSet:
-    """Return the set if every query asks for what is in its gallery, and ids are unique.
+    """Return the set if ids are unique, and all images of every query exist in the set.
 
     Raises:
-        QueryError: names the first query that does not.
+        QueryError: names the first query at fault.
     """
     gallery = set(data.gallery)
     if len({query.id for query in data.queries}) < len(data.queries):

@@ -1,4 +1,4 @@
-"""Annotation files as their publishers write them: JSON and JSON lines, checked key by key, never executed."""
+"""Reads published annotation files: JSON and JSON lines, checked key by key."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ class Record:
         return QueryError(f"{self.place}: {key!r} is {given}; expected {expected}")
 
     def only(self, known: Sequence[str]) -> None:
-        """Refuse keys that would be passed over.
+        """Refuse unknown keys.
 
         Raises:
-            QueryError: another key.
+            QueryError: names the first one.
         """
         if other := [key for key in self.values if key not in known]:
             raise QueryError(f"{self.place}: unknown key {shown(other[0])}; there are {', '.join(known)}")
@@ -92,10 +92,10 @@ class Record:
 
 
 def read_list(path: Path) -> list[Record]:
-    """Return the objects of a JSON file that is a list of them.
+    """Return the objects in a JSON file with a list of objects.
 
     Raises:
-        QueryError: the file is missing, damaged or something else.
+        QueryError: the file is missing, damaged or of another form.
     """
     values = _parsed(path)
     if not isinstance(values, list) or not values:
@@ -104,7 +104,7 @@ def read_list(path: Path) -> list[Record]:
 
 
 def read_object(path: Path) -> Record:
-    """Return the object that a JSON file is.
+    """Return the object in a JSON file.
 
     Raises:
         QueryError: as of `read_list`.
@@ -113,7 +113,7 @@ def read_object(path: Path) -> Record:
 
 
 def read_names(path: Path) -> list[str]:
-    """Return the texts of a JSON file that is a list of them.
+    """Return the texts in a JSON file with a list of texts.
 
     Raises:
         QueryError: as of `read_list`.
@@ -125,10 +125,10 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """Yield the objects of a file with one on each line; empty lines are passed over.
+    """Yield the objects of a file with one on each line; empty lines are skipped.
 
     Raises:
-        QueryError: the file is missing, or a line is no JSON object.
+        QueryError: the file is missing, or a line is not a JSON object.
     """
     text = _content(path)
     for number, line in enumerate(text.split("\n"), 1):
@@ -146,7 +146,7 @@ def first_of(places: Iterable[Path], what: str) -> Path:
     """Return the first place that exists.
 
     Raises:
-        QueryError: none does; all are named.
+        QueryError: none exists; all are named.
     """
     tried = list(places)
     for place in tried:
@@ -156,14 +156,14 @@ def first_of(places: Iterable[Path], what: str) -> Path:
 
 
 def refuse_missing(files: Mapping[str, Path], where: str) -> None:
-    """Refuse a set of images of which some are not there.
+    """Refuse images of which some are missing.
 
     Args:
         files: by name.
-        where: what names them.
+        where: the file that names them.
 
     Raises:
-        QueryError: says how many are missing, and the first of them.
+        QueryError: gives the number of missing images, and the first of them.
     """
     folders: dict[Path, set[str]] = {}
     for path in files.values():

@@ -1,4 +1,4 @@
-"""Queries of a user's own: `queries.jsonl`, the ratings that the web page exports, and triplets as MegaPairs has them.
+"""A user's own queries: `queries.jsonl`, the ratings exported by the web page, and triplets in the form of MegaPairs.
 
     {"image": "red mug.jpg", "text": "the same in blue", "targets": ["blue mug.jpg"], "negatives": ["red mug.jpg"]}
     {"q_img": "red mug.jpg", "q_text": ["the same in blue"], "t_img": "blue mug.jpg", "hns": ["red mug.jpg"]}
@@ -29,8 +29,8 @@ class LabelledQuery:
     """A query and the images that answer it.
 
     Args:
-        image: the query image; None: a query of words alone.
-        text: the words; "": a query by the image alone.
+        image: the query image; None: a query by words alone.
+        text: the words; "": a query by an image alone.
         targets: the right images, at least one.
         negatives: images that look right and are wrong.
         place: file and line, for messages.
@@ -49,16 +49,16 @@ class LabelledQuery:
 
 
 def read_queries(path: str | os.PathLike[str], *, images: str | os.PathLike[str] | None = None) -> list[LabelledQuery]:
-    """Return the queries of a file, or of `queries.jsonl` in a folder; every image that they name is there.
+    """Return the queries of a file, or of `queries.jsonl` in a folder; all images that they name exist.
 
-    A line of several `q_text` becomes as many queries, each with the same images.
+    A line with several `q_text` becomes one query for each, with the same images.
 
     Args:
         path: the file, or its folder.
         images: the folder that paths are relative to; default: that of the file.
 
     Raises:
-        QueryError: a missing file, a wrong line or a missing image: each is named.
+        QueryError: names the missing file, the wrong line or the missing image.
     """
     file = Path(path).expanduser()
     file = file / FILE_NAME if file.is_dir() else file
@@ -117,7 +117,7 @@ def _distinct(record: Record, key: str, folder: Path) -> tuple[Path, ...]:
 
 
 def _place(record: Record, name: str, folder: Path) -> Path:
-    """An image by its path, which is compared as written, without "." and "..": links stay links."""
+    """The path of an image, compared as written apart from "." and "..": links are not resolved."""
     name = given_path(name)
     if "://" in name or name[:5].lower() == "data:":
         raise QueryError(f"{record.place}: {name[:80]!r} is no path; give images as files")
@@ -133,7 +133,7 @@ MEASURES = ("nDCG@10", "MRR", "Recall@1", "Recall@5", "Recall@10", "Hit@10", "mA
 def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
     """Return the set of a `queries.jsonl`, of MegaPairs' triplets, or of ratings that the web page exported.
 
-    All images below the folder are searched, and those that the queries name as targets and negatives elsewhere.
+    The gallery is all images below the folder, and targets and negatives elsewhere that the queries name.
 
     Args:
         place: the file, or its folder.
@@ -173,7 +173,7 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
 
 
 def _as_found(queries: list[LabelledQuery], paths: list[Path]) -> list[LabelledQuery]:
-    """The queries with images of the gallery under its own paths: a link, or capitals, may lead to the same file."""
+    """The queries with the gallery's paths of its images, since a link or another case may name the same file."""
     others = {path for query in queries for path in query.images} - set(paths)
     if not others:
         return queries
