@@ -21,6 +21,7 @@ import numpy as np
 from llama_index.core.schema import (
     BaseNode,
     ImageNode,
+    IndexNode,
     Node,
     NodeRelationship,
     RelatedNodeInfo,
@@ -87,11 +88,17 @@ def stored_row(node: ImageNode | TextNode, dimension: int) -> dict[str, Any]:
         DOC_ID_FIELD: node.ref_doc_id or node.node_id,
         TEXT_FIELD: text,
         CONTENT_FIELD: whole,
-        TYPE_FIELD: node.class_name(),
+        TYPE_FIELD: _type_name(node),
         VECTOR_FIELD: _vector(node, dimension),
         **columns,
     }
     return {**row, CHECKSUM_FIELD: row_checksum(row)}
+
+
+def _type_name(node: BaseNode) -> str:
+    """The class that LlamaIndex restores; of a subclass it would make a text node, without image or index."""
+    kinds = (kind for kind in (ImageNode, IndexNode) if isinstance(node, kind))
+    return next(kinds, type(node)).class_name()
 
 
 def _as_json(node: BaseNode) -> str:

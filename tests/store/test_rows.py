@@ -111,6 +111,25 @@ def test_images_of_every_class_come_back_as_image_nodes(where):
         assert back.get_content() == "caption"
 
 
+def test_a_node_of_an_own_class_keeps_its_image_or_index():
+    """LlamaIndex knows its own class names only, and makes a text node of any other."""
+
+    class Photo(ImageNode):
+        @classmethod
+        def class_name(cls):
+            return "Photo"
+
+    class Album(IndexNode):
+        @classmethod
+        def class_name(cls):
+            return "Album"
+
+    photo = there_and_back(Photo(id_="a", image_path="/photos/a.jpg", embedding=VECTOR))
+    assert (type(photo), photo.image_path) == (ImageNode, "/photos/a.jpg")
+    album = there_and_back(Album(id_="b", text="t", index_id="album", embedding=VECTOR))
+    assert (type(album), album.index_id) == (IndexNode, "album")
+
+
 def test_an_index_node_stays_one():
     back = there_and_back(IndexNode(id_="a", index_id="other", text="words", embedding=VECTOR))
     assert type(back) is IndexNode
