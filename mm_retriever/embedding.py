@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from mm_retriever.embedders.embedder import Content, Embedder, Pixels, cache_identity
 from mm_retriever.embedders.registry import chosen_backend, load_embedder, server_options
 from mm_retriever.embedders.visualized_bge import DEFAULT_MODEL
-from mm_retriever.errors import QueryError
+from mm_retriever.errors import QueryError, shown
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, ImageSource, portable_image
 from mm_retriever.rebuild import Rebuilt, Secret, field_arguments, portable_name
 from mm_retriever.request import Request, node_image, node_images, paired, read_ahead
@@ -242,8 +242,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         """Vectors of texts, in the order given."""
         if self.embeddings_cache is not None:  # LlamaIndex's own cache: by its own rules
             return super().get_text_embedding_batch(texts, show_progress, **kwargs)
-        requests = [Request(text) for text in texts]
-        return self._batch(requests, show_progress=show_progress, name="Embedding texts")
+        return self._batch(paired(texts, None), show_progress=show_progress, name="Embedding texts")
 
     aget_text_embedding_batch = in_thread(get_text_embedding_batch)
 
@@ -276,8 +275,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         Raises:
             ImageLoadError: names the first image that cannot or must not be read.
         """
-        requests = [Request(image=image) for image in img_file_paths]
-        return self._batch(requests, show_progress=show_progress, name="Embedding images")
+        return self._batch(paired(None, img_file_paths), show_progress=show_progress, name="Embedding images")
 
     aget_image_embedding_batch = in_thread(get_image_embedding_batch)  # type: ignore[arg-type]
 
@@ -302,7 +300,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         Raises:
             ImageLoadError: the image cannot or must not be read.
         """
-        return self._single(Request(text, image), query=query)
+        return self._single(Request.of_pair(text, image), query=query)
 
     aget_composed_embedding = in_thread(get_composed_embedding)
 
@@ -367,6 +365,8 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
             QueryError: neither text nor image.
             ImageLoadError: the image cannot or must not be read.
         """
+        if not isinstance(text, str | None):
+            raise QueryError(f"text={shown(text)}: give words as text, and an image as image")
         words = text if text and text.strip() else ""
         if image is None:
             if not words:

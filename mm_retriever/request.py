@@ -52,6 +52,17 @@ class Request:
         text = node.get_content(metadata_mode=MetadataMode.EMBED) if composed else None
         return cls(text, images[0], elsewhere=images[1:])
 
+    @classmethod
+    def of_pair(cls, text: str | None, image: ImageSource | None) -> Request:
+        """A text and an image about which it is; without the image it would be another query.
+
+        Raises:
+            QueryError: there is no image.
+        """
+        if image is None:
+            raise QueryError(f"there is no image (None) beside the text {shown(text)}: give one, or embed the text")
+        return cls(text, image)
+
     @property
     def label(self) -> str:
         """For events: the text, and the image's name."""
@@ -67,7 +78,10 @@ class Request:
 
         Raises:
             ImageLoadError: the image cannot or must not be read.
+            QueryError: there is neither.
         """
+        if self.image is None and self.text is None:
+            raise QueryError("there is neither a text nor an image, but None")
         if self.image is None:
             return Content(self.text or "")
 

@@ -646,6 +646,25 @@ def test_the_embeddings_cache_of_llama_index_is_honoured(folder: Path) -> None:
     assert passes == []
 
 
+def test_what_is_no_text_and_no_image_is_refused_and_never_embedded_as_nothing(model: VisualizedBGEEmbedding) -> None:
+    """None was the vector of the empty text; a pair whose image was None, that of its text."""
+    for call, message in (
+        (lambda: model.get_image_embedding(None), "neither a text nor an image, but None"),
+        (lambda: model.get_image_embedding_batch([Image.new("RGB", (8, 8)), None]), "neither .* at place 1"),
+        (lambda: model.get_text_embedding_batch(["red", None]), "neither .* at place 1"),
+        (lambda: model.get_composed_embedding("red", None), r"no image \(None\) beside the text 'red'"),
+        (lambda: model.get_text_embedding(None), "None is no text"),
+        (lambda: model.get_query_embedding(7), "7 is no text"),
+        (lambda: model.embed([{"text": "red"}]), "{'text': 'red'} is no text"),
+        (lambda: model.get_text_embedding_batch("red"), "'red' is one text or image: give a list"),
+        (lambda: model.get_image_embedding_batch("red.png"), "'red.png' is one text or image: give a list"),
+        (lambda: model.get_query_bundle(Path("red.png")), r"text=.*red.png.*: give words as text"),
+    ):
+        with pytest.raises(QueryError, match=message):
+            call()
+    assert len(model.get_text_embedding_batch(text for text in ("red", ""))) == 2
+
+
 class TellsQueriesApart(MeanColour):
     """Another vector for a text that is searched with, as of a model with instructions."""
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mm_retriever.errors import QueryError, shown
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -26,10 +28,17 @@ class Content:
     Args:
         text: the text.
         image: (H, W, 3), as `Embedder.prepare` made it.
+
+    Raises:
+        QueryError: the text is none.
     """
 
     text: str = ""
     image: Pixels | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise QueryError(f"{shown(self.text)} is no text: give a str")
 
     def key(self, model: str) -> bytes:
         """Return a digest that is equal only for equal content and model; vector caches on disk use it as key."""
