@@ -58,7 +58,7 @@ class ComposedEmbedding(Rebuilt, MultiModalEmbedding):
         calibration: a folder of images that "int8" is calibrated and measured on, once; default: drawn ones.
         revision: of the hub repository.
         base_url: of a server that embeds, such as vLLM's "http://gpu:8000/v1"; `model_name` is its name there.
-        api_key: if the server wants one; it is in no pickle, dict or event.
+        api_key: if the server needs one; it is in no pickle, dict or event.
         options: of the model's family.
         embed_batch_size: inputs from one event and progress step to the next; the model takes as many as fit.
         cache_dir: a folder that keeps vectors by content, model and dtype; default: none are kept.

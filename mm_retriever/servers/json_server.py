@@ -37,7 +37,7 @@ class JSONServer:
     Args:
         base_url: of the server, usually ending in "/v1".
         model: the name it serves the model under, for messages.
-        api_key: if it wants one.
+        api_key: if the server needs one.
 
     Raises:
         QueryError: the address is none.

@@ -39,24 +39,24 @@ def train(
     device: Any = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Training:
-    """Train a model on queries and their right images, or on what a reranker says; the folder `out` holds it then.
+    """Train a model on queries and their right images, or on scores of a reranker, and write it to the folder `out`.
 
-    A training that was ended goes on where it was when it is called again in the same way. Under `accelerate launch`,
-    several processes train together; the first of them writes.
+    The same call continues an interrupted training. Under `accelerate launch`, several processes train together; the
+    first of them writes.
 
     Args:
         queries: a file as of `read_queries`, or its folder.
         model: any name of `load_embedder`, or such a model; it is trained itself.
-        out: a folder, made if it is not there.
+        out: a folder, created if missing.
         recipe: how it is trained.
-        held_out: queries to evaluate on; default: part of the others, that shares no image with the rest.
-        teacher: a reranker, or its name: its scores of what the model finds are learned, in place of the targets.
+        held_out: queries to evaluate on; default: a part of the others that shares no image with the rest.
+        teacher: a reranker, or its name: the model learns its scores of retrieved images, in place of the targets.
         device: default: the fastest there is.
-        say: called with a line on what is done.
+        say: called with a line about each step.
 
     Raises:
-        QueryError: wrong queries or images, a model that is not trained here, or a folder that holds something else.
-        CheckpointError: a model that cannot be loaded.
+        QueryError: wrong queries or images, a model that cannot be trained here, or a folder with other contents.
+        CheckpointError: the model cannot be loaded.
         MissingExtraError: a library of the extra "train" is not installed.
     """
     recipe = recipe or Recipe()
@@ -112,22 +112,13 @@ def _train(
         say(f"going on from {checkpoint}")
     start = [parameter.detach().clone() for parameter in trained(embedder.network).values()]
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    kept = int(trainer.state.best_global_step or 0)
     embedder.network.train(False)
     weights = [parameter.data for parameter in trained(embedder.network).values()]
-    tried: list[Evaluation] = []
-
-    def worth_now() -> float:
-        evaluation, worth = vectors.evaluate(examples.held_out)
-        tried.append(evaluation)
-        return worth
-
-    share = best_share(weights, start, worth, worth_now)
-    after = tried[SHARES.index(share)] if share else before
+    share, after = _keep_best(weights, start, vectors, examples, before, worth)
+    kept = int(trainer.state.best_global_step or 0) if share else 0
     if share:
         say(f"kept: the weights after step {kept}, {share:.0%} of the way from those before")
     else:
-        kept = 0
         say("no step made it better on the held-out queries: the model stays as it was")
     if adapters is not None:
         adapters.merge_and_unload()
@@ -143,16 +134,36 @@ def _train(
     return result
 
 
-def best_share(weights: Sequence[Tensor], start: Sequence[Tensor], before: float, worth: Callable[[], float]) -> float:
-    """Set weights to where they are worth most between their start and their end, and return how far that is.
+def _keep_best(
+    weights: Sequence[Tensor],
+    start: Sequence[Tensor],
+    vectors: Vectors,
+    examples: Examples,
+    before: Evaluation,
+    worth: float,
+) -> tuple[float, Evaluation]:
+    """Set the weights as `best_share` does; return the share, and the evaluation with these weights."""
+    evaluations: list[Evaluation] = []
 
-    Source: WiSE-FT (arXiv:2109.01903): on the way, more is left of what the model knew.
+    def worth_now() -> float:
+        evaluation, worth = vectors.evaluate(examples.held_out)
+        evaluations.append(evaluation)
+        return worth
+
+    share = best_share(weights, start, worth, worth_now)
+    return share, evaluations[SHARES.index(share)] if share else before
+
+
+def best_share(weights: Sequence[Tensor], start: Sequence[Tensor], before: float, worth: Callable[[], float]) -> float:
+    """Set the weights to the best point between their start and their end, and return its share of the way.
+
+    Source: WiSE-FT (arXiv:2109.01903): before the end, the model keeps more of its earlier knowledge.
 
     Args:
-        weights: at their end.
+        weights: after training.
         start: the same before training.
-        before: what they were worth there.
-        worth: what they are worth as they are.
+        before: the worth of the model before training.
+        worth: returns the worth of the current weights.
     """
     end = [tensor.clone() for tensor in weights]
 
@@ -171,7 +182,7 @@ def best_share(weights: Sequence[Tensor], start: Sequence[Tensor], before: float
 
 
 def _silent(_: str) -> None:
-    """The first process speaks for all."""
+    """Print nothing, in all processes but the first."""
 
 
 def _rows(
@@ -210,7 +221,7 @@ def _load(model: str | os.PathLike[str] | Embedder, device: Any) -> Trainable:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse to write into a folder that holds anything but a training that was ended."""
+    """Refuse to write into a folder that holds anything but an interrupted training."""
     if folder.is_dir() and (other := sorted(entry.name for entry in folder.iterdir() if entry.name != CHECKPOINTS)):
         raise QueryError(f"{str(folder)!r} holds {other[0]!r} already; give a folder that is new or empty")
     if folder.exists() and not folder.is_dir():
@@ -223,7 +234,7 @@ def _check_extra() -> None:
 
 
 def _check_settings(folder: Path, settings: list[Any]) -> None:
-    """Refuse to go on with a training of other data, another model or another recipe."""
+    """Refuse to continue a training of other data, another model or another recipe."""
     path = folder / _SETTINGS
     content = json.dumps(settings, sort_keys=True).encode()
     if any(folder.glob("checkpoint-*")) and (not path.is_file() or path.read_bytes() != content):
