@@ -267,9 +267,19 @@ def _stored_layers(node: BaseNode) -> dict[Kind, Layer]:
         layer = Layer(text, columns)
         return {"earlier": layer} if layer else {}
     return {
-        kind: Layer(text if has_text else "", {key: node.metadata[key] for key in keys if key in node.metadata}, digest)
+        kind: _known(
+            text if has_text else "", {key: node.metadata[key] for key in keys if key in node.metadata}, digest
+        )
         for kind, (digest, has_text, keys) in _account(node.metadata).items()
     }
+
+
+def _known(text: str, columns: Mapping[str, Any], digest: str) -> Layer:
+    """A stored layer; where a later one hid a part of it, which is gone, without the digest of the whole.
+
+    So the next run that says the same about the image restores that part.
+    """
+    return Layer(text, columns, digest if _digest_of(text, columns)[:16] == digest else "")
 
 
 def _account(stored: Mapping[str, Any]) -> dict[Kind, tuple[str, bool, Sequence[str]]]:

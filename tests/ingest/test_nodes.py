@@ -90,6 +90,20 @@ def test_a_sidecar_replaces_what_a_sidecar_said_and_nothing_else(folder, store, 
     assert ingest(folder, store, model, sidecar={"red.png": {"a": 5}}).updated == 0
 
 
+def test_what_a_sidecar_hid_comes_back_with_the_node(folder, store, model):
+    """Its caption and price, below those of a sidecar that no longer gives any: they were gone for ever."""
+    red = folder / "cars" / "red.png"
+    node = ImageNode(image_path=str(red), text="of the node", metadata={"price": 1, "brand": "acme"})
+    ingest([node], store, model)
+    ingest(folder, store, model, sidecar={"red.png": {"caption": "of the sidecar", "price": 2}})
+    assert (node_of(store, red).text, facts(store, red, "price")) == ("of the sidecar", {"price": 2})
+    assert counts(ingest([node], store, model)) == {"unchanged": 1}
+    assert counts(ingest(folder, store, model, sidecar={"red.png": {"n": 3}})) == {"updated": 1, "unchanged": 1}
+    assert counts(ingest([node], store, model)) == {"updated": 1}
+    assert (node_of(store, red).text, facts(store, red, "price", "n")) == ("of the node", {"price": 1, "n": 3})
+    assert counts(ingest([node], store, model)) == {"unchanged": 1}
+
+
 def test_rows_of_earlier_versions_stay_as_they_are(folder, store, model, monkeypatch):
     """They say by one digest what they have, and not where it came from."""
     red = folder / "cars" / "red.png"
