@@ -156,18 +156,25 @@ def check_ending(response: ChatResponse, refusal: str, name: str, window: int, m
 def openai_like(
     base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int
 ) -> tuple[LLM, Any]:
-    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and its connections."""
+    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and its connections.
+
+    Raises:
+        QueryError: the address is none.
+    """
     try:
         from llama_index.llms.openai_like import OpenAILike
 
         from mm_retriever.servers.failures import bounded_client
     except ImportError as error:
         raise MissingExtraError.of(error, "llama-index-llms-openai-like", "remote") from error
+    from mm_retriever.servers.json_server import checked_address
+
+    address = checked_address(base_url)
     connections = bounded_client(timeout_s)
     connections.event_hooks["response"].append(refuse_errors)
     llm: LLM = OpenAILike(
         model=model,
-        api_base=base_url,
+        api_base=address,
         api_key=api_key or "none",
         is_chat_model=True,
         temperature=0.0,

@@ -210,6 +210,13 @@ def test_any_llm_of_llama_index_will_do(folder: Path) -> None:
     assert sorted(result.order) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("address", ["gpu:8000/v1", "localhost", "ftp://gpu/v1", "http://", "http://gpu:x/v1"])
+def test_what_is_no_address_is_refused_before_anything_is_asked(address: str) -> None:
+    """As of every other server: it was asked three times, and said to be down."""
+    with pytest.raises(QueryError, match="is no address of a server: give one like 'http://localhost:8000/v1'"):
+        VisionLLMRerank(base_url=address, model="m")
+
+
 def test_model_and_server_are_given_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Truth: our choice; a missing extra is named with the command that installs it."""
     for options in ({}, {"llm": MockLLM(), "base_url": "http://x/v1"}, {"base_url": "http://x/v1"}):
