@@ -132,12 +132,24 @@ class Task:
         if self.stored is None or node is None:
             return self
         width, height = (int(own_value(node.metadata, side) or 0) for side in ("width", "height"))
-        return replace(self, kept=self._kept_of(node), size=(width, height))
+        return replace(self, item=self._item_of(node), kept=self._kept_of(node), size=(width, height))
 
     def moved(self, node: BaseNode) -> Task:
         """Return the task of a new item that replaces another row, with the layers of that row's node."""
-        item = replace(self.item, relationships=self.item.relationships or dict(node.relationships))
-        return replace(self, item=item, kept=self._kept_of(node), moved_from=node.node_id)
+        return replace(self, item=self._item_of(node), kept=self._kept_of(node), moved_from=node.node_id)
+
+    def _item_of(self, node: BaseNode) -> Item:
+        """The item with what the stored node has and this run says nothing about, metadata apart."""
+        item = self.item
+        embed, llm = (
+            given or tuple(key for key in stored if key not in BOOKKEEPING_KEYS)
+            for given, stored in (
+                (item.embed_excluded, node.excluded_embed_metadata_keys),
+                (item.llm_excluded, node.excluded_llm_metadata_keys),
+            )
+        )
+        relationships = item.relationships or dict(node.relationships)
+        return replace(item, relationships=relationships, embed_excluded=embed, llm_excluded=llm)
 
     def _kept_of(self, node: BaseNode) -> Layers:
         return {kind: layer for kind, layer in _stored_layers(node).items() if kind not in (*self.given, *self.drop)}
@@ -251,8 +263,8 @@ def _fields(task: Task, layers: Layers, own: Mapping[str, Any], vector: Vector) 
     return text, {
         "id_": task.item.id,
         "metadata": metadata,
-        "excluded_embed_metadata_keys": bookkeeping,
-        "excluded_llm_metadata_keys": bookkeeping,
+        "excluded_embed_metadata_keys": list(dict.fromkeys((*bookkeeping, *task.item.embed_excluded))),
+        "excluded_llm_metadata_keys": list(dict.fromkeys((*bookkeeping, *task.item.llm_excluded))),
         "relationships": task.item.relationships,
         "embedding": vector.tolist(),
     }

@@ -50,6 +50,8 @@ class Item:
     label: str = ""  # the folders it lies in
     metadata: dict[str, Any] = field(default_factory=dict)
     relationships: dict[NodeRelationship, RelatedNodeType] = field(default_factory=dict)
+    embed_excluded: tuple[str, ...] = ()  # metadata that the caller's node keeps from embedding models
+    llm_excluded: tuple[str, ...] = ()  # and from language models
 
     @property
     def place(self) -> str:
@@ -287,7 +289,15 @@ def _node_item(node: BaseNode, file_system: Any | None, search_open: bool) -> It
     metadata = plain.metadata
     if place.fetch_url:
         metadata = {key: place.url if value == place.fetch_url else value for key, value in metadata.items()}
-    return replace(place, id=id_, text=plain.get_content(), metadata=metadata, relationships=relationships)
+    return replace(
+        place,
+        id=id_,
+        text=plain.get_content(),
+        metadata=metadata,
+        relationships=relationships,
+        embed_excluded=tuple(plain.excluded_embed_metadata_keys),
+        llm_excluded=tuple(plain.excluded_llm_metadata_keys),
+    )
 
 
 def _node_place(node: BaseNode, plain: BaseNode, file_system: Any | None, search_open: bool) -> Item:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
-from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.core.schema import ImageNode, MetadataMode, NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 
 from mm_retriever.ingest import nodes as nodes_module
 from mm_retriever.own_keys import LAYERS_KEY, own_value
@@ -102,6 +102,24 @@ def test_what_a_sidecar_hid_comes_back_with_the_node(folder, store, model):
     assert counts(ingest([node], store, model)) == {"updated": 1}
     assert (node_of(store, red).text, facts(store, red, "price", "n")) == ("of the node", {"price": 1, "n": 3})
     assert counts(ingest([node], store, model)) == {"unchanged": 1}
+
+
+def test_what_a_node_hides_and_belongs_to_stays(folder, store, model):
+    """What language models are not shown, and the document that it is deleted by; runs without it keep both."""
+    red = folder / "cars" / "red.png"
+    hidden = {"excluded_llm_metadata_keys": ["cost"], "excluded_embed_metadata_keys": ["sku"]}
+    source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="album")}
+    node = ImageNode(image_path=str(red), metadata={"cost": 3, "sku": "x"}, relationships=source, **hidden)
+    ingest([node, TextNode(text="words", metadata={"cost": 4}, **hidden)], store, model)
+    for sidecar in (None, {"red.png": {"n": 1}}):
+        ingest(folder, store, model, sidecar=sidecar)
+        assert "cost" not in node_of(store, red).get_metadata_str(MetadataMode.LLM)
+        assert "sku" not in node_of(store, red).get_metadata_str(MetadataMode.EMBED)
+        assert node_of(store, red).ref_doc_id == "album"
+    [words] = store.get_nodes(filters=where("cost", 4))
+    assert "cost" not in words.get_metadata_str(MetadataMode.LLM)
+    store.delete("album")
+    assert store.count(where("cost", 3)) == 0
 
 
 def test_rows_of_earlier_versions_stay_as_they_are(folder, store, model, monkeypatch):
