@@ -329,8 +329,8 @@ class _Compiled:
             for request, given in zip(requests, zip(*parts, strict=True), strict=True):
                 request.start_async(dict(enumerate(given)))
                 ends.callback(request.wait)
-        computed = [np.array(request.get_output_tensor(0).data, dtype=np.float32) for request in requests]
-        return torch.from_numpy(np.concatenate(computed))
+        computed = np.concatenate([request.get_output_tensor(0).data for request in requests], dtype=np.float32)
+        return torch.from_numpy(computed)
 
     def _compiled_for(self, shares: int) -> list[Any]:
         """One request for each of `shares` parallel shares."""

@@ -312,7 +312,11 @@ def indexed_words(text: str) -> str:
 
 def query_words(text: str) -> str:
     """Return the words to search for; runs without spaces as pairs of characters, a lone character as it is."""
-    words, earlier = (_segmented(form, singles=False) for form in (_spelled(text), text))
+    spelled = _spelled(text)
+    words = _segmented(spelled, singles=False)
+    if spelled == text:
+        return words
+    earlier = _segmented(text, singles=False)
     return words if words == earlier else f"{words} {earlier}"  # as rows of earlier versions are indexed
 
 

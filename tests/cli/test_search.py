@@ -260,7 +260,7 @@ def test_a_condition_narrows_the_search(capfd, db):
     "value", ['mug" or id != "', "mug' or id != '", 'x"] or id in ["', "\\", '" or true or "', "%"]
 )
 def test_a_condition_cannot_be_broken_out_of(capfd, db, value):
-    """What stands behind the sign is a text, whatever is in it; what is no key is refused."""
+    """The value after the sign is text, whatever it contains; an invalid key is refused."""
     for condition, expected in ((f"label={value}", 0), (f"label!={value}", 9)):
         code, out, _ = run(capfd, "search", "--db", db, "--model", "tiny", "-t", "mug", "--where", condition, "--json")
         assert code == 0
