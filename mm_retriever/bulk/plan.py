@@ -22,7 +22,7 @@ from typing import Any, TextIO, TypeAlias
 
 from llama_index.core.schema import BaseNode
 
-from mm_retriever.errors import IngestError
+from mm_retriever.errors import IngestError, reason_of
 from mm_retriever.files import sync
 from mm_retriever.ingest.folder import IgnoredCounts, IgnoredFiles, Skip
 from mm_retriever.ingest.report import SkippedImage
@@ -32,6 +32,9 @@ from mm_retriever.ingest.sources import Item, items, source_folder
 from mm_retriever.store import same_model
 
 PathsOrURLs: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+ROWS_PER_SHARD = 10_000
+"""Images in one file, by default."""
 
 _VERSION = 1
 _PLAN = "plan"
@@ -56,6 +59,7 @@ class ShardPlan:
     ignored: tuple[IgnoredFiles, ...] = ()  # what the folder holds beside images
     notes: tuple[str, ...] = ()  # about the sidecar
     unused_rows: int = 0  # of the sidecar
+    model_note: str = ""  # name and float format of the model, for people; "" in earlier plans
 
     def shard(self, number: int) -> Path:
         """Return where the file of a shard is, once it is done."""
@@ -86,10 +90,14 @@ class ShardPlan:
 
     def items(self, number: int) -> Iterator[Item]:
         """Yield the images of a shard; the metadata of each are those of the sidecar."""
-        with _items_file(self.out / _PLAN, number).open(encoding="ascii") as lines:
-            for line in lines:
-                known = json.loads(line)
-                yield Item(name=known.get("path") or known["url"], **known)
+        path = _items_file(self.out / _PLAN, number)
+        try:
+            with path.open(encoding="ascii") as lines:
+                for line in lines:
+                    known = json.loads(line)
+                    yield Item(name=known.get("path") or known["url"], **known)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise IngestError(_unreadable(path, self.out, error)) from error
 
 
 def read_plan(out: str | Path) -> ShardPlan:
@@ -101,7 +109,7 @@ def read_plan(out: str | Path) -> ShardPlan:
     except FileNotFoundError:
         raise IngestError(f"there are no shards in {str(folder)!r}; embed_to_shards makes them") from None
     except (OSError, ValueError) as error:
-        raise IngestError(f"cannot read the plan {str(path)!r}: {error}") from error
+        raise IngestError(_unreadable(path, folder, error)) from error
     if not isinstance(facts, dict) or facts.pop("version", None) != _VERSION:
         raise IngestError(f"{str(path)!r} was written by another version of mm_retriever; give another folder")
     try:
@@ -112,7 +120,19 @@ def read_plan(out: str | Path) -> ShardPlan:
         facts["notes"] = tuple(facts.get("notes", ()))
         return ShardPlan(out=folder, **facts)
     except (LookupError, TypeError) as error:
-        raise IngestError(f"cannot read the plan {str(path)!r}, another program changed it: {error}") from error
+        raise IngestError(_unreadable(path, folder, error)) from error
+
+
+def _unreadable(path: Path, folder: Path, error: Exception) -> str:
+    return (
+        f"cannot read the plan {str(path)!r}, which is damaged or was changed by another program: "
+        f"{reason_of(error)}. Restore it, or remove {str(folder)!r} to start anew"
+    )
+
+
+def is_planned(out: str | Path) -> bool:
+    """Whether a plan lies in a folder."""
+    return (_resolved(out) / _PLAN).exists()
 
 
 def make_plan(
@@ -122,20 +142,27 @@ def make_plan(
     model_id: str,
     dimension: int,
     words: str | None,
-    rows_per_shard: int,
+    rows_per_shard: int | None,
     sidecar: SidecarSource | None,
+    model_note: str = "",
 ) -> ShardPlan:
-    """Return the existing plan if it is for these options, whatever its source if none is given, or else a new one."""
-    if rows_per_shard < 1:
+    """Return the existing plan if it is for these options, whatever its source if none is given, or else a new one.
+
+    Without `rows_per_shard` it is as the existing plan has it, or `ROWS_PER_SHARD`.
+    """
+    if rows_per_shard is not None and rows_per_shard < 1:
         raise IngestError(f"rows_per_shard {rows_per_shard!r}: give 1 or more")
     options: dict[str, Any] = {"model_id": model_id, "dimension": dimension, "words": words}
     folder = _resolved(out)
     if source is None:
         return _checked(read_plan(folder), options)
     entries = _Entries(source)
-    options |= {"rows_per_shard": rows_per_shard, "sidecar": _digest_of(sidecar)}
-    if not (folder / _PLAN).exists():
-        _write_plan(folder, entries, match_sidecar(sidecar, source, entries.folder), options)
+    options["sidecar"] = _digest_of(sidecar)
+    if not is_planned(out):
+        facts = {**options, "rows_per_shard": rows_per_shard or ROWS_PER_SHARD, "model_note": model_note}
+        _write_plan(folder, entries, match_sidecar(sidecar, source, entries.folder), facts)
+    if rows_per_shard is not None:
+        options["rows_per_shard"] = rows_per_shard
     plan = read_plan(folder)
     return _checked(plan, {**options, "source": entries.name()})
 
@@ -151,7 +178,7 @@ def _checked(plan: ShardPlan, options: Mapping[str, Any]) -> ShardPlan:
         if planned != value and not same_models:
             raise IngestError(
                 f"the shards in {str(plan.out)!r} are planned for {name} {planned!r}, and {value!r} is asked for. "
-                "Give another folder, or remove this one to start anew"
+                "Give the same to go on. Give another folder, or remove this one, to start anew"
             )
     return plan
 

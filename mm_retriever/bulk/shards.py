@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mm_retriever.bulk.plan import PathsOrURLs, ShardPlan, make_plan, read_plan
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import ImageLoadError, IngestError, StoreMismatchError
+from mm_retriever.errors import ImageLoadError, IngestError, StoreError, StoreMismatchError
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy
 from mm_retriever.ingest.folder import IgnoredFiles
 from mm_retriever.ingest.nodes import Layer, Task, current_stamp, image_node, write_each
@@ -71,7 +71,7 @@ def embed_to_shards(
     out: str | Path,
     embed_model: ComposedEmbedding,
     *,
-    rows_per_shard: int = 10_000,
+    rows_per_shard: int | None = None,
     batch_size: int = 32,
     sidecar: SidecarSource | None = None,
     hybrid: bool | SparseEmbedding = False,
@@ -93,7 +93,7 @@ def embed_to_shards(
         source: a folder as in `ingest_images`, or an iterable of paths and URLs; None goes on with the plan in `out`.
         out: a folder for the plan and the shards.
         embed_model: a `ComposedEmbedding` such as `VisualizedBGEEmbedding`.
-        rows_per_shard: images in one file.
+        rows_per_shard: images in one file; default: as the plan in `out` has it, 10,000 in a new one.
         batch_size: images that go through the model together.
         sidecar: as in `ingest_images`; read when the plan is made.
         hybrid: as the collection is, or will be, opened with.
@@ -116,6 +116,7 @@ def embed_to_shards(
         words=words_name(hybrid),
         rows_per_shard=rows_per_shard,
         sidecar=sidecar,
+        model_note=str(getattr(embed_model, "model_note", "")),
     )
     writer = ShardWriter(plan, embed_model, hybrid=hybrid, batch_size=batch_size, image_policy=image_policy, exif=exif)
     unfinished = plan.unfinished()
@@ -158,7 +159,7 @@ class ShardWriter:
         """Make a shard, and return whether this writer did, or a copy of it; another one may have, meanwhile."""
         path = self.plan.shard(number)
         if path.exists():
-            return read_account(path)[1].get("call") == self.call
+            return _account(path)[1].get("call") == self.call
         self._check_models()
         rows = ParquetRows(self.plan.dimension, self.hybrid)
         skipped: list[tuple[str, str]] = []
@@ -222,10 +223,18 @@ def read_shard(plan: ShardPlan, number: int) -> tuple[int, list[SkippedImage]]:
     path = plan.shard(number)
     if not path.exists():
         raise IngestError(f"{len(plan.unfinished())} of {plan.shards} shards are not embedded yet: do that first")
-    rows, account = read_account(path)
-    if (account["plan"], account["shard"]) != (plan.id, number):
+    rows, account = _account(path)
+    if (account.get("plan"), account.get("shard")) != (plan.id, number):
         raise IngestError(f"{str(path)!r} is a shard of another plan: remove it, and embed it again")
     return rows, [SkippedImage(*names) for names in account["skipped"]]
+
+
+def _account(path: Path) -> tuple[int, dict[str, Any]]:
+    """The number of rows in a shard, and its writer's account."""
+    try:
+        return read_account(path)
+    except StoreError as error:
+        raise StoreError(f"{error}: remove it, and embed it again") from error
 
 
 def import_shards(

@@ -22,10 +22,19 @@ def embed(
         Path | None,
         typer.Argument(help="A folder of images. Default: go on with what OUT was begun for.", callback=options.home),
     ] = None,
-    model: options.Model = options.REAL_MODEL,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="As of `index`. Default: the model that OUT was begun with; for a new one " + options.REAL_MODEL + ".",
+            autocompletion=options.model_names,
+            show_default=False,
+        ),
+    ] = None,
     model_url: options.ModelUrl = None,
     model_key: options.ModelKey = None,
-    rows_per_file: Annotated[int, typer.Option(min=1, help="Images in one file.")] = 10_000,
+    rows_per_file: Annotated[
+        int | None, typer.Option(min=1, help="Images in one file. Default: as OUT was begun, 10,000 in a new one.")
+    ] = None,
     batch_size: options.BatchSize = 32,
     sidecar: options.Sidecar = None,
     no_sidecar: options.NoSidecar = False,
@@ -52,11 +61,12 @@ def embed(
     if workers is not None and not ray:
         raise QueryError("--workers is taken only with --ray")
     options.check_places(folders={"OUT": out})
+    wanted = _model_to_load(out, model, dtype, backend, url=model_url)
     embedding = options.embed_model(
-        model,
+        wanted.name,
         device=device,
-        dtype=dtype,
-        backend=backend,
+        dtype=wanted.dtype,
+        backend=wanted.backend,
         calibration=source,
         revision=revision,
         url=model_url,
@@ -80,6 +90,19 @@ def embed(
         print_json(result.to_dict())
     else:
         print_ingestion(result, rest="--json lists them all")
+
+
+def _model_to_load(
+    out: Path, model: str | None, dtype: str | None, backend: str | None, *, url: str | None
+) -> options.Wanted:
+    """The model of the options, else the one that the files in `out` were begun with."""
+    from mm_retriever.bulk.plan import is_planned, read_plan
+
+    plan = read_plan(out) if model is None and is_planned(out) else None
+    if plan is None or not plan.model_note:
+        return options.Wanted(model or options.REAL_MODEL, dtype, backend)
+    holder = f"the files in {str(out)!r} hold"
+    return options.model_of(plan.model_id, plan.model_note, dtype, backend, url=url, holder=holder)
 
 
 def import_(
@@ -107,6 +130,7 @@ def import_(
         collection=collection,
         dimension=plan.dimension,
         model_id=plan.model_id,
+        model_note=plan.model_note,
         hybrid=analyzer is not None,
         analyzer=analyzer,
         rows=plan.images,

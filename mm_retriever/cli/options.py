@@ -312,6 +312,23 @@ def model_to_load(
     if model is not None:
         return Wanted(model, dtype, backend)
     space, note = _held(db, collection, token)
+    return model_of(space, note, dtype, backend, url=url, holder="the collection holds")
+
+
+def model_of(space: str, note: str, dtype: str | None, backend: str | None, *, url: str | None, holder: str) -> Wanted:
+    """Return the model to load for vectors that are there already, or that of a new collection.
+
+    Args:
+        space: the model of the vectors; "" if there are none, or it is not known.
+        note: its name and float format; "" as for `space`.
+        dtype: of `--dtype`.
+        backend: of `--backend`.
+        url: of `--model-url`.
+        holder: what holds the vectors, and the verb, for messages.
+
+    Raises:
+        QueryError: the model cannot be loaded by its name.
+    """
     if not (space or note):
         return Wanted(REAL_MODEL, dtype, backend)
     kept = _NOTE.fullmatch(note)
@@ -319,13 +336,13 @@ def model_to_load(
     name = kept["name"] if kept["dtype"] else note.rpartition(", ")[0]
     if space.startswith("remote@"):
         raise QueryError(
-            f"the collection holds vectors of the model {name!r}, which a server computes: give --model and --model-url"
+            f"{holder} vectors of the model {name!r}, which a server computes: give --model and --model-url"
         )
     if url is not None:
         raise QueryError("--model-url needs --model: the name under which the server serves the model")
     if not _may_be_loaded(name):
         raise QueryError(
-            f"the collection holds vectors of the model {note or space!r}, which is not on this machine by that name: "
+            f"{holder} vectors of the model {note or space!r}, which is not on this machine by that name: "
             "give --model, a name or a folder"
         )
     held = "openvino" if kept["openvino"] else "torch"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_index.core.schema import BaseNode
 
-from mm_retriever.errors import MissingExtraError, StoreError
+from mm_retriever.errors import MissingExtraError, StoreError, reason_of
 from mm_retriever.files import sync
 from mm_retriever.store.rows import node_to_row
 from mm_retriever.store.schema import ID_FIELD, VECTOR_FIELD, collection_schema
@@ -121,7 +121,7 @@ def read_account(path: Path) -> tuple[int, dict[str, Any]]:
         footer = parquet.read_metadata(path)
         return int(footer.num_rows), dict(json.loads(footer.metadata[_ACCOUNT]))
     except (OSError, KeyError, TypeError, ValueError) as error:  # Arrow's own are of these kinds
-        raise StoreError(f"{str(path)!r} is no file of rows that this package wrote: {error}") from error
+        raise StoreError(f"{str(path)!r} is no file of rows that this package wrote ({reason_of(error)})") from error
 
 
 def read_columns(path: Path) -> list[str]:

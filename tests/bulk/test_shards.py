@@ -409,11 +409,37 @@ def test_a_damaged_shard_and_one_of_another_plan_are_named(folder, tmp_path):
     with pytest.raises(IngestError, match="another plan"):
         embed(folder, tmp_path / "out")
     shard.write_bytes(shard.read_bytes()[:-20])
-    with pytest.raises(StoreError, match=r"000001.parquet' is no file of rows"):
+    with pytest.raises(StoreError, match=r"000001.parquet' is no file of rows.*: remove it, and embed it again"):
         embed(folder, tmp_path / "out")
     shard.unlink()
     embed(folder, tmp_path / "out")
     check_whole(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]\n", '{"id": "a"}\n', '{"path": "a.png", "unknown": 1}\n'])
+@pytest.mark.parametrize("name", ["plan.json", "000001.jsonl"])
+def test_a_damaged_plan_is_named_with_what_to_do(folder, tmp_path, name, content):
+    """Our promise: one line that names the file and the fix. A folder without `plan.json` has no plan that tells."""
+    embed(folder, tmp_path / "out")
+    (tmp_path / "out" / "shards" / "000001.parquet").unlink()
+    damaged = tmp_path / "out" / "plan" / name
+    damaged.unlink()
+    if content is not None:
+        damaged.write_text(content)
+    with pytest.raises(IngestError, match=rf"{name}|embed_to_shards makes them|another version") as caught:
+        embed(None, tmp_path / "out")
+    if name != "plan.json":
+        assert f"remove {str(tmp_path / 'out')!r} to start anew" in str(caught.value)
+
+
+def test_without_its_size_a_plan_goes_on_as_it_was_begun(folder, tmp_path):
+    """A new plan has our default."""
+    report = embed(folder, tmp_path / "out", rows_per_shard=7)
+    (tmp_path / "out" / "shards" / "000000.parquet").unlink()
+    again = embed(folder, tmp_path / "out", rows_per_shard=None)
+    assert (again.shards, again.written, again.rows) == (report.shards, 1, report.rows)
+    embed(folder, tmp_path / "new", rows_per_shard=None)
+    assert read_plan(tmp_path / "new").rows_per_shard == 10_000
 
 
 def test_a_plan_of_another_version_is_refused(folder, tmp_path):

@@ -39,3 +39,27 @@ def test_files_are_imported_by_a_server_only(capfd, images, tmp_path):
     assert "there are no shards in" in err
     code, _, err = run(capfd, "embed", tmp_path / "out", images, "--workers", 2)
     assert (code, err) == (2, "mm-retriever: --workers is taken only with --ray\n")
+
+
+def test_a_run_that_goes_on_needs_no_option_again(capfd, images, tmp_path):
+    """The files know their model and their size. An option that differs is refused in the words of the command."""
+    out = tmp_path / "out"
+    assert run(capfd, "embed", out, images, "--model", "tiny", "--rows-per-file", 4)[0] == 0
+    (out / "shards" / "000001.parquet").unlink()
+    code, said, _ = run(capfd, "embed", out, images)
+    assert (code, "9 rows in 3 shards, 1 of them new" in said) == (0, True)
+    code, said, _ = run(capfd, "embed", out)
+    assert (code, "9 rows in 3 shards, 0 of them new" in said) == (0, True)
+    code, _, err = run(capfd, "embed", out, images, "--rows-per-file", 3)
+    assert (code, "planned for --rows-per-file 4, and 3 is asked for. Give the same to go on" in err) == (2, True)
+
+
+def test_files_of_a_model_that_is_not_here_name_it(capfd, images, tmp_path):
+    """No other model is downloaded for them."""
+    out = tmp_path / "out"
+    assert run(capfd, "embed", out, images, "--model", "tiny")[0] == 0
+    facts = out / "plan" / "plan.json"
+    facts.write_text(facts.read_text().replace("tiny, float32", "somebody/else, float32"))
+    code, _, err = run(capfd, "embed", out)
+    assert code == 2
+    assert f"the files in {str(out)!r} hold vectors of the model 'somebody/else, float32', which is not on this" in err
