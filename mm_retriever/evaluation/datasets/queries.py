@@ -8,9 +8,10 @@ Paths are relative to the folder of the file. Both forms are read for evaluation
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,7 +134,8 @@ MEASURES = ("nDCG@10", "MRR", "Recall@1", "Recall@5", "Recall@10", "Hit@10", "mA
 def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
     """Return the set of a `queries.jsonl`, of MegaPairs' triplets, or of ratings that the web page exported.
 
-    The gallery is all images below the folder, and targets and negatives elsewhere that the queries name.
+    The gallery is all images below the folder, and targets and negatives elsewhere that the queries name. Copies of one
+    file are one image, as where the retriever leaves out a query image.
 
     Args:
         place: the file, or its folder.
@@ -143,9 +145,11 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
     home = Path(os.path.normpath((file.parent if images is None else images).absolute()))
     labelled = read_queries(file, images=images)
     paths = images_below(home)
-    labelled = _as_found(labelled, paths)
-    pictures: dict[str, Picture] = {_name(path, home): path for path in paths}
-    extra = {path for query in labelled for path in (*query.targets, *query.negatives)} - set(paths)
+    first = _first_of_each(labelled, paths)
+    labelled = [_renamed(query, first) for query in labelled]
+    searched = [path for path in paths if first[path] == path]
+    pictures: dict[str, Picture] = {_name(path, home): path for path in searched}
+    extra = {path for query in labelled for path in (*query.targets, *query.negatives)} - set(searched)
     pictures |= {_name(path, home): path for path in sorted(extra)}
     gallery = tuple(pictures)
     pictures |= {_name(query.image, home): query.image for query in labelled if query.image is not None}
@@ -163,8 +167,11 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
                 negatives=tuple(_name(path, home) for path in query.negatives),
             )
         )
-    note = f"{len(extra)} targets and negatives lie outside {home} and are searched too"
-    notes = (note,) if extra and paths else ()
+    notes: tuple[str, ...] = ()
+    if extra and paths:
+        notes += (f"{len(extra)} targets and negatives lie outside {home} and are searched too",)
+    if copies := len(paths) - len(searched):
+        notes += (f"{copies} files below {home} are copies of others: the gallery has each image once",)
     return (
         checked(
             EvaluationSet(str(file), "own", tuple(queries), pictures, gallery, MEASURES, removed=True, notes=notes)
@@ -172,27 +179,43 @@ def read_own(place: Path, images: Path | None) -> tuple[EvaluationSet, ...]:
     )
 
 
-def _as_found(queries: list[LabelledQuery], paths: list[Path]) -> list[LabelledQuery]:
-    """The queries with the gallery's paths of its images, since a link or another case may name the same file."""
-    others = {path for query in queries for path in query.images} - set(paths)
-    if not others:
-        return queries
-    by_file = {_file(path): path for path in reversed(paths)}
-    own = {path: by_file.get(_file(path), path) for path in others}
-    return [
-        _checked(
-            replace(
-                query,
-                image=query.image and own.get(query.image, query.image),
-                targets=tuple(dict.fromkeys(own.get(path, path) for path in query.targets)),
-                negatives=tuple(dict.fromkeys(own.get(path, path) for path in query.negatives)),
-            )
+def _first_of_each(queries: list[LabelledQuery], paths: list[Path]) -> dict[Path, Path]:
+    """The first path of each image, for all of its paths: those that queries name before others, of the gallery's."""
+    named = {path for query in queries for path in query.images}
+    others = sorted(named - set(paths))
+    by_size: defaultdict[int, list[Path]] = defaultdict(list)
+    for path in (*(path for path in paths if path in named), *(path for path in paths if path not in named), *others):
+        by_size[path.stat().st_size].append(path)
+    first: dict[Path, Path] = {}
+    for size, same_size in by_size.items():
+        known: dict[Hashable, Path] = {}
+        for path in same_size:
+            first[path] = known.setdefault(_content(path) if size and len(same_size) > 1 else _file(path), path)
+    return first
+
+
+def _renamed(query: LabelledQuery, names: Mapping[Path, Path]) -> LabelledQuery:
+    """The query with other paths of its images, where a link, another case or a copy names the same image."""
+    return _checked(
+        replace(
+            query,
+            image=query.image and names[query.image],
+            targets=tuple(dict.fromkeys(names[path] for path in query.targets)),
+            negatives=tuple(dict.fromkeys(names[path] for path in query.negatives)),
         )
-        for query in queries
-    ]
+    )
 
 
-def _file(path: Path) -> tuple[int, int]:
+def _content(path: Path) -> Hashable:
+    """What files with the same bytes have in common; a file that cannot be read is itself."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return _file(path)
+
+
+def _file(path: Path) -> Hashable:
     status = path.stat()
     return status.st_dev, status.st_ino
 

@@ -116,6 +116,27 @@ def test_an_image_that_is_named_by_a_link_is_the_one_of_the_gallery(folder, tmp_
         read_evaluation(folder)
 
 
+def test_copies_of_a_file_are_one_image(folder, tmp_path_factory):
+    """A copy of the query image stood before every right one, though the retriever leaves copies out too."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("red.jpg", "mugs/a copy of red.jpg", "again.jpg", elsewhere / "red.jpg"):
+        (folder / name).write_bytes(b"red")
+    for name in ("blue.jpg", "mugs/a copy of blue.jpg"):
+        (folder / name).write_bytes(b"blu")
+    query = {"image": str(elsewhere / "red.jpg"), "targets": ["mugs/a copy of blue.jpg"], "negatives": ["red.jpg"]}
+    (data,) = read_evaluation(written(folder, {**query, "negatives": []}))
+    assert sorted(data.gallery) == ["again.jpg", "mugs/a copy of blue.jpg", "mugs/green.jpg"]
+    assert (data.queries[0].image, data.queries[0].targets) == ("again.jpg", ("mugs/a copy of blue.jpg",))
+    assert main_way([data]) == "query image removed"
+    assert data.notes == (f"3 files below {folder} are copies of others: the gallery has each image once",)
+    (data,) = read_evaluation(written(folder, query))
+    assert (data.queries[0].image, data.queries[0].negatives) == ("red.jpg", ("red.jpg",))
+    for wrong in ({"targets": ["again.jpg"]}, {"negatives": ["blue.jpg"]}):
+        written(folder, query | wrong)
+        with pytest.raises(QueryError, match=r"line 1: (the query image is one of its targets|.* is both a target)"):
+            read_evaluation(folder)
+
+
 def test_names_are_found_in_every_unicode_form_and_by_file_urls(folder):
     """A Mac writes names in decomposed letters."""
     name = "grün.jpg"
