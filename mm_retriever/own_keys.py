@@ -6,10 +6,12 @@ name; where the caller has, the caller's stay and ours go under the same name af
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 PREFIX = "mm_"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 DESCRIPTIVE_KEYS = ("label", "file_path", "file_name", "width", "height")
 """What ingestion tells a reader about an image."""
@@ -48,6 +50,12 @@ def own_value(metadata: Mapping[str, Any], key: str) -> Any:
     """Return what ingestion stored under one of `OWN_KEYS` in the metadata of a node or a row; None if nothing."""
     own = metadata.get(f"{PREFIX}{key}")
     return metadata.get(key) if own is None else own
+
+
+def file_digest(metadata: Mapping[str, Any]) -> str | None:
+    """Return the SHA-256 of the file of a node; None without one: a caller's `digest` may be any value."""
+    digest = own_value(metadata, "digest")
+    return digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else None
 
 
 def own_columns(*keys: str) -> list[str]:

@@ -44,7 +44,7 @@ from mm_retriever.images import (
     read_image_bytes,
 )
 from mm_retriever.images.header import sniff_format
-from mm_retriever.own_keys import PREFIX, own_value
+from mm_retriever.own_keys import PREFIX, file_digest, own_value
 from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
 from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
@@ -299,7 +299,7 @@ def each_once(hits: Iterable[NodeWithScore]) -> list[NodeWithScore]:
     best: dict[object, NodeWithScore] = {}
     copies: Counter[object] = Counter()
     for hit in hits:
-        key = own_value(hit.node.metadata, "digest") or hit.node.node_id
+        key = file_digest(hit.node.metadata) or hit.node.node_id
         copies[key] += 1
         best.setdefault(key, hit)
     return [hit if copies[key] == 1 else _with_copies(hit, copies[key] - 1) for key, hit in best.items()]
@@ -395,7 +395,7 @@ class _QueryImage:
         return others
 
     def _is_file(self, node: BaseNode) -> bool:
-        if self._digest is not None and own_value(node.metadata, "digest") == self._digest:
+        if self._digest is not None and file_digest(node.metadata) == self._digest:
             return True
         return isinstance(node, ImageNode) and (node.image_path in self._places or node.image_url in self._places)
 
@@ -413,6 +413,7 @@ class _QueryImage:
     def _has_pixels(self, node: BaseNode, size: tuple[int, int], digest: str) -> bool:
         images = node_images(node)
         own = [own_value(node.metadata, key) or side for key, side in zip(("width", "height"), size, strict=True)]
+        own = list(size) if file_digest(node.metadata) is None else own  # a caller's columns, of a product perhaps
         if not images or tuple(own) != size:
             return False
         try:

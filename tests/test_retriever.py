@@ -13,6 +13,7 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import ImageNode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
+from PIL import Image
 
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, StoreMismatchError
 from mm_retriever.ingest import ingest_images
@@ -278,3 +279,20 @@ def test_nodes_without_a_digest_are_never_taken_for_copies(store, model):
     vector = model.get_text_embedding("red")
     store.add([ImageNode(id_=name, image_path="/a.png", embedding=vector) for name in ("a", "b")])
     assert len(ComposedRetriever(store, model, unique=True).retrieve(model.get_query_bundle("red"))) == 2
+
+
+@pytest.mark.parametrize("digest", ["v1", 7, ["a", "b"]])
+def test_a_column_of_the_callers_that_is_called_digest_makes_no_copies(store, model, digest):
+    vector, metadata = model.get_text_embedding("red"), {"digest": digest}
+    store.add([ImageNode(id_=id_, image_path=f"/{id_}.png", embedding=vector, metadata=metadata) for id_ in "ab"])
+    assert len(ComposedRetriever(store, model, unique=True).retrieve(model.get_query_bundle("red"))) == 2
+
+
+def test_the_query_image_is_left_out_where_width_is_a_column_of_the_callers(store, model, tmp_path):
+    """It is the width of the thing, not of its image, and ingestion did not see the file."""
+    path = paint(tmp_path / "red.png", "red")
+    node = ImageNode(image_path=str(path), metadata={"width": 30, "height": 40})
+    [node.embedding] = model.embed_nodes([node])
+    store.add([node])
+    query = model.get_query_bundle(None, Image.open(path))  # decoded before it became the query
+    assert ComposedRetriever(store, model, exclude_query_image=True).retrieve(query) == []

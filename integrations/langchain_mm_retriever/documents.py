@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence, Set
 from datetime import date, time
@@ -19,7 +20,10 @@ from pydantic import ValidationError
 
 from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.images import ImageSource
+from mm_retriever.own_keys import own_columns
+from mm_retriever.store import ImageStore
 from mm_retriever.store.conditions import condition
+from mm_retriever.store.schema import CONTENT_FIELD
 from mm_retriever.store.values import plain_value
 
 SCORE = "relevance_score"
@@ -127,21 +131,49 @@ def _read_block(block: ContentBlock | dict[str, Any] | str) -> tuple[str, ImageS
     raise QueryError(f"a content block of type {shown(given.get('type'))}: give text, and an image as base64 or URL")
 
 
-def read_filters(filters: Filters | None) -> MetadataFilters | None:
+def read_filters(filters: Filters | None, store: ImageStore) -> MetadataFilters | None:
     """Return filters as LlamaIndex has them.
 
     A mapping names columns: `{"label": "mug"}`; a list means any of them. `$eq`, `$ne`, `$gt`, `$gte`, `$lt`, `$lte`,
     `$in` and `$nin` compare otherwise, `{"price": {"$gte": 5, "$lt": 20}}`; `$and` and `$or` join lists of mappings.
-    Bools and dates are compared as they are stored.
+    Bools and dates are compared as they are stored. `image_path` and `image_url`, which documents have and rows do
+    not, become the ids of the rows.
 
     Raises:
         FilterError: anything else.
     """
-    if filters is None or isinstance(filters, MetadataFilters):
-        return filters
+    if filters is None:
+        return None
+    if isinstance(filters, MetadataFilters):
+        return _with_ids(filters, store)
     if not isinstance(filters, Mapping):
         raise FilterError(f"filters must be MetadataFilters or a mapping like {{'label': 'mug'}}, got {shown(filters)}")
-    return _all_of(filters)
+    return _with_ids(_all_of(filters), store)
+
+
+def _with_ids(group: MetadataFilters, store: ImageStore) -> MetadataFilters:
+    """The filters with ids in the place of places."""
+    filters: list[MetadataFilter | MetadataFilters] = []
+    for item in group.filters:
+        if isinstance(item, MetadataFilters):
+            filters.append(_with_ids(item, store))
+        else:
+            filters.append(_by_ids(item, store) if item.key in (IMAGE_PATH, IMAGE_URL) else item)
+    return MetadataFilters(filters=filters, condition=group.condition)
+
+
+def _by_ids(item: MetadataFilter, store: ImageStore) -> MetadataFilter:
+    """The condition that a row has one of the ids of the images that lie in these places."""
+    places = item.value if isinstance(item.value, list) else [item.value]
+    if item.operator not in (_Op.EQ, _Op.NE, _Op.IN, _Op.NIN) or not all(isinstance(place, str) for place in places):
+        raise FilterError(f"{item.key!r} is where images lie: compare it by $eq, $ne, $in or $nin with text")
+    columns = own_columns("file_path")  # which ingestion stores; of other rows the node alone has the place
+    named = [MetadataFilter(key=key, operator=_Op.IN, value=list(map(str, places))) for key in columns]
+    others = MetadataFilters(filters=[MetadataFilter(key=key, value=None) for key in columns])
+    perhaps = MetadataFilters(filters=[*named, others], condition=FilterCondition.OR)
+    pages = store.scan([CONTENT_FIELD], perhaps)
+    ids = [row["id"] for page in pages for row in page if json.loads(row[CONTENT_FIELD]).get(item.key) in places]
+    return MetadataFilter(key="id", operator=_Op.IN if item.operator in (_Op.EQ, _Op.IN) else _Op.NIN, value=ids)
 
 
 def _all_of(filters: Mapping[str, Any]) -> MetadataFilters:

@@ -75,7 +75,7 @@ class ComposedImageRetriever(BaseRetriever):
             self.store,
             model,
             top_k=self.k if k is None else k,
-            filters=read_filters(self.filters if filters is None else filters),
+            filters=read_filters(self.filters if filters is None else filters, self.store),
             min_score=self.min_score,
             mode=self.mode,
             exclude_query_image=self.exclude_query_image,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ class ImageVectorStore(VectorStore):
     def from_texts(
         cls,
         texts: list[str],
-        embedding: Embeddings,
+        embedding: Embeddings | ComposedEmbedding,
         metadatas: list[dict[str, Any]] | None = None,
         *,
         ids: list[str] | None = None,
@@ -71,6 +72,8 @@ class ImageVectorStore(VectorStore):
             token: as of `open_store`.
             kwargs: further options of `open_store`.
         """
+        if isinstance(embedding, ComposedEmbedding):
+            embedding = VisualizedBGEEmbeddings(embedding)
         if isinstance(embedding, VisualizedBGEEmbeddings):
             store = open_store(uri, embedding.embed_model, collection=collection, token=token, **kwargs)
         else:
@@ -91,6 +94,8 @@ class ImageVectorStore(VectorStore):
         **kwargs: Any,
     ) -> list[str]:
         """Embed and store texts, and return their ids."""
+        if isinstance(texts, str):
+            raise QueryError(f"add_texts({texts[:60]!r}): give a list of texts, [{texts[:60]!r}]")
         given = list(texts)
         facts = [metadata or {} for metadata in metadatas or [{} for _ in given]]
         if len(facts) != len(given):
@@ -124,8 +129,9 @@ class ImageVectorStore(VectorStore):
             raise QueryError(f"{len(ids)} ids and {len(documents)} documents: give one id for each")
         nodes: list[BaseNode] = []
         for place, document in enumerate(documents):
-            own = (ids[place] if ids is not None else None) or document.id or str(uuid.uuid4())
-            nodes.append(to_node(document.model_copy(update={"id": own})).node)
+            named = None if ids is None else ids[place]
+            own = (document.id or uuid.uuid4()) if named in (None, "") else named
+            nodes.append(to_node(document.model_copy(update={"id": str(own)})).node)
         for node, vector in zip(nodes, self._vectors_of(nodes), strict=True):
             node.embedding = vector
         self.store.add(nodes)
@@ -140,7 +146,7 @@ class ImageVectorStore(VectorStore):
                     f"the document {node.node_id!r} is an image, which {type(self._embeddings).__name__} cannot embed: "
                     "use VisualizedBGEEmbeddings"
                 )
-        return self._embeddings.embed_documents([node.get_content() for node in nodes])
+        return [_of_length_1(vector) for vector in self._embeddings.embed_documents([n.get_content() for n in nodes])]
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
         """Remove the documents with these ids, or all for None; ids that are not stored are passed over."""
@@ -148,14 +154,14 @@ class ImageVectorStore(VectorStore):
         if ids is None:
             self.store.clear()
         else:
-            self.store.delete_nodes(ids)
+            self.store.delete_nodes(_texts(ids))
         return True
 
     # ------------------------------------------------------------------------------------------ reading
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         """Return the documents with these ids, in this order; an id that is not stored is left out."""
-        return [to_document(NodeWithScore(node=node)) for node in self.store.get_nodes(list(ids))]
+        return [to_document(NodeWithScore(node=node)) for node in self.store.get_nodes(_texts(ids))]
 
     def similarity_search(self, query: ComposedQuery, k: int = 4, **kwargs: Any) -> list[Document]:
         """Return the nearest documents, best first.
@@ -206,7 +212,7 @@ class ImageVectorStore(VectorStore):
             return self._embeddings.embed_model.get_query_bundle(text, image).embedding or []
         if image is not None:
             raise QueryError(f"{type(self._embeddings).__name__} cannot embed an image: use VisualizedBGEEmbeddings")
-        return self._embeddings.embed_query(text)
+        return _of_length_1(self._embeddings.embed_query(text))
 
     def _nearest(
         self,
@@ -224,7 +230,7 @@ class ImageVectorStore(VectorStore):
         query = VectorStoreQuery(
             query_embedding=vector,
             similarity_top_k=k,
-            filters=read_filters(filter if filters is None else filters),
+            filters=read_filters(filter if filters is None else filters, self.store),
             mode=VectorStoreQueryMode.MMR if mmr else VectorStoreQueryMode.DEFAULT,
         )
         result = self.store.query(query, **(mmr or {}))
@@ -236,6 +242,17 @@ class ImageVectorStore(VectorStore):
     def _select_relevance_score_fn(self) -> Callable[[float], float]:
         """From 0 to 1, as LangChain wants it."""
         return lambda score: (1 + score) / 2
+
+
+def _texts(ids: Sequence[Any]) -> Sequence[str]:
+    """Ids as the store has them: callers count, or have UUIDs."""
+    return ids if isinstance(ids, str) else [str(id_) for id_ in ids]
+
+
+def _of_length_1(vector: Sequence[float]) -> list[float]:
+    """A vector of other embeddings, which may be of any length: the long ones would be nearest to everything."""
+    length = math.hypot(*vector)
+    return [number / length for number in vector] if length else list(vector)
 
 
 def _refuse(method: str, unknown: dict[str, Any]) -> None:

@@ -95,7 +95,9 @@ class Api:
             Endpoint("POST", "/v1/search", self.search, "Search", models.SearchRequest, models.SearchAnswer),
             Endpoint("POST", "/v1/facets", self.facets, "Count values", models.FacetsRequest, models.FacetsAnswer),
             Endpoint("POST", "/v1/uploads", self.upload, "Keep an image, the body, for searches", gives=models.Upload),
-            Endpoint("GET", "/v1/thumbnail", self.thumbnail, "A small JPEG", gives="image/jpeg", query=("id", "side")),
+            Endpoint(
+                "GET", "/v1/thumbnail", self.thumbnail, "A small JPEG", gives="image/jpeg", query=("id", "side", "v")
+            ),
             Endpoint("GET", "/v1/original", self.original, "The file", gives="image/*", query=("id", "download")),
             Endpoint(
                 "POST",
@@ -212,7 +214,7 @@ class Api:
 
     async def upload(self, request: Request) -> Response:
         """Keep an image for searches; its media type is image/..., which no other page may send unasked."""
-        if not request.headers.get("content-type", "").startswith("image/"):
+        if not request.headers.get("content-type", "").lower().startswith("image/"):
             return problem(415, "send the bytes of an image, with its media type (image/jpeg) as Content-Type")
         data = await request.body()
         image, (width, height) = await self._in_turn(request, lambda: self._uploads.add(data), limiter=self._reads)
@@ -231,7 +233,8 @@ class Api:
 
         data = await self._in_turn(request, read, limiter=self._reads)
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-        headers = {"cache-control": f"private, max-age={DAY}", "etag": tag}
+        lasting = "v" in request.query_params or id_.startswith(PREFIX)  # an id stays when its file is replaced
+        headers = {"cache-control": f"private, max-age={DAY}" if lasting else "private, no-cache", "etag": tag}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
         return Response(data, media_type="image/jpeg", headers=headers)
@@ -296,7 +299,7 @@ def _result(result: ImageResult) -> models.Result:
         note=result.note,
         copies=copies if isinstance(copies, int) else 0,
         metadata=metadata,
-        thumbnail=f"v1/thumbnail?id={address}",
+        thumbnail=f"v1/thumbnail?id={address}" + (f"&v={result.version}" if result.version else ""),
         original=f"v1/original?id={address}",
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from mm_retriever.images import (
     source_name,
 )
 from mm_retriever.ingest.folder import local_path
-from mm_retriever.own_keys import own_value
+from mm_retriever.own_keys import file_digest
 from mm_retriever.request import node_images
 from mm_retriever.search_tools.arguments import read_result_number
 from mm_retriever.threads import ForkLock
@@ -173,8 +172,6 @@ ONLY_NAMED = ImagePolicy(roots=(), max_bytes=20 * 2**20, max_pixels=25_000_000)
 25 megapixels, because an untrusted caller can send a hundred in a few kilobytes, and many at once.
 """
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
 
 @dataclass(frozen=True)
 class NamedImage:
@@ -204,8 +201,8 @@ class NamedImage:
         A file may have been changed, or replaced by a link to a file that was never indexed.
         """
         data = read_image_bytes(source, policy=self.policy)
-        digest = None if self.node is None else own_value(self.node.metadata, "digest")
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):  # a caller's column of that name
+        digest = None if self.node is None else file_digest(self.node.metadata)
+        if digest is None:
             if not (self.must_be_known and isinstance(source, str)):  # a text source is a path or a URL
                 return data
             reason = (

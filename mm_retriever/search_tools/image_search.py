@@ -22,7 +22,7 @@ from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import FilterError, ImageLoadError, QueryError, one_line
 from mm_retriever.images import DEFAULT_POLICY, ImagePolicy, encode_thumbnail, image_thumbnail, media_type, opened_image
 from mm_retriever.images.header import sniff_format
-from mm_retriever.own_keys import own_value
+from mm_retriever.own_keys import file_digest, own_value
 from mm_retriever.rebuild import check_whole
 from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
@@ -385,6 +385,7 @@ class ImageSearch:
             thumbnail=thumbnail,
             item_images=tuple(image["id"] for image in node.metadata.get(ITEM_IMAGES, ()))[1:],
             note="; ".join(notes),
+            version=(file_digest(node.metadata) or "")[:16],
             **facts,
         )
 

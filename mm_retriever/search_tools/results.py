@@ -87,6 +87,7 @@ class ImageResult:
         metadata: further metadata, bounded.
         thumbnail: a small JPEG; None without one, and `note` says why.
         item_images: ids of the other images of its item, in a search per item.
+        version: tells one state of its file from another, for caches; "" if not known.
         file_type: media type of its file, by the name of the file.
         file_bytes: size of its file when it was indexed.
         note: why something is missing.
@@ -104,6 +105,7 @@ class ImageResult:
     file_type: str = ""
     file_bytes: int | None = None
     note: str = ""
+    version: str = field(default="", repr=False)
 
     @property
     def line(self) -> str:
@@ -266,8 +268,9 @@ def without_folders(text: str) -> str:
 
 
 def _filled(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts without empty ones and the thumbnail, as JSON types."""
-    kept = {name: value for name, value in facts.items() if name != "thumbnail" and value not in ("", None, {}, ())}
+    """The facts without empty ones, thumbnail and version, as JSON types."""
+    facts = {name: value for name, value in facts.items() if name not in ("thumbnail", "version")}
+    kept = {name: value for name, value in facts.items() if value not in ("", None, {}, ())}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 

@@ -15,7 +15,7 @@ from llama_index.core.schema import BaseNode
 
 from mm_retriever.files import write_atomically
 from mm_retriever.images import ImagePolicy, image_thumbnail
-from mm_retriever.own_keys import own_value
+from mm_retriever.own_keys import file_digest
 from mm_retriever.request import node_images
 from mm_retriever.search_tools.conversation import NamedImage
 from mm_retriever.threads import ForkLock
@@ -50,9 +50,9 @@ class Thumbnails:
         Raises:
             ImageLoadError: the image cannot or must not be read, or is not the one that was indexed.
         """
-        digest = own_value(node.metadata, "digest")
+        digest = file_digest(node.metadata)
         roots = "" if policy.roots is None else f" in {':'.join(map(str, policy.roots))}"  # others may not be shown
-        kept = self._path(str(digest), f"{side}{roots}") if digest else None
+        kept = self._path(digest, f"{side}{roots}") if digest else None
         if kept is not None:
             try:
                 return kept.read_bytes()
@@ -69,9 +69,7 @@ class Thumbnails:
     def _path(self, digest: str, form: str) -> Path | None:
         if self._folder is None:
             return None
-        name = hashlib.sha256(
-            f"{digest} {form}".encode("utf-8", "surrogatepass")
-        ).hexdigest()  # a digest from the store may be any text
+        name = hashlib.sha256(f"{digest} {form}".encode("utf-8", "surrogatepass")).hexdigest()
         return self._folder / name[:2] / f"{name[2:]}.jpg"
 
     def _keep(self, path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -438,6 +439,49 @@ def test_filters_hold_what_metadata_hold(shop, tmp_path):
             assert {document.id for document in found} == expected, filters
         with pytest.raises(FilterError, match="an empty mapping asks for nothing"):
             vectors.similarity_search("a", filter={"n": {}})
+
+
+def test_filters_find_images_by_the_place_that_documents_have(shop, retriever, tmp_path):
+    """`image_path` is no column of a row: it found nothing, or with $ne everything."""
+    hearts, dots = (str(shop.folder / f"{name}.png") for name in ("hearts", "dots"))
+    assert names(retriever.invoke("a sock", filters={"image_path": hearts})) == ["hearts"]
+    assert set(names(retriever.invoke("a sock", filters={"image_path": [hearts, Path(dots)]}))) == {"hearts", "dots"}
+    assert retriever.invoke("a sock", filters={"image_path": "/nowhere.png"}) == []
+    others = MetadataFilters(filters=[MetadataFilter(key="image_path", operator="!=", value=hearts)])
+    assert set(names(retriever.invoke("a sock", filters=others, k=9))) == {"care", *PRODUCTS} - {"hearts"}
+    with pytest.raises(FilterError, match="'image_path' is where images lie"):
+        retriever.invoke("a sock", filters={"image_path": {"$gt": hearts}})
+    vectors = ImageVectorStore(open_store(tmp_path / "a.db", shop.model), shop.model)
+    with vectors.store:
+        vectors.add_documents([Document("", id=place, metadata={"image_path": place}) for place in (hearts, dots)])
+        vectors.add_texts(["a mug"])
+        assert [one.id for one in vectors.similarity_search("a mug", filter={"image_path": dots})] == [dots]
+
+
+def test_ids_may_be_numbers_and_a_text_is_no_list_of_texts(shop, tmp_path):
+    with ImageVectorStore.from_texts(
+        ["a", "b"], shop.model, ids=[0, UUID(int=1)], uri=tmp_path / "a.db"
+    ).store as store:
+        vectors = ImageVectorStore(store, shop.model)
+        assert [one.page_content for one in vectors.get_by_ids([UUID(int=1), 0])] == ["b", "a"]
+        vectors.delete([0])
+        assert vectors.store.count() == 1
+        with pytest.raises(QueryError, match="give a list of texts"):
+            vectors.add_texts("hello")
+
+
+def test_vectors_of_other_embeddings_may_be_of_any_length(tmp_path):
+    """The longest would be nearest to every query, and scores no inner products of unit vectors."""
+
+    class Lengths(DeterministicFakeEmbedding):
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            return [[len(text) * x for x in self.embed_query(text)] for text in texts]
+
+    texts = ["mug", "a much longer text about umbrellas"]
+    vectors = ImageVectorStore.from_texts(texts, Lengths(size=6), uri=tmp_path / "a.db")
+    with vectors.store:
+        ((best, score),) = vectors.similarity_search_with_score("mug", k=1)
+        assert (best.page_content, score) == ("mug", pytest.approx(1))
 
 
 def test_documents_and_ids_may_come_from_generators_and_paths_in_any_form(shop, tmp_path, monkeypatch):

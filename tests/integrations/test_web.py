@@ -17,7 +17,9 @@ from starlette.testclient import TestClient
 from web_mm_retriever.app import strings
 from web_mm_retriever.serving import listen_on
 
+from mm_retriever.demo.catalogue import draw_product
 from mm_retriever.errors import QueryError
+from mm_retriever.ingest import ingest_images, remove_images
 from mm_retriever.search_tools.rows import RowsQuery, find_rows, result_rows
 from tests.support.web import HOME, TOKEN
 
@@ -34,6 +36,28 @@ def test_words_find_images_with_thumbnails_and_originals(client, folder):
     original = client.get(first["original"])
     assert original.content == (folder / "images" / "mug" / first["metadata"]["file_name"]).read_bytes()
     assert client.get(first["original"] + "&download=1").headers["content-disposition"].startswith("attachment")
+
+
+def test_the_thumbnail_of_a_file_that_was_replaced_has_another_address(store, embed_model, client, folder):
+    """Browsers keep a thumbnail for a day by its address, and the id of an image stays when its file is replaced."""
+    path = folder / "replaced" / "one.png"
+    path.parent.mkdir()
+
+    def address(kind: str) -> str:
+        draw_product(kind, "plain", "red", seed=1).save(path)
+        ingest_images(path.parent, store, embed_model, show_progress=False)
+        named = [{"key": "file_name", "value": "one.png"}]
+        (result,) = client.post("/v1/search", json={"text": kind, "filters": named}).json()["results"]
+        return str(result["thumbnail"])
+
+    try:
+        first, second = address("mug"), address("umbrella")
+        assert first != second
+        assert first.partition("&")[0] == second.partition("&")[0]
+        assert "max-age" in client.get(second).headers["cache-control"]
+        assert "no-cache" in client.get(second.partition("&")[0]).headers["cache-control"]
+    finally:
+        remove_images(store, path)
 
 
 def test_an_answer_tells_how_long_the_model_took(client):

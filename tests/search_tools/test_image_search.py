@@ -246,6 +246,16 @@ def test_a_thumbnail_that_was_kept_is_not_shown_where_its_image_must_not_be_read
     assert len(list((tmp_path / "kept").rglob("*.jpg"))) == 2
 
 
+def test_images_whose_caller_calls_a_column_digest_have_thumbnails_of_their_own(tmp_path):
+    kept = Thumbnails(tmp_path / "kept")
+    small = set()
+    for kind in ("mug", "umbrella"):
+        draw_product(kind, "plain", "red", seed=1).save(tmp_path / f"{kind}.png")
+        node = ImageNode(image_path=str(tmp_path / f"{kind}.png"), metadata={"digest": "v1"})
+        small.add(kept.of(node, 256, ImagePolicy()))
+    assert len(small) == 2
+
+
 class Preacher(BaseNodePostprocessor):
     """A reranker whose reasons and notes came from an image that gives instructions."""
 
