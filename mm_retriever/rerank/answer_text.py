@@ -9,111 +9,126 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mm_retriever.rerank.answer_prose import ordinals, prose
+from mm_retriever.rerank.answer_words import (
+    ANY_ITEM,
+    DIGITS,
+    LAST,
+    MOST_NUMBERS,
+    NO_RANKING,
+    NOUN,
+    NUMBER,
+    ORDINALS,
+    RANKING_WORD,
+    REST,
+    SEQUEL,
+    WORST_FIRST,
+    from_the_first,
+    has_ends,
+    is_turned_round,
+    plain,
+    plain_number,
+    rank_of,
+)
+
 LONGEST_ANSWER = 40_000  # characters that are read: half from the beginning, half from the end
-MOST_NUMBERS = 5_000
 _MOST_LINES = 2_000
 
-_PLAIN_SIGNS = str.maketrans("，、；：（）［］【】＞＜｜", ",,;:()[][]><|")
-_NOUN = (
-    r"(?:images?|img|pictures?|pics?|photos?|candidates?|options?|items?|products?|passages?|documents?|docs?"
-    r"|no\.|nr\.)"
-)
-_DIGITS = r"(?!(?<=\d,)\d{3}(?!\d))\d{1,6}(?![\w]|\.\d|,\d{3}\b)"
-_ANY_ITEM = rf"(?<![\w.\-$€£])(?:{_NOUN}[ \t]{{0,2}})?[#№(\[\"']{{0,3}}{_DIGITS}[)\]\"']{{0,3}}"
-_NUMBER = re.compile(r"\d{1,6}")
 _STRANGE = re.compile(r"(?<!\w)-?\d{1,12}(?:\.\d{1,12})?(?!\w)")
-_ONLY_ITEM = re.compile(rf"\s*{_ANY_ITEM}\s*[.:,;]?\s*", re.IGNORECASE)
-_CANDIDATE = re.compile(rf"(?:{_NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#№\[])({_DIGITS})", re.IGNORECASE)
+_ONLY_ITEM = re.compile(rf"\s*{ANY_ITEM}\s*[.:,;]?\s*", re.IGNORECASE)
+_CANDIDATE = re.compile(rf"(?:{NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#№\[])({DIGITS})", re.IGNORECASE)
 
-_TIE = rf"(?:={{1,2}}|[~≈≃≅])(?=\s{{0,4}}(?:[#№(\[]|{_NOUN}))"  # not before a bare number, which would be a score
-_ABOVE = r"(?:>{1,3}=?|≥|≻|»|[-=]>|→|⇒|➔|➜|&gt;)"
-_CHAIN = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:{_ABOVE}|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
-_CHAIN_UP = re.compile(rf"{_ANY_ITEM}(?:\s{{0,4}}(?:<{{1,3}}|≺|&lt;|{_TIE})\s{{0,4}}{_ANY_ITEM})+", re.IGNORECASE)
+_TIE = rf"(?:={{1,2}}|[~≈≃≅])(?=\s{{0,4}}(?:[#№(\[]|{NOUN}))"  # not before a bare number, which would be a score
+_ABOVE = r"(?:>{1,3}=?|≥|≻|»|[-=]>|→|⇒|➔|➜)"
+_ARROW = re.compile(r"[-=]>|[→⇒➔➜]")
+_CHAIN = re.compile(rf"{ANY_ITEM}(?:\s{{0,4}}(?:{_ABOVE}|{_TIE})\s{{0,4}}{ANY_ITEM})+", re.IGNORECASE)
+_CHAIN_UP = re.compile(rf"{ANY_ITEM}(?:\s{{0,4}}(?:<{{1,3}}|≺|&lt;|{_TIE})\s{{0,4}}{ANY_ITEM})+", re.IGNORECASE)
 _ONLY_TIES = re.compile(r"[^<>≥≻≺»→⇒➔➜&]*")
 _LINK = re.compile(rf"{_ABOVE}|{_TIE}", re.IGNORECASE)
 _GOES_ON = re.compile(
-    r"(?!\W{0,3}(?:because|since|as|so|and|while|where)\b)[^,.;:!?\n<>]{0,80}(?:[<>≥≻≺»→⇒➔➜]|&[lg]t;)[ \t]*\S"
+    r"(?!\W{0,3}(?:because|since|as|so|and|while|where)\b)(?:\([^()\n]{0,80}\)|[^(,.;:!?\n<>]){0,80}"
+    r"[<>≥≻≺»→⇒➔➜][ \t]*\S"
 )  # after a chain that stops at words
 _CAME_BEFORE = re.compile(r"[^\s<>][ \t]{0,4}(?:[<>≥≻≺»→⇒➔➜]|&[lg]t;)[^,.;:!?\n<>]{0,80}$")
-_WORDS = re.compile(r"\((?=[^()\d]{1,80}\))(?![^()]{0,80}(?:worst|least|lowest|ascending))[^()]{1,80}\)", re.IGNORECASE)
 _SAID = re.compile(r"[ \t]{0,3}\((?![^()]{0,80}(?:rank|place|\dst|\dnd|\drd|\dth))[^()]{1,80}\)", re.IGNORECASE)
 _REMARK = re.compile(r"[ \t]*\([^()\d]{0,80}\)[ \t.]*$")  # on a whole line
 _SERIES = (
-    rf"{_ANY_ITEM}(?:(?:[ \t]{{0,3}}[,;|/][ \t]{{0,3}}(?:(?:and|then|finally|last)[ \t]){{0,2}}"
-    rf"|[ \t]{{1,4}}(?:(?:and|then|finally)[ \t]){{0,2}}){_ANY_ITEM})*"
+    rf"{ANY_ITEM}(?:(?:[ \t]{{0,3}}[,;|/][ \t]{{0,3}}(?:(?:and|then|finally|last)[ \t]){{0,2}}"
+    rf"|[ \t]{{1,4}}(?:(?:and|then|finally)[ \t]){{0,2}}){ANY_ITEM})*"
 )
 _SERIES_LINE = re.compile(rf"[ \t]*[\[(]?{_SERIES}[\])]?[ \t]*\.?[ \t]*", re.IGNORECASE)
 _LABEL = re.compile(
-    r"(?P<label>[^:=\n]{0,80}\b(?P<word>rank\w{0,9}|order\w{0,9}|answer|list|results?|sorted|best|top|winner)\b"
+    rf"(?P<label>[^:=\n]{{0,80}}?(?P<word>{RANKING_WORD})"
     r"[^:=\n]{0,60}?)(?:[:=]|\b(?:is|are|would be)\b\s{0,2}[:=]?)",
     re.IGNORECASE,
 )
-_LIST = re.compile(r"\[([^\[\]{}]{1,20000})\]")
-_WORST_FIRST = re.compile(
-    r"worst (?:to|first)|worst-to|worst\W{1,5}best|least \w+ (?:to|first)|ascending|lowest first", re.IGNORECASE
-)
-_BEST_FIRST = re.compile(
-    r"(?:best|first|top|most)[ \w]{0,20}[ \-](?:to|→|->|>)[ \-][ \w]{0,20}(?:worst|last|least)", re.IGNORECASE
-)
-_NO_RANKING = re.compile(r"\b(?:scores?|prices?|years?|sizes?|counts?|costs?|worst)\b", re.IGNORECASE)
-
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
-_PLACE = re.compile(
-    r"[ \t]*(?:(?:rank|place|position)?[ \t]{0,2}#?(?P<number>\d{1,3})(?:st|nd|rd|th)?(?:[ \t]place)?[ \t]{0,2}[.):\-]"
-    rf"|(?:rank|place|position)?[ \t]{{0,2}}#(?P<marked>\d{{1,3}})(?=[ \t]{{1,3}}{_NOUN}[ \t]{{0,2}}[#№(\[]?\d)"
-    rf"|(?P<word>best|top|{'|'.join(ORDINALS)}|last|worst)(?:[ \t](?:place|best|choice|match|pick|fit))?"
-    r"[ \t]{0,2}[:.)\-]|[-•+])[ \t]{0,9}",
+_SENTENCE = re.compile(  # "I would rank them 3, 1, 2."; "Images 3, 1 and 2, in that order."
+    rf"(?:[^\d\n]{{0,80}}\b(?:rank|order|sort)(?:ed|ing)?(?:[ \t](?!not\b)[a-z]{{1,12}}){{0,5}}[:,]?[ \t]{{1,3}}"
+    rf"(?P<series>{_SERIES})[ \t.]*"
+    rf"|(?P<before>[^\d\n]{{0,60}}?)(?P<ordered>{_SERIES}),?[ \t]{{1,3}}in (?:that|this) order[ \t.]*"
+    rf"|(?P<sorted>{_SERIES}),?[ \t]{{1,3}}in (?:descending )?order of [a-z ]{{1,30}}[ \t.]*)",
     re.IGNORECASE,
 )
-_NAMED = rf"(?:{_NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#\[]){_DIGITS}[\])]{{0,3}}"
+_DASHED = re.compile(r"[ \t]*\d{1,2}(?:[ \t]?[-–—][ \t]?\d{1,2}){2,98}[ \t.]*")
+_BEGINS = re.compile(
+    rf"[ \t]*(?P<series>{_SERIES})[ \t]{{0,3}}"
+    r"(?:\.[ \t]+[^\W\d]|[,;]?[ \t]*\b(?:because|since|as|in (?:that|this) order)\b)",
+    re.IGNORECASE,
+)
+_LIST = re.compile(r"\[([^\[\]{}]{1,20000})\]")
+_PLACE = re.compile(
+    r"(?P<indent>[ \t]*)(?:(?:rank|place|position)?[ \t]{0,2}#?(?P<number>\d{1,3})"
+    r"(?:(?:st|nd|rd|th)?(?:[ \t]place)?[ \t]{0,2}(?:[.):]|-(?![\d>]))"
+    r"|(?:st|nd|rd|th)(?:[ \t]place)?[ \t]{0,2}(?:→|->))"
+    rf"|(?:rank|place|position|number)?[ \t]{{0,2}}#?(?P<marked>\d{{1,3}})[ \t]?:?"
+    rf"(?=[ \t]{{1,3}}{NOUN}[ \t]{{0,2}}[#№(\[]?\d)"
+    rf"|(?P<word>best|top|winner|runner-up|most [a-z]{{1,15}}|least [a-z]{{1,15}}|{'|'.join(ORDINALS)}|last|worst)"
+    r"(?:[ \t](?:place|best|choice|match|pick|fit|goes to))?[ \t]{0,2}(?:[:.)→]|->|-(?!\d))"
+    rf"|[-•+]|(?P<letter>[a-z]{{1,4}})[.)](?=[ \t]{{1,3}}{NOUN}))[ \t]{{0,9}}",
+    re.IGNORECASE,
+)
+_NAMED = rf"(?:{NOUN}[ \t]{{0,2}}[#№(\[]{{0,2}}|[#\[]){DIGITS}[\])]{{0,3}}"
 _PLACED = re.compile(  # several places on one line
     r"(?<![\w.])[(#]?(?P<place>\d{1,2})"
-    rf"(?:[.)]|(?:st|nd|rd|th)[.):]?|:(?=[ \t]{{0,3}}(?:{_NOUN}|[#\[])))[ \t]{{0,3}}"
-    rf"(?P<item>{_NAMED}|{_ANY_ITEM}(?=[ \t]{{0,3}}(?:$|[,;.(:\-–]|[(#]?\d{{1,2}}[.):])))",
+    rf"(?:[.)]|(?:st|nd|rd|th)[.):]?|:(?=[ \t]{{0,3}}(?:{NOUN}|[#\[])))[ \t]{{0,3}}"
+    rf"(?P<item>{_NAMED}|{ANY_ITEM}(?=[ \t]{{0,3}}(?:$|[,;.(:\-–]|[(#]?\d{{1,2}}[.):])))",
     re.IGNORECASE,
 )
-_NAMED_LAST = re.compile(rf"(?:\[|\([ \t]?{_NOUN}[ \t]{{0,2}}|\()[#№]?({_DIGITS})[)\]]{{1,2}}[ \t.]*$", re.IGNORECASE)
-_BARE_REMARK = re.compile(rf"({_DIGITS})[)\]]?[ \t]*(?:\([^()]{{0,300}}\)?|[-–—:][ \t]+[^\d]{{0,400}})[ \t.]*")
-_ONLY_DIGITS = re.compile(rf"({_DIGITS})")
+_NAMED_LAST = re.compile(rf"(?:\[|\([ \t]?{NOUN}[ \t]{{0,2}}|\()[#№]?({DIGITS})[)\]]{{1,2}}[ \t.]*$", re.IGNORECASE)
+_NTH = re.compile(rf"(?:the[ \t])?(\d{{1,3}})(?:st|nd|rd|th)[ \t]{NOUN}", re.IGNORECASE)
+_BARE_REMARK = re.compile(rf"({DIGITS})[)\]]?[ \t]*(?:\([^()]{{0,300}}\)?|[-–—:][ \t]+[^\d]{{0,400}})[ \t.]*")
+_ONLY_DIGITS = re.compile(rf"({DIGITS})")
 _SCORED = re.compile(
-    rf"\W{{0,5}}(?P<item>{_ANY_ITEM})[ \t]{{0,3}}[:=|\-–][ \t]{{0,3}}(?P<named>score[^\d\n]{{0,9}})?"
-    r"(?P<score>\d{1,6}(?:\.\d{1,12})?)[ \t]{0,2}(?P<of>/[ \t]{0,2}\d{1,4}|%)?[^\w\n]{0,5}",
+    rf"\W{{0,5}}(?P<item>{ANY_ITEM})[ \t]{{0,3}}[:=|\-–—(][ \t]{{0,3}}"
+    r"(?P<named>(?:score|relevance|rating|similarity)[^\d\n]{0,9})?"
+    r"(?P<score>\d{1,6}(?:\.\d{1,12})?)[ \t]{0,2}(?P<of>/[ \t]{0,2}\d{1,4}|%)?"
+    r"(?:[^\w\n]{0,5}|[ \t]*[,;:–—-][ \t].{0,400})",
     re.IGNORECASE,
 )
-_BEST = re.compile(r"\b(?:best|first|top|closest|winner|winning|most \w+)\b", re.IGNORECASE)
-_NEXT = re.compile(
-    r"[\s,;:.>()\[\]#\"'-]*(?:(?:and|is|was|are|by|the|best|image|picture|photo|candidate|option|item|number|place|comes|"
-    r"then|followed|next|after|that|last|lastly|finally|second|secondly|third|fourth|fifth|sixth|seventh|eighth|ninth|"
-    r"tenth|worst|match|fit|one|fits|matches|well|a|close)\b[\s,;:.>()\[\]#\"'-]*)*",
-    re.IGNORECASE,
-)
-_SEQUEL = re.compile(
-    r"\b(?:then|followed|next|after|last|lastly|finally|second|secondly|third|fourth|fifth|sixth|seventh|eighth|ninth|"
-    r"tenth|worst)\b|[>,]",
-    re.IGNORECASE,
-)
-_PLURAL = re.compile(r"[ \t]{0,2}(?:images|pictures|photos|candidates|options|items|products|of\b|%|/)", re.IGNORECASE)
+_NEXT_SCORE = re.compile(rf"\n|[,;][ \t]{{1,3}}(?={ANY_ITEM}[ \t]{{0,3}}[:=(])", re.IGNORECASE)
+_LETTERS_OF = re.compile(r"^[^:]{0,40}:|[>,→]")
 
 
 def text_ranking(text: str) -> tuple[str, ...]:
     """The numbers of the first form that the text has."""
-    text = re.sub(r"[*`]+|~{2,}", "", text).replace("_", " ").translate(_PLAIN_SIGNS)
-    text = re.sub(r"\\boxed[ \t]?\{([^{}\n]{1,2000})\}", r" \1 ", text)
-    text = re.sub(r"</?[A-Za-z ]{1,20}>", "\n", text)  # <answer>
-    text = _WORDS.sub("", text)  # words in brackets name no candidate
+    text = plain(text)
     lines = text.splitlines()[:_MOST_LINES]
+    labelled = _placed(lines) or _labelled(lines)  # a label says its own direction
+    if (numbers := _chain(text) or _table(lines)) or labelled:
+        return numbers or labelled
+    listed = _last_list(text) or (() if _is_as_shown(places := _places(lines)) else places)
+    if listed and REST not in listed and is_turned_round(text):
+        return listed[::-1]
     return (
-        _chain(text)
-        or _table(lines)
-        or _placed(lines)
-        or _labelled(lines)
-        or _last_list(text)
-        or (() if _is_as_shown(places := _places(lines)) else places)
+        listed
         or _bare(lines)
-        or _scored(lines)
+        or _scored(_NEXT_SCORE.split(text)[:_MOST_LINES])
         or _labelled(lines, alone=True)
-        or _prose(text)
+        or ordinals(text)
+        or prose(text)
         or places
+        or _single(text)
+        or next((numbers for line in reversed(lines) if (numbers := lettered(_LETTERS_OF.split(line)))), ())
     )
 
 
@@ -133,14 +148,18 @@ def _chain(text: str) -> tuple[str, ...]:
         for match in pattern.finditer(text):
             if _ONLY_TIES.fullmatch(match[0]):
                 continue
-            items = re.findall(_ANY_ITEM, match[0], re.IGNORECASE)
-            numbers = tuple(plain_number(number[0]) for item in items if (number := _NUMBER.search(item)))
+            items = re.findall(ANY_ITEM, match[0], re.IGNORECASE)
+            numbers = tuple(plain_number(number[0]) for item in items if (number := NUMBER.search(item)))
             marked = all(re.search(r"[#\[a-z]", item, re.IGNORECASE) for item in items)
             before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].strip()
             after = text[match.end() :].split("\n", 1)[0].strip()
             if _GOES_ON.match(after) or _CAME_BEFORE.search(before):
                 continue  # a part of a chain would put what it lacks last
             alone = (not before or before[-1] in ":\"'") and after in ("", ".", '"', "'")
+            if is_turned_round(text):
+                if not _ARROW.search(match[0]):
+                    continue  # contradicts itself
+                numbers = numbers[::-1]
             if len(numbers) == 2 and (marked or alone):
                 pairs.add(numbers)
             if (len(numbers) > 2 or marked or alone) and len(numbers) >= len(best):
@@ -204,7 +223,7 @@ def _placed(lines: Sequence[str]) -> tuple[str, ...]:
     for line in reversed(lines):
         matches = list(_PLACED.finditer(line[:4_000]))
         if len(matches) > 1 and [int(match["place"]) for match in matches] == list(range(1, len(matches) + 1)):
-            return tuple(plain_number(number[0]) for match in matches if (number := _NUMBER.search(match["item"])))
+            return tuple(plain_number(number[0]) for match in matches if (number := NUMBER.search(match["item"])))
     return ()
 
 
@@ -212,33 +231,39 @@ def _labelled(lines: Sequence[str], *, alone: bool = False) -> tuple[str, ...]:
     """`Ranking: 3, 1, 2`; the last such line. `alone`: one number after "best", "answer" and their like."""
     for line in reversed(lines):
         label = _LABEL.match(line[:400])
-        if label is None or (_NO_RANKING.search(label["label"]) and not _has_ends(label["label"])):
+        if label is None or (NO_RANKING.search(label["label"]) and not has_ends(label["label"])):
             continue
         rest = line[label.end() :]
-        numbers = series(rest) or series(_SAID.sub("", rest[:LONGEST_ANSWER]))  # "4 (0.9), 2 (0.7)"
-        is_single = label["word"].lower() in ("best", "answer", "top", "winner") and not _SEQUEL.search(label["label"])
+        begins = _BEGINS.match(rest[:LONGEST_ANSWER])  # "3, 1, 2, because 3 is red"
+        numbers = (
+            series(rest)
+            or series(_SAID.sub("", rest[:LONGEST_ANSWER]))  # "4 (0.9), 2 (0.7)"
+            or (series(begins["series"]) if begins else ())
+        )
+        is_single = label["word"].lower() in ("best", "answer", "top", "winner") and not SEQUEL.search(label["label"])
         if len(numbers) > 1 or (alone and is_single and numbers):
-            return numbers[::-1] if _WORST_FIRST.search(label["label"]) else numbers
+            return numbers[::-1] if WORST_FIRST.search(line) else numbers
     return ()
-
-
-def _has_ends(text: str) -> bool:
-    """Whether a text says which end of a ranking is the best."""
-    return _WORST_FIRST.search(text) is not None or _BEST_FIRST.search(text) is not None
 
 
 def series(line: str) -> tuple[str, ...]:
     """The numbers of a line that is nothing but a series of candidates."""
-    if len(line) > LONGEST_ANSWER or not _SERIES_LINE.fullmatch(line):
+    if len(line) > LONGEST_ANSWER:
         return ()
-    return tuple(plain_number(number) for number in _NUMBER.findall(line)[:MOST_NUMBERS])
+    if _DASHED.fullmatch(line):
+        numbers = re.findall(r"\d+", line)
+        return tuple(numbers) if len({*numbers}) == len(numbers) and not any(n[0] == "0" for n in numbers) else ()
+    if not _SERIES_LINE.fullmatch(line):
+        return ()
+    return tuple(plain_number(number) for number in NUMBER.findall(line)[:MOST_NUMBERS])
 
 
 def _last_list(text: str) -> tuple[str, ...]:
     """The last list in brackets that holds several numbers and nothing else, or one that is the whole text."""
     for match in reversed(list(_LIST.finditer(text))[-200:]):
         inside = match[1]
-        cells = inside.split(",", MOST_NUMBERS) if "," in inside else inside.split(maxsplit=MOST_NUMBERS)
+        inside = inside.strip().removesuffix(",")
+        cells = re.split("[,;]", inside, maxsplit=MOST_NUMBERS) if re.search("[,;]", inside) else inside.split()
         if not all(_STRANGE.fullmatch(cell.strip()) or _ONLY_ITEM.fullmatch(cell[:60]) for cell in cells):
             continue
         numbers = all_numbers(inside)
@@ -254,6 +279,7 @@ def _places(lines: Sequence[str]) -> tuple[str, ...]:
     """
     lists: list[dict[int, str]] = [{}]
     loose: list[str] = []  # without places
+    after: list[str] = []  # those after the last place
     for line in lines:
         place = _PLACE.match(line[:400])
         number = listed_number(line[place.end() :].strip()) if place else ""
@@ -261,38 +287,30 @@ def _places(lines: Sequence[str]) -> tuple[str, ...]:
             continue
         given = place["number"] or place["marked"]
         if not given and not place["word"]:
-            loose.append(number)
-            if lists[-1] and number not in lists[-1].values():
-                lists[-1][max(lists[-1]) + 1] = number
+            if not place["indent"]:  # what is indented speaks of the candidate above it
+                loose.append(number)
+                after.append(number)
             continue
-        rank = int(given) if given else _rank_of(place["word"])
+        word = (place["word"] or "").lower()
+        rank = int(given) if given else 2 if word == "runner-up" else 1 if word == "top" else rank_of(word) or LAST
         if rank in lists[-1]:
             lists.append({})
         lists[-1][rank] = number
-    best = _from_the_first(max(reversed(lists), key=len))
+        after = []
+    for number in after:
+        if lists[-1] and LAST not in lists[-1] and number not in lists[-1].values():
+            lists[-1][max(lists[-1]) + 1] = number
+    best = from_the_first(max(reversed(lists), key=len))
     if len(loose) > 1 and (len(best) < 2 or _is_as_shown(best)):
         return tuple(loose)
     return best
 
 
-def _rank_of(word: str) -> int:
-    word = word.lower()
-    return 1 if word in ("best", "top") else ORDINALS.index(word) + 1 if word in ORDINALS else 10**6
-
-
-def _from_the_first(places: dict[int, str]) -> tuple[str, ...]:
-    """The candidates of the places from the first on, up to one of which nothing is known."""
-    numbers: list[str] = []
-    for count, rank in enumerate(sorted(places), min(1, *places, 1)):
-        if rank != count and rank < 10**6:
-            break
-        numbers.append(places[rank])
-    return tuple(numbers)
-
-
 def listed_number(rest: str) -> str:
     """The candidate that the line of a place names; "" where it names none."""
     if match := _CANDIDATE.match(rest) or _NAMED_LAST.search(rest[-40:]):
+        return plain_number(match[1])
+    if match := _NTH.match(rest):
         return plain_number(match[1])
     if len(rest) < 40 and _ONLY_ITEM.fullmatch(rest):
         return next(iter(all_numbers(rest)), "")
@@ -303,16 +321,37 @@ def listed_number(rest: str) -> str:
 def _bare(lines: Sequence[str]) -> tuple[str, ...]:
     """The longest line that is nothing but a series; or several lines that are one candidate each."""
     runs: list[tuple[str, ...]] = []
+    text = "\n".join(lines)
     for line in lines:
         remark = _REMARK.search(line[-100:])
         said = remark[0] if remark and not series(line) else ""
-        if len(numbers := series(line.removesuffix(said))) > 1:
-            runs.append(numbers[::-1] if _WORST_FIRST.search(said) else numbers)
+        numbers = series(line.removesuffix(said))
+        if not numbers and (match := _SENTENCE.fullmatch(line[:4_000])) and not NO_RANKING.search(line):
+            numbers = series(match["series"] or match["ordered"] or match["sorted"])
+        if len(numbers) > 1:
+            backwards = WORST_FIRST.search(said) or is_turned_round(text)
+            runs.append(numbers[::-1] if backwards else numbers)
     if runs:
         best = max(reversed(runs), key=len)
         return () if len(best) == 2 and len(set(runs)) > 1 else best  # two columns of something
     single = [numbers[0] for line in lines if line.strip() and len(numbers := series(line)) == 1]
+    if len(single) > 1 and is_turned_round(text):
+        single.reverse()
     return tuple(single) if len(single) > 1 else ()
+
+
+def lettered(items: Sequence[str]) -> tuple[str, ...]:
+    """The numbers of candidates that an answer calls A, B, C, ..., each of them once."""
+    letters = [letter for item in items[:28] if (letter := item.strip(" .[]()"))]
+    if len(letters) < 2 or sorted(letters) != [chr(ord("A") + k) for k in range(len(letters))]:
+        return ()
+    return tuple(str(ord(letter) - ord("A") + 1) for letter in letters)
+
+
+def _single(text: str) -> tuple[str, ...]:
+    """The one candidate that the whole text names."""
+    match = _CANDIDATE.match(text.strip()[:60])
+    return (plain_number(match[1]),) if match and _ONLY_ITEM.fullmatch(text.strip()[:60]) else ()
 
 
 def _scored(lines: Sequence[str]) -> tuple[str, ...]:
@@ -324,46 +363,15 @@ def _scored(lines: Sequence[str]) -> tuple[str, ...]:
             continue
         if not (match["of"] or match["named"] or "." in match["score"]):
             return ()
-        number = _NUMBER.search(match["item"])
+        number = NUMBER.search(match["item"])
         if number:
             placed.append((-float(match["score"]), plain_number(number[0])))
     return tuple(number for _, number in sorted(placed, key=lambda item: item[0])) if len(placed) > 1 else ()
 
 
-def _prose(text: str) -> tuple[str, ...]:
-    """`Image 3 is best, then 1 and last 2`: from the word that says "best" on, for as long as the series goes on."""
-    items = [
-        match
-        for match in re.finditer(_ANY_ITEM, text, re.IGNORECASE)
-        if not _PLURAL.match(text, match.end()) or match[0][:1].isalpha()
-    ][:MOST_NUMBERS]
-    for k, first in enumerate(items[:200]):
-        before = text[max(0, first.start() - 40) : first.start()]
-        before = re.split(r"[.!?\n](?!\d)", before)[-1]
-        after = re.split(r"[.!?\n\d]", text[first.end() : first.end() + 40])[0]
-        if not _BEST.search(before) and (not _BEST.search(after) or _has_ends(after) or "worst" in after):
-            continue
-        if re.search(r"\b(?:not|no|none|neither|nor|which)\b|n't", f"{before} {after}", re.IGNORECASE):
-            continue
-        numbers = [first]
-        for item in items[k + 1 :]:
-            gap = text[numbers[-1].end() : item.start()]
-            if len(gap) > 80 or not _NEXT.fullmatch(gap) or not _SEQUEL.search(gap):
-                break
-            numbers.append(item)
-        matches = (_NUMBER.search(item[0]) for item in numbers)
-        return tuple(plain_number(number[0]) for number in matches if number)
-    return ()
-
-
 def all_numbers(text: str) -> tuple[str, ...]:
     """All numbers of a list; negative and decimal ones too, which are no label."""
     return tuple(plain_number(number) for number in _STRANGE.findall(text)[:MOST_NUMBERS])
-
-
-def plain_number(number: str) -> str:
-    """The same number as anyone would write it: 07 is 7."""
-    return str(int(number)) if number.isdecimal() else number
 
 
 def candidate_number(text: str) -> str:

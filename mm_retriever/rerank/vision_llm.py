@@ -351,7 +351,10 @@ class _Windows:
         self.caption, self.wanted = self.caption or answer.caption, self.wanted or answer.wanted
         self.reasons |= {items[label - 1]: reason for label, reason in reasons_by_label(answer, labels).items()}
         ranked = [items[label - 1] for label in named]
-        return [*ranked, *(i for i in sorted(items) if i not in ranked)]
+        closing = answer.ranking[len(answer.ranking) - answer.last :]
+        last = {items[label - 1] for label in named if str(label) in closing}
+        rest = [i for i in sorted(items) if i not in ranked]
+        return [*(i for i in ranked if i not in last), *rest, *(i for i in ranked if i in last)]
 
     def _first_token(self, items: Sequence[int]) -> dict[int, float]:
         """The log-probability of each candidate's number as first token; empty, with a note, if any is missing."""

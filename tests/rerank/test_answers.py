@@ -194,6 +194,156 @@ def test_a_number_without_proof_is_no_candidate(text: str) -> None:
     assert read_answer(text).ranking == ()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "🥇 3\n🥈 1\n🥉 2",
+        "🥇 Image 3 - red, 2 hearts\n🥈 Image 1\n🥉 Image 2",
+        "1️⃣ Image 3\n2️⃣ Image 1\n3️⃣ Image 2",
+        "3️⃣ > 1️⃣ > 2️⃣",
+        "3-1-2",
+        "Ranking: 3 - 1 - 2",
+        "3 ➡️ 1 ➡️ 2",
+        "3 › 1 › 2",
+        "$3 > 1 > 2$",
+        r"3 \succ 1 \succ 2",
+        "{3, 1, 2}",
+        "[3, 1, 2,]",
+        "[3; 1; 2]",
+        "I would rank them 3, 1, 2.",
+        "Candidates 3, 1, and 2, in that order.",
+        "The correct order is 3, 1, 2, because 3 has 2 hearts.",
+        "Ranking: 3, 1, 2. Candidate 3 has 4 hearts.",
+        "I. Image 3\nII. Image 1\nIII. Image 2",
+        "a) Image 3\nb) Image 1\nc) Image 2",
+        "1st → Image 3\n2nd → Image 1\n3rd → Image 2",
+        "Number 1: Image 3\nNumber 2: Image 1\nNumber 3: Image 2",
+        "First place goes to Image 3. Second place goes to Image 1. Third place goes to Image 2.",
+        "Image 3 (1st), Image 1 (2nd), Image 2 (3rd)",
+        "Image 1: 2nd\nImage 2: 3rd\nImage 3: 1st",
+        "Image 3 ranks first, Image 1 second and Image 2 third.",
+        "Image 3 is first, image 1 is second, and image 2 is last.",
+        "1. Candidate no. 3\n2. Candidate number 1\n3. The 2nd image",
+        "1. Image three\n2. Image one\n3. Image two",
+        "### 1. Candidate 3\nRed.\n### 2. Candidate 1\nBlue, 3 hearts.\n### 3. Candidate 2",
+        "1. **Candidate 3**: red\n   - 1 heart\n   - Candidate 2 has none\n2. **Candidate 1**\n3. Candidate 2",
+        "1. **Candidate 3**\n- red\n- 2\n2. **Candidate 1**\n- blue\n3. **Candidate 2**",
+        "Winner: Image 3\nRunner-up: Image 1\nThird: Image 2",
+        "Image 3 > Image 1 (blue, 2 hearts) > Image 2",
+        "Image 1: 0.5, Image 2: 0.1, Image 3: 0.9",
+        "Image 1 (50%)\nImage 2 (10%)\nImage 3 (90%)",
+        "Candidate 1: 5/10 - blue\nCandidate 2: 1/10 - hat\nCandidate 3: 9/10 - red",
+        "Candidate 1: ⭐⭐\nCandidate 2: ⭐\nCandidate 3: ⭐⭐⭐⭐⭐",
+        "<ranking>\n<rank1>3</rank1>\n<rank2>1</rank2>\n<rank3>2</rank3>\n</ranking>",
+        "Reihenfolge: 3, 1, 2",
+        "Hier ist meine Rangliste: 3, 1, 2",
+        "1. Bild 3\n2. Bild 1\n3. Bild 2",
+        "Bild 3 > Bild 1 > Bild 2",
+        "Classement : 3, 1, 2",
+        "1. Imagen 3\n2. Imagen 1\n3. Imagen 2",
+        "1. Изображение 3\n2. Изображение 1\n3. Изображение 2",
+        "最终排序：3, 1, 2",
+        "排名：3、1、2",
+        "图片3 > 图片1 > 图片2",
+        "1. 候选3\n2. 候选1\n3. 候选2",
+        "1位: 画像3\n2位: 画像1\n3位: 画像2",
+        "第3张图片 > 第1张图片 > 第2张图片",
+        "C > A > B",
+        "Ranking: C, A, B",
+        '{"ranking": ["C", "A", "B"]}',
+        '{"ranking": [3, 1, 2,]}',
+        '{"ranking": [{"image": 3, "reason": "x"}, {"image": 1, "reason": "y"}, {"image": 2, "reason": "z"},]}',
+        "{'ranking': [{'image': 3, 'reason': \"it's red\"}, {'image': 1, 'reason': 'y'}, {'image': 2}]}",
+        '{\n"ranking": [\n3, // best\n1,\n2\n]\n}',
+        '{"first": 3, "second": 1, "third": 2}',
+        '{"rank_1": "Image 3", "rank_2": "Image 1", "rank_3": "Image 2"}',
+        '{"ranking": {"1st": 3, "2nd": 1, "3rd": 2}}',
+        '{"ranking": {"3": "first", "1": "second", "2": "third"}}',
+        '{"ranking": [{"3": "it is red"}, {"1": "blue"}, {"2": "a hat"}]}',
+        '{"ranking": ["1. Candidate 3", "2. Candidate 1", "3. Candidate 2"]}',
+        '{"ranking": ["3. red mug", "1. blue mug", "2. hat"]}',
+        '{"ranking": "3-1-2"}',
+        '{"ranking": [[3], [1], [2]]}',
+        '{"candidates": [1, 2, 3], "scores": [0.5, 0.1, 0.9]}',
+        '{"scores": {"Candidate 1": "5/10", "Candidate 2": "1/10", "Candidate 3": "9/10"}}',
+        '{"evaluation": [{"candidate": 1, "score": 5}, {"candidate": 2, "score": 1}, {"candidate": 3, "score": 9}]}',
+        '{"candidate": 1, "score": 0.5}\n{"candidate": 2, "score": 0.1}\n{"candidate": 3, "score": 0.9}',
+        '{"name": "rank", "arguments": "{\\"ranking\\": [3, 1, 2]}"}',
+        '{"Reihenfolge": [3, 1, 2]}',
+        '{"排名": [3, 1, 2]}',
+        '{"best_to_worst": [3, 1, 2]}',
+    ],
+)
+def test_a_ranking_that_a_person_reads_at_once_is_read(text: str) -> None:
+    """Truth: by hand. Other signs, languages and dialects of JSON kept the order of retrieval."""
+    assert read_answer(text).ranking == ("3", "1", "2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Least relevant first: 2, 1, 3",
+        "Ranked from least to most relevant: 2, 1, 3",
+        "Lowest to highest: 2, 1, 3",
+        "Order of increasing relevance: 2, 1, 3",
+        "2, 1, 3 (in increasing order of fit)",
+        "Ranking (last to first): 2, 1, 3",
+        "Ranking, starting with the worst: 2, 1, 3",
+        "Ranking, poorest match first: 2, 1, 3",
+        "2, 1, 3 (best)",
+        "2 (worst), 1, 3 (best)",
+        "2 (least relevant), 1, 3",
+        "2 (worst) < 1 < 3 (best)",
+        "From worst to best:\n1. Image 2\n2. Image 1\n3. Image 3",
+        "From worst to best:\n2\n1\n3",
+        "Worst to best: 2 → 1 → 3",
+        '{"ranking_worst_to_best": [2, 1, 3]}',
+        '{"order": "worst to best", "ranking": [2, 1, 3]}',
+        '{"order": "ascending", "ranking": [{"id": 2, "rank": 3}, {"id": 1, "rank": 2}, {"id": 3, "rank": 1}]}',
+        "Sorted by increasing distance: 3, 1, 2",
+        "In order:\n1. Image 3: the mug with the lowest price\n2. Image 1\n3. Image 2, in increasing size",
+    ],
+)
+def test_a_ranking_that_begins_with_the_worst_is_turned_round(text: str) -> None:
+    """Truth: by hand. The worst candidate came first."""
+    assert read_answer(text).ranking == ("3", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("Images 2 and 1 fit best.", "2 1"),
+        ("Image 2 is better than Image 3, and Image 1 is the best.", "1"),
+        ("The least fitting is 3, then 1, and the best is 2.", "2"),
+        ("Image 2.", "2"),
+        ("Image 3 is the best in colour, but Image 2 is the best overall.", ""),
+        ("Ranking (worst to best): 2 > 1 > 3", ""),
+        ("Vom schlechtesten zum besten, Reihenfolge: 2, 1, 3", ""),
+        ("从低到高排序：2, 1, 3", ""),
+        ("2024-01-31", ""),
+        ("Call 555-12-13", ""),
+        ("1-3", ""),
+        ("I compared images 2, 1 and 3.", ""),
+        ("Images 2, 1 and 3 are mugs.", ""),
+        ('{"ranks": [2, 3, 1]}', ""),
+    ],
+)
+def test_prose_dates_and_contradictions_give_no_wrong_order(text: str, numbers: str) -> None:
+    """Truth: by hand."""
+    assert " ".join(read_answer(text).ranking) == numbers
+
+
+def test_candidates_that_are_said_to_be_the_worst_come_after_those_that_are_not_named() -> None:
+    """Truth: by hand. The worst of nine came second, where the answer named the best and the worst alone."""
+    for text in (
+        "Best match: Image 2\nWorst match: Image 3",
+        "Most relevant: Image 2\nSomewhat relevant: Image 1\nLeast relevant: Image 3",
+        '{"best": 2, "worst": 3}',
+    ):
+        answer = read_answer(text)
+        assert (answer.ranking, answer.last) == (("2", "3"), 1), text
+
+
 def test_an_answer_may_count_from_zero() -> None:
     """Our choice: read so where every candidate is named once, and not at all where it may be one or the other."""
     assert named_labels(["2", "0", "1"], [1, 2, 3]) == ([3, 1, 2], "counted from 0")

@@ -107,6 +107,14 @@ def test_reasons_belong_to_the_candidate_they_were_given_for(server: ScriptedSer
     assert facts(server.reranker().rerank(candidates(folder), QUERY).nodes, "rerank_reason") == [None] * 3
 
 
+def test_the_worst_of_an_answer_stays_behind_candidates_that_it_does_not_name(
+    server: ScriptedServer, folder: Path
+) -> None:
+    """Truth: by hand. The worst came second."""
+    server.reply = lambda _: completion("Best match: Image 2\nWorst match: Image 1")
+    assert server.reranker().rerank(candidates(folder), QUERY).order == (1, 2, 0)
+
+
 def test_fifty_candidates_go_in_overlapping_windows(server: ScriptedServer, folder: Path) -> None:
     """Truth: RankGPT's windows; a server that always prefers the last brings the last ones to the front."""
 
