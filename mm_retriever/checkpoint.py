@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from mm_retriever.downloads import progress_bar
+from mm_retriever.downloads import hub_files
 from mm_retriever.errors import CheckpointError, ModelNotFoundError, one_line, reason_of, shown
 
 if TYPE_CHECKING:  # what is known of models, for the shell's completion too, is read without torch
@@ -31,9 +31,11 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".pkl")  # of files without a fixed name; the last, of flax, is read by its family
 _WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, f"0_CLIPModel/{SAFETENSORS}")
-_ELSE = ("pytorch_model.bin", "0_CLIPModel/pytorch_model.bin")  # of repositories without safetensors
+_TORCH = "pytorch_model.bin"
+_ELSE = (_TORCH, f"0_CLIPModel/{_TORCH}")  # of repositories without safetensors
 _BESIDE = ("*.json", "*.jinja", "merges.txt", "*.model", "model-*-of-*.safetensors", "[1-9]_*/model.safetensors")
 """Patterns of a hub repository; "*" crosses folders."""
+_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 64 * 1024**2  # of a config or shard index; bge-m3's tokenizer.json has 17 MiB
 MAX_LISTED_KEYS = 12  # keys that an error message lists before it only counts
 
@@ -143,7 +145,14 @@ def weights_in(folder: Path) -> Path | None:
             return weights
     candidates = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(candidates) > 1:
+        if (weights := folder / _TORCH).is_file():  # the others are an optimizer's, or of further heads
+            return weights
         names = ", ".join(path.name for path in candidates)
+        if any(folder.glob(f"{_TORCH}.index.json")):
+            raise ModelNotFoundError(
+                f"{str(folder)!r} holds its weights in several files of torch ({names}), which are not read: save the "
+                "model anew with transformers (save_pretrained), which writes safetensors"
+            )
         raise ModelNotFoundError(f"{str(folder)!r} holds several weight files ({names}); name one of them")
     return next(iter(candidates), None)
 
@@ -211,25 +220,6 @@ def _download(
     return folder
 
 
-def hub_files(repo: str, names: Sequence[str], revision: str | None = None, *, cached: bool = False) -> Path:
-    """Local folder with those of the files, or patterns of names, that a hub repository has.
-
-    Args:
-        repo: of the hub.
-        names: of files.
-        revision: branch, tag or commit.
-        cached: take what is on this machine already, and ask nobody.
-
-    Raises:
-        OSError: the hub is out of reach or refuses, or nothing of it is on this machine.
-        ValueError: no repository can have this name.
-    """
-    from huggingface_hub import snapshot_download
-
-    options: dict[str, Any] = {"revision": revision, "local_files_only": cached, "tqdm_class": progress_bar()}
-    return Path(snapshot_download(repo, allow_patterns=list(names), **options))
-
-
 def _complete(folder: Path, wanted: Sequence[str]) -> bool:
     """Whether one of ``wanted`` is there and, if it is a shard index, all of its shards."""
     path = next((folder / name for name in wanted if (folder / name).is_file()), None)
@@ -282,7 +272,18 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
+        _refuse_pointer(path)
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Say of a file of Git LFS that it is one: what a clone without LFS has in place of the weights."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(
+                f"{path} is a pointer of Git LFS and not the weights: fetch them with `git lfs pull`, or download the "
+                "file itself"
+            )
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -317,6 +318,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
+        _refuse_pointer(path)
         if named := _refused_global(error):
             raise CheckpointError(f"{path} holds more than tensors and could run code: refused ({named})") from error
         raise CheckpointError(f"{path} is no file of tensors as torch.save writes them: refused") from error

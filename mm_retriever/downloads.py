@@ -1,11 +1,12 @@
-"""How far a download from the model hub is, for whoever watches it."""
+"""Downloads from the model hub, and how far one is, for whoever watches it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeAlias
 
 Tell: TypeAlias = Callable[[int, int], None]
@@ -55,3 +56,22 @@ def _watched_bar(tell: Tell) -> Any:
             tell(self.here, int(getattr(self, "total", 0) or 0))
 
     return Watched
+
+
+def hub_files(repo: str, names: Sequence[str], revision: str | None = None, *, cached: bool = False) -> Path:
+    """Local folder with those of the files, or patterns of names, that a hub repository has.
+
+    Args:
+        repo: of the hub.
+        names: of files.
+        revision: branch, tag or commit.
+        cached: take what is on this machine already, and ask nobody.
+
+    Raises:
+        OSError: the hub is out of reach or refuses, or nothing of it is on this machine.
+        ValueError: no repository can have this name.
+    """
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"revision": revision, "local_files_only": cached, "tqdm_class": progress_bar()}
+    return Path(snapshot_download(repo, allow_patterns=list(names), **options))

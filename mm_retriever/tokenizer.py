@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from mm_retriever.checkpoint import MAX_JSON_BYTES
-from mm_retriever.errors import CheckpointError
+from mm_retriever.errors import CheckpointError, reason_of
+
+_PAIRS = (("mug", "dog"), ("кот", "дом"), ("猫", "鞋"), ("كلب", "قطة"))  # of one length, for tokenizers of any script
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -25,6 +28,29 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception for every kind of damage
         raise CheckpointError(f"{str(file)!r} is not a tokenizer: {error}") from error
+
+
+def check_words(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer of transformers that knows no words: it makes one where the files of the real one are missing.
+
+    Args:
+        tokenizer: of the model.
+        name: of the model, for the error.
+
+    Raises:
+        CheckpointError: different words have the same tokens, or none at all.
+    """
+    try:
+        ids = [[list(tokenizer(word)["input_ids"]) for word in pair] for pair in _PAIRS]
+    except Exception as error:  # the library raises a bare Exception for a vocabulary that lacks its own tokens
+        raise CheckpointError(
+            f"the tokenizer of {name!r} does not work ({reason_of(error)}); are all of its files beside the weights?"
+        ) from error
+    if all(first == second for first, second in ids):
+        raise CheckpointError(
+            f"the tokenizer of {name!r} knows no words, so that all texts would be one; is its tokenizer.json (or "
+            "vocab.json and merges.txt) beside the weights?"
+        )
 
 
 def valid_unicode(text: str) -> str:

@@ -641,3 +641,26 @@ def test_a_folder_of_several_torch_files_must_be_named(tmp_path: Path) -> None:
         torch.save(small_model().state_dict(), tmp_path / name)
     with pytest.raises(ModelNotFoundError, match=r"a\.pth, b\.pth"):
         locate(tmp_path, visualized_bge.MODELS)
+
+
+def test_beside_the_weights_of_a_training_other_files_are_no_weights(tmp_path: Path) -> None:
+    """The name that transformers gives to weights; a trainer, and models of several heads, write more files."""
+    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
+        (tmp_path / name).touch()
+    assert locate(tmp_path, visualized_bge.MODELS).weights == tmp_path / "pytorch_model.bin"
+
+
+def test_weights_in_several_files_of_torch_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    for name in ("1-of-2.bin", "2-of-2.bin", "bin.index.json"):
+        (tmp_path / f"pytorch_model{'.' if 'json' in name else '-'}{name}").touch()
+    with pytest.raises(ModelNotFoundError, match=r"several files of torch .*save_pretrained.*writes safetensors"):
+        locate(tmp_path, visualized_bge.MODELS)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, name: str) -> None:
+    """Truth: the specification of such files, which a clone without Git LFS has in place of the weights."""
+    lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{'0' * 64}", "size 12345", "")
+    (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(CheckpointError, match=r"is a pointer of Git LFS .*`git lfs pull`"):
+        read_state_dict(tmp_path / name)

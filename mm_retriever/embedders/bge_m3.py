@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_retriever.checkpoint import fingerprint, hub_files
+from mm_retriever.checkpoint import fingerprint
 from mm_retriever.devices import default_device
+from mm_retriever.downloads import hub_files
 from mm_retriever.errors import CheckpointError, MissingExtraError, ModelNotFoundError, one_line
 from mm_retriever.threads import ForkLock
+from mm_retriever.tokenizer import check_words
 
 DEFAULT_MODEL = "BAAI/bge-m3"
 _HEAD = "sparse_linear.pt"
@@ -63,6 +65,7 @@ class BGEM3SparseEmbedding:
         self._turn = ForkLock()
         name = Path(model_name).name if Path(model_name).is_dir() else os.fspath(model_name)
         parts = self._model.model
+        check_words(self._model.tokenizer, os.fspath(model_name))
         weights = {**parts.model.state_dict(), **parts.sparse_linear.state_dict(prefix="sparse_linear.")}
         self._model_id = f"{name}@{fingerprint(weights)}"
 

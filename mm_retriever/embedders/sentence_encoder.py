@@ -63,6 +63,7 @@ class SentenceTransformersEncoder:
         self.takes = {kind for kind in ("text", "image", ("image", "text")) if model.supports(kind)}
         self._turn = ForkLock()
         self._loaded_in = os.getpid()
+        _cut_to_positions(model)
         _pad_as_trained(model)
         self._pixels = Pixels(model) if "image" in self.takes else None
         self.space = f"sentence-transformers@{weights}.{self._inputs()}/{self._dimension}"
@@ -366,6 +367,14 @@ def _patch_factor(processor: Any) -> int | None:
     if not isinstance(patch, int) or not isinstance(merge, int) or size is None:
         return None
     return patch * merge if {"shortest_edge", "longest_edge"} <= set(dict(size)) else None
+
+
+def _cut_to_positions(model: Any) -> None:
+    """Cut texts of CLIP to its table of positions, where the tokenizer's files do not say how long a text may be."""
+    config: Any = getattr(getattr(model[0], "model", None), "config", None)
+    if getattr(config, "model_type", "") == "clip" and model.tokenizer is not None:
+        length = int(config.text_config.max_position_embeddings)
+        model.tokenizer.model_max_length = min(model.tokenizer.model_max_length, length)
 
 
 def _pad_as_trained(model: Any) -> None:

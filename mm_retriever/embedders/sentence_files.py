@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict, weights_in
 from mm_retriever.errors import CheckpointError, MissingExtraError, MMRetrieverError, one_line, reason_of
 from mm_retriever.from_pretrained import without_progress_bar, without_random_weights, without_video_processor
+from mm_retriever.tokenizer import check_words
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,11 @@ def load_model(
         except MMRetrieverError:
             raise
         except Exception as error:  # damaged configs and weights raise anything
-            raise CheckpointError(_why_not(files.name, error)) from error
+            raise CheckpointError(why_not(files.name, error)) from error
+    from transformers import PreTrainedTokenizerBase
+
+    if isinstance(tokenizer := model.tokenizer, PreTrainedTokenizerBase):
+        check_words(tokenizer, files.name)
     return model.eval()
 
 
@@ -151,7 +156,8 @@ def _check_folder(folder: Path, name: str) -> None:
                 raise CheckpointError(f"{config} asks for the attention {one_line(attention, 100)!r} of a hub")
 
 
-def _why_not(name: str, error: Exception) -> str:
+def why_not(name: str, error: Exception) -> str:
+    """Return what a user reads where the library cannot load a model."""
     reason = reason_of(error)
     if "trust_remote_code" in str(error):
         return (

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_retriever.checkpoint import ModelEntry, ModelFiles, Models, read_json
-from mm_retriever.embedders.sentence_files import MODULES, library_kind, load_model, model_folder, model_tensors
-from mm_retriever.errors import CheckpointError, QueryError, shown
+from mm_retriever.embedders.sentence_files import (
+    MODULES,
+    library_kind,
+    load_model,
+    model_folder,
+    model_tensors,
+    why_not,
+)
+from mm_retriever.errors import CheckpointError, MMRetrieverError, QueryError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +133,13 @@ def load(
     )
     from mm_retriever.embedders.sentence_encoder import SentenceTransformersEncoder
 
-    return SentenceTransformersEncoder(
-        model, name=os.fspath(files.name), weights=weights, dimension=dimension, text_weight=float(text_weight)
-    )
+    options: dict[str, Any] = {"weights": weights, "dimension": dimension, "text_weight": float(text_weight)}
+    try:
+        return SentenceTransformersEncoder(model, name=os.fspath(files.name), **options)
+    except MMRetrieverError:
+        raise
+    except Exception as error:  # of a processor that does not fit the model
+        raise CheckpointError(why_not(files.name, error)) from error
 
 
 def _two_towers(files: ModelFiles) -> bool:

@@ -121,7 +121,8 @@ def _config(name: str, revision: str | None) -> dict[str, Any]:
     """The config.json of a folder or hub repository, from the hub's cache if it is there."""
     from huggingface_hub.errors import HFValidationError
 
-    from mm_retriever.checkpoint import hub_files, read_json
+    from mm_retriever.checkpoint import read_json
+    from mm_retriever.downloads import hub_files
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -151,7 +152,8 @@ def _saved_by(name: str, revision: str | None) -> str:
     """The class of sentence-transformers that saved a folder or hub repository; "" if none did."""
     from huggingface_hub.errors import HFValidationError
 
-    from mm_retriever.checkpoint import hub_files, read_json
+    from mm_retriever.checkpoint import read_json
+    from mm_retriever.downloads import hub_files
     from mm_retriever.embedders.sentence_files import LIBRARY_CONFIG, library_kind
 
     folder = Path(name).expanduser()

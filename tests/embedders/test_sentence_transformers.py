@@ -400,6 +400,35 @@ def test_damaged_weights_are_refused_in_a_line(copied, name, damage):
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip2_naflex", "qwen3_vl", "text"])
+def test_a_model_without_its_tokenizer_is_refused(copied, name):
+    """transformers makes one that knows no words in its place: all texts had one vector."""
+    folder = copied(name)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"the tokenizer of .* knows no words.*; is its tokenizer\.json"
+    ) as caught:
+        load_embedder(folder, device="cpu")
+    assert str(folder) in str(caught.value)
+
+
+def test_a_model_whose_processor_is_another_is_refused_in_a_line(copied):
+    folder = copied("qwen3_vl")
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot be loaded by sentence-transformers: .*chat template") as caught:
+        load_embedder(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_of_any_length_is_embedded_where_the_tokenizer_knows_no_limit(copied, embedders):
+    """The table of positions is the limit; the text was refused."""
+    folder = copied("clip")
+    change_json(folder / "tokenizer_config.json", model_max_length=None)
+    long = [Content("a mug with stars " * 40)]
+    assert np.allclose(load_embedder(folder, device="cpu").encode(long), embedders["clip"].encode(long), atol=1e-6)
+
+
 def test_a_folder_cannot_send_the_loader_elsewhere(copied):
     folder = copied("qwen3_vl")
     modules = json.loads((folder / "modules.json").read_text())
