@@ -38,7 +38,7 @@ def check_words(tokenizer: Any, name: str) -> None:
         name: of the model, for the error.
 
     Raises:
-        CheckpointError: different words have the same tokens, or none at all.
+        CheckpointError: its vocabulary is empty but for control tokens, or is damaged.
     """
     try:
         ids = [[list(tokenizer(word)["input_ids"]) for word in pair] for pair in _PAIRS]
@@ -46,7 +46,8 @@ def check_words(tokenizer: Any, name: str) -> None:
         raise CheckpointError(
             f"the tokenizer of {name!r} does not work ({reason_of(error)}); are all of its files beside the weights?"
         ) from error
-    if all(first == second for first, second in ids):
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if all(first == second for first, second in ids) and len(tokenizer.get_vocab().keys() - special) < 2:
         raise CheckpointError(
             f"the tokenizer of {name!r} knows no words, so that all texts would be one; is its tokenizer.json (or "
             "vocab.json and merges.txt) beside the weights?"

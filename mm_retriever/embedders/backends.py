@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
 
 from mm_retriever.devices import processor_name
 from mm_retriever.embedders.embedder import Content, Embedder
-from mm_retriever.embedders.gate import Samples, measure, samples
+from mm_retriever.embedders.gate import Images, Samples, measure, samples
 from mm_retriever.embedders.openvino import DTYPES, with_openvino
 from mm_retriever.errors import CheckpointError, MissingExtraError, QueryError, one_line
 from mm_retriever.files import cache_folder, read_own, write_atomically
@@ -33,10 +31,9 @@ _ROUNDS = 3
 
 Load: TypeAlias = Callable[[str, Any], Embedder]
 """Loads a model by torch, from dtype and device."""
-Calibration: TypeAlias = str | os.PathLike[str] | Sequence[Image.Image] | None
 
 
-def load_with(backend: str, load: Load, *, dtype: str | None, device: Any, calibration: Calibration) -> Embedder:
+def load_with(backend: str, load: Load, *, dtype: str | None, device: Any, calibration: Images) -> Embedder:
     """Return a model with a backend.
 
     Args:
@@ -74,7 +71,7 @@ def _with_remark(embedder: Any, words: str) -> Embedder:
     return result
 
 
-def _fastest(load: Load, dtype: str | None, device: Any, calibration: Calibration) -> Embedder:
+def _fastest(load: Load, dtype: str | None, device: Any, calibration: Images) -> Embedder:
     plain = load("float32", device)
     if torch.device(getattr(plain, "device", "cpu")).type != "cpu":
         return _with_remark(load(dtype, device) if dtype else plain, f"backend auto: torch, on {device or 'the GPU'}")

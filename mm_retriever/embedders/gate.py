@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ MOST_LISTED = 100_000  # files of a folder that are chosen from
 LEAST_COSINE = 0.995
 LEAST_SAME = 0.98
 TOP = 10
+
+Images: TypeAlias = str | os.PathLike[str] | Sequence[Image.Image | str | os.PathLike[str]] | None
+"""A folder of images, images, or paths of images; None: the drawn catalogue."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,12 @@ def _nearest(vectors: NDArray[np.float32], images: Sequence[int]) -> Iterator[se
         yield set(row.tolist())
 
 
-def samples(embedder: Embedder, calibration: str | os.PathLike[str] | Sequence[Image.Image] | None) -> Samples:
+def samples(embedder: Embedder, calibration: Images) -> Samples:
     """Return the contents on which a model is quantised and measured.
 
     Args:
         embedder: the model; kinds of content that it cannot embed are left out.
-        calibration: a folder of images, or images; default: the drawn catalogue.
+        calibration: a folder of images, or images (or their paths); default: the drawn catalogue.
 
     Raises:
         QueryError: `calibration` is a path, but not a folder.
@@ -144,14 +147,13 @@ def _kinds(embedder: Embedder, image: Any) -> set[str]:
     return kinds
 
 
-def _own(
-    embedder: Embedder, given: str | os.PathLike[str] | Sequence[Image.Image] | None, wanted: int
-) -> tuple[list[Any], str]:
+def _own(embedder: Embedder, given: Images, wanted: int) -> tuple[list[Any], str]:
     """Distinct prepared images of the caller, and the name of their source."""
     if given is None:
         return [], ""
     if not isinstance(given, str | os.PathLike):
-        return list(_different(embedder, given, wanted)), "the images given"
+        loaded = (load_image(image) if isinstance(image, str | os.PathLike) else image for image in given)
+        return list(_different(embedder, loaded, wanted)), "the images given"
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise QueryError(f"calibration={os.fspath(given)!r} is no folder: give one of images, or the images")

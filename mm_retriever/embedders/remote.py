@@ -266,8 +266,19 @@ def read_vectors(answer: Any, count: int) -> NDArray[np.float32]:
     return np.stack([rows[index] for index in range(count)]).astype(np.float32)
 
 
+def _decoded(text: str) -> list[float]:
+    """The numbers of a vector in base64: 32-bit floats, little-endian. Source: OpenAI's client for Python."""
+    try:
+        numbers: list[float] = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").tolist()
+    except ValueError:
+        raise ValueError(f"a vector is a list of numbers, not {shown(text)}") from None
+    return numbers
+
+
 def _vector(numbers: Any) -> NDArray[np.float64]:
-    """The numbers as a vector of length 1."""
+    """The numbers, or their bytes in base64 as `encoding_format` has them, as a vector of length 1."""
+    if isinstance(numbers, str):
+        numbers = _decoded(numbers)
     if not isinstance(numbers, list) or not 1 <= len(numbers) <= _LONGEST_VECTOR:
         raise ValueError(f"a vector is a list of numbers, not {shown(numbers)}")
     if not all(type(number) in (float, int) for number in numbers):

@@ -212,11 +212,15 @@ def _rows(
 
 
 def _load(model: str | os.PathLike[str] | Embedder, device: Any) -> Trainable:
-    from mm_retriever.embedders.registry import load_embedder
+    from mm_retriever.embedders.registry import chosen_backend, load_embedder
 
     embedder = load_embedder(model, device=device) if isinstance(model, str | os.PathLike) else model
     if not isinstance(embedder, Trainable):
         raise QueryError(f"{embedder.name!r} has no weights on this machine to train; give a model that torch runs")
+    if chosen_backend(embedder)[0] != "torch":
+        raise QueryError(
+            f"{embedder.name!r} is computed by OpenVINO, which trains no weights; load it with backend torch"
+        )
     return embedder
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, LoraModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import InputModule
@@ -362,16 +364,25 @@ def make_trainer(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a training that was ended; one that was being written then goes."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda place: int(place.name.rpartition("-")[2]))
+    """The newest whole checkpoint of a training that was ended; damaged ones, as of a power cut, go."""
+    steps = {place: place.name.removeprefix("checkpoint-") for place in folder.glob("checkpoint-*")}
+    checkpoints = sorted((place for place, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]))
     for checkpoint in reversed(checkpoints):
-        try:
-            json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
-            continue
-        return checkpoint
+        if _is_whole(checkpoint):
+            return checkpoint
+        shutil.rmtree(checkpoint)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        with safe_open(checkpoint / SAFETENSORS, "pt"):  # refuses a file of another length than its header says
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    # torch.save writes zip archives, whose directory is their end
+    return all(zipfile.is_zipfile(place) for place in checkpoint.iterdir() if place.suffix in (".pt", ".pth"))
 
 
 def history(trainer: EmbedderTrainer) -> list[dict[str, float]]:

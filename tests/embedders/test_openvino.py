@@ -227,6 +227,8 @@ def test_calibration_takes_own_images_each_once_and_counts_what_cannot_be_read(t
     assert not halves[0] & halves[1]
     assert len(halves[0] | halves[1]) == 130
     assert taken.source == f"{str(tmp_path)!r}, 1 unreadable left out"
+    paths = sorted(tmp_path.glob("*-copy.png"))
+    assert samples(Turned(0), [*paths[:2], *map(str, paths[2:])]).source == "the images given"
     with pytest.raises(QueryError, match="no folder"):
         samples(Turned(0), tmp_path / "missing")
 

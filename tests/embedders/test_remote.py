@@ -5,8 +5,10 @@ The real server is Starlette around the bundled model; the scripted one says wha
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -245,6 +247,22 @@ def test_vectors_are_put_in_order_by_their_index_and_scaled_to_length_1(scripted
     scripted.reply = lambda _: two({"index": 1, "embedding": [0, 3e-300]}, {"index": 0, "embedding": [-1e300, 0]})
     found = remote(scripted.url, batch_texts=True).encode([Content("a"), Content("b")])
     assert found.tolist() == [[-1, 0], [0, 1]]
+
+
+def test_vectors_in_base64_are_read(scripted: ScriptedServer) -> None:
+    """Truth: OpenAI's protocol, 32-bit floats in little-endian order. Servers are asked for them by `extra_body`."""
+    numbers = [[0.6, -0.8], [0.0, 2.0]]
+    coded = [base64.b64encode(struct.pack("<2f", *row)).decode() for row in numbers]
+    scripted.reply = lambda _: two({"index": 1, "embedding": coded[1]}, {"index": 0, "embedding": coded[0]})
+    model = remote(scripted.url, batch_texts=True, extra_body={"encoding_format": "base64"})
+    assert np.allclose(model.encode([Content("a"), Content("b")]), [[0.6, -0.8], [0, 1]])
+    assert scripted.requests[0]["encoding_format"] == "base64"
+    for wrong in ("no base64!", coded[0][:-4], ""):
+        scripted.reply = lambda _, wrong=wrong: two(
+            {"index": 0, "embedding": wrong}, {"index": 1, "embedding": coded[1]}
+        )
+        with pytest.raises(ModelServerError, match=r"gave no vectors: "):
+            model.encode([Content("a"), Content("b")])
 
 
 def test_answers_that_come_in_another_order_are_put_in_theirs(scripted: ScriptedServer) -> None:

@@ -181,6 +181,31 @@ def test_a_teacher_is_learned_from_without_the_targets(model: Path, queries: Pat
     assert "what the reranker `mean-colour` says" in (result.folder / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "rng_state.pth", "trainer_state.json"])
+def test_of_a_damaged_checkpoint_training_goes_on_from_the_one_before(
+    model: Path, queries: Path, tmp_path: Path, name: str
+) -> None:
+    """As a power cut leaves one. The weights are those of a training that was never ended."""
+    lines: list[str] = []
+
+    def ended(line: str) -> None:
+        lines.append(line)
+        if line.startswith("step 4 "):
+            raise InterruptedError
+
+    recipe = replace(RECIPE, epochs=2)
+    with pytest.raises(InterruptedError):
+        train(queries, model, tmp_path / "out", recipe=recipe, device="cpu", say=ended)
+    checkpoints = tmp_path / "out" / CHECKPOINTS
+    damaged = checkpoints / "checkpoint-3" / name
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    (checkpoints / "checkpoint-of somebody").mkdir()
+    train(queries, model, tmp_path / "out", recipe=recipe, device="cpu", say=lines.append)
+    assert f"going on from {checkpoints / 'checkpoint-2'}" in lines
+    train(queries, model, tmp_path / "whole", recipe=recipe, device="cpu")
+    assert not changed(tmp_path / "out", tmp_path / "whole")
+
+
 # ------------------------------------------------------------------------------------------ slow
 
 KILLED = """
@@ -273,3 +298,6 @@ def test_what_is_trained_is_in_torch(queries: Path, tmp_path: Path) -> None:
     assert not isinstance(embedder, Trainable)
     with pytest.raises(QueryError, match="'colours' has no weights on this machine to train"):
         train(queries, embedder, tmp_path / "out", recipe=RECIPE)
+    compiled = load_embedder("tiny", backend="openvino")
+    with pytest.raises(QueryError, match=r"'tiny' is computed by OpenVINO.*load it with backend torch"):
+        train(queries, compiled, tmp_path / "out", recipe=RECIPE)
