@@ -17,7 +17,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import shown
 from mm_retriever.own_keys import BOOKKEEPING_KEYS
-from mm_retriever.store.filters import COMPARISONS, LIST_OPERATORS, filter_expression, read_number
+from mm_retriever.store.filters import COMPARISONS, LIST_OPERATORS, equals_number, filter_expression, read_number
 from mm_retriever.store.schema import CONTENT_FIELD, OWN_TEXT_COLUMNS, RESERVED_KEYS, key_problem, takes_lists
 
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
@@ -73,7 +73,10 @@ class Columns:
 
     def new_problems(self, filters: MetadataFilters) -> list[str]:
         """As `problems`, but none where columns, operators and value types were all checked before."""
-        conditions = {(item.key, str(item.operator), type(item.value).__name__) for item, _ in _leaves(filters)}
+        conditions = {
+            (item.key, str(item.operator), f"{type(item.value).__name__} {_equals_no_number([item])!r}")
+            for item, _ in _leaves(filters)
+        }
         if conditions <= self._checked:
             return []
         problems = self.problems(filters)
@@ -96,6 +99,12 @@ class Columns:
         if wanted and not wanted & kinds and not any(self._has(key, kind) for kind in wanted):
             advice = "contains" if "lists" in kinds else "text_match" if "text" in kinds else "== or in"
             return f"column {key!r} holds {self._described(key)}, which {operator.value} never matches; use {advice}"
+        text = _equals_no_number(alternatives)
+        if text is not None and self._has(key, "numbers") and not self._has(key, "text"):
+            return (
+                f"column {key!r} holds {self._described(key)}, which {operator.value} does not compare with the text "
+                f"{shown(text)}; give a number"
+            )
         return None
 
     def _order_problem(self, key: str, operator: FilterOperator, value: object) -> str | None:
@@ -215,6 +224,17 @@ def _leaves(group: MetadataFilters, depth: int = 0) -> Iterator[tuple[MetadataFi
         for inner in group.filters:
             if isinstance(inner, MetadataFilters):
                 yield from _leaves(inner, depth + 1)
+
+
+def _equals_no_number(alternatives: Sequence[MetadataFilter]) -> str | None:
+    """The first text of these equalities, if all of their values are texts that no number equals."""
+    values: list[object] = []
+    for item in alternatives:
+        if item.operator not in (FilterOperator.EQ, FilterOperator.IN):
+            return None
+        values += item.value if isinstance(item.value, list | tuple) else [item.value]
+    texts = [value for value in values if isinstance(value, str) and not equals_number(value)]
+    return texts[0] if texts and len(texts) == len(values) else None
 
 
 def _wanted(alternatives: Sequence[MetadataFilter]) -> set[Kind]:

@@ -192,7 +192,9 @@ def _on_date(key: str, date: str) -> MetadataFilters | None:
     if _DAY.fullmatch(date):
         ranges = [(f"{date}T", f"{date}U"), (f"{date} ", f"{date}!")]
     elif _MONTH.fullmatch(date):
-        ranges = [(f"{date}-0", f"{date}-4")]
+        # days have two digits: "2024-01-2" is a code, and comes before "2024-01-20"
+        ranges = [(f"{date}-{first}", f"{date}-{last}") for first, last in (("01", "0:"), ("10", "1:"), ("20", "2:"))]
+        ranges.append((f"{date}-30", f"{date}-32"))
     else:
         return None
     within = [MetadataFilters(filters=[_leaf(key, _Op.GTE, low), _leaf(key, _Op.LT, high)]) for low, high in ranges]

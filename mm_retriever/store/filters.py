@@ -121,6 +121,11 @@ def read_number(text: str) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
+def equals_number(text: str) -> bool:
+    """Return whether some number equals a text in a filter: "5", "1e3", "true"."""
+    return text in _TRUTH or read_number(text) is not None
+
+
 # ---------------------------------------------------------------------------------------------- groups
 
 

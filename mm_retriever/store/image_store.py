@@ -416,7 +416,7 @@ class ImageStore(MilvusVectorStore):
     def filter_problems(self, filters: MetadataFilters | None) -> list[str]:
         """Return the conditions that no stored metadata can meet, a sentence each.
 
-        These are a column that no row has, an order comparison with values of another type, and a list operator on a
+        These are a column that no row has, a comparison with values of another type, and a list operator on a
         column without lists. Milvus answers them with nothing, or with everything. The command line and the tools of
         agents refuse them; the store's methods answer them and log a warning. `query` refuses what cannot be expressed.
         """

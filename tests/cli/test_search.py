@@ -290,6 +290,7 @@ def test_a_condition_cannot_be_broken_out_of(capfd, db, value):
         ("taken not in 2024-01-02", [2019, 2021]),
         ("taken = 2024-01", [2019, 2020]),  # all of that month
         ("taken != 2024-01", [2021]),
+        ("part = 2024-01", []),  # "2024-01-2" is no day of that month
         ("taken not in 2024-01, 2024-03", [2021]),
         ("title contains red", [2019]),
         ("title is empty", [2021]),
@@ -312,6 +313,7 @@ def test_conditions_are_understood_as_people_write_them(capfd, years_db, conditi
         ("Year=2020", "did you mean 'year'?"),
         ("colour!=red", "no column 'colour'"),
         ("title>5", "column 'title' holds text, which > does not compare with the number 5"),
+        ("year=$5", "column 'year' holds numbers, which == does not compare with the text '$5'; give a number"),
         ("year>2024-01-01", "column 'year' holds numbers, which > does not compare with the text '2024-01-01'"),
         ("year=~20", "'=~' is none of"),
         ("year", "is not key=value"),
@@ -350,7 +352,7 @@ def years_db(images, tmp_path_factory):
         (folder / "images" / source.name).write_bytes(source.read_bytes())
     facts = [
         {"year": 2019, "code": "7", "taken": "2024-01-01T23:59:59", "title": "a red mug"},
-        {"year": 2020, "code": "007", "taken": "2024-01-02T10:00:00", "title": "a blue mug"},
+        {"year": 2020, "code": "007", "taken": "2024-01-02T10:00:00", "part": "2024-01-2", "title": "a blue mug"},
         {"year": 2021, "code": "x", "taken": "2024-02-01T00:00:00"},
     ]
     sidecar = folder / "facts.json"

@@ -176,13 +176,19 @@ def test_what_the_columns_do_not_bear_out_is_said(store: ImageStore):
         (where("width", ">", "2020-01-01"), "column 'width' holds numbers, which > does not compare with the text"),
         (where("tags", "==", "a"), "column 'tags' holds lists, which == never matches; use contains"),
         (where("label", "contains", "m"), "column 'label' holds text, which contains never matches; use text_match"),
+        (
+            where("width", "==", "$5"),
+            "column 'width' holds numbers, which == does not compare with the text '$5'; give a",
+        ),
+        (where("width", "in", ["a", "b"]), "column 'width' holds numbers, which in does not compare with the text 'a'"),
         (where("width", "text_match", "m"), "column 'width' holds numbers, which text_match never matches"),
     ):
         for condition in ("and", "not"):
             [problem] = store.filter_problems(group(group(item, condition=condition), condition="or"))
             assert problem.startswith(says)
     for item in (
-        where("label", "==", 5), where("width", "==", "mug"), where("price", ">", 5),
+        where("label", "==", 5), where("price", "==", "$5"), where("width", "!=", "mug"),
+        where("width", "in", ["5", "mug"]), where("width", "==", "true"), where("price", ">", 5),
         where("label", ">=", "2020-01-01"), where("digest", "==", "y"), where("file_path", "!=", "y"),
         where("id", "==", "y"),
         where("tags", "any", ["b"]), where("width", ">", "5"), where("tags", "==", None), where("tags", "is_empty"),
