@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mm_retriever.embedders.embedder import Content, Pixels
-from mm_retriever.errors import QueryError
+from mm_retriever.errors import ModelServerError, QueryError
 
 LARGEST_SIDE = 1_024  # pixels; the services that these packages ask scale images down themselves
 
@@ -51,15 +51,33 @@ class LlamaIndexEmbedder:
         embed = self._model.get_text_embedding_batch
         words = [self._model.get_query_embedding(text) for text in texts] if query else embed(texts)
         pixels = self._model.get_image_embedding_batch(images) if images else []  # type: ignore[attr-defined]
+        if (len(words), len(pixels)) != (len(texts), len(images)):
+            counts = f"{len(words)} of {len(texts)} texts and {len(pixels)} of {len(images)} images"
+            raise ModelServerError(f"{self.name!r} gave other numbers of vectors than it was given contents: {counts}")
         of_texts, of_images = iter(words), iter(pixels)
         rows = np.zeros((len(contents), self.dimension), dtype=np.float32)
         for row, content in zip(rows, contents, strict=True):
             parts = [next(of_texts)] if content.text or content.image is None else []
             parts += [next(of_images)] if content.image is not None else []
             for part in parts:
-                row += np.asarray(part, dtype=np.float32) / np.linalg.norm(part)
+                row += self._unit(part)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         return rows
+
+    def _unit(self, vector: Sequence[float]) -> NDArray[np.float32]:
+        """(D,) of length 1.
+
+        Raises:
+            ModelServerError: the package gave something else than a vector of this model.
+        """
+        numbers = np.asarray(vector, dtype=np.float64)
+        length = float(np.linalg.norm(numbers))
+        if numbers.shape != (self.dimension,) or not 0 < length < np.inf:
+            raise ModelServerError(
+                f"{self.name!r} gave a vector of {numbers.size} numbers and length {length:g}; expected "
+                f"{self.dimension} numbers with a direction"
+            )
+        return (numbers / length).astype(np.float32)
 
 
 def _png(pixels: Pixels) -> io.BytesIO:

@@ -12,7 +12,7 @@ from PIL import Image
 from mm_retriever import ComposedRetriever, ingest_images, open_store
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedding import ComposedEmbedding
-from mm_retriever.errors import QueryError
+from mm_retriever.errors import ModelServerError, QueryError
 from mm_retriever.llama_index_embedder import LlamaIndexEmbedder
 from tests.support.mean_colour import MeanColour
 
@@ -51,6 +51,23 @@ def test_a_pair_is_the_sum_of_the_unit_vectors_of_both(embedder, query):
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(both, (text + image) / np.linalg.norm(text + image), atol=1e-6)
     assert (embedder.dimension, embedder.space) == (3, "ColourAPI/colours-1/3")
+
+
+class Faulty(ColourAPI):
+    """Its words are what it answers."""
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return [float(number) for number in text.split()]
+
+    _get_query_embedding = _get_text_embedding
+
+
+@pytest.mark.parametrize("query", [False, True])
+@pytest.mark.parametrize("answer", ["7", "1 2 3 4", "0 0 0", "nan 1 1", "1 inf 1"])
+def test_what_is_no_vector_of_the_model_is_an_error(answer, query):
+    """A single number was spread over all of them; nothing else had a direction."""
+    with pytest.raises(ModelServerError, match=r"'colours-1' gave a vector of \d numbers .*; expected 3 numbers"):
+        LlamaIndexEmbedder(Faulty(), dimension=3).encode([Content("1 0 0"), Content(answer)], query=query)
 
 
 def test_a_model_of_texts_refuses_images_in_a_line():

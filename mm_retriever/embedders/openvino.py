@@ -166,6 +166,17 @@ def _alone() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ export and quantisation
 
 
+@contextmanager
+def _failures_told(model: Any) -> Iterator[None]:
+    """Say in one line that a library cannot export, quantise or compile a model: they raise a dozen kinds of errors."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{model.name!r} cannot be computed by OpenVINO ({one_line(error, 200)}); take backend torch"
+        ) from error
+
+
 class _Traced(nn.Module):
     """A part and its weights as one module, which tracing needs."""
 
@@ -184,14 +195,9 @@ def _exported(model: Any) -> Graphs:
     graphs: Graphs = {}
     for name, examples in _recorded(model, _probes(model)).items():
         example = max(examples, key=lambda inputs: inputs[-1].numel())
-        try:
-            with _alone(), torch.no_grad():
-                graph = openvino.convert_model(_Traced(model.torch_model, model.parts[name]), example_input=example)
-                graph.reshape({place: _shape(tensor) for place, tensor in enumerate(example)})
-        except Exception as error:  # the converter raises a dozen kinds
-            raise CheckpointError(
-                f"{model.name!r} cannot be computed by OpenVINO ({one_line(error, 200)}); take backend torch"
-            ) from error
+        with _failures_told(model), _alone(), torch.no_grad():
+            graph = openvino.convert_model(_Traced(model.torch_model, model.parts[name]), example_input=example)
+            graph.reshape({place: _shape(tensor) for place, tensor in enumerate(example)})
         graphs[name] = graph
     return graphs
 
@@ -259,7 +265,7 @@ def _quantised(model: Any, core: Any, rest: str, samples: Samples) -> tuple[Grap
                 continue
             items = [[tensor.numpy() for tensor in row] for row in inputs[name]]
             ignored = nncf.IgnoredScope(patterns=list(in_float), validate=False)
-            with _alone():
+            with _failures_told(model), _alone():
                 graphs[name] = nncf.quantize(
                     graph,
                     nncf.Dataset(items),
@@ -344,7 +350,9 @@ _LEAST_ROWS = 4
 
 def _take(model: Any, core: Any, graphs: Mapping[str, Any], precision: str) -> None:
     """Replace the parts by graphs."""
-    model.parts.update({name: _Compiled(graph, core, precision) for name, graph in graphs.items()})
+    with _failures_told(model):
+        compiled = {name: _Compiled(graph, core, precision) for name, graph in graphs.items()}
+    model.parts.update(compiled)
 
 
 def _release(model: Any) -> None:
@@ -402,7 +410,9 @@ def _keep(key: str, graphs: Graphs, gate: Gate | None) -> None:
     arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)
     place = _place(key)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # not among other temporary files, whose disk may have no room for a model
+        with tempfile.TemporaryDirectory(prefix=".", dir=place.parent) as folder:
             for name, graph in graphs.items():
                 xml = Path(folder, "graph.xml")
                 with _alone():
@@ -411,9 +421,9 @@ def _keep(key: str, graphs: Graphs, gate: Gate | None) -> None:
                     content = xml.with_suffix(f".{suffix}").read_bytes()
                     arrays[f"{name}.{suffix}"] = np.frombuffer(content, dtype=np.uint8)
         packed = save_tensors(arrays)
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(place, hashlib.sha256(packed).digest() + packed, mode=0o600)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # OpenVINO has the latter where a disk is full
         logger.warning(
-            "%s cannot be written (%s): the model is exported at every start", place, error.strerror or error
-        )
+            "%s cannot be written (%s): the model is exported at every start",
+            place, getattr(error, "strerror", None) or error,
+        )  # fmt: skip

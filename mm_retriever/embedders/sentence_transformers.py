@@ -78,7 +78,7 @@ def recognises(files: ModelFiles) -> bool:
     folder = model_folder(files)
     if kind := library_kind(folder):
         return kind == "SentenceTransformer"
-    return files.config is not None and read_json(files.config).get("model_type") in {*_TWO_TOWERS, "qwen3_vl"}
+    return _type(files) in {*_TWO_TOWERS, "qwen3_vl"}
 
 
 def load(
@@ -143,4 +143,8 @@ def load(
 
 
 def _two_towers(files: ModelFiles) -> bool:
-    return files.config is not None and read_json(files.config).get("model_type") in _TWO_TOWERS
+    return _type(files) in _TWO_TOWERS
+
+
+def _type(files: ModelFiles) -> str:
+    return "" if files.config is None else str(read_json(files.config).get("model_type"))

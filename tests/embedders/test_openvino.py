@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,6 +144,26 @@ def test_without_a_place_for_the_cache_the_model_works_and_says_so(small, tmp_pa
     embedder = load_embedder(small, backend="openvino")
     assert embedder.encode([Content("red mug")]).shape == (1, 40)
     assert "cannot be written" in caplog.text
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_model(small, cache, caplog):
+    """OpenVINO writes the graphs itself, and raises its own error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        embedder = load_embedder(small, backend="openvino")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert embedder.encode([Content("red mug")]).shape == (1, 40)
+    assert "cannot be written" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+def test_temporary_files_are_where_the_cache_has_room(small, cache, tmp_path, monkeypatch):
+    """Many machines have a small place for temporary files: a model of some gigabytes filled it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    load_embedder(small, backend="openvino")
+    assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
 
 
 def test_what_does_not_go_together_is_refused_in_one_line():

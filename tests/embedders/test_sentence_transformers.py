@@ -456,6 +456,10 @@ def test_models_that_are_no_embedder_are_refused_in_one_line(tmp_path):
     for folder in (reranker, texts):
         with pytest.raises(CheckpointError, match="is a model of no known family"):
             load_embedder(folder, device="cpu")
+    strange = clip_folder(tmp_path / "strange")
+    change_json(strange / "config.json", model_type=["clip"])
+    with pytest.raises(CheckpointError, match="is a model of no known family"):
+        load_embedder(strange, device="cpu")
     with pytest.raises(CheckpointError, match=r"has no modules\.json, which says how its vectors are made"):
         load_embedder(qwen3_vl(tmp_path / "chat", "{{ messages }}"), device="cpu")
 
