@@ -31,6 +31,7 @@ from mm_retriever.devices import as_device, as_dtype, in_passes, input_device, p
 from mm_retriever.embedders.embedder import Content
 from mm_retriever.embedders.folder import copy_tokenizer, write_folder
 from mm_retriever.errors import CheckpointError, reason_of, shown
+from mm_retriever.packed_linear import pack_linears
 from mm_retriever.threads import ForkLock, check_forked
 from mm_retriever.tokenizer import read_tokenizer, valid_unicode
 
@@ -121,7 +122,7 @@ def filled(
     load_strict(model, state, source=files.weights, device=to, dtype=as_dtype(dtype))
     fill_positions(model, to)
     model.train(False)
-    return model
+    return pack_linears(model)
 
 
 def convert_clip(

@@ -38,6 +38,7 @@ from mm_retriever.embedders.embedder import Content, Embedder
 from mm_retriever.embedders.gate import Gate, Samples, measure
 from mm_retriever.errors import CheckpointError, MissingExtraError, QueryError, one_line
 from mm_retriever.files import cache_folder, read_own, write_atomically
+from mm_retriever.packed_linear import unpack_linears
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,7 @@ class _Traced(nn.Module):
 def _exported(model: Any) -> Graphs:
     """Every part as a graph for any number of rows, and texts of any length."""
     openvino = _openvino()
+    unpack_linears(model.torch_model)
     graphs: Graphs = {}
     for name, examples in _recorded(model, _probes(model)).items():
         example = max(examples, key=lambda inputs: inputs[-1].numel())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict, weights_in
 from mm_retriever.errors import CheckpointError, MissingExtraError, MMRetrieverError, one_line, reason_of
 from mm_retriever.from_pretrained import without_progress_bar, without_random_weights, without_video_processor
+from mm_retriever.packed_linear import pack_linears
 from mm_retriever.tokenizer import check_words
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def load_model(
 
     if isinstance(tokenizer := model.tokenizer, PreTrainedTokenizerBase):
         check_words(tokenizer, files.name)
-    return model.eval()
+    return pack_linears(model.eval())
 
 
 def plain_text(text: str, tokenizer: Any) -> str:

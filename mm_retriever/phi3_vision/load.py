@@ -9,6 +9,7 @@ import torch
 from mm_retriever.checkpoint import ModelFiles, load_strict, locate, read_state_dict, skeleton
 from mm_retriever.devices import as_device, as_dtype, stored_dtype
 from mm_retriever.from_pretrained import without_progress_bar
+from mm_retriever.packed_linear import pack_linears
 from mm_retriever.phi3_vision.config import DEFAULT_MODEL, MODELS, read_config
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, read_processor
@@ -44,7 +45,7 @@ def load_phi3_vision(
     model.generation_config.eos_token_id = list(processor.stop_ids)
     model.generation_config.pad_token_id = config.pad_token_id
     model.to(device).eval()  # type: ignore[arg-type]
-    return model, processor
+    return pack_linears(model), processor
 
 
 def _load_weights(files: ModelFiles, config: Phi3VisionConfig, dtype: torch.dtype) -> Phi3Vision:

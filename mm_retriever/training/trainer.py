@@ -38,6 +38,7 @@ from mm_retriever.checkpoint import SAFETENSORS
 from mm_retriever.embedders.embedder import Trainable
 from mm_retriever.errors import QueryError
 from mm_retriever.evaluation.datasets import LabelledQuery
+from mm_retriever.packed_linear import unpack_linears
 from mm_retriever.training.card import EVALUATIONS, LORA_RANK, PATIENCE, TEMPERATURE, Recipe
 from mm_retriever.training.examples import CHOSEN, FIRST, Vectors
 from mm_retriever.training.negatives import Row
@@ -252,7 +253,7 @@ def prepare_network(embedder: Trainable, recipe: Recipe) -> LoraModel | None:
     Raises:
         QueryError: a side to freeze that the model does not have, or nothing left to train.
     """
-    network = embedder.network
+    network = unpack_linears(embedder.network)
     frozen = embedder.sides.get(recipe.freeze, ()) if recipe.freeze else ()
     if recipe.freeze and not frozen:
         raise QueryError(f"{embedder.name!r} has no {recipe.freeze} side of its own that could be frozen")

@@ -39,6 +39,7 @@ from mm_retriever.embedders.visualized_bge.network import (
     read_config,
 )
 from mm_retriever.embedders.visualized_bge.processor import VisualizedBGEProcessor, crop_square, tokenizer_repo
+from mm_retriever.packed_linear import pack_linears
 from mm_retriever.threads import ForkLock, check_forked
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def fill_model(
     load_strict(model, state, source=files.weights, device=device, dtype=dtype)
     model.fingerprint = original_fingerprint(state, {"rounded": config.rounded})
     model.train(False)
-    return model
+    return pack_linears(model)
 
 
 def convert_files(

@@ -1,0 +1,128 @@
+"""Linear layers on a CPU whose weights oneDNN lays out once, rather than before every product.
+
+torch hands each product the weight as it is stored, and the library below lays it out anew each time: for a query of
+twelve words that takes as long as the product itself. Plain torch; knows no model.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mm_retriever.threads import ForkLock
+
+M = TypeVar("M", bound=nn.Module)
+
+_PACKING = ForkLock()
+_MACHINES = {"x86_64", "amd64"}  # where it was measured
+
+
+def pack_linears(model: M) -> M:
+    """Let every linear layer pack its weight at its first input; returns the model.
+
+    Layers that share their weight stay as they are, and so do kinds of linear layers other than torch's own.
+    """
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        if type(module) is nn.Linear and names[id(module.weight)] == 1:
+            module.__class__ = PackedLinear
+    return model
+
+
+def unpack_linears(model: M) -> M:
+    """Make every layer a plain `nn.Linear` again, as training and export need them; returns the model."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            _plain(module)
+    return model
+
+
+class PackedLinear(nn.Linear):
+    """`nn.Linear` that keeps its weight in the layout that oneDNN multiplies with, for as long as nobody asks for it.
+
+    The layer becomes a plain `nn.Linear` again, for good and with the same weight bit by bit, as soon as something
+    reads the weight (the attribute, ``state_dict()``, a copy, a pickle), moves it, or computes with gradients, autocast
+    or tracing. Only a parameter that was taken from ``parameters()`` is empty while the layer is packed.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), in the dtype of both."""
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
+            return _plain(self).forward(x)
+        packed = _packed_weight(self)
+        if packed is None:
+            packed = _pack(self)
+        if packed is None or packed.dtype != x.dtype:
+            return _plain(self).forward(x)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_plain(self), name) if name == "weight" else super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _plain(self).__dict__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        packed = _packed_weight(self)
+        if packed is not None:
+            probe = torch.empty(0, dtype=packed.dtype)
+            if fn(probe) is probe and not probe.is_shared():
+                return self  # moved to where it is
+        plain: nn.Module = _plain(self)._apply(fn, recurse)
+        return plain
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        _plain(self)._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        _plain(self)._load_from_state_dict(*arguments)
+
+
+def _packed_weight(layer: nn.Linear) -> Tensor | None:
+    """The packed weight, which hangs on the emptied one: layers that share a parameter share both."""
+    packed: Tensor | None = getattr(layer._parameters["weight"], "packed", None)
+    return packed
+
+
+def _pack(layer: nn.Linear) -> Tensor | None:
+    """The packed weight, made of the weight, which is emptied; None where oneDNN does not take it."""
+    weight = layer._parameters["weight"]
+    with _PACKING, torch.inference_mode(False), torch.no_grad():
+        packed = _packed_weight(layer)  # another thread may have made it, or made the layer plain
+        if packed is None and weight is not None and isinstance(layer, PackedLinear) and _can_pack(weight):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+            weight.packed = packed  # type: ignore[attr-defined]
+            weight.data = weight.data.new_empty(0)
+        return packed
+
+
+def _plain(layer: nn.Linear) -> nn.Linear:
+    """The same layer as torch's own, for good."""
+    weight = layer._parameters["weight"]
+    with _PACKING, torch.inference_mode(False), torch.no_grad():
+        packed = _packed_weight(layer)
+        if weight is not None and packed is not None:
+            weight.data = packed.to_dense()
+            del weight.packed  # type: ignore[attr-defined]
+        layer.__class__ = nn.Linear
+    return layer
+
+
+def _can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN computes with such weights here, and gains by it."""
+    if weight.device.type != "cpu" or weight.layout != torch.strided or type(weight.data) is not Tensor:
+        return False
+    if not weight.numel() or platform.machine().lower() not in _MACHINES or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
