@@ -98,7 +98,7 @@ def _pack(layer: nn.Linear) -> Tensor | None:
     weight = layer._parameters["weight"]
     with _PACKING, torch.inference_mode(False), torch.no_grad():
         packed = _packed_weight(layer)  # another thread may have made it, or made the layer plain
-        if packed is None and weight is not None and isinstance(layer, PackedLinear) and _can_pack(weight):
+        if packed is None and weight is not None and isinstance(layer, PackedLinear) and can_pack(weight):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             weight.packed = packed  # type: ignore[attr-defined]
             weight.data = weight.data.new_empty(0)
@@ -117,7 +117,7 @@ def _plain(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN computes with such weights here, and gains by it."""
     if weight.device.type != "cpu" or weight.layout != torch.strided or type(weight.data) is not Tensor:
         return False

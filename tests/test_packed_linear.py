@@ -11,14 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from mm_retriever import packed_linear
-from mm_retriever.packed_linear import PackedLinear, pack_linears, unpack_linears
+from mm_retriever.packed_linear import PackedLinear, can_pack, pack_linears, unpack_linears
 
 DTYPES = [torch.float32, torch.bfloat16]
 
-pytestmark = pytest.mark.skipif(
-    not packed_linear._can_pack(torch.ones(1, 1)), reason="oneDNN does not pack weights on this machine"
-)
+pytestmark = pytest.mark.skipif(not can_pack(torch.ones(1, 1)), reason="oneDNN does not pack weights on this machine")
 
 
 class Net(nn.Module):

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from llama_index.core.schema import QueryBundle
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from mm_retriever import ComposedEmbedding, ComposedRetriever, ingest_images, load_embedder, load_reranker, open_store
 from mm_retriever.cli import main
@@ -21,6 +23,7 @@ from mm_retriever.embedders import registry
 from mm_retriever.embedders.embedder import Content, Embedder, Trainable, cache_identity
 from mm_retriever.embedders.registry import convert_model, published_models
 from mm_retriever.errors import CheckpointError, QueryError
+from mm_retriever.packed_linear import PackedLinear, can_pack
 from mm_retriever.rerank.reranker import Reranker
 from tests.support.colour_embedding import paint
 from tests.support.small_models import MAKERS, SmallModel
@@ -100,6 +103,18 @@ def test_published_models_say_what_people_choose_by() -> None:
         assert entry.dimension, name
         assert entry.parameters, name
         assert entry.languages, name
+
+
+def test_linear_layers_stay_packed(model: SmallModel) -> None:
+    embedder = load(model)
+    if getattr(embedder, "torch_model", None) is None:
+        pytest.skip("computes elsewhere")
+    if not can_pack(torch.ones(1, 1)):
+        pytest.skip("oneDNN does not pack weights on this machine")
+    embedder.encode(every_kind(model, embedder))
+    linears = {name: type(part) for name, part in embedder.torch_model.named_modules() if isinstance(part, nn.Linear)}
+    # torch's MultiheadAttention multiplies by the weight of its last layer itself
+    assert {kind for name, kind in linears.items() if not name.endswith("head.attention.out_proj")} == {PackedLinear}
 
 
 @pytest.mark.parametrize("query", [False, True])
