@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
@@ -32,8 +34,15 @@ from transformers import (
     initialization,
 )
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.phi3.modeling_phi3 import Phi3Model, Phi3PreTrainedModel, Phi3RotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3Model,
+    Phi3PreTrainedModel,
+    Phi3RotaryEmbedding,
+    eager_attention_forward,
+)
 
 from mm_retriever.devices import input_device
 from mm_retriever.errors import PromptError
@@ -382,6 +391,22 @@ def _fork(cache: DynamicCache, rows: int) -> DynamicCache:
             layer.values = layer.values.expand(rows, -1, -1, -1)
     return forked
 
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers' "sdpa" computes it, but for one word at a time as its "eager" does."""
+    alone = query.shape[2] == 1 and attention_mask is None
+    attend = eager_attention_forward if alone else sdpa_attention_forward
+    attended: tuple[Tensor, Tensor | None] = attend(module, query, key, value, attention_mask, **options)
+    return attended
+
+
+CPU_ATTENTION = "phi3_vision_cpu"
+"""The attention for CPUs, by the name under which transformers knows it: torch's fused attention takes three times as
+long as two products where a single word looks back in bfloat16, and half as long again in float32."""
+AttentionInterface.register(CPU_ATTENTION, _attend)
+AttentionMaskInterface.register(CPU_ATTENTION, sdpa_mask)
 
 # transformers' Auto classes know the model as soon as this module is imported
 AutoModelForCausalLM.register(Phi3VisionConfig, Phi3Vision, exist_ok=True)

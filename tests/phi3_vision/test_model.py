@@ -14,7 +14,7 @@ import torch
 from transformers import CLIPVisionModel, Phi3Config, Phi3ForCausalLM
 
 from mm_retriever.errors import PromptError
-from mm_retriever.phi3_vision.model import Phi3Vision
+from mm_retriever.phi3_vision.model import CPU_ATTENTION, Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, processor_for
 from mm_retriever.phi3_vision.tower import Phi3VisionConfig
 from tests.support.phi3_vision_golden import ASK, DATA, made_image, photo
@@ -281,7 +281,7 @@ def test_generate_is_the_argmax_of_forward() -> None:
     assert logits[length - 1 : -1].argmax(-1).tolist() == written.tolist()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", CPU_ATTENTION])
 @pytest.mark.parametrize("cuts", [(), (70,), (1, 2, 60, 61, 90)])
 def test_a_prefix_extended_is_the_whole_computed_at_once(attention: str, cuts: tuple[int, ...]) -> None:
     """Truth: one forward over everything; cuts may go through an image only if its slots stay together."""
