@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.utils import logging as transformers_logging
 
 from mm_retriever.errors import CheckpointError, ModelNotFoundError
-from mm_retriever.packed_linear import PackedLinear, can_pack
+from mm_retriever.packed_linear import can_pack
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import CPU_ATTENTION, Phi3Vision
 from tests.support.phi3_vision_golden import ASK, DATA, NORM, made_image
@@ -118,7 +118,7 @@ def test_loading_draws_no_progress_bar_and_leaves_others_theirs(
 
 @pytest.mark.skipif(not can_pack(torch.ones(1, 1)), reason="oneDNN does not pack weights on this machine")
 def test_on_a_cpu_layers_are_packed_and_stay_so_while_it_answers(official_folder: Path) -> None:
-    model, processor = load_phi3_vision(str(official_folder), device="cpu")
+    model, processor = load_phi3_vision(str(official_folder), device="cpu", dtype="float32")
     assert model.config._attn_implementation == CPU_ATTENTION
     inputs = processor(ASK, [made_image(90, 30)])
     with torch.inference_mode():
@@ -128,7 +128,7 @@ def test_on_a_cpu_layers_are_packed_and_stay_so_while_it_answers(official_folder
     assert {name for name, module in linears.items() if type(module) is nn.Linear} == set()
     assert not any(module._parameters["weight"].numel() for module in linears.values())
 
-    plain = Phi3Vision.from_pretrained(official_folder)
+    plain = Phi3Vision.from_pretrained(official_folder, dtype=torch.float32)
     expected = plain.extend(plain.prefill(inputs["input_ids"], features), [5])
     torch.testing.assert_close(prefix.logits, expected.logits, atol=1e-5, rtol=1e-5)
 
