@@ -23,10 +23,13 @@ from mcp.server import MCPServer
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceError, ResourceNotFoundError, ToolError
+from mcp.server.stdio import stdio_server
 from mcp_types import CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent, ToolAnnotations
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+from pydantic import ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
+from mcp_server_mm_retriever.lines import Item, pass_on
 from mm_retriever import __version__
 from mm_retriever.embedding import ComposedEmbedding
 from mm_retriever.errors import MMRetrieverError, QueryError, one_line
@@ -149,7 +152,13 @@ class ImageSearchServer(MCPServer[Any]):
             spelling = given.lower().replace("-", "_")
             if meant := [key for key in get_close_matches(spelling, known, cutoff=0.7) if key not in arguments]:
                 raise ToolError(f"no argument {one_line(given, 40)!r}; did you mean {meant[0]!r}?")
-        return await super().call_tool(name, arguments, context)
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            reasons = (f"{'.'.join(map(str, part['loc']))}: {part['msg']}" for part in error.__cause__.errors()[:5])
+            raise ToolError(one_line("; ".join(reasons), 500)) from error
 
     async def _search_images(
         self,
@@ -186,6 +195,16 @@ class ImageSearchServer(MCPServer[Any]):
             return await anyio.to_thread.run_sync(call, limiter=self._turns, abandon_on_cancel=True)
         except MMRetrieverError as error:
             raise ToolError(without_folders(str(error))) from error
+
+    async def run_stdio_async(self) -> None:
+        """As of the SDK, which leaves lines that are no message without an answer."""
+        async with stdio_server() as (lines, answers), anyio.create_task_group() as tasks:
+            send, messages = anyio.create_memory_object_stream[Item]()
+            tasks.start_soon(pass_on, lines, send, answers.send)
+            server = self._lowlevel_server  # as the method that this one replaces: there is no public name
+            async with messages:
+                await server.run(messages, answers, server.create_initialization_options())
+            tasks.cancel_scope.cancel()
 
     async def read_resource(self, uri: Any, context: Any = None) -> Iterable[ReadResourceContents] | Any:
         """Return an indexed image with its own media type, which a template could not give it."""

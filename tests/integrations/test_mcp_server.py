@@ -21,8 +21,12 @@ from PIL import Image
 pytest.importorskip("mcp.server", reason='needs the extra "mcp"')
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters
+from mcp.shared.message import SessionMessage
 from mcp_server_mm_retriever import create_server, image_search
+from mcp_server_mm_retriever.lines import pass_on
 from mcp_server_mm_retriever.server import SEARCHES_AT_ONCE
+from mcp_types import jsonrpc_message_adapter
+from pydantic import ValidationError
 
 from mm_retriever.cli import main
 from mm_retriever.errors import QueryError
@@ -207,6 +211,47 @@ async def test_an_argument_that_is_misspelt_is_not_passed_over(search, wrong):
         answer = await client.call_tool("search_images", {"text": "mug", wrong: {"label": "umbrella"}})
     assert answer.is_error
     assert f"no argument '{wrong}'; did you mean" in answer.content[0].text
+
+
+async def test_arguments_of_another_type_are_named_on_one_line(search):
+    async with Client(create_server(search)) as client:
+        answer = await client.call_tool("search_images", {"text": ["mug"], "image": {"path": "mug.png"}})
+    assert answer.is_error
+    assert answer.content[0].text == "text: Input should be a valid string; image: Input should be a valid string"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"jsonrpc": "2.0", "id": 1, "method": "ping"}', (1, "ping")),
+        (r'{"jsonrpc": "2.0", "id": "a\ud800", "method": "ping"}', ("a?", "ping")),
+        ("no JSON", (None, -32700)),
+        ('[{"jsonrpc": "2.0", "id": 1, "method": "ping"}]', (None, -32600)),
+        ('{"jsonrpc": "2.0", "id": 7}', (7, -32600)),
+        ('{"jsonrpc": "2.0", "id": 7, "method": "ping", "params": [1]}', (7, -32600)),
+        ('{"jsonrpc": "2.0", "method": "notifications/x", "params": 5}', None),
+        ('{"id": 5, "result": {}}', None),
+        ("", None),
+    ],
+)
+async def test_lines_that_are_no_message_are_answered(line, expected):
+    """The SDK passes them over, so that clients waited for ever, also for an answer to half a surrogate pair."""
+    answers: list[SessionMessage] = []
+
+    async def lines():
+        try:
+            yield SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+        except ValidationError as error:
+            yield error
+
+    async def answer(message: SessionMessage) -> None:
+        answers.append(message)
+
+    send, receive = anyio.create_memory_object_stream(1)
+    async with receive:
+        await pass_on(lines(), send, answer)
+        passed = [(item.message.id, item.message.method) async for item in receive]
+    assert passed + [(one.message.id, one.message.error.code) for one in answers] == ([expected] if expected else [])
 
 
 async def test_arguments_that_a_client_adds_to_every_call_are_passed_over(search):
