@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -25,7 +25,7 @@ from llama_index_instrumentation import get_dispatcher
 from PIL import Image
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line
+from mm_retriever.errors import ImageLoadError, MMRetrieverError, QueryError, RerankError, one_line, shown
 from mm_retriever.images import ImagePolicy, ImageSource, is_place, load_image, source_name
 from mm_retriever.notebook import show
 from mm_retriever.rebuild import Rebuilt, field_arguments, wrong_options
@@ -354,12 +354,15 @@ class ScorerRerank(Reranker):
     def _rank(self, query: Query, candidates: list[Candidate], meter: Meter) -> Ranking:
         visible = [i for i, candidate in enumerate(candidates) if not candidate.missing]
         scorer = self.scorer
-        given = list(scorer.score(query, [candidates[i] for i in visible], meter)) if visible else []
+        given = _listed(scorer.score(query, [candidates[i] for i in visible], meter), scorer.name) if visible else []
         if len(given) != len(visible):
             raise RerankError(f"{self.model_name!r} gave {len(given)} scores for {len(visible)} candidates")
         calibrated = scorer.calibrated
         for score in given:
-            if score is not None and not (0 <= score <= 1 if calibrated else math.isfinite(score)):
+            number = _number(score)
+            if score is not None and (
+                number is None or not (0 <= number <= 1 if calibrated else math.isfinite(number))
+            ):
                 expected = (
                     "calibrated scores go from 0 to 1; calibrated=False takes others"
                     if calibrated
@@ -371,6 +374,23 @@ class ScorerRerank(Reranker):
             scores[i] = None if score is None else float(score)
         unjudged = NO_TIME if meter.out_of_time() else f"not judged by {self.model_name!r}; after those that were"
         return self._settle(candidates, scores, calibrated=calibrated, unjudged=unjudged)
+
+
+def _listed(scores: Any, name: str) -> list[Any]:
+    """The scores of a scorer; a mapping would count as its keys, a text as its letters."""
+    if isinstance(scores, str | bytes | Mapping | Set) or not isinstance(scores, Iterable):
+        raise RerankError(f"{name!r} gave {shown(scores)}; a scorer gives a list with a score for each candidate")
+    return list(scores)
+
+
+def _number(score: Any) -> float | None:
+    """A number of Python, numpy or torch; None for anything else."""
+    if isinstance(score, str | bytes):
+        return None
+    try:
+        return float(score)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _place_or_name(source: ImageSource) -> str:

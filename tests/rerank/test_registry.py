@@ -113,10 +113,10 @@ class Wrong:
 
     name = "wrong"
 
-    def __init__(self, scores: list[float | None], calibrated: bool) -> None:
+    def __init__(self, scores: Any, calibrated: bool) -> None:
         self.scores, self.calibrated = scores, calibrated
 
-    def score(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> list[float | None]:
+    def score(self, query: Query, candidates: Sequence[Candidate], meter: Meter) -> Any:
         return self.scores
 
 
@@ -127,11 +127,13 @@ class Wrong:
         ([0.5, 1.5], True, r"the score 1.5; calibrated scores go from 0 to 1"),
         ([0.5, float("nan")], True, "the score nan; calibrated"),
         ([0.5, float("inf")], False, "the score inf; a score is a finite number or None"),
+        ([0.5, "0.7"], False, "the score '0.7'; a score is a finite number or None"),
+        ([0.5, [0.7]], False, r"the score \[0.7\]; a score is a finite number or None"),
+        ({0: 0.2, 1: 0.9}, False, "a scorer gives a list with a score for each candidate"),  # its keys were the scores
+        (None, False, "a scorer gives a list with a score for each candidate"),
     ],
 )
-def test_scores_that_cannot_be_right_are_an_error(
-    tmp_path: Path, scores: list[float | None], calibrated: bool, message: str
-) -> None:
+def test_scores_that_cannot_be_right_are_an_error(tmp_path: Path, scores: Any, calibrated: bool, message: str) -> None:
     """A wrong answer that looks right would be worse."""
     nodes = colours(tmp_path, "white", "black")
     with pytest.raises(RerankError, match=f"'wrong' gave .*{message}"):
