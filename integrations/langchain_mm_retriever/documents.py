@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from uuid import UUID
 
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.content import ContentBlock
 from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
@@ -92,6 +92,11 @@ def read_query(query: ComposedQuery, image: ImageSource | None = None) -> tuple[
     """
     if isinstance(query, BaseMessage):
         query = query.content_blocks
+    elif isinstance(query, list | tuple):  # blocks as any provider has them, as messages take them
+        try:
+            query = HumanMessage([dict(part) if isinstance(part, Mapping) else part for part in query]).content_blocks
+        except ValidationError:
+            raise QueryError(f"a query of {shown(query)}: give content blocks, or words") from None
     if isinstance(query, str):
         return query, image
     images = [] if image is None else [image]

@@ -187,6 +187,8 @@ def _end(code: Sequence[int]) -> None:
 def _run(arguments: list[str]) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     gc.set_threshold(*_RARELY)
+    # closed streams, as of `>&-`, are None
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding cannot show
             stream.reconfigure(errors="backslashreplace")

@@ -168,3 +168,10 @@ def test_what_is_not_there_is_refused_before_anything_is_made(capfd, tmp_path, m
         assert code == 2, arguments
         assert "there is no store 'none.db'" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_whose_output_is_closed_ends_as_any_other():
+    """`>&-`, as some schedulers start programs."""
+    command = [sys.executable, "-m", "mm_retriever", "info"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -506,12 +506,14 @@ def test_documents_and_ids_may_come_from_generators_and_paths_in_any_form(shop, 
 
 
 def test_messages_and_content_blocks_are_queries(shop, retriever):
-    """Text and image as chat models get them, in LangChain's form and in OpenAI's."""
+    """Text and image as chat models get them, in LangChain's forms, OpenAI's and Anthropic's."""
     data = base64.b64encode(shop.leopard.read_bytes()).decode()
     words = {"type": "text", "text": "phone case with this"}
     for image in (
         {"type": "image", "base64": data, "mime_type": "image/jpeg"},
         {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}},
+        {"type": "image", "source_type": "base64", "data": data, "mime_type": "image/jpeg"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/jpeg", "data": data}},
     ):
         for query in ([words, image], HumanMessage([words, image])):
             assert names(retriever.invoke(query, k=1)) == ["leopard"]
@@ -520,6 +522,8 @@ def test_messages_and_content_blocks_are_queries(shop, retriever):
         retriever.invoke([image, image])
     with pytest.raises(QueryError, match="a content block of type 'audio'"):
         retriever.invoke([{"type": "audio", "base64": "AAAA"}])
+    with pytest.raises(QueryError, match="give content blocks, or words"):
+        retriever.invoke([5])
 
 
 def test_what_several_queries_find_is_found_once(shop, retriever):
