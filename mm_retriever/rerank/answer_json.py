@@ -20,7 +20,7 @@ from mm_retriever.rerank.answer_text import (
     series,
     text_ranking,
 )
-from mm_retriever.rerank.answer_words import LAST, MOST_NUMBERS, RANKING_WORD, REST, WORST_FIRST, rank_of
+from mm_retriever.rerank.answer_words import LAST, MOST_NUMBERS, NO_RANKING, RANKING_WORD, REST, WORST_FIRST, rank_of
 
 LONGEST_SENTENCE = 1_000  # characters of a caption or a reason that are kept
 _DEEPEST = 4  # how far inside an object its ranking is looked for
@@ -173,6 +173,8 @@ def _json_ranking(value: Any, depth: int = 0) -> list[Entry]:
 
 def _is_ranked(key: str) -> bool:
     """Whether a key is called a ranking: "sorted candidates", "rankedImages", "排名"."""
+    if NO_RANKING.search(key) and not WORST_FIRST.search(key):
+        return False
     ranked = _RANKED_KEY.search(key) or WORST_FIRST.fullmatch(key.removeprefix("ranking "))
     return ranked is not None or (
         key != "ranks" and (not key.isascii() or key.isalpha()) and _RANKING_NAME.fullmatch(key) is not None

@@ -360,9 +360,7 @@ class ScorerRerank(Reranker):
         calibrated = scorer.calibrated
         for score in given:
             number = _number(score)
-            if score is not None and (
-                number is None or not (0 <= number <= 1 if calibrated else math.isfinite(number))
-            ):
+            if score is not None and not (0 <= number <= 1 if calibrated else math.isfinite(number)):
                 expected = (
                     "calibrated scores go from 0 to 1; calibrated=False takes others"
                     if calibrated
@@ -383,14 +381,12 @@ def _listed(scores: Any, name: str) -> list[Any]:
     return list(scores)
 
 
-def _number(score: Any) -> float | None:
-    """A number of Python, numpy or torch; None for anything else."""
-    if isinstance(score, str | bytes):
-        return None
+def _number(score: Any) -> float:
+    """A number of Python, numpy or torch; NaN for anything else."""
     try:
-        return float(score)
+        return math.nan if isinstance(score, str | bytes) else float(score)
     except (TypeError, ValueError, OverflowError):
-        return None
+        return math.nan
 
 
 def _place_or_name(source: ImageSource) -> str:

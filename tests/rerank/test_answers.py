@@ -326,6 +326,7 @@ def test_a_ranking_that_begins_with_the_worst_is_turned_round(text: str) -> None
         ("I compared images 2, 1 and 3.", ""),
         ("Images 2, 1 and 3 are mugs.", ""),
         ('{"ranks": [2, 3, 1]}', ""),
+        ('{"lowest": [2, 3]}', ""),
     ],
 )
 def test_prose_dates_and_contradictions_give_no_wrong_order(text: str, numbers: str) -> None:
