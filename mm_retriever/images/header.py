@@ -254,7 +254,7 @@ def _png_header(data: bytes) -> ImageHeader:
 
 
 def clean_png(data: bytes) -> tuple[bytes, bytes | None]:
-    """Return a PNG without what no image is made of, and its colour profile.
+    """Return a PNG without the chunks that hold no pixels, and its colour profile.
 
     A comment that is too large or broken, or a profile whose chunk is, makes decoders refuse the image; browsers pass
     over them. What stays: image data, transparency, gamma, orientation, the frames of an animation.
@@ -356,7 +356,7 @@ def _tiff_header(data: bytes, max_frames: int) -> ImageHeader:
             frames += 1
             skipped = struct.calcsize("<" + layout.count) + entries * struct.calcsize("<" + layout.entry)
             (at,) = struct.unpack_from(order + layout.offset, data, at + skipped)
-    except (struct.error, OverflowError):  # the chain runs out of the file: what came before it counts
+    except (struct.error, OverflowError):  # the chain leads out of the file: the images before count
         pass
     return ImageHeader("TIFF", None, frames)
 

@@ -46,10 +46,10 @@ def boxes(data: bytes, span: Span, budget: list[int]) -> Iterator[tuple[bytes, S
 
 
 def contents(data: bytes, span: Span, budget: list[int], *names: bytes) -> dict[bytes, Span]:
-    """Return those of the named boxes that there are.
+    """Return the named boxes that exist.
 
     Raises:
-        ImageLoadError: one is there twice: which of them a decoder takes is its own affair.
+        ImageLoadError: one occurs twice: decoders differ in which of them they use.
     """
     spans: dict[bytes, Span] = {}
     for kind, place in boxes(data, span, budget):

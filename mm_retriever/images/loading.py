@@ -173,7 +173,7 @@ def lossless_bytes(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY)
 
 
 def portable_image(source: ImageSource, *, policy: ImagePolicy = DEFAULT_POLICY) -> str:
-    """Return an image as a text that every later reader finds the same pixels in.
+    """Return an image as a text from which every later reader gets the same pixels.
 
     A path stays a path. All else is read here and now, once, and comes back as a data URI: the bytes of a URL, a file
     object or an upload as they are, a PIL image or an array as a lossless file.
@@ -220,7 +220,7 @@ def pixel_digest(image: Image.Image) -> str:
         image = image.convert("RGBA")
     digest = hashlib.sha256(f"{image.mode} {image.width} {image.height}\0".encode())
     rows = max(1, _STRIP // max(1, image.width))
-    for top in range(0, image.height, rows):  # strip by strip: the whole as bytes would take as much again
+    for top in range(0, image.height, rows):  # strip by strip: all bytes at once would double the memory
         digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     return digest.hexdigest()
 
@@ -351,7 +351,7 @@ def _decoded(data: bytes, policy: ImagePolicy, keep_mode: bool, name: str, least
 
 
 def _accept_missing(image: Image.Image, name: str) -> None:
-    """Pass a JPEG whose last blocks are missing, if they are few."""
+    """Accept a JPEG that lacks a few of its last blocks."""
     missing = missing_share(image)
     if missing > MOST_MISSING:
         raise ImageLoadError(f"truncated (the last {missing:.0%} of the image are missing)")
@@ -370,7 +370,7 @@ def _memory(format_name: str, size: tuple[int, int], coefficients: int = 0) -> i
 
 
 def _is_large(header: ImageHeader, policy: ImagePolicy) -> bool:
-    """Whether only half of each side is within the limits: what a JPEG can be decoded to without its whole."""
+    """Whether the image is within the limits only at half of each side, at which a JPEG can be decoded."""
     if header.size is None:
         return False
     width, height = header.size

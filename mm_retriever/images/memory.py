@@ -29,7 +29,7 @@ class MemoryBudget:
 
     def _renew(self) -> None:
         self._free = self.size
-        self._queue = threading.Lock()  # whoever waits for much is not overtaken for ever by those who want little
+        self._queue = threading.Lock()  # a large request is not overtaken for ever by small ones
         self._changed = threading.Condition()
         self._mine = threading.local()
 

@@ -197,7 +197,7 @@ _ZERO_IS_ONE = [1] + [0] * 255
 _LOW_RANGE = 0x1FFF  # an eighth of 16 bits
 _NARROW = (64, 0xFFF)  # levels: fewer are noise on a plain surface, more are contrast enough
 _WHITE = (255, 255, 255)
-_DARK = (14, 14, 14)  # the paper of browsers for an image that is opened alone
+_DARK = (14, 14, 14)  # the background on which browsers show an image
 _NEARLY_WHITE = 245
 _VISIBLE = 128  # alpha
 
@@ -352,7 +352,7 @@ def _in_srgb_on_paper(image: Image.Image, ignores_alpha: bool, info: dict[Any, A
             darkest = min([darkest, *(cast("tuple[int, int]", band.getextrema())[0] for band in colours.split())])
             visible = visible or cast("tuple[int, int]", alpha.getextrema())[1] >= _VISIBLE
         result.paste(colours, box[:2])
-    if has_alpha and visible and darkest >= _NEARLY_WHITE:  # white on white: nothing to see
+    if has_alpha and visible and darkest >= _NEARLY_WHITE:  # white on white would be invisible
         for box in _strips(image.size):
             colours, alpha = _strip(image.crop(box), has_alpha, mode, transform)
             if alpha is not None:

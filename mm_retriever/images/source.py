@@ -222,7 +222,7 @@ def _limited(data: bytes, policy: ImagePolicy) -> bytes:
 
 
 def _read_stream(read: Callable[[int], Any], max_bytes: int, expected: int = _READ_BYTES) -> bytes:
-    """Everything up to one byte above the limit; a short read is no end, an empty one is."""
+    """Everything up to one byte above the limit; a short read is not the end of the stream, an empty one is."""
     chunks: list[bytes] = []
     left = max_bytes + 1
     while left > 0:
