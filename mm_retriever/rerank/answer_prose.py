@@ -18,7 +18,12 @@ from mm_retriever.rerank.answer_words import (
     rank_of,
 )
 
-_BEST = re.compile(r"\b(?:best|first|top|closest|winner|winning|most \w+)\b", re.IGNORECASE)
+_BEST = re.compile(
+    r"\b(?:best|top(?![ \t]*(?:\d|$))|closest|winner|winning|most \w+"
+    r"|(?:is|comes|ranks) first(?=[ \t]*(?:$|[,;.)]|and\b))"
+    r"|first(?=[ \t](?:place|choice|pick|match|is(?! better)|comes|goes)\b|[:,]))\b",
+    re.IGNORECASE,
+)
 _FIT = re.compile(r"[ \t]*(?:are|fit|match)\b")
 _BEST_OVERALL = re.compile(r"^[ \t]*(?:is|are|fits|matches)(?: the)? best\b", re.IGNORECASE)
 _NEXT = re.compile(

@@ -106,7 +106,7 @@ _SCORED = re.compile(
     re.IGNORECASE,
 )
 _NEXT_SCORE = re.compile(rf"\n|[,;][ \t]{{1,3}}(?={ANY_ITEM}[ \t]{{0,3}}[:=(])", re.IGNORECASE)
-_LETTERS_OF = re.compile(r"^[^:]{0,40}:|[>,→]")
+_LETTERS_OF = re.compile(rf"^[^:]{{0,40}}{RANKING_WORD}[^:]{{0,20}}:|[>,→]", re.IGNORECASE)
 
 
 def text_ranking(text: str) -> tuple[str, ...]:

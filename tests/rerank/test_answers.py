@@ -326,6 +326,13 @@ def test_a_ranking_that_begins_with_the_worst_is_turned_round(text: str) -> None
         ("I compared images 2, 1 and 3.", ""),
         ("Images 2, 1 and 3 are mugs.", ""),
         ('{"ranks": [2, 3, 1]}', ""),
+        ("Image 2: the first mug. Image 1: the second mug.", ""),
+        ("I see 3 images. Image 2 is a first draft.", ""),
+        ("In Image 3, the first mug is red; in Image 1, the second.", ""),
+        ("Image 3 vs Image 1: the first is better.", ""),
+        ("Top 3: colour, shape, 2 handles", ""),
+        ("Grade: B, A", ""),
+        ("Image 3 ranks first.", "3"),
         ('{"lowest": [2, 3]}', ""),
     ],
 )
