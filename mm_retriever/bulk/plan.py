@@ -1,7 +1,7 @@
 """Which image goes into which shard, fixed once and for all before the first is embedded.
 
 A plan is a folder that appears whole: one file of items for each shard, and `plan.json` with what all shards have in
-common. Whoever continues, today or on another machine, follows it, whatever has become of the source meanwhile.
+common. A run that continues, later or on another machine, follows it even if the source has changed since.
 Memory holds one item.
 """
 
@@ -55,7 +55,7 @@ class ShardPlan:
     sidecar: str | None  # a digest
     images: int
     shards: int
-    skipped: tuple[SkippedImage, ...]  # what the source named and is no path or URL of an image
+    skipped: tuple[SkippedImage, ...]  # entries of the source that are no path or URL of an image
     ignored: tuple[IgnoredFiles, ...] = ()  # what the folder holds beside images
     notes: tuple[str, ...] = ()  # about the sidecar
     unused_rows: int = 0  # of the sidecar
@@ -224,7 +224,7 @@ class _Entries:
 
 
 def _write_plan(folder: Path, entries: _Entries, sidecar: SidecarMatch, options: Mapping[str, Any]) -> None:
-    """Write the plan beside its place and move it there; where two do that at a time, the first one's counts."""
+    """Write the plan beside its place and move it there; of two processes that do so at once, the first wins."""
     entries.ignored = IgnoredCounts(sidecar.files)
     for name in ("shards", "drafts"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ def _items_file(plan: Path, number: int) -> Path:
 
 @contextmanager
 def _synced(path: Path) -> Iterator[TextIO]:
-    """A new text file that is on the disk when it is closed."""
+    """A new text file that is synced to the disk when it is closed."""
     with path.open("x", encoding="ascii") as file:
         yield file
     sync(path)

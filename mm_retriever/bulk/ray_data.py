@@ -129,7 +129,7 @@ def _on_ray(
 def _answers(
     writer: ShardWriter, packed: bytes, unfinished: Sequence[int], workers: int, needs: dict[str, float]
 ) -> Generator[dict[str, Any], None, None]:
-    """Yield what workers answer, as soon as they do."""
+    """Yield the answers of workers as they arrive."""
     import ray.data
 
     # A block of one row is a task of one shard, and a worker has one task at a time: none waits for a slower one.
@@ -173,7 +173,7 @@ class _Worker:
     def _marked(self, number: int) -> Iterator[None]:
         """Keep a file while a worker is at a shard; one that stays tells of a death, which Ray Data does not count."""
         stem = self._plan.shard(number).stem
-        mark = f"{stem}.begun.{self._call}"  # goes with the drafts of the shard
+        mark = f"{stem}.begun.{self._call}"  # removed with the drafts of the shard
         if len(list(self._plan.drafts.glob(f"{mark}.*"))) >= _DEATHS:
             raise IngestError(
                 f"{_DEATHS} workers died, one after the other, at the images of plan/{stem}.jsonl: too little memory "
@@ -200,7 +200,7 @@ def _packed_error(error: Exception) -> bytes:
 
 
 def _raise(packed: bytes) -> None:
-    """Raise what a worker raised; an error that is not ours gets as its cause where it happened."""
+    """Raise the error of a worker; one that is not ours has the worker's traceback as its cause."""
     error, where = pickle.loads(packed)  # noqa: S301 - our workers' own, as everything in Ray
     raise error from None if isinstance(error, MMRetrieverError) else RuntimeError(f"in a worker:\n{where}")
 
@@ -222,7 +222,7 @@ def _room(needs: dict[str, float]) -> int:
 
 @contextmanager
 def _ray() -> Iterator[bool]:
-    """Use the program's Ray, the environment's, or for the time being one of our own; yields whether it is ours."""
+    """Use the program's Ray, the environment's, or a temporary one of our own; yields whether it is ours."""
     import ray
 
     if ray.is_initialized():
@@ -269,7 +269,7 @@ def _start_ray() -> None:
 
 @contextmanager
 def _changed(settings: MutableMapping[str, Any], **changes: Any) -> Iterator[None]:
-    """Settings with changes, for the time being."""
+    """Settings that are changed for the duration of a block."""
     before = {name: settings[name] for name in changes if name in settings}
     settings.update(changes)
     try:
@@ -282,7 +282,7 @@ def _changed(settings: MutableMapping[str, Any], **changes: Any) -> Iterator[Non
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Keep the remarks of Ray Data to its log file: what matters of them comes out of the call as an error."""
+    """Keep the messages of Ray Data in its log file: those that matter are raised as errors."""
     handlers = logging.getLogger("ray.data").handlers
     consoles = {handler: handler.level for handler in handlers if isinstance(handler, logging.StreamHandler)}
     try:

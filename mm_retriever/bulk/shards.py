@@ -1,7 +1,7 @@
 """Images into shards, files of rows that a Milvus server imports by itself: for collections of millions.
 
-Owns the way of one shard: its part of the plan, read ahead and embedded, into one file that appears whole. A shard is
-done when its file exists; a run that died, or another machine, does those that are not.
+Owns how one shard is made: its part of the plan is read ahead, embedded, and written to one file that appears whole. A
+shard is done when its file exists; a run that died is continued by the next, also on another machine.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class ShardWriter:
     batch_size: int
     image_policy: ImagePolicy
     exif: bool = True
-    call: str = field(default_factory=lambda: uuid.uuid4().hex)  # copies share it, and shards bear whose they are
+    call: str = field(default_factory=lambda: uuid.uuid4().hex)  # copies share it, and each shard names its writer
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -156,7 +156,7 @@ class ShardWriter:
         self._vectors = Vectors(self.embed_model)
 
     def write(self, number: int, progress: Progress = lambda images: None) -> bool:
-        """Make a shard, and return whether this writer did, or a copy of it; another one may have, meanwhile."""
+        """Make a shard; return False if another writer, no copy of this one, made it meanwhile."""
         path = self.plan.shard(number)
         if path.exists():
             return _account(path)[1].get("call") == self.call
