@@ -216,8 +216,7 @@ class SentenceTransformersEncoder:
         """(B, D) with gradients of contents of one kind, with the inputs of `SentenceTransformer.encode`."""
         import torch.nn.functional as F
 
-        names = ("query",) if query else ("document", "passage", "corpus")
-        prompt = next((self.model.prompts[name] for name in names if self.model.prompts.get(name)), None)
+        prompt = self._instruction(query=query) or None
         options: dict[str, Any] = {} if self._pixels is None else {"processing_kwargs": self._pixels.call}
         inputs = [self._input(content, kind) for content in contents]
         features = self.model.preprocess(inputs, prompt=prompt, task="query" if query else "document", **options)
@@ -268,10 +267,15 @@ class SentenceTransformersEncoder:
             )
             self._cut_is_said = True
 
+    def _instruction(self, *, query: bool) -> str:
+        """The instruction that `encode_query` or `encode_document` of the library takes; the first name counts."""
+        prompts: Mapping[str, str] = self.model.prompts
+        names = ("query",) if query else ("document", "passage", "corpus")
+        return next((prompts[name] for name in names if name in prompts), "")
+
     def _inputs(self) -> str:
         """Six hex digits of all that decides a document's vector besides the weights."""
-        prompts = self.model.prompts
-        instruction = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), "")
+        instruction = self._instruction(query=False)
         facts: list[Any] = [instruction]
         for module in list(self.model)[1:]:
             settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}

@@ -172,6 +172,20 @@ def test_instructions_differ_between_queries_and_documents(folders, embedders):
     assert cache_identity(own, query=True) != cache_identity(embedders["qwen3_vl"], query=True)
 
 
+def test_training_gives_the_model_what_the_library_gives_it(copied):
+    """Truth: `encode_document`, for which an empty "document" comes before a "passage"."""
+    folder = copied("text")
+    change_json(
+        folder / "config_sentence_transformers.json", prompts={"query": "q: ", "document": "", "passage": "passage: "}
+    )
+    texts = ["a red mug", "mug"]
+    embedder: Any = load_embedder(folder, device="cpu")
+    for query, encode in ((False, library(folder).encode_document), (True, library(folder).encode_query)):
+        with torch.no_grad():
+            trained = embedder.vectors([Content(text) for text in texts], query=query).numpy()
+        assert np.allclose(trained, unit(encode(texts)), atol=1e-6)
+
+
 @pytest.mark.parametrize("weight", [0, 0.3, 1])
 def test_the_sum_has_the_weight_that_was_asked_for(folders, embedders, weight):
     weighted = load_embedder(folders["clip"], device="cpu", text_weight=weight)
