@@ -86,7 +86,9 @@ class VectorCache:
             self._connect()
             self._make_table()
         except (OSError, sqlite3.Error) as error:
-            raise VectorCacheError(f"{self.path} cannot be used as a cache of vectors: {error}") from error
+            raise VectorCacheError(
+                f"{self.path} cannot be used as a cache of vectors: {error}; delete it or choose another folder"
+            ) from error
 
     def _connect(self) -> None:
         self._connected_in = os.getpid()
@@ -118,9 +120,7 @@ class VectorCache:
                 connection.execute(_TABLE)
                 connection.execute(_INDEX)
             elif tables != {_TABLE, _INDEX}:
-                raise sqlite3.DatabaseError(
-                    "its tables are not those of this version; delete it or choose another folder"
-                )
+                raise sqlite3.DatabaseError("its tables are not those of this version")
 
     def _tables(self) -> set[str]:
         rows = self._connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()

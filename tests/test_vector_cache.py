@@ -114,6 +114,12 @@ def test_a_file_with_other_tables_is_refused_by_name(statements, folder):
         VectorCache(folder, SIZE)
 
 
+def test_a_file_that_is_no_database_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / FILE_NAME).write_bytes(b"not a database" * 100)
+    with pytest.raises(VectorCacheError, match=r"file is not a database; delete it or choose another folder"):
+        VectorCache(tmp_path, SIZE)
+
+
 def test_a_cache_of_an_older_version_is_begun_anew(tmp_path, caplog):
     """Its vectors have no checksums."""
     old = "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB NOT NULL) WITHOUT ROWID"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -87,16 +88,26 @@ def load_embedder(
     if backend == "torch":
         if dtype == "int8":
             raise QueryError("dtype='int8' is computed by OpenVINO: give backend='openvino' with it")
-        return family.load(files, device=device, dtype=dtype, **options)
+        return _loaded(family, files, device, dtype, options)
     from mm_retriever.embedders.backends import load_with
 
     return load_with(
         backend,
-        lambda dtype, device: family.load(files, device=device, dtype=dtype, **options),
+        lambda dtype, device: _loaded(family, files, device, dtype, options),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         device=device,
         calibration=calibration,
     )
+
+
+def _loaded(family: Family, files: ModelFiles, device: Any, dtype: Any, options: Mapping[str, Any]) -> Embedder:
+    try:
+        return family.load(files, device=device, dtype=dtype, **options)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        raise QueryError(f"{files.name!r} is of a family that has no option {unknown[1]!r}: leave it out") from error
 
 
 def check_embedder(name: str | os.PathLike[str], *, revision: str | None = None) -> None:

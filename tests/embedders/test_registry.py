@@ -14,7 +14,7 @@ from mm_retriever import ComposedEmbedding, ComposedRetriever, ImagePolicy, inge
 from mm_retriever.cli import main
 from mm_retriever.embedders import registry
 from mm_retriever.embedders.embedder import Content
-from mm_retriever.errors import CheckpointError
+from mm_retriever.errors import CheckpointError, QueryError
 from tests.support.colour_embedding import paint
 from tests.support.mean_colour import MeanColour
 
@@ -109,3 +109,11 @@ def test_files_of_no_known_family_are_refused_by_name(tmp_path):
     reason = r"no known family \(visualized_bge, .*\).*BAAI/bge-visualized-base-en-v1.5"
     with pytest.raises(CheckpointError, match=reason):
         ComposedEmbedding(tmp_path)
+
+
+def test_an_option_that_the_family_has_not_is_refused_by_its_name():
+    """Of the names of Python's arguments, only those of the family of the model are options."""
+    with pytest.raises(QueryError, match="'tiny' is of a family that has no option 'text_weight'"):
+        load_embedder("tiny", device="cpu", text_weight=0.3)
+    with pytest.raises(QueryError, match="no option 'text_weight'"):
+        ComposedEmbedding("tiny", options={"text_weight": 0.3}, backend="openvino")
