@@ -38,10 +38,11 @@ TextArgument: TypeAlias = Annotated[
     Field(description="What to look for; with an image: what should be different, or what is wanted with it."),
 ]
 ImageArgument: TypeAlias = Annotated[
-    str | None,
+    Any,
     Field(
         description='The image to start from: the name of an attachment, "result 3" of the last search, '
-        '"result 3 of search 1", the id of an indexed image, a data: URI, or a path in an allowed folder.'
+        '"result 3 of search 1", the id of an indexed image, a data: URI, or a path in an allowed folder.',
+        json_schema_extra={"anyOf": [{"type": "string"}, {"type": "null"}]},
     ),
 ]
 ResultArgument: TypeAlias = Annotated[

@@ -296,7 +296,7 @@ class ImageSearch:
         conditions = read_filters(filters)
         tell, steps = progress or _no_progress, 4 if self._rerank else 3
         tell(0, steps, "reading the query")
-        named = self.named(image, conversation) if image else None
+        named = None if image in (None, "") else self.named(image, conversation)
         if refinement is not None:
             more = tuple(self.named(image, conversation).read(bytes) for image in refinement.images)
             refinement = replace(refinement, images=more)
