@@ -19,6 +19,8 @@ from mm_retriever.threads import ForkLock
 M = TypeVar("M", bound=nn.Module)
 
 _PACKING = ForkLock()
+EXACT_ROWS = 32
+_ROWS: set[int] = set()  # that have code of their own in this process
 _MACHINES = {"x86_64", "amd64"}  # where it was measured
 
 
@@ -57,10 +59,17 @@ class PackedLinear(nn.Linear):
         packed = _packed_weight(self)
         if packed is None:
             packed = _pack(self)
-        if packed is None or packed.dtype != x.dtype:
+        if packed is None or packed.dtype != x.dtype or x.shape[-1] != self.in_features:
             return _plain(self).forward(x)
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
-        return output
+        rows = x.numel() // self.in_features
+        computed = _rows_computed(rows)
+        if computed == rows:
+            output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+            return output
+        padded = x.new_zeros(computed, self.in_features)
+        padded[:rows] = x.reshape(rows, self.in_features)
+        output = torch.ops.mkldnn._linear_pointwise(padded, packed, self.bias, "none", [], "")
+        return output[:rows].view(*x.shape[:-1], self.out_features)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_plain(self), name) if name == "weight" else super().__getattr__(name)
@@ -85,6 +94,21 @@ class PackedLinear(nn.Linear):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         _plain(self)._load_from_state_dict(*arguments)
+
+
+def _rows_computed(rows: int) -> int:
+    """How many rows an input is computed with: its own, for the first `EXACT_ROWS` different numbers, then rounded up.
+
+    oneDNN writes code of about a megabyte for each number of rows and each layer's shape, and keeps it: texts of any
+    length would fill gigabytes. At most an eighth is computed in vain.
+    """
+    if rows in _ROWS:
+        return rows
+    if len(_ROWS) < EXACT_ROWS:
+        _ROWS.add(rows)
+        return rows
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
 def _packed_weight(layer: nn.Linear) -> Tensor | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mm_retriever import packed_linear
 from mm_retriever.packed_linear import PackedLinear, can_pack, pack_linears, unpack_linears
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -191,3 +192,19 @@ def test_threads_may_pack_and_unpack_at_once():
             for job in jobs:
                 torch.testing.assert_close(job.result(), compute(plain))
             assert torch.equal(weights, plain.layers[0].weight)
+
+
+def test_inputs_of_any_number_of_rows_compute_the_same_with_few_forms_of_code(monkeypatch):
+    monkeypatch.setattr(packed_linear, "_ROWS", set())
+    plain = nn.Sequential(nn.Linear(13, 48), nn.GELU(), nn.Linear(48, 13, bias=False)).eval()
+    packed = pack_linears(copy.deepcopy(plain))
+    computed = set()
+    with torch.inference_mode():
+        for rows in [*range(300), 1500]:
+            x = torch.randn(rows, 1, 13)
+            torch.testing.assert_close(packed(x), plain(x))
+            computed.add(packed_linear._rows_computed(rows))
+        x = torch.randn(2, 131, 13).transpose(0, 1)  # rows that do not lie one after the other
+        torch.testing.assert_close(packed(x), plain(x))
+    assert len(computed) < 80
+    assert all(packed_linear._rows_computed(rows) <= rows * 9 / 8 for rows in range(5000))
