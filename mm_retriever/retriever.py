@@ -47,7 +47,7 @@ from mm_retriever.images.header import sniff_format
 from mm_retriever.own_keys import PREFIX, file_digest, own_value
 from mm_retriever.refinement import Refinement
 from mm_retriever.request import node_images
-from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, same_model
+from mm_retriever.store import MAX_TOP_K, ImageStore, filter_expression, model_facts, same_model
 from mm_retriever.store.queries import checked_top_k
 from mm_retriever.store.schema import key_problem
 from mm_retriever.threads import in_thread
@@ -129,10 +129,9 @@ class ComposedRetriever(BaseRetriever):
             raise QueryError("mode 'hybrid' needs a store with an index of words: open_store(..., hybrid=True)")
         if mode == "hybrid" and min_score is not None:
             raise QueryError("min_score goes with mode 'default': hybrid scores say ranks, not how near an image is")
-        if not same_model(store.model_id, embed_model.model_id):
-            raise StoreMismatchError(
-                f"the store was opened for {store.model_id!r}, the model given is {embed_model.model_id!r}"
-            )
+        model_id = model_facts(embed_model)["model_id"]
+        if not same_model(store.model_id, model_id):
+            raise StoreMismatchError(f"the store was opened for {store.model_id!r}, the model given is {model_id!r}")
         for problem in () if group_by is None else item_problems(store, group_by):
             logger.warning("group_by=%r: %s; each image is an item of its own", group_by, problem)
         super().__init__(callback_manager=callback_manager)

@@ -28,7 +28,7 @@ from mm_retriever.ingest.report import SkippedImage
 from mm_retriever.ingest.sidecar import SidecarSource
 from mm_retriever.ingest.vectors import Vectors
 from mm_retriever.notebook import shown_facts
-from mm_retriever.store import ImageStore, SparseEmbedding, same_model
+from mm_retriever.store import ImageStore, SparseEmbedding, model_facts, same_model
 from mm_retriever.store.bulk_import import ImportReport, import_files
 from mm_retriever.store.parquet import ParquetRows, read_account, remove_drafts
 from mm_retriever.store.words import words_name
@@ -111,12 +111,10 @@ def embed_to_shards(
     plan = make_plan(
         source,
         out,
-        model_id=embed_model.model_id,
-        dimension=embed_model.dimension,
+        **model_facts(embed_model),
         words=words_name(hybrid),
         rows_per_shard=rows_per_shard,
         sidecar=sidecar,
-        model_note=str(getattr(embed_model, "model_note", "")),
     )
     writer = ShardWriter(plan, embed_model, hybrid=hybrid, batch_size=batch_size, image_policy=image_policy, exif=exif)
     unfinished = plan.unfinished()

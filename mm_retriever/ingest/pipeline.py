@@ -59,7 +59,7 @@ from mm_retriever.ingest.sources import (
 )
 from mm_retriever.ingest.vectors import KnownVectors, Vector, Vectors
 from mm_retriever.own_keys import own_value
-from mm_retriever.store import ImageStore, same_model
+from mm_retriever.store import ImageStore, model_facts, same_model
 from mm_retriever.tracing import spanned
 
 _FLUSHED_ROWS = 200  # fewer in memory cost a search less than a data file of their own
@@ -147,10 +147,10 @@ def ingest_images(
     """
     if batch_size < 1:
         raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
-    if store.dim != embed_model.dimension or not same_model(store.model_id, embed_model.model_id):
+    dimension, model_id, _ = model_facts(embed_model).values()
+    if store.dim != dimension or not same_model(store.model_id, model_id):
         raise StoreMismatchError(
-            f"the store was opened for {store.model_id!r} ({store.dim} numbers), "
-            f"the model given is {embed_model.model_id!r} ({embed_model.dimension} numbers)"
+            f"the store was opened for {store.model_id!r} ({store.dim} numbers), not for {model_id!r} ({dimension})"
         )
     if item == "":
         raise IngestError('item="": give the name of a column')

@@ -29,6 +29,7 @@ from mm_retriever.ingest.vectors import Vectors
 from mm_retriever.own_keys import own_columns, own_value
 from mm_retriever.request import node_images
 from mm_retriever.store.rows import row_to_node
+from mm_retriever.store.schema import model_facts
 from mm_retriever.store.succession import RowsState, Succession
 
 Row = Mapping[str, Any]
@@ -82,14 +83,10 @@ def reindex(
     if batch_size < 1:
         raise IngestError(f"batch_size {batch_size!r}: give 1 or more")
     embed_model = ComposedEmbedding(model) if isinstance(model, str) else model
+    into = model_facts(embed_model)
     if embed_model.compose_nodes:
         raise IngestError("reindex embeds images by their pixels alone: give a model without compose_nodes=True")
     start = time.perf_counter()
-    into: dict[str, Any] = {
-        "dimension": embed_model.dimension,
-        "model_id": embed_model.model_id,
-        "model_note": embed_model.model_note,
-    }
     with Succession(store_uri, collection, token=token, timeout=timeout, **into) as succession:
         was = succession.old.model_note or succession.old.model_id or "a model that it does not name"
         rows = succession.old.count("")

@@ -26,7 +26,7 @@ from mm_retriever.store.image_store import ImageStore, open_store, open_stored
 from mm_retriever.store.inspection import Verification, describe_store, recall_store, store_columns, verify_store
 from mm_retriever.store.queries import MAX_TOP_K
 from mm_retriever.store.rows import bytes_as_text, has_control_characters, metadata_columns, storable_node
-from mm_retriever.store.schema import same_model
+from mm_retriever.store.schema import model_facts, same_model
 from mm_retriever.store.words import SparseEmbedding
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "filter_expression",
     "has_control_characters",
     "metadata_columns",
+    "model_facts",
     "open_store",
     "open_stored",
     "recall_store",

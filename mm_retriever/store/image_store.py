@@ -32,6 +32,7 @@ from mm_retriever.store.schema import (
     VECTOR_FIELD,
     check_options,
     milvus_fields,
+    model_facts,
 )
 from mm_retriever.store.values import plain_metadata
 from mm_retriever.store.words import SparseEmbedding, sparse_option
@@ -89,8 +90,7 @@ def open_store(
     """
     return ImageStore(
         uri,
-        dimension=embed_model.dimension,
-        model_id=embed_model.model_id,
+        **model_facts(embed_model),
         collection=collection,
         token=token,
         index=index,
@@ -101,7 +101,6 @@ def open_store(
         analyzer=analyzer,
         create=create,
         rows=rows,
-        model_note=str(getattr(embed_model, "model_note", "")),
         embed_model=embed_model,
     )
 

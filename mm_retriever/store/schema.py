@@ -14,7 +14,7 @@ from typing import Any
 from llama_index.vector_stores.milvus import MilvusVectorStore
 from pymilvus import CollectionSchema, DataType, MilvusClient
 
-from mm_retriever.errors import StoreError, shown
+from mm_retriever.errors import QueryError, StoreError, shown
 
 INDEXES = ("FLAT", "HNSW", "HNSW_SQ", "IVF_RABITQ", "DISKANN", "AUTOINDEX")
 LITE_INDEXES = ("FLAT", "HNSW", "HNSW_SQ", "AUTOINDEX")
@@ -137,6 +137,19 @@ def same_model(stored: str, given: str) -> bool:
     if ours is None or theirs is None or ours["weights"] != theirs["weights"]:
         return False
     return ours["inputs"] is None or theirs["inputs"] is None or ours["inputs"] == theirs["inputs"]
+
+
+def model_facts(embed_model: Any) -> dict[str, Any]:
+    """Return what a store keeps of a model: `dimension`, `model_id` and `model_note`.
+
+    Raises:
+        QueryError: it is no `ComposedEmbedding`.
+    """
+    if not all(hasattr(embed_model, name) for name in ("dimension", "model_id")):
+        given = shown(embed_model) if isinstance(embed_model, str) else f"a {type(embed_model).__name__}"
+        raise QueryError(f"embed_model is {given}, not a ComposedEmbedding: give ComposedEmbedding(...) of it")
+    note = str(getattr(embed_model, "model_note", ""))
+    return {"dimension": embed_model.dimension, "model_id": embed_model.model_id, "model_note": note}
 
 
 WRITE_ROWS = 256

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from mm_retriever import ComposedRetriever, embed_to_shards, ingest_images
 from mm_retriever.errors import QueryError, StoreError, StoreMismatchError
 from mm_retriever.store import describe_store, open_store, open_stored, same_model
 from tests.store.test_image_store import MODEL, asked, node
+from tests.support.colour_embedding import ColourEmbedder
 
 WEIGHTS, OTHERS = "0123456789ab", "ba9876543210"
 
@@ -33,6 +35,22 @@ def test_vectors_compare_where_the_weights_are_the_same(stored, given, same):
     """Our choice: name, place and float format are no part of it; what earlier versions wrote is understood."""
     assert same_model(stored, given) is same
     assert same_model(given, stored) is same
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [("tiny", "'tiny'"), (ColourEmbedder(), "a ColourEmbedder"), (None, "a NoneType")]
+)
+def test_what_is_no_embed_model_is_named_with_the_way_out(given, named, tmp_path):
+    store = open_store(str(tmp_path / "shop.db"), MODEL)
+    for use in (
+        lambda: open_store(str(tmp_path / "new.db"), given),
+        lambda: ComposedRetriever(store, given),
+        lambda: ingest_images(tmp_path, store, given),
+        lambda: embed_to_shards(tmp_path, tmp_path / "shards", given),
+    ):
+        with pytest.raises(QueryError, match=rf"embed_model is {named}, not a ComposedEmbedding: give ComposedEmb"):
+            use()
+    assert not (tmp_path / "new.db").exists()
 
 
 def test_a_collection_of_an_earlier_version_opens_under_a_copy_of_its_model_and_says_what_differs(tmp_path):
