@@ -47,9 +47,10 @@ def unpack_linears(model: M) -> M:
 class PackedLinear(nn.Linear):
     """`nn.Linear` that keeps its weight in the layout that oneDNN multiplies with, for as long as nobody asks for it.
 
-    The layer becomes a plain `nn.Linear` again, for good and with the same weight bit by bit, as soon as something
-    reads the weight (the attribute, ``state_dict()``, a copy, a pickle), moves it, or computes with gradients, autocast
-    or tracing. Only a parameter that was taken from ``parameters()`` is empty while the layer is packed.
+    ``state_dict()`` and ``to()`` find the weight in its place, bit by bit; the next input packs it again. The layer
+    becomes a plain `nn.Linear` for good as soon as something reads ``weight``, copies or pickles the layer, or computes
+    with gradients, autocast or tracing. Only a parameter that was taken from ``parameters()`` is empty while the layer
+    is packed.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,14 +87,19 @@ class PackedLinear(nn.Linear):
             probe = torch.empty(0, dtype=packed.dtype)
             if fn(probe) is probe and not probe.is_shared():
                 return self  # moved to where it is
-        plain: nn.Module = _plain(self)._apply(fn, recurse)
-        return plain
+        with _PACKING:
+            _unpack(self)
+            return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        _plain(self)._save_to_state_dict(destination, prefix, keep_vars)
+        with _PACKING:
+            _unpack(self)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
-        _plain(self)._load_from_state_dict(*arguments)
+        with _PACKING:
+            _unpack(self)
+            super()._load_from_state_dict(*arguments)
 
 
 def _rows_computed(rows: int) -> int:
@@ -129,14 +135,19 @@ def _pack(layer: nn.Linear) -> Tensor | None:
         return packed
 
 
-def _plain(layer: nn.Linear) -> nn.Linear:
-    """The same layer as torch's own, for good."""
-    weight = layer._parameters["weight"]
-    with _PACKING, torch.inference_mode(False), torch.no_grad():
-        packed = _packed_weight(layer)
-        if weight is not None and packed is not None:
+def _unpack(layer: nn.Linear) -> None:
+    """Put the weight back; only under the lock, as the next input may pack it again."""
+    weight, packed = layer._parameters["weight"], _packed_weight(layer)
+    if weight is not None and packed is not None:
+        with torch.inference_mode(False), torch.no_grad():
             weight.data = packed.to_dense()
             del weight.packed  # type: ignore[attr-defined]
+
+
+def _plain(layer: nn.Linear) -> nn.Linear:
+    """The same layer as torch's own, for good."""
+    with _PACKING:
+        _unpack(layer)
         layer.__class__ = nn.Linear
     return layer
 

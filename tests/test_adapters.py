@@ -25,6 +25,7 @@ from mm_retriever.embedders.visualized_bge.encoder import (
     load_visualized_bge,
 )
 from mm_retriever.embedders.visualized_bge.model import VisualizedBGE
+from mm_retriever.packed_linear import unpack_linears
 from mm_retriever.phi3_vision.load import load_phi3_vision
 from mm_retriever.phi3_vision.model import Phi3Vision
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
@@ -247,7 +248,7 @@ def test_a_saved_folder_loads_by_our_loader_and_by_transformers(
     assert reader.token_ids(["red stars"]) == processor.token_ids(["red stars"])
     assert torch.equal(reader.pixel_values([image]), processor.pixel_values([image]))
     with torch.inference_mode():
-        assert torch.equal(again.encode_text(**ids), model.encode_text(**ids))
+        assert torch.equal(unpack_linears(again).encode_text(**ids), model.encode_text(**ids))
     assert isinstance(AutoConfig.from_pretrained(tmp_path), type(model.config))
     found = AutoModel.from_pretrained(tmp_path)
     assert isinstance(found, VisualizedBGE)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from mm_retriever.checkpoint import ModelFiles, read_json, read_state_dict, weights_in
 from mm_retriever.errors import CheckpointError, MissingExtraError, MMRetrieverError, one_line, reason_of
 from mm_retriever.from_pretrained import without_progress_bar, without_random_weights, without_video_processor
-from mm_retriever.packed_linear import pack_linears
 from mm_retriever.tokenizer import check_words
 
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ def load_model(
         except Exception as error:  # damaged configs and weights raise anything
             raise CheckpointError(why_not(files.name, error)) from error
     from transformers import PreTrainedTokenizerBase
+
+    from mm_retriever.packed_linear import pack_linears
 
     if isinstance(tokenizer := model.tokenizer, PreTrainedTokenizerBase):
         check_words(tokenizer, files.name)
