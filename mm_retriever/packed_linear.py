@@ -89,7 +89,8 @@ class PackedLinear(nn.Linear):
                 return self  # moved to where it is
         with _PACKING:
             _unpack(self)
-            return super()._apply(fn, recurse)
+            moved: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return moved
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _PACKING:
