@@ -145,11 +145,11 @@ def model_facts(embed_model: Any) -> dict[str, Any]:
     Raises:
         QueryError: it is no `ComposedEmbedding`.
     """
-    if not all(hasattr(embed_model, name) for name in ("dimension", "model_id")):
+    if not hasattr(embed_model, "model_id"):
         given = shown(embed_model) if isinstance(embed_model, str) else f"a {type(embed_model).__name__}"
         raise QueryError(f"embed_model is {given}, not a ComposedEmbedding: give ComposedEmbedding(...) of it")
     note = str(getattr(embed_model, "model_note", ""))
-    return {"dimension": embed_model.dimension, "model_id": embed_model.model_id, "model_note": note}
+    return {"dimension": getattr(embed_model, "dimension", None), "model_id": embed_model.model_id, "model_note": note}
 
 
 WRITE_ROWS = 256
