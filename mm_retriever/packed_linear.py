@@ -25,13 +25,13 @@ _MACHINES = {"x86_64", "amd64"}  # where it was measured
 
 
 def pack_linears(model: M) -> M:
-    """Let every linear layer pack its weight at its first input; returns the model.
+    """Let every linear layer that oneDNN can serve pack its weight at its first input; returns the model.
 
-    Layers that share their weight stay as they are, and so do kinds of linear layers other than torch's own.
+    Others stay as they are: on a GPU, in float16, with a weight that they share, and of kinds other than torch's own.
     """
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
-        if type(module) is nn.Linear and names[id(module.weight)] == 1:
+        if type(module) is nn.Linear and names[id(module.weight)] == 1 and can_pack(module.weight):
             module.__class__ = PackedLinear
     return model
 
@@ -74,9 +74,6 @@ class PackedLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_plain(self), name) if name == "weight" else super().__getattr__(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return _plain(self).__dict__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _plain(self).__reduce_ex__(protocol)

@@ -158,23 +158,15 @@ def test_an_optimizer_made_while_layers_were_packed_trains_them(pair):
     assert not torch.equal(packed.layers[2].weight, plain.layers[2].weight)
 
 
-def test_autocast_computes_as_with_plain_layers():
-    plain = Net()
-    packed = pack_linears(copy.deepcopy(plain))
-    x = torch.randn(3, 13)
-    with torch.inference_mode():
-        packed(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(packed(x), plain(x))
+def test_autocast_computes_as_with_plain_layers(pair):
+    plain, packed, x = pair
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), plain(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-def test_a_trace_has_the_weights():
-    plain = Net()
-    packed = pack_linears(copy.deepcopy(plain))
-    x = torch.randn(3, 13)
-    with torch.inference_mode():
-        packed(x)
+def test_a_trace_has_the_weights(pair):
+    plain, packed, x = pair
     with torch.no_grad():
         traced = torch.jit.trace(packed, x)
         torch.testing.assert_close(traced(x), plain(x))
@@ -183,6 +175,7 @@ def test_a_trace_has_the_weights():
 def test_weights_that_cannot_be_packed_stay():
     with torch.inference_mode():
         half = pack_linears(Net(torch.float16))
+        assert is_plain(half)
         assert half(torch.ones(1, 13, dtype=torch.float16)).shape == (1, 23)
         assert is_plain(half)
 

@@ -45,41 +45,14 @@ _RANKED_KEY = re.compile(r"^(?!.*(?:worst|least|asc))(?=.*(?:rank|sorted|order))
 _ONE_KEYS = ("ranking", "best", "answer", "final answer", "top", "result", "order")
 _ID_KEYS = (
     *("candidate", "candidate number", "candidate id", "image", "image number", "image id", "picture"),
-    *(
-        "picture number",
-        "photo",
-        "num",
-        "#",
-        "candidate no",
-        "image no",
-        "item",
-        "option",
-        "number",
-        "label",
-        "id",
-        "index",
-        "no",
-        "image index",
-    ),
-    *("candidate index", "name"),
+    *("picture number", "photo", "num", "#", "candidate no", "image no", "item", "option", "number", "label"),
+    *("id", "index", "no", "image index", "candidate index", "name"),
 )
 _RANKS = ("rank", "place", "position", "ranking", "order")
 _DISTANCES = ("distance",)
 _SCORES = (
-    "score",
-    "value",
-    "points",
-    "match score",
-    "similarity score",
-    "final score",
-    "relevance",
-    "relevance score",
-    "rating",
-    "probability",
-    "confidence",
-    "similarity",
-    "match",
-    "fit",
+    *("score", "value", "points", "match score", "similarity score", "final score", "relevance", "relevance score"),
+    *("rating", "probability", "confidence", "similarity", "match", "fit"),
 )
 _RANK_TEXT = re.compile(
     r"\s*(?:rank\s*)?#?\d{1,6}(?:st|nd|rd|th)?(?:\s*place)?(?:\s*(?:/|of|out of)\s*\d{1,6})?\s*\.?\s*", re.I
