@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-from mm_retriever.errors import one_line
+from mm_retriever.errors import one_line, shown
 
 MAX_ANSWER_BYTES = 8 * 2**20  # a ranking with reasons has a few kilobytes, 32 vectors of 4,096 numbers three megabytes
 ANSWER_BYTES = "answer_bytes"
@@ -80,6 +80,7 @@ LONGEST_WAIT = 60.0  # seconds that a server may ask for
 _TRANSIENT_WORDS = re.compile(
     r"overload|busy|try again|time.?out|rate.?limit|too many|unavailable|capacity|internal|temporar", re.IGNORECASE
 )
+_DATA = frozenset({"choices", "data", "results", "tokens"})  # of an answer that is no error
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429})
 _MISTAKES = (TypeError, ValueError, LookupError, AttributeError, NotImplementedError, ImportError, RecursionError)
 
@@ -102,24 +103,43 @@ class ServerError(Exception):
 
 
 def refuse_errors(response: Any) -> None:
-    """Raise for an answer with status 200 that holds an error or no choices: the client fails on it without a word."""
-    if response.status_code != 200 or "json" not in response.headers.get("content-type", "json"):
+    """Raise for an answer that the client fails on without a word: a redirect, or no message with a status of 200."""
+    refuse_redirect(response)
+    if response.status_code >= 300 or "event-stream" in response.headers.get("content-type", ""):
         return
     response.read()
     try:
         body = response.json()
-    except ValueError:
-        return
-    if not isinstance(body, dict):
-        return
+    except (ValueError, RecursionError) as error:
+        raise not_json(error, response) from None
     refuse_error_body(body)
-    if not body.get("choices"):
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not choices:
         raise ServerError("the server answered without any choices", status=None, transient=True)
+    choice = choices[0] if isinstance(choices, list) else None
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else message
+    if not isinstance(message, dict) or not isinstance(content, str | None):
+        raise ServerError(f"the server answered with {shown(content)} in place of a text", status=None, transient=True)
+
+
+def refuse_redirect(response: Any) -> None:
+    """Raise for an answer that names another address."""
+    if 300 <= response.status_code < 400:
+        place = one_line(response.headers.get("location", ""), 200)
+        text = f"it redirects to {place!r}, which is not followed: give the address itself"
+        raise ServerError(text, status=response.status_code, transient=False, response=response)
+
+
+def not_json(error: Exception, response: Any) -> ServerError:
+    """Return the error for an answer that is no JSON: no text, a number of 5,000 digits, a million brackets."""
+    text = f"the server answered with what is no JSON ({type(error).__name__})"
+    return ServerError(text, status=None, transient=True, response=response)
 
 
 def refuse_error_body(body: Any) -> None:
     """Raise for a body that is an error, whatever its status says."""
-    error = body.get("error") if isinstance(body, dict) else None
+    error = _error_in(body)
     if not error:
         return
     facts = error if isinstance(error, dict) else {"message": error}
@@ -131,6 +151,18 @@ def refuse_error_body(body: Any) -> None:
     words = f"{text} {facts.get('type')} {code}"
     passing = _TRANSIENT_WORDS.search(words) is not None if status is None else is_passing(status)
     raise ServerError(f"the server answered with an error: {text}", status=status, transient=passing)
+
+
+def _error_in(body: Any) -> Any:
+    """What stands for the error in a body: OpenAI's field, vLLM's earlier object, or words in place of any data."""
+    if not isinstance(body, dict):
+        return None
+    if error := body.get("error"):
+        return error
+    if body.get("object") == "error":
+        return body
+    words = next((body[name] for name in ("message", "detail", "errors") if body.get(name)), None)
+    return words if isinstance(words, str | list) and not body.keys() & _DATA else None
 
 
 def status_of(error: BaseException) -> int | None:

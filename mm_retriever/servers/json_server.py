@@ -23,7 +23,9 @@ from mm_retriever.servers.failures import (
     explained,
     is_passing,
     is_transient,
+    not_json,
     refuse_error_body,
+    refuse_redirect,
     retrying,
 )
 from mm_retriever.threads import ForkLock, within
@@ -161,21 +163,17 @@ def checked_address(base_url: str) -> str:
 
 def _checked(response: Any) -> Any:
     """The JSON of an answer that is none of an error."""
+    refuse_redirect(response)
     status = int(response.status_code)
     try:
         body = json.loads(response.content)
-    except (ValueError, RecursionError) as error:  # no JSON, no text, a number of 5,000 digits, a million brackets
-        if status == 200:
-            text = f"the server answered with what is no JSON ({type(error).__name__})"
-            raise ServerError(text, status=None, transient=True, response=response) from None
+    except (ValueError, RecursionError) as error:
+        if status < 300:
+            raise not_json(error, response) from None
         body = None
-    if status == 200:
+    if status < 300:
         refuse_error_body(body)
         return body
-    if 300 <= status < 400:
-        place = one_line(response.headers.get("location", ""), 200)
-        text = f"it redirects to {place!r}, which is not followed: give the address itself"
-        raise ServerError(text, status=status, transient=False, response=response)
     text = _words(body) or one_line(response.content[:1000].decode("utf-8", "replace"), 300)
     raise ServerError(text, status=status, transient=is_passing(status), response=response)
 

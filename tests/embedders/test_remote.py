@@ -205,6 +205,9 @@ HOSTILE = [
     (lambda: (200, b"\xff\xfe\x00"), "no JSON"),
     (lambda: (200, b'{"data": [{"embedding": [' + b"1," * 4_500_000 + b"1]}]}"), "larger than"),
     (lambda: (200, b'{"error": {"message": "no\\nimage", "code": 422}}'), "answered with an error: no image"),
+    (lambda: (200, b'{"object": "error", "message": "no image", "code": 400}'), "answered with an error: no image"),
+    (lambda: (200, b'{"detail": "no image"}'), "answered with an error: no image"),
+    (lambda: (200, b'{"errors": ["no image"]}'), "answered with an error: .*no image"),
     (lambda: (307, b""), "redirects"),
     (lambda: (404, b'{"detail": "Not Found"}'), "no such model or no such address.*Not Found.*usually in /v1"),
     (lambda: (401, json.dumps({"error": {"message": f"bad key {KEY}"}}).encode()), r"API key.*bad key \*\*\*"),
@@ -240,6 +243,12 @@ def test_each_vector_of_a_batch_comes_once(scripted: ScriptedServer, data: tuple
     scripted.reply = lambda _: two(*data)
     with pytest.raises(ModelServerError, match=says):
         remote(scripted.url, batch_texts=True).encode([Content("a"), Content("b")])
+
+
+def test_any_status_of_success_is_one(scripted: ScriptedServer) -> None:
+    """RFC 9110: 200 to 299."""
+    scripted.reply = lambda _: (201, vectors([3.0, 4.0])[1])
+    assert RemoteEmbedding(scripted.url, "m").encode([Content("mug")]).tolist() == [pytest.approx([0.6, 0.8])]
 
 
 def test_vectors_are_put_in_order_by_their_index_and_scaled_to_length_1(scripted: ScriptedServer) -> None:

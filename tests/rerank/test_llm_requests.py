@@ -71,6 +71,12 @@ def test_what_passes_is_asked_again_and_what_does_not_is_not(server: ScriptedSer
         (200, b'{"error": {"message": "upstream is overloaded"}}', 3, "answered with an error: upstream is overloaded"),
         (200, b'{"error": "invalid image"}', 1, "answered with an error: invalid image"),
         (200, b'{"choices": []}', 3, "answered without any choices"),
+        (200, b'{"object": "error", "message": "image too large", "code": 400}', 2, "an error: image too large"),
+        (200, b'{"detail": "no such model"}', 1, "answered with an error: no such model"),
+        (200, b"<html>log in</html>", 3, "answered with what is no JSON"),
+        (200, b'{"choices": [{"finish_reason": "stop"}]}', 3, "answered with None in place of a text"),
+        (200, b'{"choices": [{"message": {"content": [{"text": "2"}]}}]}', 3, "answered with .* in place of a text"),
+        (307, b"", 1, "redirects to '', which is not followed"),
     ],
 )
 def test_each_failure_of_a_server_has_its_own_words_and_number_of_requests(
