@@ -24,20 +24,21 @@ from mm_retriever.store.lite_durability import sync_logs, sync_new_collection
 from mm_retriever.store.rows import chunks, damaged_rows, row_is_damaged, vector_is_damaged, without_checksums
 from mm_retriever.store.schema import (
     CHECKSUM_FIELD,
-    DOC_ID_FIELD,
     ID_FIELD,
     METRICS,
     RRF_K,
     SINCE,
-    TEXT_FIELD,
     VECTOR_FIELD,
     build_params,
     collection_schema,
+    declared_columns,
     index_for,
+    lacks,
     model_properties,
     same_model,
     search_params,
     stored_model,
+    vector_length,
 )
 from mm_retriever.store.switching import LOOK_SECONDS, ModelWatch, come_back, is_away
 from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
@@ -68,6 +69,7 @@ class Collection:
         rows: expected number of rows of a new collection, if known.
         made_from: the previous model, where `reindex` makes the collection.
         words: the full-text index, None without one.
+        declared: columns of another program's schema, which filters cannot name.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Collection:
         self.index_type = "auto" if index.lower() == "auto" else index.upper()
         self.words: WordIndex | None = None
         self.made_from = ""
+        self.declared: frozenset[str] = frozenset()
         self._watch = ModelWatch(connection, name)
         self._scans_are_strong = True
         self._last_delete = -_STRONG_AFTER_DELETE_SECONDS
@@ -204,12 +207,10 @@ class Collection:
 
     def _check(self, hybrid: bool | SparseEmbedding | None, analyzer: str | None) -> None:
         description = self._ask(self._client.describe_collection)
-        fields = {field["name"]: field for field in description["fields"]}
-        missing = {ID_FIELD, DOC_ID_FIELD, TEXT_FIELD, VECTOR_FIELD} - fields.keys()
-        if missing or not description.get("enable_dynamic_field"):
-            lack = f"the fields {', '.join(sorted(missing))}" if missing else "dynamic fields"
+        if (lack := lacks(description)) is not None:
             raise self._mismatch(f"was made by another program: it lacks {lack}")
-        dimension = int(fields[VECTOR_FIELD]["params"]["dim"])
+        self.declared = declared_columns(description)
+        dimension = vector_length(description)
         if self.dimension not in (0, dimension):
             raise self._mismatch(f"holds vectors of {dimension} numbers, the model gives {self.dimension}")
         self.dimension = dimension
@@ -240,6 +241,8 @@ class Collection:
         name = self._ask(self._client.list_indexes, field_name=VECTOR_FIELD)[0]
         index = self._ask(self._client.describe_index, index_name=name)
         metric, index_type = str(index.get("metric_type")), str(index.get("index_type"))
+        if metric not in METRICS:  # another program's
+            raise self._mismatch(f"measures with {metric}, and only {' and '.join(METRICS)} are served")
         if self.metric not in ("", metric):
             raise self._mismatch(f"measures with {metric}, {self.metric} is asked for")
         if self.index_type not in ("auto", index_type):

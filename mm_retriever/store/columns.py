@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilter, MetadataFilters
 
-from mm_retriever.errors import shown
+from mm_retriever.errors import FilterError, shown
 from mm_retriever.own_keys import BOOKKEEPING_KEYS
 from mm_retriever.store.filters import COMPARISONS, LIST_OPERATORS, equals_number, filter_expression, read_number
 from mm_retriever.store.schema import CONTENT_FIELD, OWN_TEXT_COLUMNS, RESERVED_KEYS, key_problem, takes_lists
@@ -39,8 +39,8 @@ Fetch: TypeAlias = Callable[[str, int], Sequence[Mapping[str, Any]]]
 class Columns:
     """The metadata columns of one collection; may be used by many threads."""
 
-    def __init__(self, fetch: Fetch) -> None:
-        self._fetch = fetch
+    def __init__(self, fetch: Fetch, declared: frozenset[str] = frozenset()) -> None:
+        self._fetch, self._declared = fetch, declared
         self._kinds: dict[str, set[Kind]] = {}
         self._sampled = False
         self._lock = threading.Lock()
@@ -62,7 +62,17 @@ class Columns:
         """The known columns, sorted, without ingestion's own."""
         self._sample()
         with self._lock:
-            return sorted(self._kinds.keys() - BOOKKEEPING)
+            return sorted(self._kinds.keys() - BOOKKEEPING - self._declared)
+
+    def check(self, filters: MetadataFilters) -> None:
+        """Refuse a filter on a declared column, which Milvus would take for a dynamic one that no row has.
+
+        Raises:
+            FilterError: names the column.
+        """
+        for item, _ in _leaves(filters) if self._declared else ():
+            if item.key in self._declared:
+                raise FilterError(self._of_another_program(item.key))
 
     def problems(self, filters: MetadataFilters | None) -> list[str]:
         """Return the conditions that no row can meet, a sentence each; none for an empty store."""
@@ -90,6 +100,8 @@ class Columns:
         key, operator = item.key, FilterOperator(item.operator)
         if key in OWN_TEXT_COLUMNS or key in BOOKKEEPING or key_problem(key) is not None:
             return None
+        if key in self._declared:
+            return self._of_another_program(key)
         if not self._has(key, None):
             return self._unknown(key)
         if operator in COMPARISONS:
@@ -117,6 +129,13 @@ class Columns:
             return None
         given = f"the text {shown(str(value).removesuffix(LAST))}" if number is None else f"the number {shown(value)}"
         return f"column {key!r} holds {self._described(key)}, which {operator.value} does not compare with {given}"
+
+    def _of_another_program(self, key: str) -> str:
+        names = ", ".join(self.names[:_NAMED]) or "none"
+        return (
+            f"column {key!r} is a field of another program's schema, which filters do not find: store the nodes in a "
+            f"new collection (get_nodes with_vectors=True, add), where it is a column; there are: {names}"
+        )
 
     def _unknown(self, key: str) -> str | None:
         names = self.names

@@ -169,7 +169,6 @@ class ImageStore(MilvusVectorStore):
         opened = Collection(connection, collection, rows=rows, **vectors)
         try:
             opened.open(hybrid, overwrite=overwrite, create=create, analyzer=analyzer)
-            check_options(collection, opened.dimension, index, opened.metric)  # another program's may be L2
             fields |= {"uri": connection.where, "collection_name": collection, "dim": opened.dimension}
             fields |= {"similarity_metric": opened.metric, "enable_sparse": opened.words is not None}
             # Not MilvusVectorStore's constructor: it would connect and create without timeouts, checks or our schema.
@@ -178,7 +177,7 @@ class ImageStore(MilvusVectorStore):
             connection.close()
             raise
         self._collection = opened
-        self._columns = Columns(lambda expression, limit: opened.some([CONTENT_FIELD], expression, limit))
+        self._columns = Columns(lambda where, most: opened.some([CONTENT_FIELD], where, most), opened.declared)
         self._embed_model = embed_model
         self._opening = {"uri": connection.lite_path or str(uri), "collection": collection, "token": token}
         self._opening |= {"timeout": timeout, "hybrid": hybrid, **vectors}
@@ -427,8 +426,9 @@ class ImageStore(MilvusVectorStore):
         return expression
 
     def _log_problems(self, filters: MetadataFilters | None) -> None:
-        """Log what is wrong with filters, once for each column and operator."""
+        """Log what is wrong with filters, once for each column and operator; refuse those on declared columns."""
         if filters is not None and filters.filters:
+            self._columns.check(filters)
             for problem in self._columns.new_problems(filters):
                 logger.warning("filter on collection %r: %s", self.collection_name, problem)
 

@@ -216,7 +216,8 @@ def _columns(connection: Connection, name: str) -> list[str] | str:
         return f"cannot be read: {one_line(error)}"
     if isinstance(collection, str):
         return collection
-    return Columns(lambda expression, limit: collection.some([CONTENT_FIELD], expression, limit)).names
+    declared = collection.declared
+    return Columns(lambda expression, limit: collection.some([CONTENT_FIELD], expression, limit), declared).names
 
 
 def describe_store(uri: str | Path, *, token: str | None = None, timeout: float = 30.0) -> dict[str, dict[str, Any]]:

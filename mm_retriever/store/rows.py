@@ -398,7 +398,8 @@ def _node_sum(row: Mapping[str, Any]) -> str:
 
 
 def _columns_sum(row: Mapping[str, Any]) -> str:
-    columns = {name: value for name, value in row.items() if name not in _NOT_METADATA}
+    # None is never stored; a field of another program's schema that a row does not have comes back so
+    columns = {name: value for name, value in row.items() if name not in _NOT_METADATA and value is not None}
     return _sum(json.dumps([row.get(DOC_ID_FIELD), columns], sort_keys=True, default=str).encode())
 
 

@@ -160,6 +160,13 @@ RRF_K = 60
 
 METRICS = ("IP", "COSINE")
 
+_NEEDED = {
+    ID_FIELD: DataType.VARCHAR,
+    DOC_ID_FIELD: DataType.VARCHAR,
+    TEXT_FIELD: DataType.VARCHAR,
+    VECTOR_FIELD: DataType.FLOAT_VECTOR,
+}
+
 _MODEL_PROPERTY = "mm_retriever.model"
 _NOTE_PROPERTY = "mm_retriever.model_note"
 MADE_FROM_PROPERTY = "mm_retriever.reindexed_from"
@@ -217,6 +224,25 @@ def vector_length(description: Mapping[str, Any]) -> int:
     """Return how many numbers a vector of a collection has, 0 without our column of vectors."""
     fields = {field["name"]: field for field in description["fields"]}
     return int(fields.get(VECTOR_FIELD, {}).get("params", {}).get("dim", 0))
+
+
+def lacks(description: Mapping[str, Any]) -> str | None:
+    """Return what a collection lacks to be one of ours, as another program's does; None if it lacks nothing."""
+    fields = {field["name"]: field for field in description["fields"]}
+    if missing := sorted(_NEEDED.keys() - fields.keys()):
+        return f"the fields {', '.join(missing)}"
+    if not description.get("enable_dynamic_field"):
+        return "dynamic fields"
+    if other := [name for name, kind in _NEEDED.items() if fields[name].get("type") != kind]:
+        return " and ".join(f"the field {name} of type {_NEEDED[name].name}" for name in other)
+    if not fields[ID_FIELD].get("is_primary") or description.get("auto_id"):
+        return f"ids that are given: {ID_FIELD} is not its primary key, or Milvus numbers the rows"
+    return None
+
+
+def declared_columns(description: Mapping[str, Any]) -> frozenset[str]:
+    """Return the columns that another program declared: filters name dynamic ones, and would not find these."""
+    return frozenset(field["name"] for field in description["fields"]) - RESERVED_KEYS
 
 
 def stored_property(description: Mapping[str, Any], name: str) -> str | None:

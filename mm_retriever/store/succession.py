@@ -161,7 +161,8 @@ class Succession:
     def _row(self, row: Row, node: BaseNode | None, vector: np.ndarray[Any, Any]) -> Row:
         words = self.old.words
         computed = set() if words is None else {words.text_field, words.vector_field} - {TEXT_FIELD}
-        kept = {name: value for name, value in row.items() if name not in computed and name != CHECKSUM_FIELD}
+        left_out = {CHECKSUM_FIELD, *computed}  # and the empty fields of another program's schema: None is not stored
+        kept = {name: value for name, value in row.items() if name not in left_out and value is not None}
         kept |= {name: row.get(name) or "" for name in _TEXTS}  # another program's collection may lack some
         kept[VECTOR_FIELD] = np.asarray(vector, dtype=np.float32)
         if isinstance(node, TextNode | ImageNode):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from pymilvus import DataType, MilvusClient
 
 from mm_retriever import ComposedRetriever, embed_to_shards, ingest_images
-from mm_retriever.errors import QueryError, StoreError, StoreMismatchError
+from mm_retriever.errors import FilterError, QueryError, StoreError, StoreMismatchError
 from mm_retriever.store import describe_store, open_store, open_stored, same_model
-from tests.store.test_image_store import MODEL, asked, node
+from mm_retriever.store.inspection import recall_store, store_columns, verify_store
+from tests.store.test_image_store import MODEL, asked, node, where
 from tests.support.colour_embedding import ColourEmbedder
 
 WEIGHTS, OTHERS = "0123456789ab", "ba9876543210"
@@ -108,3 +111,73 @@ def test_a_store_is_opened_without_its_models_to_count_and_remove(tmp_path, opti
                 store.add([node("c")])
     with open_store(tmp_path / "a.db", MODEL, **options) as store:
         assert asked(store) == ["b"]
+
+
+_TEXT = {"datatype": DataType.VARCHAR, "max_length": 100}
+_FIELDS = {
+    "id": _TEXT | {"is_primary": True},
+    "doc_id": _TEXT,
+    "text": _TEXT,
+    "embedding": {"datatype": DataType.FLOAT_VECTOR, "dim": 3},
+}
+
+
+def made_by_another_program(path: str, fields: dict[str, Any], metric: str, rows: list[dict[str, Any]]) -> None:
+    client = MilvusClient(path)
+    schema = MilvusClient.create_schema(enable_dynamic_field=True)
+    for name, options in (_FIELDS | fields).items():
+        schema.add_field(name, **options)
+    index = client.prepare_index_params()
+    kind = "SPARSE_INVERTED_INDEX" if "embedding" in fields else "FLAT"
+    index.add_index("embedding", index_type=kind, metric_type=metric)
+    client.create_collection("theirs", schema=schema, index_params=index)
+    client.insert("theirs", rows)
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "metric", "says"),
+    [
+        ({"id": {"datatype": DataType.INT64, "is_primary": True}}, "IP", "lacks the field id of type VARCHAR"),
+        ({"id": _TEXT, "pk": _TEXT | {"is_primary": True}}, "IP", "lacks ids that are given: id is not its primary"),
+        ({"doc_id": {"datatype": DataType.INT64}}, "IP", "lacks the field doc_id of type VARCHAR"),
+        ({"text": {"datatype": DataType.JSON}}, "IP", "lacks the field text of type VARCHAR"),
+        ({"embedding": {"datatype": DataType.SPARSE_FLOAT_VECTOR}}, "IP", "field embedding of type FLOAT_VECTOR"),
+        ({}, "L2", "measures with L2, and only IP and COSINE are served"),
+    ],
+)
+def test_a_collection_whose_fields_are_of_other_kinds_is_another_programs(tmp_path, fields, metric, says):
+    """Opening one was a KeyError, or its rows were read as ours; `info` ended with it, whatever stood beside."""
+    path = str(tmp_path / "a.db")
+    with open_store(path, MODEL, collection="ours") as ours:
+        ours.add([node("a", year=1)])
+    made_by_another_program(path, fields, metric, [])
+    with pytest.raises(StoreMismatchError, match=says):
+        open_store(path, MODEL, collection="theirs")
+    assert store_columns(path) == {"ours": ["year"], "theirs": "made by another program"}
+    assert verify_store(path)["theirs"] == recall_store(path)["theirs"] == "made by another program"
+
+
+def test_filters_on_fields_that_another_program_declared_are_refused(tmp_path):
+    """As MilvusVectorStore declares `scalar_field_names`.
+
+    A filter on dynamic columns finds nothing there, and its negation every row, which `delete_nodes` then removed. A
+    row without a value for such a field was taken for a damaged one.
+    """
+    path = str(tmp_path / "a.db")
+    row = {"doc_id": "", "text": "t", "embedding": [1.0, 0, 0]}
+    rows = [row | {"id": f"of {year}", "year": year} for year in (1, 2)]
+    made_by_another_program(path, {"year": {"datatype": DataType.INT64, "nullable": True}}, "IP", rows)
+    with open_store(path, MODEL, collection="theirs") as store:
+        store.add([node("a", colour="red")])
+        for use in (
+            lambda: asked(store, filters=where("year", 1)),
+            lambda: store.count(where("year", 1, "!=")),
+            lambda: store.delete_nodes(filters=where("year", 1, "!=")),
+        ):
+            with pytest.raises(FilterError, match=r"'year' is a field of another program's .*; there are: colour"):
+                use()
+        assert store.filter_problems(where("year", 1))[0].startswith("column 'year' is a field of another program")
+        assert asked(store, filters=where("colour", "red")) == ["a"]
+        assert store.count() == 3
+        assert not store.verify().damaged
