@@ -135,7 +135,7 @@ def locate_tokenizer(source: str | os.PathLike[str]) -> Path:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The weight file of a folder, or the index of several; None where there is none.
+    """The weight file of a folder, or the index of several; None where there is none, or no such folder.
 
     Raises:
         ModelNotFoundError: there are several.
@@ -143,7 +143,7 @@ def weights_in(folder: Path) -> Path | None:
     for weights in (folder / SAFETENSORS, folder / SAFETENSORS_INDEX):
         if weights.is_file():
             return weights
-    candidates = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    candidates = sorted(path for path in folder.glob("*") if path.suffix in SUFFIXES)
     if len(candidates) > 1:
         if (weights := folder / _TORCH).is_file():  # the others are an optimizer's, or of further heads
             return weights
@@ -158,27 +158,28 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def _in_folder(folder: Path, name: str) -> ModelFiles:
-    places = [folder, *sorted(folder.glob("0_*/"))]  # sentence-transformers may put the first module into its own
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{name!r} is an adapter for another model, which it names itself: merge the two with peft "
+            "(merge_and_unload) and give the folder of the result, which has no adapter_config.json"
+        )
+    # folders of the first module in sentence-transformers, and of the first one of each way through a Router
+    places = [folder, *sorted(folder.glob("0_*/")), *sorted(folder.glob("*_0_*/"))]
     for weights in filter(None, map(weights_in, places)):
         return replace(_beside(weights), name=name)
     raise ModelNotFoundError(f"no {SAFETENSORS}, {SAFETENSORS_INDEX} or {', '.join(SUFFIXES)} file in {name!r}")
 
 
 def _beside(weights: Path) -> ModelFiles:
-    config, tokenizer = weights.parent / "config.json", weights.parent / "tokenizer.json"
-    return ModelFiles(
-        name=str(weights),
-        weights=weights,
-        config=config if config.is_file() else None,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-    )
+    beside = [weights.parent / "config.json", weights.parent / "tokenizer.json"]
+    config, tokenizer = (path if path.is_file() else None for path in beside)
+    return ModelFiles(name=str(weights), weights=weights, config=config, tokenizer=tokenizer)
 
 
 def _choices(models: Models) -> str:
     bundled = ", ".join(repr(name) for name, entry in models.items() if entry.folder is not None)
-    return "give the path of a local folder or weight file" + (
-        f", or take the bundled model {bundled}" if bundled else ""
-    )
+    bundled = f", or take the bundled model {bundled}" if bundled else ""
+    return f"give the path of a local folder or weight file{bundled}"
 
 
 def _download(

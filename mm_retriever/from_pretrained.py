@@ -43,10 +43,11 @@ def without_progress_bar() -> Iterator[None]:
 
 
 @contextmanager
-def without_random_weights(name: str) -> Iterator[None]:
+def without_random_weights(name: str) -> Iterator[list[str]]:
     """Refuse weights that lack tensors; transformers fills them with random numbers and a line in its log.
 
-    Its report of such tensors reaches no caller in any other way.
+    Its report of such tensors reaches no caller in any other way. Gives the names of tensors that the model has no
+    place for, once the block is over.
 
     Args:
         name: of the model, for the error.
@@ -56,6 +57,7 @@ def without_random_weights(name: str) -> Iterator[None]:
     """
     log = logging.getLogger("transformers.modeling_utils")
     here, reports, level = threading.get_ident(), [], log.level
+    unexpected: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
         if record.thread != here or "LOAD REPORT" not in (message := record.getMessage()):
@@ -67,12 +69,13 @@ def without_random_weights(name: str) -> Iterator[None]:
     if not log.isEnabledFor(logging.WARNING):
         log.setLevel(logging.WARNING)
     try:
-        yield
+        yield unexpected
     finally:
         log.removeFilter(keep)
         log.setLevel(level)
-    rows = [line for report in reports for line in report.splitlines() if "|" in line and "MISSING" in line]
-    missing = [row.split()[0] for row in rows]
+    rows = [line.split("|") for report in reports for line in report.splitlines() if "|" in line]
+    missing = [row[0].strip() for row in rows if "MISSING" in row[1]]
+    unexpected += [row[0].strip() for row in rows if "UNEXPECTED" in row[1]]
     if missing:
         raise CheckpointError(
             f"the weights of {name!r} lack {len(missing)} tensors that the model has, for example "

@@ -553,6 +553,19 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path) -> None:
             load_visualized_bge(tmp_path)
 
 
+@pytest.mark.parametrize("beside", [(), ("config.json", "model.safetensors")], ids=["alone", "beside its model"])
+def test_an_adapter_is_told_from_a_model(tmp_path: Path, beside: tuple[str, ...]) -> None:
+    """Alone it is no model; beside the weights of its model it was left out, and those answered without it."""
+    tiny = visualized_bge.MODELS["tiny"].folder
+    assert tiny is not None
+    for name in beside:
+        (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/else"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"is an adapter for another model.*merge_and_unload"):
+        locate(tmp_path, visualized_bge.MODELS)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/no/where", "~/no.pth", "a/b/c", "no/where.pth"])
 def test_a_path_that_is_not_there_never_asks_the_hub(name: str) -> None:
     """Our choice: one line that says what would work."""

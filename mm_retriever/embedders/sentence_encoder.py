@@ -54,13 +54,15 @@ class SentenceTransformersEncoder:
     def __init__(self, model: Any, *, name: str, weights: str, dimension: int | None, text_weight: float) -> None:
         self.model = model
         self.name = name
-        own = int(model.get_embedding_dimension())
-        if dimension is not None and not 1 <= dimension <= own:
-            raise QueryError(f"dimension={dimension!r}: {name!r} has vectors of 1 to {own} numbers")
-        self._dimension = dimension or own
+        with model.truncate_embeddings(None):
+            most = int(model.get_embedding_dimension())
+        if dimension is not None and not 1 <= dimension <= most:
+            raise QueryError(f"dimension={dimension!r}: {name!r} has vectors of 1 to {most} numbers")
+        self._dimension = dimension or int(model.get_embedding_dimension())
         self._text_weight = text_weight
         self._chat = "message" in model.modalities
         self.takes = {kind for kind in ("text", "image", ("image", "text")) if model.supports(kind)}
+        self._plain = self.takes == {"text"} and not hasattr(model[0], "model")  # modules that take no mapping
         self._turn = ForkLock()
         self._loaded_in = os.getpid()
         _cut_to_positions(model)
@@ -144,9 +146,7 @@ class SentenceTransformersEncoder:
         for kind in set(kinds):
             lacking = [part for part in kind if part not in self.takes]
             if lacking:
-                known = " or ".join(
-                    accepted if isinstance(accepted, str) else "an image with a text" for accepted in self.takes
-                )
+                known = " or ".join(part if isinstance(part, str) else "an image with a text" for part in self.takes)
                 raise QueryError(
                     f"{self.name!r} cannot embed {' and '.join(lacking)} "
                     f"({kinds.count(kind)} of {len(kinds)} contents): it takes {known}"
@@ -155,20 +155,16 @@ class SentenceTransformersEncoder:
     def _encode(self, contents: Sequence[Content], kind: tuple[str, ...], query: bool) -> NDArray[np.float32]:
         """(B, D) of contents of one kind."""
         encode = self.model.encode_query if query else self.model.encode_document
-        options: dict[str, Any] = {} if self._pixels is None else {"processing_kwargs": self._pixels.call}
+        options: dict[str, Any] = {"show_progress_bar": False, "truncate_dim": self._dimension}
+        if self._pixels is not None:
+            options["processing_kwargs"] = self._pixels.call
         vectors = np.empty((len(contents), self._dimension), dtype=np.float32)
         sizes = [_size(content) for content in contents]
         self._log_cut([content.text for content in contents if "text" in kind])
         for rows in self._passes(sizes):
             inputs = [self._input(contents[row], kind) for row in rows]
             with self._turn:
-                computed = encode(
-                    inputs,
-                    batch_size=len(inputs),
-                    show_progress_bar=False,
-                    truncate_dim=self._dimension,
-                    **options,
-                )
+                computed = encode(inputs, batch_size=len(inputs), **options)
             vectors[rows] = _unit(np.asarray(computed, dtype=np.float32))
         return vectors
 
@@ -232,8 +228,10 @@ class SentenceTransformersEncoder:
         with without_progress_bar(), without_video_processor():
             self.model.save_pretrained(str(folder), create_model_card=False)
 
-    def _input(self, content: Content, kind: tuple[str, ...]) -> dict[str, Any]:
+    def _input(self, content: Content, kind: tuple[str, ...]) -> dict[str, Any] | str:
         """The library's input; the order of the keys is the order in the model's prompt."""
+        if self._plain:
+            return valid_unicode(content.text)
         given: dict[str, Any] = {}
         if "image" in kind and content.image is not None:
             given["image"] = Image.fromarray(content.image)
@@ -258,7 +256,7 @@ class SentenceTransformersEncoder:
         """Log once that a text is longer than the model reads."""
         most, tokenizer = self.model.max_seq_length, self.model.tokenizer
         long = [text for text in texts if most and len(text) >= most] if not self._cut_is_said else []
-        if not long or tokenizer is None:
+        if not long or not callable(tokenizer):
             return
         cut = sum(len(tokenizer(valid_unicode(text), verbose=False)["input_ids"]) > most for text in long)
         if cut:
@@ -275,14 +273,14 @@ class SentenceTransformersEncoder:
 
     def _inputs(self) -> str:
         """Six hex digits of all that decides a document's vector besides the weights."""
-        instruction = self._instruction(query=False)
-        facts: list[Any] = [instruction]
+        facts: list[Any] = [instruction := self._instruction(query=False)]
         for module in list(self.model)[1:]:
             settings = module.get_config_dict() if hasattr(module, "get_config_dict") else {}
             facts.append([type(module).__name__, {name: value for name, value in settings.items() if value}])
         if "text" in self.takes:
             for probe in _PROBES:
-                tokens = self.model.preprocess([{"text": probe}], prompt=instruction or None, task="document")
+                inputs = [self._input(Content(probe), ("text",))]
+                tokens = self.model.preprocess(inputs, prompt=instruction or None, task="document")
                 facts.append(np.asarray(tokens["input_ids"]).tolist())
         if self._pixels is not None:
             facts.append(self._pixels.facts())
@@ -333,6 +331,9 @@ class Pixels:
             image = {"image": Image.fromarray(prepared)}
             values = self._model.preprocess([image], processing_kwargs=self.call)["pixel_values"].float()
             facts.append([list(prepared.shape), list(values.shape), round(float(values.mean()), 2)])
+        of_clip = type(self._processor).__name__.startswith("CLIPImage")
+        if of_clip and self._processor.resample != Image.Resampling.BICUBIC:  # that of all published ones
+            facts.append(f"resample {int(self._processor.resample)}")
         return facts
 
     def _square(self, image: Image.Image) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MODULES = "modules.json"
 LIBRARY_CONFIG = "config_sentence_transformers.json"
+_LAYER = re.compile(r"(.+?)\.\{?(\d+)[^a-z]*\.")  # transformers lists the numbers of several as {1, 2}
 MAX_PIXELS = 1800 * 32 * 32
 """Limit of an image for a model of many patches, from the scripts of Qwen3-VL-Embedding and -Reranker."""
 
@@ -81,9 +82,10 @@ def load_model(
         raise MissingExtraError.of(error, "sentence-transformers", "sentence-transformers") from error
     folder = model_folder(files)
     _check_folder(folder, files.name)
+    _check_weights(files)
     weights = {"use_safetensors": True} if ".safetensors" in files.weights.name else {}
     with ExitStack() as around:
-        around.enter_context(without_random_weights(files.name))
+        unexpected = around.enter_context(without_random_weights(files.name))
         around.enter_context(without_progress_bar())
         around.enter_context(without_video_processor())
         try:
@@ -99,6 +101,7 @@ def load_model(
             raise
         except Exception as error:  # damaged configs and weights raise anything
             raise CheckpointError(why_not(files.name, error)) from error
+    _check_layers(model, unexpected, files.name)
     from transformers import PreTrainedTokenizerBase
 
     from mm_retriever.packed_linear import pack_linears
@@ -120,8 +123,45 @@ def plain_text(text: str, tokenizer: Any) -> str:
     return re.sub(names, lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
+def _check_weights(files: ModelFiles) -> None:
+    """Refuse weights that the library would pass over, or take for numbers that they are not."""
+    import torch
+
+    if files.weights != (own := weights_in(files.weights.parent)):
+        raise CheckpointError(
+            f"{str(files.weights)!r} is not what its folder is loaded from, which is {own and own.name!r}: put it into "
+            "a folder of its own, as model.safetensors, with the other files of the model"
+        )
+    if files.config is not None and read_json(files.config).get("quantization_config"):
+        return  # the library reads them, or says what it needs
+    whole = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+    quantised = [key for key, tensor in model_tensors(files).items() if tensor.dtype in whole and tensor.ndim > 1]
+    if quantised:
+        raise CheckpointError(
+            f"{files.name!r} has quantised weights ({one_line(quantised[0], 200)} and {len(quantised) - 1} more), and "
+            "its config.json does not say how: take the weights in float32, bfloat16 or float16"
+        )
+
+
+def _check_layers(model: Any, unexpected: Iterable[str], name: str) -> None:
+    """Refuse a model whose config has fewer layers than its weights: the rest were left out."""
+    from torch.nn import ModuleList
+
+    lists = {place: len(module) for place, module in model.named_modules() if isinstance(module, ModuleList)}
+    for key in unexpected:
+        numbered = _LAYER.match(key)
+        if numbered is None:
+            continue
+        layers = next((count for place, count in lists.items() if place.endswith(f".{numbered[1]}")), None)
+        if layers is not None and int(numbered[2]) >= layers:
+            raise CheckpointError(
+                f"the weights of {name!r} have more layers than the {layers} that its config.json says "
+                f"({one_line(key, 200)}): the two are of different models"
+            )
+
+
 def _module_folders(folder: Path) -> list[str]:
-    """The folders of the modules, "" for the folder itself."""
+    """The folders of the modules, "" for the folder itself, and those of the modules inside a Router."""
     if not (folder / MODULES).is_file():
         return []
     try:
@@ -129,12 +169,22 @@ def _module_folders(folder: Path) -> list[str]:
         places = [str(module["path"]) for module in modules]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder / MODULES} is no list of modules: {reason_of(error)}") from error
+    _check_inside(places, folder / MODULES)
+    routed = []
     for place in places:
-        if place and (Path(place).name != place or "\\" in place or place == ".."):
-            raise CheckpointError(
-                f"{folder / MODULES} names the folder {one_line(place, 200)!r}; only its own are read"
-            )
-    return places
+        for config in (folder / place / "router_config.json", folder / place / "config.json"):  # its earlier name
+            types = read_json(config).get("types") if config.is_file() else None
+            if isinstance(types, Mapping):
+                _check_inside(types, config)
+                routed += [f"{place}/{name}" if place else name for name in types]
+                break
+    return [*places, *routed]
+
+
+def _check_inside(names: Iterable[str], source: Path) -> None:
+    for name in names:
+        if name and (Path(name).name != name or "\\" in name or name == ".."):
+            raise CheckpointError(f"{source} names the folder {one_line(name, 200)!r}; only its own are read")
 
 
 def _check_folder(folder: Path, name: str) -> None:

@@ -341,6 +341,83 @@ def test_another_way_to_the_same_weights_is_another_space(copied, embedders, wha
     assert load_embedder(folder, device="cpu").space != embedders["qwen3_vl"].space
 
 
+def test_a_copy_that_resizes_by_another_filter_is_another_space(copied, embedders):
+    folder = copied("clip")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["resample"] = int(Image.Resampling.BILINEAR)
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    assert load_embedder(folder, device="cpu").space != embedders["clip"].space
+
+
+# ------------------------------------------------------------------------------------------ other modules
+
+
+def made_of(modules: list[Any], path: Path, **options: Any) -> Path:
+    from sentence_transformers import SentenceTransformer
+
+    SentenceTransformer(modules=modules, device="cpu", **options).save(str(path), create_model_card=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["words", "router"])
+def test_modules_that_take_plain_texts_alone_give_the_vectors_of_the_library(folders, tmp_path, kind):
+    """A table of words, and a Router whose queries take another way than documents, were refused as damaged."""
+    from sentence_transformers.base.modules import Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
+
+    words: Any = StaticEmbedding(byte_tokenizer(), embedding_dim=24)
+    base = [Transformer(str(folders["text"])), Pooling(24, "mean")]
+    modules = [words] if kind == "words" else [Router.for_query_document([words], base)]
+    folder = made_of(modules, tmp_path / "model")
+    embedder, theirs = load_embedder(folder, device="cpu"), library(folder)
+    texts = ["a red shoe", "http://127.0.0.1:9/cat.png"]
+    contents = [Content(text) for text in texts]
+    assert np.abs(embedder.encode(contents) - unit(theirs.encode_document(texts))).max() < 1e-6
+    assert np.abs(embedder.encode(contents, query=True) - unit(theirs.encode_query(texts))).max() < 1e-6
+
+
+def test_weights_inside_a_router_are_a_part_of_the_space(folders, tmp_path):
+    """Two heads that were trained apart had one space, so that vectors of one were compared with those of the other."""
+    from sentence_transformers.base.modules import Dense, Router, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    heads: Any = Router({"query": [Dense(24, 12)], "document": [Dense(24, 12)]}, default_route="document")
+    folder = made_of([Transformer(str(folders["text"])), Pooling(24, "mean"), heads], tmp_path / "model")
+    before = load_embedder(folder, device="cpu").space
+    weights = next(folder.rglob("query_0_Dense/model.safetensors"))
+    save_file({key: tensor + 0.1 for key, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert load_embedder(folder, device="cpu").space != before
+    config = weights.parent.parent / "router_config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"types": {"../..": content["types"]["query_0_Dense"]}}))
+    with pytest.raises(CheckpointError, match=r"names the folder '\.\./\.\.'; only its own are read"):
+        load_embedder(folder, device="cpu")
+
+
+def test_a_module_without_files_needs_no_folder(folders, tmp_path):
+    """git keeps no empty folder, so that earlier repositories have none for their last module, Normalize."""
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modules = [Transformer(str(folders["text"])), Pooling(24, "mean"), Normalize()]
+    folder = made_of(modules, tmp_path / "model")
+    before = load_embedder(folder, device="cpu").space
+    shutil.rmtree(folder / "2_Normalize")
+    assert load_embedder(folder, device="cpu").space == before
+
+
+def test_a_model_that_cuts_its_vectors_itself_gives_longer_ones_where_they_are_asked_for(folders, tmp_path):
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modules = [Transformer(str(folders["text"])), Pooling(24, "mean")]
+    folder = made_of(modules, tmp_path / "model", truncate_dim=8)
+    assert load_embedder(folder, device="cpu").dimension == 8
+    longer = load_embedder(folder, device="cpu", dimension=20)
+    expected = unit(library(folder).encode_document(["a red shoe"], truncate_dim=20))
+    assert np.abs(longer.encode([Content("a red shoe")]) - expected).max() < 1e-6
+
+
 # ------------------------------------------------------------------------------------------ untrusted folders
 
 
@@ -412,6 +489,40 @@ def test_damaged_weights_are_refused_in_a_line(copied, name, damage):
         load_embedder(folder, device="cpu")
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_not_taken_for_numbers(copied, dtype):
+    """transformers takes the integers for the weights, without their scales, and says nothing."""
+    folder = copied("clip")
+    tensors = load_file(folder / "model.safetensors")
+    small = {key: tensor.to(dtype) if tensor.dim() == 2 else tensor for key, tensor in tensors.items()}
+    save_file(small, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has quantised weights .*does not say how: take the weights in float32"):
+        load_embedder(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["clip", "qwen3_vl"])
+def test_weights_of_more_layers_than_the_config_says_are_refused(copied, name):
+    """transformers leaves the last ones out."""
+    folder = copied(name)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 1
+    config["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"have more layers than the 1 that its config\.json says \(\S+layers\.1\."
+    ):
+        load_embedder(folder, device="cpu")
+
+
+def test_a_weight_file_that_its_folder_is_not_loaded_from_is_refused(copied, embedders):
+    """The model of the folder was loaded in its place."""
+    folder = copied("clip")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    assert load_embedder(folder / "model.safetensors", device="cpu").space == embedders["clip"].space
+    with pytest.raises(CheckpointError, match=r"is not what its folder is loaded from, which is 'model\.safetensors'"):
+        load_embedder(folder / "pytorch_model.bin", device="cpu")
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip2_naflex", "qwen3_vl", "text"])
