@@ -41,5 +41,12 @@ class RerankCompressor(BaseDocumentCompressor):
         text, image = read_query(query)
         policy = self.reranker.image_policy if isinstance(self.reranker, Reranker) else DEFAULT_POLICY
         bundle = QueryBundle(text, image_path=None if image is None else portable_image(image, policy=policy))
-        nodes = self.reranker.postprocess_nodes([to_node(document) for document in documents], query_bundle=bundle)
-        return [to_document(node, with_score=True) for node in nodes]
+        given = [to_node(document) for document in documents]
+        words = {node.node.node_id: document.page_content for node, document in zip(given, documents, strict=True)}
+        ranked = []
+        for node in self.reranker.postprocess_nodes(given, query_bundle=bundle):
+            document = to_document(node, with_score=True)
+            if not node.node.get_content():  # an image is called as it was
+                document.page_content = words.get(node.node.node_id, document.page_content)
+            ranked.append(document)
+        return ranked

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence, Set
 from datetime import date, time
 from decimal import Decimal
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 from uuid import UUID
 
 from langchain_core.documents import Document
@@ -50,7 +53,7 @@ def to_document(scored: NodeWithScore, *, with_score: bool = False) -> Document:
     """Return the document of a node.
 
     Its `page_content` is the text of the node, or, for an image without text, what the image is: caption, label and
-    file name, as far as they are known.
+    file name, as far as they are known, or the last part of its place.
 
     Args:
         scored: the node.
@@ -61,23 +64,29 @@ def to_document(scored: NodeWithScore, *, with_score: bool = False) -> Document:
     if with_score:
         facts[SCORE] = scored.score
     metadata = {**node.metadata, **{key: value for key, value in facts.items() if value is not None}}
-    text = node.get_content() or (_what_it_is(node.metadata) if isinstance(node, ImageNode) else "")
+    text = node.get_content() or (_what_it_is(metadata) if isinstance(node, ImageNode) else "")
     return Document(id=node.node_id, page_content=text, metadata=metadata)
 
 
 def _what_it_is(metadata: Mapping[str, Any]) -> str:
-    return ", ".join(str(metadata[name]) for name in _NAMES if metadata.get(name))
+    if names := ", ".join(str(metadata[name]) for name in _NAMES if metadata.get(name)):
+        return names
+    if path := metadata.get(IMAGE_PATH):
+        return Path(path).name
+    url = str(metadata.get(IMAGE_URL) or "")
+    return "" if url.startswith("data:") else unquote(Path(re.split("[?#]", url)[0]).name)
 
 
 def to_node(document: Document) -> NodeWithScore:
     """Return the node of a document, wherever it comes from: an image if its metadata say where one is."""
     metadata = dict(document.metadata)
+    known = _what_it_is(metadata) if metadata.get(IMAGE_PATH) or metadata.get(IMAGE_URL) else ""
     score, path, url = (metadata.pop(key, None) for key in (SCORE, IMAGE_PATH, IMAGE_URL))
     named: dict[str, Any] = {"id_": document.id} if document.id else {}
     node: BaseNode
     if path or url:
         path = os.path.expanduser(path) if path else None  # noqa: PTH111 - a path of any kind, as text
-        own = "" if document.page_content == _what_it_is(metadata) else document.page_content
+        own = "" if document.page_content == known else document.page_content
         node = ImageNode(text=own, image_path=path and os.fspath(path), image_url=url, metadata=metadata, **named)
     else:
         node = TextNode(text=document.page_content, metadata=metadata, **named)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from cachetools import LRUCache
 from langchain_core.messages.content import create_image_block, create_text_block
@@ -10,8 +10,9 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import StructuredTool, ToolException
 from llama_index.core.base.llms.types import ContentBlock, ImageBlock, TextBlock
 from llama_index.core.tools import FunctionTool
+from pydantic import create_model, model_validator
 
-from mm_retriever.search_tools import Conversation, ImageSearch
+from mm_retriever.search_tools import Conversation, ImageSearch, check_names
 from mm_retriever.tools import ImageSearchToolSpec
 
 _THREADS = 1_000  # conversations that are remembered
@@ -58,6 +59,14 @@ class _Threads:
 def _tool(tool: FunctionTool, threads: _Threads) -> StructuredTool:
     schema, name = tool.metadata.fn_schema, tool.metadata.get_name()
     assert schema is not None
+    known = frozenset(schema.model_fields)
+
+    def names_are_known(arguments: Any) -> Any:
+        check_names(arguments, known)  # LangChain passes over what no tool takes
+        return arguments
+
+    check = model_validator(mode="before")(names_are_known)
+    schema = create_model(schema.__name__, __base__=schema, __validators__={"names_are_known": cast("Any", check)})
 
     def call(config: RunnableConfig, **arguments: Any) -> tuple[list[dict[str, Any]], Any]:
         tools = threads.tools(str((config.get("configurable") or {}).get("thread_id", "")))
@@ -79,7 +88,8 @@ def _tool(tool: FunctionTool, threads: _Threads) -> StructuredTool:
 
 def _what_is_wrong(error: Any) -> str:
     """What pydantic found, for a model: LangChain's own sentence names no argument."""
-    return "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])[:500]
+    reasons = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:5])
+    return "; ".join(reason.removeprefix(": Value error, ") for reason in reasons)[:500]
 
 
 def _block(block: ContentBlock) -> dict[str, Any]:

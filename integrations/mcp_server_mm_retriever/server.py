@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -49,6 +48,7 @@ from mm_retriever.search_tools import (
     SearchResult,
     TextArgument,
     TopKArgument,
+    check_names,
     without_folders,
 )
 from mm_retriever.store import ImageStore
@@ -148,10 +148,10 @@ class ImageSearchServer(MCPServer[Any]):
         known: dict[str, Any] = {}
         for tool in await self.list_tools():
             known = tool.input_schema["properties"] if tool.name == name else known
-        for given in sorted(arguments.keys() - known.keys()):
-            spelling = given.lower().replace("-", "_")
-            if meant := [key for key in get_close_matches(spelling, known, cutoff=0.7) if key not in arguments]:
-                raise ToolError(f"no argument {one_line(given, 40)!r}; did you mean {meant[0]!r}?")
+        try:
+            check_names(arguments, known)
+        except QueryError as error:
+            raise ToolError(str(error)) from error
         try:
             return await super().call_tool(name, arguments, context)
         except ToolError as error:

@@ -20,6 +20,7 @@ from mm_retriever.search_tools.arguments import (
     ResultArgument,
     TextArgument,
     TopKArgument,
+    check_names,
     read_filters,
 )
 from mm_retriever.search_tools.conversation import ONLY_NAMED, Conversation
@@ -57,6 +58,7 @@ __all__ = [
     "SearchResult",
     "TextArgument",
     "TopKArgument",
+    "check_names",
     "read_filters",
     "without_folders",
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from numbers import Integral
 from typing import Annotated, Any, TypeAlias
 
@@ -18,7 +19,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 from pydantic import Field
 from pydantic.config import JsonDict
 
-from mm_retriever.errors import FilterError, QueryError, shown
+from mm_retriever.errors import FilterError, QueryError, one_line, shown
 from mm_retriever.own_keys import PREFIX
 from mm_retriever.store.conditions import condition
 
@@ -126,6 +127,20 @@ def read_text(value: object, name: str, *, most: int) -> str:
     if len(value) > most:
         raise QueryError(f"{name}: {len(value)} characters, at most {most} are taken")
     return value.encode("utf-8", "replace").decode().strip()  # half surrogate pairs become question marks
+
+
+def check_names(given: Collection[str], known: Collection[str]) -> None:
+    """Refuse an argument whose name is nearly right: a host that passes it over would lose a filter unsaid.
+
+    Others that no tool takes may be passed over: some clients add their own to every call.
+
+    Raises:
+        QueryError: names the argument that is meant.
+    """
+    for name in sorted(set(given) - set(known)):
+        spelling = name.lower().replace("-", "_")
+        if meant := [key for key in get_close_matches(spelling, known, cutoff=0.7) if key not in given]:
+            raise QueryError(f"no argument {one_line(name, 40)!r}; did you mean {meant[0]!r}?")
 
 
 def read_filters(value: object) -> MetadataFilters | None:

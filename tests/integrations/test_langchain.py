@@ -225,7 +225,10 @@ def test_a_vector_store_holds_texts_and_images(shop, tmp_path):
         assert vectors.store.count() == 6
         query = {"text": "phone case with this", "image": shop.leopard}
         ((best, score),) = vectors.similarity_search_with_score(query, k=1)
-        assert (best.id, best.metadata["stock"]) == ("leopard", 1)
+        assert (best.id, best.metadata["stock"], best.page_content) == ("leopard", 1, "leopard.png")
+        assert vectors.add_documents(vectors.get_by_ids(["leopard"])) == ["leopard"]
+        (node,) = vectors.store.get_nodes(["leopard"])
+        assert node.get_content() == ""  # its name is no text of it
         core = ComposedRetriever(vectors.store, shop.model, top_k=1)
         (expected,) = core.retrieve(shop.model.get_query_bundle("phone case with this", shop.leopard))
         assert score == pytest.approx(expected.score)
@@ -686,6 +689,8 @@ def test_a_mistake_of_the_model_comes_back_as_a_message(shop):
         (search, {"image": "/etc/passwd"}, ""),
         (similar, {"result": "result 7"}, "search first"),
         (similar, {}, "result: Field required"),
+        (search, {"text": "x", "filter": {"label": "mug"}}, "no argument 'filter'; did you mean 'filters'?"),
+        (search, {"text": "x", "topK": 2}, "no argument 'topK'; did you mean 'top_k'?"),
     ]:
         answer = called(tool, **arguments)
         assert answer.status == "error", arguments
