@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -26,7 +25,6 @@ from mm_retriever.images import ImageSource
 from mm_retriever.own_keys import own_columns
 from mm_retriever.store import ImageStore
 from mm_retriever.store.conditions import condition
-from mm_retriever.store.schema import CONTENT_FIELD
 from mm_retriever.store.values import plain_value
 
 SCORE = "relevance_score"
@@ -185,8 +183,7 @@ def _by_ids(item: MetadataFilter, store: ImageStore) -> MetadataFilter:
     named = [MetadataFilter(key=key, operator=_Op.IN, value=list(map(str, places))) for key in columns]
     others = MetadataFilters(filters=[MetadataFilter(key=key, value=None) for key in columns])
     perhaps = MetadataFilters(filters=[*named, others], condition=FilterCondition.OR)
-    pages = store.scan([CONTENT_FIELD], perhaps)
-    ids = [row["id"] for page in pages for row in page if json.loads(row[CONTENT_FIELD]).get(item.key) in places]
+    ids = [node.node_id for node in store.get_nodes(filters=perhaps) if getattr(node, item.key, None) in places]
     return MetadataFilter(key="id", operator=_Op.IN if item.operator in (_Op.EQ, _Op.IN) else _Op.NIN, value=ids)
 
 

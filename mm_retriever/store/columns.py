@@ -17,7 +17,14 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import FilterError, shown
 from mm_retriever.own_keys import BOOKKEEPING_KEYS
-from mm_retriever.store.filters import COMPARISONS, LIST_OPERATORS, equals_number, filter_expression, read_number
+from mm_retriever.store.filters import (
+    COMPARISONS,
+    LIST_OPERATORS,
+    equals_number,
+    filter_expression,
+    read_number,
+    wildcards,
+)
 from mm_retriever.store.schema import CONTENT_FIELD, OWN_TEXT_COLUMNS, RESERVED_KEYS, key_problem, takes_lists
 
 Kind: TypeAlias = Literal["numbers", "text", "lists"]
@@ -109,6 +116,11 @@ class Columns:
         wanted = _wanted(alternatives)
         kinds = self._known(key)
         if wanted and not wanted & kinds and not any(self._has(key, kind) for kind in wanted):
+            if operator is FilterOperator.CONTAINS and "text" in kinds and (signs := wildcards(item.value)):
+                return (
+                    f"column {key!r} holds {self._described(key)}, which contains never matches by a text with {signs}"
+                    f", a wildcard of Milvus: give a part of {shown(item.value)} without it"
+                )
             advice = "contains" if "lists" in kinds else "text_match" if "text" in kinds else "== or in"
             return f"column {key!r} holds {self._described(key)}, which {operator.value} never matches; use {advice}"
         text = _equals_no_number(alternatives)

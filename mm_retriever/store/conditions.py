@@ -16,7 +16,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 
 from mm_retriever.errors import FilterError, QueryError, shown
 from mm_retriever.store.columns import LAST
-from mm_retriever.store.filters import COMPARISONS, read_number
+from mm_retriever.store.filters import COMPARISONS, read_number, wildcards
 from mm_retriever.store.schema import OWN_TEXT_COLUMNS, takes_lists
 
 FORMS = "key=value, key!=value, key>number, key in a, b, key contains word or key is empty"
@@ -163,7 +163,7 @@ def _condition(key: str, operator: FilterOperator, value: Any) -> MetadataFilter
         return _negated(dated, operator is _Op.NE)
     if operator is _Op.CONTAINS and isinstance(value, str) and (key in OWN_TEXT_COLUMNS or not takes_lists(key)):
         return _leaf(key, _Op.TEXT_MATCH, value)
-    if operator is _Op.CONTAINS and isinstance(value, str) and not set(value) & set("%_\\"):
+    if operator is _Op.CONTAINS and isinstance(value, str) and not wildcards(value):
         # of a list or of a text: a caller cannot see which of the two the column holds
         return MetadataFilters(
             filters=[_leaf(key, operator, value), _leaf(key, _Op.TEXT_MATCH, value)], condition=FilterCondition.OR

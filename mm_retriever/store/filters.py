@@ -121,6 +121,11 @@ def read_number(text: str) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
+def wildcards(value: object) -> str:
+    """Return the wildcards of Milvus' `like` that a text has, for a message; "" for none."""
+    return " or ".join(repr(sign) for sign in "%_\\" if isinstance(value, str) and sign in value)
+
+
 def equals_number(text: str) -> bool:
     """Return whether some number equals a text in a filter: "5", "1e3", "true"."""
     return text in _TRUTH or read_number(text) is not None
@@ -405,7 +410,7 @@ def _values(operator: FilterOperator, value: object, budget: _Budget) -> Sequenc
 def _substring(column: _Column, value: object) -> str:
     if not isinstance(value, str):
         raise FilterError(f"text_match needs text, got {shown(value)}")
-    if any(sign in value for sign in "%_\\"):
+    if wildcards(value):
         # Milvus Lite has no escape for its wildcards that works on every row
         raise FilterError(f"text_match of {value!r}: '%', '_' and '\\' are wildcards that Milvus cannot search for")
     return quoted(f"%{unicodedata.normalize('NFC', value) if column.name in _COMPOSED else value}%")

@@ -458,6 +458,10 @@ def test_filters_find_images_by_the_place_that_documents_have(shop, retriever, t
     with vectors.store:
         vectors.add_documents([Document("", id=place, metadata={"image_path": place}) for place in (hearts, dots)])
         vectors.add_texts(["a mug"])
+        row = {"doc_id": "", "text": "a row of another program", "_node_content": "", "_node_type": ""}
+        vectors.store.client.insert(
+            vectors.store.collection_name, [row | {"id": "theirs", "embedding": [0.0] * vectors.store.dim}]
+        )
         assert [one.id for one in vectors.similarity_search("a mug", filter={"image_path": dots})] == [dots]
 
 

@@ -181,6 +181,10 @@ def test_what_the_columns_do_not_bear_out_is_said(store: ImageStore):
             "column 'width' holds numbers, which == does not compare with the text '$5'; give a",
         ),
         (where("width", "in", ["a", "b"]), "column 'width' holds numbers, which in does not compare with the text 'a'"),
+        (
+            where("label", "contains", "a_b"),
+            "column 'label' holds text, which contains never matches by a text with '_'",
+        ),
         (where("width", "text_match", "m"), "column 'width' holds numbers, which text_match never matches"),
     ):
         for condition in ("and", "not"):
