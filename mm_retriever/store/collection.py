@@ -40,7 +40,7 @@ from mm_retriever.store.schema import (
     stored_model,
     vector_length,
 )
-from mm_retriever.store.switching import LOOK_SECONDS, ModelWatch, come_back, is_away
+from mm_retriever.store.switching import LOOK_SECONDS, ModelWatch, come_back, drop_named, is_away
 from mm_retriever.store.words import SparseEmbedding, SparseVector, WordIndex, new_word_index, word_index_of
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class Collection:
             self.words = new_word_index(hybrid, analyzer)
             self._check_server()
             if exists:
-                self._ask(self._client.drop_collection)
+                drop_named(self.connection, self.name)
             if not self._create():
                 self._check(hybrid, analyzer)
         self._create_indexes()
@@ -145,7 +145,7 @@ class Collection:
     def clear(self) -> None:
         """Remove every row; the collection stays open."""
         with self.connection.request("clearing the collection"), self.connection.turn():
-            self._ask(self._client.drop_collection)
+            drop_named(self.connection, self.name)
             self._create()
             self._create_indexes()
             self.load()
@@ -256,9 +256,8 @@ class Collection:
         )
 
     def _missing(self) -> StoreError:
-        ask, client = self.connection.ask, self._client
-        names = sorted(ask(client.list_collections))
-        counts = [f"{name!r} ({ask(client.get_collection_stats, name)['row_count']} rows)" for name in names[:20]]
+        names = sorted(self.connection.ask(self._client.list_collections))
+        counts = [f"{name!r} ({self.connection.count(name)} rows)" for name in names[:20]]
         more = f" and {len(names) - 20} more" if len(names) > 20 else ""
         others = f"there are: {', '.join(counts)}{more}" if counts else "it holds none yet"
         return StoreError(f"there is no collection {self.name!r} at {self.connection.where}; {others}")

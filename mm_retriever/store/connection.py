@@ -1,7 +1,7 @@
 """Where Milvus is, and what its failures mean.
 
-Owns the rules for URIs, and the one translation of what pymilvus and gRPC raise into our errors. Knows nothing of
-collections and rows.
+Owns the rules for URIs, and the one translation of what pymilvus and gRPC raise into our errors. Of collections
+it knows whether they are loaded, and how many rows they have.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 from pymilvus import MilvusClient
+from pymilvus.client.types import LoadState
 from pymilvus.exceptions import MilvusException
 
 from mm_retriever.errors import StoreError, StoreUnavailableError, one_line
@@ -108,6 +109,18 @@ class Connection:
                 if until.left > 0:
                     raise
                 raise _TimeOverError(until.reason or _short(error)) from error
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether rows of a collection can be read as it is; a Milvus Lite file loads it when it is asked."""
+        return self.lite_path is not None or self.ask(self.client.get_load_state, name)["state"] == LoadState.Loaded
+
+    def count(self, name: str) -> int:
+        """Return the number of rows of a collection, of one that a server has not loaded about: nothing is loaded."""
+        if self.lite_path is not None or not self.is_loaded(name):
+            return int(self.ask(self.client.get_collection_stats, name)["row_count"])
+        # a server's statistics lack rows just stored, and have those that were removed or replaced
+        count = {"output_fields": ["count(*)"], "consistency_level": "Strong"}
+        return int(self.ask(self.client.query, name, filter="", **count)[0]["count(*)"])
 
     def check_version(self, first: tuple[int, int], feature: str) -> None:
         """Refuse a feature that needs a later version than the server's."""

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pymilvus.client.types import LoadState
 
 from mm_retriever.errors import MMRetrieverError, StoreDamagedError, StoreMismatchError, one_line, shown
 from mm_retriever.notebook import show
@@ -206,10 +205,9 @@ def store_columns(uri: str | Path, *, token: str | None = None, timeout: float =
 
 
 def _columns(connection: Connection, name: str) -> list[str] | str:
-    if connection.lite_path is None:
-        with connection.request("asking what is loaded"):
-            if connection.ask(connection.client.get_load_state, name)["state"] != LoadState.Loaded:
-                return "not looked at: the server has not loaded the collection"
+    with connection.request("asking what is loaded"):
+        if not connection.is_loaded(name):
+            return "not looked at: the server has not loaded the collection"
     try:
         collection = _of_ours(connection, name, lambda opened: opened)
     except StoreDamagedError as error:
@@ -238,7 +236,7 @@ def _described(connection: Connection, name: str) -> dict[str, Any]:
     dimensions = [column["params"]["dim"] for column in description["fields"] if "dim" in column.get("params", {})]
     model, note = stored_model(description)
     return {
-        "rows": connection.ask(connection.client.get_collection_stats, name)["row_count"],
+        "rows": connection.count(name),
         "dimension": dimensions[0] if dimensions else None,
         "model": model or "not said",
         **({"model_note": note} if note else {}),

@@ -83,6 +83,8 @@ class Succession:
                 switching.give_back(self._connection, collection)
             self.old = Collection(self._connection, collection)
             self.old.open(None)
+            with self._connection.request("looking for aliases"):
+                switching.refuse_alias(self._connection, collection)
             self.is_done = bool(self.old.model_id) and same_model(self.old.model_id, model_id)
             self._name = switching.name_beside(collection, model_id)
             self._remove_leftovers()
@@ -126,7 +128,7 @@ class Succession:
                         f"{connection.where} has the collection {left!r} of a reindex that was broken off, and "
                         f"{name!r} was made anew since. Look at both, and remove the one that is not wanted"
                     )
-                switching.drop(connection, left)
+                switching.drop(connection, left, name)
 
     # ------------------------------------------------------------------------------------------ rows
 

@@ -165,13 +165,41 @@ def switch(connection: Connection, name: str, beside: str, unchanged: Callable[[
         if not same:
             _rename(connection, before, name)
             return False
-        drop(connection, before)
+        drop(connection, before, name)
     return True
 
 
-def drop(connection: Connection, name: str) -> None:
-    """Remove a collection."""
+def drop(connection: Connection, name: str, successor: str) -> None:
+    """Remove a collection; its aliases go to its successor, as Milvus would remove them or refuse."""
+    client = connection.client
+    if connection.lite_path is None:
+        aliases = connection.ask(client.describe_collection, name)["aliases"]
+    else:
+        aliases = connection.ask(client.list_aliases, name)["aliases"]
+    for alias in aliases:
+        connection.ask(client.alter_alias, successor, alias)
+    connection.ask(client.drop_collection, name)
+
+
+def drop_named(connection: Connection, name: str) -> None:
+    """Remove the collection that a caller named.
+
+    Raises:
+        StoreError: the name is an alias.
+    """
+    refuse_alias(connection, name)
     connection.ask(connection.client.drop_collection, name)
+
+
+def refuse_alias(connection: Connection, name: str) -> None:
+    """Refuse an alias of a collection: Milvus Lite would rename or remove the collection itself.
+
+    Raises:
+        StoreError: names the collection.
+    """
+    if name not in connection.ask(connection.client.list_collections):
+        whole = connection.ask(connection.client.describe_collection, name)["collection_name"]
+        raise StoreError(f"{name!r} is an alias of the collection {whole!r} at {connection.where}: give that name")
 
 
 def _rename(connection: Connection, old: str, new: str) -> None:

@@ -118,6 +118,25 @@ def test_rows_keep_everything_and_get_vectors_of_the_new_model(place, colour, ti
     assert (again.already, again.embedded) == (True, 0)
 
 
+def test_aliases_go_to_the_new_rows_and_are_no_names_to_reindex_or_empty(place, colour, tiny):
+    """Milvus Lite renames and drops what an alias stands for: the collection's own name was gone, and its rows."""
+    with open_store(place / "a.db", colour, collection=NAME) as store:
+        store.client.create_alias(NAME, "live")
+    _, before = rows(place / "a.db")
+    says = f"'live' is an alias of the collection '{NAME}' at .*: give that name"
+    with pytest.raises(StoreError, match=says):
+        reindex(place / "a.db", tiny, collection="live", show_progress=False)
+    with pytest.raises(StoreError, match=says):
+        open_store(place / "a.db", colour, collection="live", overwrite=True)
+    with open_store(place / "a.db", colour, collection="live") as store, pytest.raises(StoreError, match=says):
+        store.clear()
+    assert check(place / "a.db", before, colour) == colour.model_id
+    reindex(place / "a.db", tiny, collection=NAME, show_progress=False)
+    with open_store(place / "a.db", tiny, collection="live", create=False) as store:
+        assert store.count() == len(before)
+    assert describe_store(place / "a.db").keys() == {NAME}
+
+
 def test_an_image_that_cannot_be_read_stops_the_switch_unless_its_row_may_go(capfd, place, colour, tiny):
     """Our choice: nothing stored is lost without a word; what was embedded is not embedded again."""
     with open_store(place / "a.db", colour, collection=NAME) as store:

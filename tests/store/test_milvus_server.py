@@ -222,6 +222,11 @@ def test_a_reopened_collection_knows_its_model_and_index(opened, milvus_server):
         opened(index="FLAT")
     described = describe_store(milvus_server.uri)[store.collection_name]
     assert (described["dimension"], described["model"]) == (3, "three numbers")
+    store.add([node("b"), node("a")])
+    store.delete_nodes(["b"])
+    assert describe_store(milvus_server.uri)[store.collection_name]["rows"] == 1, "not those of the server's statistics"
+    with pytest.raises(StoreError, match=rf"there is no collection 'none'.*'{store.collection_name}' \(1 rows\)"):
+        open_store(milvus_server.uri, MODEL, collection="none", create=False, timeout=PATIENT)
 
 
 def test_many_rows_are_paged_and_may_be_removed_on_the_way(opened):
