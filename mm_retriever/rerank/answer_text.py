@@ -188,12 +188,27 @@ def _table(lines: Sequence[str]) -> tuple[str, ...]:
         rows = [[cell.strip() for cell in re.split(sign, line.strip().strip("|")[:2_000])] for line in lines]
         for place, header in enumerate(rows):
             strict = sign != r"\|"  # what is no sign of a table has to look like one
+            if numbers := _turned_columns(rows[place : place + 6]):
+                return numbers
             if len(header) < 2 or (strict and not all(re.fullmatch(r"[A-Za-z#. ]{1,24}", cell) for cell in header)):
                 continue
             same = [cells for cells in rows[place + 1 :] if len(cells) == len(header) or not strict]
             if (numbers := _columns(header, same)) and (len(numbers) > 1 or not strict):
                 return numbers
     return ()
+
+
+def _turned_columns(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The candidates of a table that lies on its side: a row of candidates, and one of ranks or scores below it."""
+    header = rows[0]
+    if (
+        len(header) < 3
+        or not re.fullmatch(r"[A-Za-z# ]{0,24}", header[0])
+        or not all(map(candidate_number, header[1:]))
+    ):
+        return ()
+    names, *columns = zip(*(cells for cells in rows if len(cells) == len(header)), strict=True)
+    return _columns(names if names[0] else ("image", *names[1:]), columns)
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -76,6 +76,10 @@ def test_the_ranking_is_found_in_what_models_write(text: str, numbers: str) -> N
         ("3. Image 1\n1. Image 2\n2. Image 3", "2 3 1"),
         ("1st: Image 3\n2nd: Image 1", "3 1"),
         ("| Rank | Image |\n|---|---|\n| 1 | 3 |\n| 2 | Image 1 |", "3 1"),
+        ("| Image | 1 | 2 | 3 |\n|---|---|---|---|\n| Rank | 2 | 3 | 1 |", "3 1 2"),  # a table on its side
+        ("| Rank | 1 | 2 | 3 |\n|---|---|---|---|\n| Image | 3 | 1 | 2 |", "3 1 2"),
+        ("| | Image 1 | Image 2 | Image 3 |\n|---|---|---|---|\n| Score | 0.2 | 0.9 | 0.5 |", "2 3 1"),
+        ("image,1,2,3\nrank,2,3,1", "3 1 2"),
         ("| Image | Score |\n|---|---|\n| 1 | 0.3 |\n| 2 | 0.8 |", "2 1"),
         ("Image 1: 7/10\nImage 2: 9/10", "2 1"),
         ("Image 3 is best, then 1", "3 1"),
