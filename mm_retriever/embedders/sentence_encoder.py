@@ -58,7 +58,8 @@ class SentenceTransformersEncoder:
             most = int(model.get_embedding_dimension())
         if dimension is not None and not 1 <= dimension <= most:
             raise QueryError(f"dimension={dimension!r}: {name!r} has vectors of 1 to {most} numbers")
-        self._dimension = dimension or int(model.get_embedding_dimension())
+        model.truncate_dim = dimension or model.truncate_dim  # `save` writes it
+        self._dimension = int(model.get_embedding_dimension())
         self._text_weight = text_weight
         self._chat = "message" in model.modalities
         self.takes = {kind for kind in ("text", "image", ("image", "text")) if model.supports(kind)}
@@ -425,8 +426,7 @@ def _towers(model: Any) -> dict[str, Callable[..., Any]]:
 def _middle(image: Image.Image) -> Image.Image:
     """The middle of a very long image, which contains the model's square; resizing the whole would fill memory."""
     short = min(image.size)
-    long = min(max(image.size), LONGEST * short)
-    if long == max(image.size):
+    if (long := min(max(image.size), LONGEST * short)) == max(image.size):
         return image
     start = (max(image.size) - long) // 2
     box = (start, 0, start + long, short) if image.width > image.height else (0, start, short, start + long)

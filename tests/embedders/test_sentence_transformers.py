@@ -418,6 +418,16 @@ def test_a_model_that_cuts_its_vectors_itself_gives_longer_ones_where_they_are_a
     assert np.abs(longer.encode([Content("a red shoe")]) - expected).max() < 1e-6
 
 
+def test_a_shorter_dimension_is_that_of_the_saved_model(folders, tmp_path):
+    """A model that was trained at a shorter dimension came back with all numbers, in another space."""
+    embedder = load_embedder(folders["clip"], device="cpu", dimension=6)
+    embedder.save(tmp_path / "saved")
+    again = load_embedder(tmp_path / "saved", device="cpu")
+    assert again.dimension == 6
+    contents = [Content("a red shoe")]
+    assert np.abs(again.encode(contents) - embedder.encode(contents)).max() < 1e-6
+
+
 # ------------------------------------------------------------------------------------------ untrusted folders
 
 
