@@ -208,7 +208,8 @@ def of_reranking(figures: dict[str, Any]) -> Iterator[Row]:
     """`rerank_cost.py`."""
     for flow in figures["flows"]:
         totals = [sum(stage[name] for stage in flow["stages"]) for name in ("prefilled", "generated", "seconds")]
-        name = flow["name"] if flow["name"] == "published" else f"{flow['name']}, num_crops={figures['crops']}"
+        default = flow["name"] == "published" or figures["crops"] is None
+        name = flow["name"] if default else f"{flow['name']}, num_crops={figures['crops']}"
         what = f"rerank nine, {figures['size']} size, {figures['dtype']}, {name}: s, tokens read / written, GB"
         seconds = spread(flow["seconds"]) if "seconds" in flow else f"{totals[2]:.1f}"
         figure = f"{seconds}, {totals[0]:,.0f} / {totals[1]:,.0f}, {flow['peak_gigabytes']:.1f}"

@@ -4,7 +4,7 @@
     python benchmarks/rerank_cost.py --size small        # the same paths in a minute
     python benchmarks/rerank_cost.py --flows "single pass" --json cost.json
     python benchmarks/rerank_cost.py --layers 2 4 --rounds 5     # full width; the time of all 32 layers follows
-    python benchmarks/rerank_cost.py --flows likelihood --crops 0     # images whole, without their crop
+    python benchmarks/rerank_cost.py --flows likelihood --crops 1     # candidates whole and in one crop
 
 `--layers` runs the model twice, with so many of the 32 layers of its language model and of the 24 of its vision tower,
 and computes the seconds of each stage and the memory for all of them: both are linear in the number of layers.
@@ -20,7 +20,8 @@ no sentences  the same with caption=False, reasons="none"
 generated     mode "sheet", ranking "generated": the same beginning, one sheet at 4 crops, list under constraint, reason
 single pass   mode "sheet" with caption=False, reasons="none": wanted description, the order from the sheet's first slot
 
-In all but the published one, the query image and candidates have `--crops` crops; 1 is the default of the reranker.
+In all but the published one, the query image and candidates have `--crops` crops; by default, as in the reranker, one,
+and none where a candidate is only scored by likelihood.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def image(width: int, height: int, seed: int) -> Image.Image:
 class Bench:
     """The five flows over one query image, one sheet of nine candidates, and the nine images themselves."""
 
-    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int, crops: int = 1) -> None:
-        self.model, self.config, self.steps, self.crops = model, config, steps, crops
+    def __init__(self, model: Phi3Vision, config: Phi3VisionConfig, steps: int, crops: int | None = None) -> None:
+        self.model, self.config, self.steps = model, config, steps
+        self.seen_crops, self.scored_crops = (1, 0) if crops is None else (crops, crops)
         self.query, self.sheet = image(300, 300, 0), image(1200, 900, 1)
         self.candidates = [image(300, 300, 2 + i) for i in range(CANDIDATES)]
         self.labels = [(29871, 29896 + i, 29892) for i in range(CANDIDATES)]
@@ -169,7 +171,7 @@ class Bench:
 
     def understood(self, flow: Flow, *, caption: bool = True) -> Prefix:
         """The query image and what is wanted, in words."""
-        feature = self.features(flow, "query image", [self.query], self.crops)[0]
+        feature = self.features(flow, "query image", [self.query], self.seen_crops)[0]
         asked = self.read(flow, "query image and instruction", "instruction", feature)
         return self.write(flow, "wanted", self.write(flow, "caption", asked) if caption else asked)
 
@@ -185,7 +187,8 @@ class Bench:
         with flow.stage("list under constraint") as stage:
             rank_by_generation(self.model, prefix, self.labels)
             stage.generated = sum(map(len, self.labels))
-        self.first_reason(flow, told, self.features(flow, "the first one", self.candidates[:1], self.crops)[0])
+        first = self.features(flow, "the first one", self.candidates[:1], self.seen_crops)[0]
+        self.first_reason(flow, told, first)
 
     def single_pass(self, flow: Flow) -> None:
         """One look at the sheet."""
@@ -198,14 +201,16 @@ class Bench:
     def likelihood(self, flow: Flow, *, sentences: bool = True) -> None:
         """How well each candidate explains the wanted description."""
         told = self.understood(flow, caption=sentences)
-        features = self.features(flow, "candidates", self.candidates, self.crops)
+        features = self.features(flow, "candidates", self.candidates, self.scored_crops)
         start = self.read(flow, "candidates' shared beginning", "description request", None)
         prompts = [self.model.embed([*[-1] * len(row), 1], [row])[0] for row in features]
         with flow.stage("nine likelihoods") as stage:
             likelihoods(self.model, start, prompts, [words("wanted")] * CANDIDATES)
             stage.prefilled = sum(len(prompt) + LENGTHS["wanted"] - 1 for prompt in prompts)
         if sentences:
-            self.first_reason(flow, told, features[0])
+            whole = features[0]
+            repeated = self.scored_crops == 0 and self.seen_crops == 1  # as `SharedModel.features` does
+            self.first_reason(flow, told, torch.cat([whole[1:], whole]) if repeated else whole)
 
     def without_sentences(self, flow: Flow) -> None:
         """The same with caption=False, reasons="none"."""
@@ -287,6 +292,7 @@ def measured(arguments: argparse.Namespace, layers: int | None) -> dict[str, Mea
         rounds = [Flow(name) for _ in range(arguments.rounds)]
         if name != "published" and arguments.device == "cpu":
             quick_on_cpu(model)
+            model.prefill([1])  # lays out the weights: once after loading, no part of a query
         for flow in rounds:
             FLOWS[name](bench, flow)
         found[name] = Measured(rounds, peak_gigabytes())
@@ -299,7 +305,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs=2, help="two numbers of layers, from which all are computed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--flows", nargs="+", choices=list(FLOWS), default=list(FLOWS))
-    parser.add_argument("--crops", type=int, default=1, help="of the query image and of separate candidates")
+    parser.add_argument(
+        "--crops", type=int, help="of the query image and of candidates; default: those of the reranker"
+    )
     parser.add_argument("--steps", type=int, default=8, help="words of each text written by the clock")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")

@@ -3,6 +3,7 @@
     python benchmarks/rerank_quality.py                       # 18 minutes of one core
     python benchmarks/rerank_quality.py --quick               # a tenth of the queries
     python benchmarks/rerank_quality.py --reranker FOLDER --json rerank.json
+    python benchmarks/rerank_quality.py --reranker FOLDER --crops 1    # candidates with their crop, too
     python benchmarks/rerank_quality.py --write               # into the model card and docs/explanation/measurements.md
 
 A catalogue of 900 distinct products is drawn into JPEG files of 320 pixels, and so are the query images, all from
@@ -85,11 +86,11 @@ class Judged:
 class Bench:
     """Catalogue, index and reranker."""
 
-    def __init__(self, folder: Path, embedder: str, reranker: str) -> None:
+    def __init__(self, folder: Path, embedder: str, reranker: str, crops: int | None = None) -> None:
         self.folder = folder
         self.products = catalogue()
         self.model, self.processor = load_phi3_vision(reranker, device="cpu")
-        self.rerank = Phi3VisionRerank((self.model, self.processor), top_n=TOP_K)
+        self.rerank = Phi3VisionRerank((self.model, self.processor), top_n=TOP_K, num_crops=crops)
         self.embed_model = VisualizedBGEEmbedding(embedder, device="cpu")
         if not (folder / "labels.json").exists():
             write_catalogue(folder)
@@ -386,6 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reranker", default="tiny", help="a name that load_phi3_vision knows, or a folder")
     parser.add_argument("--embedder", default="tiny", help="a name that load_visualized_bge knows, or a folder")
+    parser.add_argument("--crops", type=int, help="most crops of an image; default: the reranker's")
     parser.add_argument("--quick", action="store_true", help="a tenth of the queries")
     parser.add_argument("--images", type=Path, help="folder to keep the drawn images in; default: a temporary one")
     parser.add_argument("--write", action="store_true", help="update the model card and the table of measurements")
@@ -397,7 +399,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.images or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        bench = Bench(folder, arguments.embedder, arguments.reranker)
+        bench = Bench(folder, arguments.embedder, arguments.reranker, arguments.crops)
         results = measure(bench, quick=arguments.quick)
     print(f"\n{time.perf_counter() - started:.0f} s")
     if arguments.json:

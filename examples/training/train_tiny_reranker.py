@@ -68,18 +68,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, nargs=3, default=(None,) * 3, help="length of each stage, not steps")
     parser.add_argument("--report", type=int, default=450, help="products to describe after the last two stages")
+    parser.add_argument("--hd-transform", action="store_true", help="show each image twice, as Phi-3 Vision is trained")
     parser.add_argument("--start", type=Path, help="a checkpoint.pt to go on from; its finished stages are skipped")
     return parser.parse_args()
 
 
-def build_model(size: int, vocab_size: int) -> Phi3Vision:
-    """An untrained tiny model: a tower of four layers and a decoder of four, 128 wide."""
+def build_model(size: int, vocab_size: int, *, hd_transform: bool = False) -> Phi3Vision:
+    """An untrained tiny model: a tower of four layers and a decoder of four, 128 wide.
+
+    Args:
+        size: Pixels of an image's side.
+        vocab_size: Of the tokenizer.
+        hd_transform: Whether an image is one crop and the whole, as Phi-3 Vision sees it, or one view.
+    """
     control = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
     config = Phi3VisionConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=4096, original_max_position_embeddings=4096,
         sliding_window=None, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0, tie_word_embeddings=False,
-        embd_layer={"use_hd_transform": False},
+        embd_layer={"use_hd_transform": hd_transform},
         vision_config={
             "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
             "image_size": size, "patch_size": 16, "feature_layer": -1, "hidden_act": "gelu", "projection_dim": 128,
@@ -160,10 +167,13 @@ def photographed(layers: LayerCache, labels: Tensor, rng: np.random.Generator) -
 
 
 def projected(model: Phi3Vision, merged: Tensor) -> Tensor:
-    """(N, g/2, g/2, 4C) -> (N, tokens, D), as ``Phi3VisionEmbeddings`` lays out one view per image."""
+    """(N, g/2, g/2, 4C) -> (N, tokens, D), as ``Phi3VisionEmbeddings`` lays out one view per image, or one crop."""
     embeddings = model.model.vision_embed_tokens
     ends = embeddings.sub_GN.expand(len(merged), merged.shape[1], 1, -1).to(merged.dtype)
-    laid_out: Tensor = embeddings.img_projection(torch.cat((merged, ends), dim=2).flatten(1, 2))
+    rows = torch.cat((merged, ends), dim=2).flatten(1, 2)
+    if embeddings.use_hd_transform:  # the crop, the separator, and the whole, which is the same
+        rows = torch.cat((rows, embeddings.glb_GN.expand(len(rows), 1, -1).to(rows.dtype), rows), dim=1)
+    laid_out: Tensor = embeddings.img_projection(rows)
     return laid_out
 
 
@@ -319,8 +329,8 @@ def main() -> None:
     ]
     print(f"layers after {time.monotonic() - started:.0f} s; {vars(arguments)}", flush=True)
     tokenizer = build_tokenizer()
-    model = build_model(arguments.size, tokenizer.get_vocab_size()).train()
-    processor = processor_for(model.config, tokenizer)
+    model = build_model(arguments.size, tokenizer.get_vocab_size(), hd_transform=arguments.hd_transform).train()
+    processor = processor_for(model.config, tokenizer, num_crops=1)
     conversations = Conversations(processor, rng)
     head = nn.Linear(2 * model.config.vision_config.hidden_size, sum(HEADS))
     arguments.out.mkdir(parents=True, exist_ok=True)

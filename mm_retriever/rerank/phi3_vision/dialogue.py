@@ -81,6 +81,9 @@ class SharedModel:
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image], num_crops: int, meter: Meter) -> list[Tensor]:
         """Return token embeddings of images, (tokens, D) each, from memory where they are there."""
+        if num_crops == 1 and self.processor.use_hd_transform:
+            # the only crop is the whole image again: its rows, then separator and rows of the whole
+            return [torch.cat([whole[1:], whole]) for whole in self.features(images, 0, meter)]
         keys = [(pixel_digest(image), num_crops) for image in images]
         features = {key: kept for key in set(keys) if (kept := self._memory.get(key)) is not None}
         meter.images_kept += len(features)

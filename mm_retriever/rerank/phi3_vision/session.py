@@ -40,9 +40,10 @@ class Options(Reranker):
     """Candidates on one sheet. Longer lists are ranked from their end to their beginning by overlapping windows."""
     stride: int = Field(default=4, ge=1)
     """Candidates between the starts of two windows; at most window - 1."""
-    num_crops: int = Field(default=1, ge=0)
+    num_crops: int | None = Field(default=None, ge=0)
     """Most crops of the query image and of single candidates, beside the whole image. More show more detail and cost
-    more; 0 costs half of 1, but Phi-3 Vision was not trained on that form of input."""
+    more; 0 costs half of 1, but Phi-3 Vision was not trained on that form of input. By default 1, and 0 where a
+    candidate is only scored by likelihood."""
     sheet_crops: int = Field(default=4, ge=1)
     """The most crops of a sheet."""
     max_new_tokens: int = Field(default=60, ge=1)
@@ -55,6 +56,16 @@ class Options(Reranker):
     """"float32", "bfloat16", ...; by default that of the stored weights."""
     image_memory: int = Field(default=256 * 2**20, ge=0)
     """Bytes of features of images that are kept for the next query."""
+
+    @property
+    def seen_crops(self) -> int:
+        """Most crops of an image that the model writes about."""
+        return 1 if self.num_crops is None else self.num_crops
+
+    @property
+    def scored_crops(self) -> int:
+        """Most crops of a candidate whose likelihood is wanted."""
+        return self.num_crops or 0
 
 
 class RerankSession:
@@ -80,11 +91,11 @@ class RerankSession:
     ) -> None:
         self.shared, self.options, self.meter = shared, options, meter
         self.query, self.candidates = query, candidates
-        self.processor = shared.with_crops(options.num_crops)
+        self.processor = shared.with_crops(options.seen_crops)
         self.encode = self.processor.encode_messages
         self.caption = self.wanted = ""
         self._say = say
-        self._features: dict[int, tuple[Tensor, ...]] = {}
+        self._features: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         self._end = self.processor.token_id("<|end|>")
         self._stops = frozenset(self.processor.stop_ids)
         self._after_caption = shared.following(say("answer_wanted"))
@@ -110,7 +121,7 @@ class RerankSession:
     def understand(self, known_caption: Sequence[int] | None = None) -> list[int]:
         """Set `caption` and `wanted`, and return the ids of the caption, to be passed as `known_caption` later."""
         image, limit = self.query.image, self.options.max_new_tokens
-        features = [] if image is None else self.shared.features([image], self.options.num_crops, self.meter)
+        features = [] if image is None else self.shared.features([image], self.options.seen_crops, self.meter)
         self.dialogue.say(self._ask, features)
         caption: list[int] = []
         opening: list[int] = []
@@ -160,8 +171,8 @@ class RerankSession:
         candidate = self.candidates[position]
         if candidate.image is None:
             return Message("user", [self._say("describe_text", text=candidate.text)])
-        slot = Slot(self.processor.image_tokens(*candidate.image.size))
-        return Message("user", [self._say("describe"), slot])
+        scored = self.shared.with_crops(self.options.scored_crops)
+        return Message("user", [self._say("describe"), Slot(scored.image_tokens(*candidate.image.size))])
 
     def _scored(
         self, group: Sequence[int], prompts: Sequence[list[int]], targets: Sequence[list[int]]
@@ -180,7 +191,7 @@ class RerankSession:
             scores = self.shared.log_probs(
                 prefix,
                 [prompt[head:] for prompt in prompts[batch]],
-                self._show(group[batch]),
+                self._show(group[batch], self.options.scored_crops),
                 targets[batch],
                 self.meter,
             )
@@ -197,7 +208,7 @@ class RerankSession:
         head = _beginning(prompts)
         dialogue = self.dialogue.fork()
         dialogue.say(prompts[0][:head])
-        lengths = sorted({len(prompt) for prompt in prompts})
+        lengths, crops = sorted({len(prompt) for prompt in prompts}), self.options.seen_crops
         for length in lengths:
             same = [k for k, prompt in enumerate(prompts) if len(prompt) == length]
             at_once = max(1, TOKENS_AT_ONCE // (dialogue.prefix.length + length))
@@ -205,7 +216,7 @@ class RerankSession:
                 if self.meter.out_of_time():
                     return
                 batch = same[start : start + at_once]
-                features = [feature for own in self._show([group[k] for k in batch]) for feature in own]
+                features = [feature for own in self._show([group[k] for k in batch], crops) for feature in own]
                 ids = torch.tensor([prompts[k][head:] for k in batch])
                 logits = finite(self.shared.extend(dialogue.prefix, ids, features, self.meter).logits).cpu().double()
                 odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
@@ -281,7 +292,10 @@ class RerankSession:
         ask = self._say("ask_reason")
         turns = [self.encode([Message("user", [self._part(i), ask])], first=False) for i in explained]
         answers = self.dialogue.answers(
-            turns, self._show(explained), stop_ids=self._stops, max_new_tokens=self.options.max_new_tokens
+            turns,
+            self._show(explained, self.options.seen_crops),
+            stop_ids=self._stops,
+            max_new_tokens=self.options.max_new_tokens,
         )
         return {i: reason for i, ids in zip(explained, answers, strict=True) if (reason := self._text(ids))}
 
@@ -291,12 +305,13 @@ class RerankSession:
         candidate = self.candidates[position]
         return candidate.text if candidate.image is None else Slot(self.processor.image_tokens(*candidate.image.size))
 
-    def _show(self, positions: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    def _show(self, positions: Sequence[int], crops: int) -> list[tuple[Tensor, ...]]:
         """The features of each candidate that is an image, computed once and together; none for a text."""
-        missing = {i: image for i in positions if i not in self._features and (image := self.candidates[i].image)}
-        computed = self.shared.features(list(missing.values()), self.options.num_crops, self.meter)
-        self._features |= {i: (features,) for i, features in zip(missing, computed, strict=True)}
-        return [self._features.get(i, ()) for i in positions]
+        images = {i: image for i in positions if (image := self.candidates[i].image) is not None}
+        missing = {i: image for i, image in images.items() if (i, crops) not in self._features}
+        computed = self.shared.features(list(missing.values()), crops, self.meter)
+        self._features |= {(i, crops): (features,) for i, features in zip(missing, computed, strict=True)}
+        return [self._features.get((i, crops), ()) for i in positions]
 
     def _text(self, ids: Sequence[int]) -> str:
         return " ".join(self.processor.decode(ids).split())
@@ -317,7 +332,7 @@ class RerankSession:
             looks = max(looks, crops * side * (side + 1) + 1 + self._words("rank_sheet") + numbers)
         longest = len(self._ask) + 2 * options.max_new_tokens + len(self._after_caption) + looks
         if longest > most:
-            also = f"num_crops={options.num_crops}, " if options.num_crops else ""
+            also = f"num_crops={options.seen_crops}, " if options.seen_crops else ""
             raise PromptError(
                 f"the query and its candidates take up to {longest} tokens, more than the {most} that fit: "
                 f"shorten the query ({len(self._ask)} tokens), or lower {also}"

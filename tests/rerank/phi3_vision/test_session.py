@@ -56,8 +56,10 @@ class FromScratch:
     def encode(self, turns: list[Message], **options: Any) -> list[int]:
         return self.processor.encode_messages(turns, **options)
 
-    def slot(self, image: Image.Image) -> Slot:
-        return Slot(self.processor.image_tokens(*image.size))
+    def slot(self, image: Image.Image, num_crops: int = 1) -> Slot:
+        processor = copy.copy(self.processor)
+        processor.num_crops = num_crops
+        return Slot(processor.image_tokens(*image.size))
 
     def features(self, images: Sequence[Image.Image], num_crops: int = 1) -> list[Tensor]:
         processor = copy.copy(self.processor)
@@ -108,10 +110,15 @@ def scratch(folder: Path) -> FromScratch:
     return FromScratch(image_nodes(folder, 4), composed(folder))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_reusing_what_is_computed_changes_nothing(folder: Path, scratch: FromScratch, mode: str) -> None:
-    """Truth: each conversation in one forward, with nothing cached: caption, description, values and reasons."""
-    result = make_plain(mode=mode, reasons="all").rerank(image_nodes(folder, 4), composed(folder))
+@pytest.mark.parametrize(("mode", "crops"), [*((mode, None) for mode in MODES), ("likelihood", 1)])
+def test_reusing_what_is_computed_changes_nothing(
+    folder: Path, scratch: FromScratch, mode: str, crops: int | None
+) -> None:
+    """Truth: each conversation in one forward, with nothing cached: caption, description, values and reasons.
+
+    By default an image is whole and in one crop, but for candidates that are only scored by likelihood.
+    """
+    result = make_plain(mode=mode, num_crops=crops, reasons="all").rerank(image_nodes(folder, 4), composed(folder))
     assert result.caption == " ".join(scratch.processor.decode(scratch.caption_ids).split())
     assert result.wanted == " ".join(scratch.wanted.split())
     query = scratch.features([scratch.query])
@@ -127,7 +134,9 @@ def test_reusing_what_is_computed_changes_nothing(folder: Path, scratch: FromScr
     for image in scratch.images:
         shown = scratch.features([image])
         if mode == "likelihood":
-            expected.append(scratch.log_likelihood(Message("user", [DESCRIBE, scratch.slot(image)]), shown))
+            scored = crops or 0
+            turn = Message("user", [DESCRIBE, scratch.slot(image, scored)])
+            expected.append(scratch.log_likelihood(turn, scratch.features([image], scored)))
         if mode == "pointwise":
             ids = scratch.continued([scratch.slot(image), ASK_FITS])
             space = small_processor().encode_literal("yes")[0]
@@ -177,7 +186,7 @@ def test_nothing_is_prefilled_twice(folder: Path, scratch: FromScratch) -> None:
     likelihood = make_plain(mode="likelihood", reasons="none")
     usage = likelihood.rerank(nodes, bundle).usage
     rows = [
-        scratch.encode([Message("user", [DESCRIBE, scratch.slot(image)])], answer=scratch.wanted)
+        scratch.encode([Message("user", [DESCRIBE, scratch.slot(image, 0)])], answer=scratch.wanted)
         for image in scratch.images
     ]
     head = rows[0].index(-1)
