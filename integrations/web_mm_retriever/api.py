@@ -235,7 +235,7 @@ class Api:
         tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
         lasting = "v" in request.query_params or id_.startswith(PREFIX)  # an id stays when its file is replaced
         headers = {"cache-control": f"private, max-age={DAY}" if lasting else "private, no-cache", "etag": tag}
-        if request.headers.get("if-none-match") == tag:
+        if tag in request.headers.get("if-none-match", ""):  # alone, in a list, or made weak by a proxy
             return Response(status_code=304, headers=headers)
         return Response(data, media_type="image/jpeg", headers=headers)
 

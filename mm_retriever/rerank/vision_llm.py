@@ -139,7 +139,7 @@ class VisionLLMRerank(Reranker):
             llm, connections = openai_like(
                 base_url, model, api_key, timeout_s=self.timeout_s, max_tokens=self.max_tokens
             )
-            weakref.finalize(self, connections.close)
+            weakref.finalize(llm, connections.close)  # which may outlive this reranker
             self._server = {"base_url": base_url, "model": model, "api_key": api_key}
         assert llm is not None
         self._llm = llm

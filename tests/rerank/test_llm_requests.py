@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import socket
@@ -226,3 +227,11 @@ class Patient(CustomLLM):
 
     def stream_complete(self, prompt: str, formatted: bool = False, **_: Any) -> CompletionResponseGen:
         raise NotImplementedError
+
+
+def test_the_model_may_outlive_its_reranker(server: ScriptedServer) -> None:
+    """Truth: the answer; an engine may be given `VisionLLMRerank(...).llm`."""
+    server.reply = lambda _: completion("A red mug.")
+    llm = server.reranker().llm
+    gc.collect()
+    assert llm.chat([ChatMessage(content="What is it?")]).message.content == "A red mug."

@@ -30,6 +30,7 @@ from mm_retriever.search_tools.results import one_line
 from mm_retriever.search_tools.thumbnails import Thumbnails
 from mm_retriever.store import ImageStore, open_store
 from tests.support.drawn_store import ScriptedLLM, draw_leopard, drawn_store, images_of, says, texts_of
+from tests.support.llm_server import ScriptedServer, completion
 
 
 def name(image) -> str:
@@ -224,6 +225,24 @@ def test_a_query_translates_its_filters_once_and_decodes_every_image_once_a_stag
     assert counts.pop("query image") == 2, "it has no thumbnail"
     assert len(counts) == 10, "so many are compared with the query image, as they are of its size"
     assert max(counts.values()) == 3
+
+
+def test_what_is_stored_is_told_where_the_vision_model_fails(store, embed_model, talk, caplog):
+    """Our choice: a server that is busy or says nothing takes no facts away, and its words are for the host alone."""
+    with ScriptedServer() as server:
+        search = ImageSearch(store, embed_model, llm=server.reranker().llm)
+        server.reply = lambda _: (429, b'{"error": {"message": "slow down, sk-secret"}}')
+        first = search.search("mug", conversation=talk).results[0]
+        described = search.describe("result 1", "Is it red?", conversation=talk)
+        assert (described.id, described.size, described.description) == (first.id, (160, 160), "")
+        assert described.thumbnail
+        assert described.note.startswith("the vision model gave no answer (status 429); look at the image")
+        assert "secret" not in described.text
+        assert "slow down" in caplog.text
+        server.reply = lambda _: completion("<think>A mug?</think>")
+        assert "the vision model gave an empty answer" in search.describe("result 1", conversation=talk).note
+        server.reply = lambda _: (200, b"<html>log in</html>")
+        assert "gave no answer (ServerError)" in search.describe("result 1", conversation=talk).note
 
 
 def test_a_vision_model_describes_the_image_that_it_is_shown(store, embed_model, talk):
