@@ -53,7 +53,7 @@ from mm_retriever.store.lite_logs import DataFile, Logs
 logger = logging.getLogger(__name__)
 
 _FILE = re.compile(r"(data|delta)/\1_(\d{1,18})_(\d{1,18})\.parquet")
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT)
 
 
 def repair(place: Path) -> None:
@@ -148,7 +148,7 @@ def _checked_schema(folder: Path) -> dict[str, Any] | None:
         raise _damaged(path)
     if not all(isinstance(column, dict) and isinstance(column.get("name"), str) for column in columns):
         raise _damaged(path)
-    with _unless_read_only():
+    with _if_writable():
         keep_copy(folder, path.name)
     return dict(schema)
 
@@ -235,7 +235,7 @@ class _Manifest:
             content = json.dumps(self.payload, indent=2, sort_keys=True, ensure_ascii=False).encode()
             write_atomically(self.folder / "manifest.json", content, synced=True)
         if self.payload:
-            with _unless_read_only():
+            with _if_writable():
                 keep_copy(self.folder, "manifest.json")
 
 
@@ -327,7 +327,7 @@ def _fault(folder: Path, path: Path) -> str | None:
         return one_line(error, 200)
     if recorded:
         return None
-    with _unless_read_only():
+    with _if_writable():
         sync(path)  # the version of this package that wrote it may not have
         sync_folders(path.parent, folder)
         record_file(folder, path)
@@ -340,7 +340,7 @@ def _recorded_fault(folder: Path, path: Path) -> str | None:
         return damage(folder, path, sampled=True)
     reason = damage(folder, path)
     if reason is None:
-        with _unless_read_only():
+        with _if_writable():
             sync(path)
             record_file(folder, path)
     return reason
@@ -378,12 +378,12 @@ def _move_aside(folder: Path, path: Path) -> Path:
 
 
 @contextmanager
-def _unless_read_only() -> Iterator[None]:
-    """Ignore that a record cannot be written to a read-only store."""
+def _if_writable() -> Iterator[None]:
+    """Ignore that a record cannot be written to a read-only store, or on a full disk: rows can be read without it."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno not in _NOT_WRITABLE:
             raise
 
 

@@ -296,6 +296,30 @@ def test_a_file_that_cannot_be_written_can_be_searched(read_only, tmp_path, monk
     assert sorted(tmp_path.iterdir()) == before, "nothing is left of the copy that was searched"
 
 
+def test_a_copy_on_a_full_disk_can_be_searched(db):
+    """The files of a copy are checked and recorded anew: where there is no room for the records, it was an error."""
+    with open_store(db, MODEL) as store:
+        store.add(nodes("a"))
+    disk = db.with_name("disk")
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        shutil.copytree(db, disk / "copy.db")
+        with suppress(OSError), (disk / "rest").open("wb", buffering=0) as rest:
+            while rest.write(b"0" * 4096):
+                pass
+        with open_store(disk / "copy.db", MODEL) as store:
+            assert store.query(QUERY).ids == ["a"]
+            with pytest.raises(StoreError, match="No space left on device"):
+                store.add(nodes(*("b" * 9_000 + str(number) for number in range(9))))
+        (disk / "rest").unlink()
+        with open_store(disk / "copy.db", MODEL) as store:
+            assert ids(store) == ["a"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_place_that_may_not_be_entered_is_an_error_in_one_line(common_place):
     closed = common_place / "closed"
     closed.mkdir(mode=0o700)
