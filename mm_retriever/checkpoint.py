@@ -33,8 +33,8 @@ SUFFIXES = (*TORCH_SUFFIXES, ".pkl")  # of files without a fixed name; the last,
 _WEIGHTS = (SAFETENSORS, SAFETENSORS_INDEX, f"0_CLIPModel/{SAFETENSORS}")
 _TORCH = "pytorch_model.bin"
 _ELSE = (_TORCH, f"0_CLIPModel/{_TORCH}")  # of repositories without safetensors
-_BESIDE = ("*.json", "*.jinja", "merges.txt", "*.model", "model-*-of-*.safetensors", "[1-9]_*/model.safetensors")
-"""Patterns of a hub repository; "*" crosses folders."""
+_BESIDE = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "*.model", "model-*-of-*.safetensors", "[1-9]*/*model.[sb]*")
+"""Patterns of a hub repository; "*" crosses folders. The last: weights of further modules, in either format."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_JSON_BYTES = 64 * 1024**2  # of a config or shard index; bge-m3's tokenizer.json has 17 MiB
 MAX_LISTED_KEYS = 12  # keys that an error message lists before it only counts

@@ -602,6 +602,18 @@ def test_models_that_are_no_embedder_are_refused_in_one_line(tmp_path):
 # ------------------------------------------------------------------------------------------ from a hub
 
 
+def with_a_head_of_torch(text: Path, path: Path) -> Path:
+    """A text model whose last module has a file of torch, as earlier versions of sentence-transformers wrote it."""
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    folder = made_of([Transformer(str(text)), Pooling(24, "mean"), Dense(24, 12)], path)
+    weights = folder / "2_Dense" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    return folder
+
+
 def test_of_a_hub_repository_what_the_model_needs_is_fetched_once(folders, embedders, tmp_path, monkeypatch):
     """Modules, template and processor, not other formats of the weights; then from the cache, without the hub."""
     repo = Path(shutil.copytree(folders["qwen3_vl"], tmp_path / "repo"))
@@ -612,7 +624,8 @@ def test_of_a_hub_repository_what_the_model_needs_is_fetched_once(folders, embed
     torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
     (old / "model.safetensors").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with scripted_hub({"some/qwen": repo, "some/clip": old}) as (address, fetched):
+    words = with_a_head_of_torch(folders["text"], tmp_path / "words")
+    with scripted_hub({"some/qwen": repo, "some/clip": old, "some/words": words}) as (address, fetched):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -621,6 +634,7 @@ def test_of_a_hub_repository_what_the_model_needs_is_fetched_once(folders, embed
         own = {str(file.relative_to(folders["qwen3_vl"])) for file in folders["qwen3_vl"].rglob("*") if file.is_file()}
         assert set(fetched) == own
         assert load_embedder("some/clip", device="cpu").space == embedders["clip"].space
+        assert load_embedder("some/words", device="cpu").space == load_embedder(words, device="cpu").space
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, kind in (("some/qwen", "qwen3_vl"), ("some/clip", "clip")):
         assert load_embedder(name, device="cpu").space == embedders[kind].space
