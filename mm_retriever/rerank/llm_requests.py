@@ -24,6 +24,7 @@ from mm_retriever.servers.failures import (
     explained,
     is_schema_refusal,
     refuse_errors,
+    refuse_errors_later,
     retrying,
     short,
     status_of,
@@ -155,8 +156,8 @@ def check_ending(response: ChatResponse, refusal: str, name: str, window: int, m
 
 def openai_like(
     base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int
-) -> tuple[LLM, Any]:
-    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and its connections.
+) -> tuple[LLM, Callable[[], None]]:
+    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and what closes it.
 
     Raises:
         QueryError: the address is none.
@@ -164,7 +165,7 @@ def openai_like(
     try:
         from llama_index.llms.openai_like import OpenAILike
 
-        from mm_retriever.servers.failures import bounded_client
+        from mm_retriever.servers.failures import bounded_client, threaded_client
     except ImportError as error:
         raise MissingExtraError.of(error, "llama-index-llms-openai-like", "remote") from error
     from mm_retriever.servers.json_server import checked_address
@@ -172,6 +173,13 @@ def openai_like(
     address = checked_address(base_url)
     connections = bounded_client(timeout_s)
     connections.event_hooks["response"].append(refuse_errors)
+    threaded, close_threaded = threaded_client(timeout_s)
+    threaded.event_hooks["response"].append(refuse_errors_later)
+
+    def close() -> None:
+        connections.close()
+        close_threaded()
+
     llm: LLM = OpenAILike(
         model=model,
         api_base=address,
@@ -182,8 +190,9 @@ def openai_like(
         timeout=timeout_s,
         max_retries=0,
         http_client=connections,  # type: ignore[call-arg]
+        async_http_client=threaded,  # type: ignore[call-arg]
     )
-    return llm, connections
+    return llm, close
 
 
 def _ending(response: ChatResponse) -> tuple[str, str]:

@@ -6,11 +6,12 @@ can cost: bytes, seconds, memory.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -76,6 +77,46 @@ class _BoundedStream(httpx.SyncByteStream):
         self._stream.close()
 
 
+def threaded_client(timeout_s: float) -> tuple[httpx.AsyncClient, Callable[[], None]]:
+    """Return `bounded_client` for asynchronous callers, and what closes its connections.
+
+    Requests run in threads, so that the connections belong to no event loop.
+    """
+    transport = _BoundedTransport(timeout_s)
+    headers = {"accept-encoding": "identity"}
+    client = httpx.AsyncClient(timeout=timeout_s, transport=_ThreadedTransport(transport), headers=headers)
+    return client, transport.close
+
+
+class _ThreadedTransport(httpx.AsyncBaseTransport):
+    def __init__(self, transport: _BoundedTransport) -> None:
+        self._transport = transport
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request from a thread."""
+        response = await asyncio.to_thread(self._transport.handle_request, request)
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        return httpx.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=_ThreadedStream(response.stream),
+            extensions=response.extensions,
+        )
+
+
+class _ThreadedStream(httpx.AsyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks = iter(self._stream)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield chunk
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._stream.close)
+
+
 LONGEST_WAIT = 60.0  # seconds that a server may ask for
 _TRANSIENT_WORDS = re.compile(
     r"overload|busy|try again|time.?out|rate.?limit|too many|unavailable|capacity|internal|temporar", re.IGNORECASE
@@ -121,6 +162,13 @@ def refuse_errors(response: Any) -> None:
     content = message.get("content") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(content, str | None):
         raise ServerError(f"the server answered with {shown(content)} in place of a text", status=None, transient=True)
+
+
+async def refuse_errors_later(response: Any) -> None:
+    """As `refuse_errors`, for an asynchronous client."""
+    if "event-stream" not in response.headers.get("content-type", ""):
+        await response.aread()
+    refuse_errors(response)
 
 
 def refuse_redirect(response: Any) -> None:

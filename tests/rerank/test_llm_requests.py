@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import gzip
 import logging
 import re
 import socket
@@ -17,6 +19,7 @@ from llama_index.core.llms import ChatMessage, ChatResponse, CustomLLM
 
 from mm_retriever.errors import RerankError
 from mm_retriever.rerank import VisionLLMRerank
+from mm_retriever.servers.failures import cause_of, explained
 from tests.support.llm_server import QUERY, Reply, ScriptedServer, candidates, completion, facts, ranking
 
 # ---------------------------------------------------------------------- servers that fail
@@ -235,3 +238,30 @@ def test_the_model_may_outlive_its_reranker(server: ScriptedServer) -> None:
     llm = server.reranker().llm
     gc.collect()
     assert llm.chat([ChatMessage(content="What is it?")]).message.content == "A red mug."
+
+
+def test_the_model_may_be_asked_asynchronously(server: ScriptedServer) -> None:
+    """Truth: the answers, of one event loop after another; a redirect and a compressed answer are refused as well."""
+    llm = server.reranker().llm
+    question = [ChatMessage(content="What is it?")]
+
+    async def streamed() -> str:
+        parts = [part.delta or "" async for part in await llm.astream_chat(question)]
+        return "".join(parts)
+
+    server.reply = lambda _: completion("A red mug.")
+    for _ in range(2):
+        assert asyncio.run(llm.achat(question)).message.content == "A red mug."
+    event = b'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [%s]}\n\n'
+    chunk = event % b'{"index": 0, "delta": {"role": "assistant", "content": "Red"}}' + b"data: [DONE]\n\n"
+    server.reply, server.headers = (lambda _: (200, chunk)), {"Content-Type": "text/event-stream"}
+    for _ in range(2):
+        assert asyncio.run(streamed()) == "Red"
+    server.reply, server.headers = (lambda _: (307, b"")), {"Location": "http://127.0.0.1:9/v1/chat/completions"}
+    with pytest.raises(Exception) as caught:
+        asyncio.run(llm.achat(question))
+    assert "which is not followed" in str(cause_of(caught.value))
+    server.reply, server.headers = (lambda _: (200, gzip.compress(b"{}"))), {"Content-Encoding": "gzip"}
+    with pytest.raises(Exception) as caught:
+        asyncio.run(llm.achat(question))
+    assert "compressed answer" in explained(caught.value)
