@@ -190,7 +190,7 @@ def openai_like(
         timeout=timeout_s,
         max_retries=0,
         http_client=connections,  # type: ignore[call-arg]
-        async_http_client=threaded,  # type: ignore[call-arg]
+        async_http_client=threaded,
     )
     return llm, close
 
