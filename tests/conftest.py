@@ -50,3 +50,10 @@ def milvus_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusSe
         if server is not None:
             server.kill()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def server_is_up(request: pytest.FixtureRequest) -> None:
+    """A server that died in the test before is there again."""
+    if "milvus_server" in request.fixturenames:
+        request.getfixturevalue("milvus_server").revive()

@@ -106,6 +106,17 @@ class MilvusServer:
             self._process.wait(10)
         self.kill()
 
+    def revive(self) -> bool:
+        """Start it again if it died by itself; whether it did.
+
+        Milvus 2.3.5 dies of a list of import tasks that the client has given up (`Proxy.ListImportTasks`).
+        """
+        died = self._process is not None and self._process.poll() is not None
+        if died:
+            self._release()
+            self.start()
+        return died
+
     def freeze(self) -> None:
         """Let it accept connections and answer nothing, until `thaw`.
 
