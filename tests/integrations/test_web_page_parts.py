@@ -381,6 +381,8 @@ def test_nothing_can_be_typed_before_the_page_listens_to_enter(visit, app, box):
     held = []
     page = visit(f"{app}/", refused=[401], holds=("**/static/app.js*", held), until="commit")
     expect(page.locator(box)).to_be_disabled()
+    while not held:  # the page may be there before it asks for its script
+        page.wait_for_timeout(20)
     for route in held:
         route.continue_()
     expect(page.locator(box)).to_be_enabled()
