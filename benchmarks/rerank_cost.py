@@ -45,7 +45,7 @@ from mm_retriever.phi3_vision.decoding import TextStream, likelihoods, rank_at_o
 from mm_retriever.phi3_vision.load import quick_on_cpu
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor, processor_for
-from mm_retriever.phi3_vision.tower import Phi3VisionConfig
+from mm_retriever.phi3_vision.tower import Phi3VisionConfig, with_its_crop
 
 CANDIDATES = 9
 LAYERS, TOWER_LAYERS = 32, 24  # of the full size
@@ -210,7 +210,7 @@ class Bench:
         if sentences:
             whole = features[0]
             repeated = self.scored_crops == 0 and self.seen_crops == 1  # as `SharedModel.features` does
-            self.first_reason(flow, told, torch.cat([whole[1:], whole]) if repeated else whole)
+            self.first_reason(flow, told, with_its_crop(whole) if repeated else whole)
 
     def without_sentences(self, flow: Flow) -> None:
         """The same with caption=False, reasons="none"."""

@@ -102,6 +102,11 @@ class Phi3VisionConfig(Phi3Config):
         return self.rope["original_max_position_embeddings"] if self.rope["rope_type"] == "longrope" else None
 
 
+def with_its_crop(whole: Tensor) -> Tensor:
+    """Features of an image in one crop, which is the whole again: (tokens, D), from those of the whole alone."""
+    return torch.cat([whole[1:], whole])  # the rows, then the separator and the same rows
+
+
 class ImageTower(nn.Module):
     """CLIP without the layers above the features (``img_processor`` in the checkpoint)."""
 

@@ -156,8 +156,8 @@ def check_ending(response: ChatResponse, refusal: str, name: str, window: int, m
 
 def openai_like(
     base_url: str, model: str, api_key: str | None, *, timeout_s: float, max_tokens: int
-) -> tuple[LLM, Callable[[], None]]:
-    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and what closes it.
+) -> tuple[LLM, Any]:
+    """Return LlamaIndex's client for servers that speak OpenAI's protocol, without retries, and its connections.
 
     Raises:
         QueryError: the address is none.
@@ -165,21 +165,15 @@ def openai_like(
     try:
         from llama_index.llms.openai_like import OpenAILike
 
-        from mm_retriever.servers.failures import bounded_client, threaded_client
+        from mm_retriever.servers.failures import bounded_clients
     except ImportError as error:
         raise MissingExtraError.of(error, "llama-index-llms-openai-like", "remote") from error
     from mm_retriever.servers.json_server import checked_address
 
     address = checked_address(base_url)
-    connections = bounded_client(timeout_s)
+    connections, threaded = bounded_clients(timeout_s)
     connections.event_hooks["response"].append(refuse_errors)
-    threaded, close_threaded = threaded_client(timeout_s)
     threaded.event_hooks["response"].append(refuse_errors_later)
-
-    def close() -> None:
-        connections.close()
-        close_threaded()
-
     llm: LLM = OpenAILike(
         model=model,
         api_base=address,
@@ -192,7 +186,7 @@ def openai_like(
         http_client=connections,  # type: ignore[call-arg]
         async_http_client=threaded,
     )
-    return llm, close
+    return llm, connections
 
 
 def _ending(response: ChatResponse) -> tuple[str, str]:

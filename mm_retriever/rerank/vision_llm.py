@@ -136,8 +136,10 @@ class VisionLLMRerank(Reranker):
         if self.single_pass and self.window > MOST_NUMBERED:
             raise QueryError(f"window={self.window}: single_pass ranks {MOST_NUMBERED} at a time at most")
         if llm is None and base_url and model:
-            llm, close = openai_like(base_url, model, api_key, timeout_s=self.timeout_s, max_tokens=self.max_tokens)
-            weakref.finalize(llm, close)  # which may outlive this reranker
+            llm, connections = openai_like(
+                base_url, model, api_key, timeout_s=self.timeout_s, max_tokens=self.max_tokens
+            )
+            weakref.finalize(llm, connections.close)  # which may outlive this reranker
             self._server = {"base_url": base_url, "model": model, "api_key": api_key}
         assert llm is not None
         self._llm = llm

@@ -34,9 +34,18 @@ def bounded_client(timeout_s: float) -> httpx.Client:
 
     It asks no proxy that the environment names, and follows no redirect.
     """
-    return httpx.Client(
-        timeout=timeout_s, transport=_BoundedTransport(timeout_s), headers={"accept-encoding": "identity"}
-    )
+    return bounded_clients(timeout_s)[0]
+
+
+def bounded_clients(timeout_s: float) -> tuple[httpx.Client, httpx.AsyncClient]:
+    """Return `bounded_client`, and the same for asynchronous callers, whose connections are closed with the first.
+
+    Their requests run in threads, so that the connections belong to no event loop.
+    """
+    transport = _BoundedTransport(timeout_s)
+    options: dict[str, Any] = {"timeout": timeout_s, "headers": {"accept-encoding": "identity"}}
+    threaded = httpx.AsyncClient(transport=_ThreadedTransport(transport), **options)
+    return httpx.Client(transport=transport, **options), threaded
 
 
 class _BoundedTransport(httpx.HTTPTransport):
@@ -75,17 +84,6 @@ class _BoundedStream(httpx.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
-
-
-def threaded_client(timeout_s: float) -> tuple[httpx.AsyncClient, Callable[[], None]]:
-    """Return `bounded_client` for asynchronous callers, and what closes its connections.
-
-    Requests run in threads, so that the connections belong to no event loop.
-    """
-    transport = _BoundedTransport(timeout_s)
-    headers = {"accept-encoding": "identity"}
-    client = httpx.AsyncClient(timeout=timeout_s, transport=_ThreadedTransport(transport), headers=headers)
-    return client, transport.close
 
 
 class _ThreadedTransport(httpx.AsyncBaseTransport):

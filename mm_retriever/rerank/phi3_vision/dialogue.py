@@ -19,6 +19,7 @@ from mm_retriever.images import pixel_digest
 from mm_retriever.phi3_vision.decoding import TOKENS_AT_ONCE, TextStream, ids_after, likelihoods
 from mm_retriever.phi3_vision.model import Phi3Vision, Prefix
 from mm_retriever.phi3_vision.processor import Phi3VisionProcessor
+from mm_retriever.phi3_vision.tower import with_its_crop
 from mm_retriever.rerank.scorer import Meter
 from mm_retriever.threads import ForkLock
 
@@ -82,8 +83,7 @@ class SharedModel:
     def features(self, images: Sequence[Image.Image], num_crops: int, meter: Meter) -> list[Tensor]:
         """Return token embeddings of images, (tokens, D) each, from memory where they are there."""
         if num_crops == 1 and self.processor.use_hd_transform:
-            # the only crop is the whole image again: its rows, then separator and rows of the whole
-            return [torch.cat([whole[1:], whole]) for whole in self.features(images, 0, meter)]
+            return [with_its_crop(whole) for whole in self.features(images, 0, meter)]
         keys = [(pixel_digest(image), num_crops) for image in images]
         features = {key: kept for key in set(keys) if (kept := self._memory.get(key)) is not None}
         meter.images_kept += len(features)
